@@ -1,0 +1,42 @@
+"""Byte-level BPE tokenizers in the form of transformers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+@dataclass
+class ByteLevelBPE:
+    """A tokenizer to train.
+
+    Attributes:
+        vocab_size: Tokens, the special ones included.
+        single_digits: Every digit a token of its own, as in Mistral; else a number may be one token, as in Llama 3.
+        texts: How many training texts to learn the merges from.
+    """
+
+    vocab_size: int
+    single_digits: bool
+    texts: int = 50_000
+
+    def train(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+        """Learn the merges; `<pad>`, `<s>` and `</s>` are tokens 0, 1 and 2."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=self.single_digits),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        special = ["<pad>", "<s>", "</s>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        )
