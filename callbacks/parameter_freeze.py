@@ -52,9 +52,8 @@ class ParameterFreeze(Callback):
                 parameter.requires_grad_(False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resolves again: a sharding strategy has replaced the parameter objects since `setup`."""
-        if self.at_step > 0:
-            self._matched = list(match_parameters(pl_module, self.parameters).values())
+        """Resolves again: a sharding strategy may have replaced the parameter objects since `setup`."""
+        self._matched = list(match_parameters(pl_module, self.parameters).values())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Discards the gradients: after every backward, hence before unscaling, clipping, norms and the step."""

@@ -42,8 +42,8 @@ def _match(named: dict[str, object], patterns: str | Iterable[str], kind: str) -
         names = [name for name in named if fnmatchcase(name, pattern)]
         names = names or [name for name in named if fnmatchcase(name, f"*.{pattern}")]
         if not names:
-            nearest = ", ".join(repr(name) for name in get_close_matches(pattern, named, n=5, cutoff=0.0))
-            raise ValueError(f"No {kind} matches {pattern!r}; the nearest names are {nearest or 'none, there is none'}.")
+            nearest = ", ".join(map(repr, get_close_matches(pattern, named, n=5, cutoff=0.0)))
+            raise ValueError(f"No {kind} matches {pattern!r}; the nearest names are: {nearest or 'none at all'}.")
         chosen.update(names)
 
     matched, seen = {}, set()

@@ -27,7 +27,7 @@ def final_answer(text: str) -> str | None:
         return word or None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem:
     """One question with its worked answer.
 

@@ -6,24 +6,39 @@ causes for both and adds the nearest thing that would have been right.
 """
 
 import difflib
+import inspect
 import os
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
-from typing import NoReturn
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_modules.checkpoints import nearest_file
+
 KEY = re.compile(r'Parser key "([^"]+)"')
-OWNER = re.compile(r"Problem with given class_path '([^']+)'")
+KEY_PREFIX = re.compile(r'Parser key "[^"]+":\s*')
+OWNER = re.compile(r"(?:Problem with given |Type \S*Callable.*)class_path[ =]'([^']+)'", re.DOTALL)
 SUBTYPES = re.compile(r"^\s*Subtypes: \[(.*)\]$", re.MULTILINE)
 GIVEN = re.compile(r"^\s*Given value: (.*)$", re.MULTILINE)
+UNKNOWN_KEY = re.compile(r"^unrecognized arguments: |Option '.*' is not accepted|does not accept option '.*'")
 TYPE_NOISE = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>|(?:typing|collections\.abc)\.|(?:[a-z_]\w*\.)+(?=[A-Z])")
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of the description."""
 
 
 class FriendlyParser(LightningArgumentParser):
     """A parser whose errors are one sentence and a hint: no usage dump, no stack trace, exit code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # No abbreviations: `--trainer.max_step` would pass today and become ambiguous with the next Lightning.
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Explains the error on stderr and exits with code 2."""
@@ -32,6 +47,58 @@ class FriendlyParser(LightningArgumentParser):
         sentence, hint = explain(getattr(ex, "subcommand_parser", None) or self, message, ex)
         sys.stderr.write(f"error: {sentence}\n{hint}\n")
         self.exit(2)
+
+
+@dataclass
+class Finding:
+    """Where a parsing error lies.
+
+    Attributes:
+        cause: The innermost message.
+        keys: The keys that lead to it.
+        owner: The class whose arguments were being set, if any.
+        union: The types that would have been accepted, if there were several.
+        given: The value that was given, as text.
+    """
+
+    cause: str
+    keys: list[str] = field(default_factory=list)
+    owner: type | None = None
+    union: list[str] = field(default_factory=list)
+    given: str = ""
+
+    @property
+    def path(self) -> str:
+        """The keys, dotted."""
+        return ".".join(self.keys)
+
+    def enter(self, text: str) -> None:
+        """Goes one level further in."""
+        self.cause = text.strip()
+        if match := OWNER.match(self.cause):
+            self.owner, self.union = _import(match[1]), []
+        elif (match := KEY.match(self.cause)) and self.keys[-1:] != [match[1]]:
+            self.keys.append(match[1])
+        if match := SUBTYPES.search(self.cause):
+            self.union = [kind for kind in _split(_plain(match[1])) if kind != "NoneType"]
+            given = GIVEN.search(self.cause)
+            self.given = given[1] if given else ""
+
+
+def find(message: str, error: Exception | None) -> Finding:
+    """Follows the chain of causes, and within a union the member that got furthest."""
+    finding = Finding(message)
+    texts = list(_causes(message, error))
+    for text in texts:
+        finding.enter(text)
+    # The chain holds the first member of a union; another one may have got as far as a class and its arguments.
+    if finding.cause.startswith("Expected a") and (deeper := OWNER.search(texts[-2] if len(texts) > 1 else "")):
+        for line in texts[-2][deeper.start() :].splitlines():
+            if not re.match(r"\s*(Does not validate|Subtypes: |Errors:)", line):
+                finding.enter(line.strip().removeprefix("- "))
+                if not OWNER.match(finding.cause) and not KEY.match(finding.cause):
+                    break
+    return finding
 
 
 def explain(parser: ArgumentParser, message: str, error: Exception | None) -> tuple[str, str]:
@@ -45,51 +112,42 @@ def explain(parser: ArgumentParser, message: str, error: Exception | None) -> tu
     Returns:
         One sentence (what is wrong, at which key, the nearest right thing) and how to list the choices.
     """
-    keys: list[str] = []
-    owner: type | None = None
-    union: list[str] = []
-    given = ""
-    cause = message
-    for text in _causes(message, error):
-        cause = text.strip()
-        if match := OWNER.match(cause):
-            owner, union = _import(match[1]), []
-        elif match := KEY.match(cause):
-            keys.append(match[1])
-        if match := SUBTYPES.search(cause):
-            union = [kind for kind in _split(_plain(match[1])) if kind != "NoneType"]
-            given = GIVEN.search(cause)[1] if GIVEN.search(cause) else ""
-    path = ".".join(keys)
-    hint = _hint(parser, keys, owner)
+    found = find(message, error)
+    cause, path, owner = found.cause, found.path, found.owner
+    hint = f"{owner.__name__} takes: {_listed(arguments(owner))}" if owner else _help(parser)
 
-    if cause.startswith("unrecognized arguments") or re.search(r"(?:is not accepted|does not accept option '.*')$", cause):
-        return _unknown_key(parser, cause, keys, owner), hint
+    if UNKNOWN_KEY.search(cause):
+        return _unknown_key(parser, found), hint
     if match := re.match(r"(?:Expected a dot import path string|Unexpected import path format): (.*)", cause):
-        return _unknown_class(match[1], path, union), hint
+        return _unknown_class(parser, match[1], found)
     if match := re.match(r"Import path (\S+) does not correspond to a subclass of (\w+)", cause):
         return f"{path}: {match[1]} is not a {match[2]}{_near(match[1], _subclasses(match[2]))}", hint
     if match := re.match(r"No module named '?([^']+)'?|(?:module|type object) '.*' has no attribute '(.*)'", cause):
         return f"{path}: cannot import {match[1] or match[2]}", hint
     if match := re.match(r"Expected an? (.*?)(?:\. Got value: (.*))?$", cause, re.DOTALL):
         # Of a union, the innermost cause is only the first member: all of them are what was expected.
-        expected = " or ".join(union) if len(union) > 1 else _plain(match[1])
-        return _wrong_value(path, expected, match[2] or given), hint
+        expected = " or ".join(found.union) if len(found.union) > 1 else _plain(match[1])
+        return _wrong_value(path, expected, match[2] or found.given), hint
     if match := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", cause):
         choices = re.findall(r"[\w-]+", match[2])
         return f"there is no command '{match[1]}'{_near(match[1], choices)}", f"Commands: {', '.join(choices)}"
     if match := re.search(r'expected "subcommand" to be one of \{(.*)\}', cause):
-        return "which command? None was given", f"Commands: {match[1].replace(',', ', ')}"
-    if cause.startswith("the following arguments are required"):
-        missing = [key.split(".", 1)[-1] for key in cause.partition(": ")[2].split(", ")]
-        return f"no value for {' and '.join(missing)}, usually given by --config FILE", hint
-    if match := re.match(r"File does not exist: '?(.*?)'?$", cause):
-        return _missing_file(match[1], path), hint
-    if mark := getattr(_innermost(error), "problem_mark", None):
-        return f"a config file is not valid YAML near line {mark.line + 1}: {_innermost(error).problem}", hint
-    return ": ".join(filter(None, [path, re.sub(r"\s+", " ", cause)])), hint
+        return "no command was given", f"Commands: {match[1].replace(',', ', ')}"
+    if match := re.match(r"the following arguments are required: (.*)", cause):
+        if owner:
+            return f"{path}: {owner.__name__} needs a value for {match[1]}", hint
+        missing = " and ".join(key.rpartition(".")[2] for key in match[1].split(", "))
+        return f"no value for {missing}, usually given by --config FILE", hint
+    if match := re.search(r"File does not exist: '?(.*?)'?$", cause):
+        option = "--config" if path == "config" else path
+        return f"{option}: there is no file {os.path.relpath(match[1])}{nearest_file(match[1])}", hint
+    if mark := getattr(getattr(error, "__cause__", None), "problem_mark", None):
+        return f"a config file is not valid YAML near line {mark.line + 1}: {error.__cause__.problem}", hint
+    return ": ".join(filter(None, [path, " ".join(KEY_PREFIX.sub("", cause).split())])), hint
 
 
-def _unknown_key(parser: ArgumentParser, cause: str, keys: list[str], owner: type | None) -> str:
+def _unknown_key(parser: ArgumentParser, found: Finding) -> str:
+    cause, owner = found.cause, found.owner
     if match := re.match(r"unrecognized arguments: (\S+)", cause):
         if not match[1].startswith("-"):
             return f"unexpected argument '{match[1]}'"
@@ -103,35 +161,27 @@ def _unknown_key(parser: ArgumentParser, cause: str, keys: list[str], owner: typ
     head = name.partition(".")[0]
     if head not in {option.partition(".")[0] for option in valid}:  # modle.class_path: only the first part is wrong
         valid, name = {option.partition(".")[0] for option in valid}, head
-    where = ".".join([*keys, name])
+    where = ".".join([*found.keys, name])
     said = f"{owner.__name__} has no argument '{name}' ({where})" if owner else f"there is no key '{where}'"
     return said + _near(name, valid)
 
 
-def _unknown_class(name: str, path: str, union: list[str]) -> str:
+def _unknown_class(parser: ArgumentParser, name: str, found: Finding) -> tuple[str, str]:
+    accepted = " ".join(found.union)
+    if not accepted and found.owner:  # a callable that returns, say, an optimizer
+        accepted = str(getattr(inspect.signature(found.owner).parameters.get(found.keys[-1]), "annotation", ""))
     # `list[Callback]` and `Callback` name the same base.
-    bases = dict.fromkeys(re.findall(r"\w+", " ".join(union)))
-    choices = {choice for base in bases for choice in _subclasses(base)}
-    kind = next((base for base in bases if _subclasses(base)), "class")
-    return f"{path}: there is no {kind} '{name}'{_near(name.rpartition('.')[2], choices)}"
+    choices = {base: _subclasses(base) for base in re.findall(r"\b[A-Z]\w+", accepted)}
+    kind = next((base for base in choices if choices[base]), "class")
+    known = set().union(*choices.values())
+    hint = f"Choices: {_listed(known)}" if 0 < len(known) <= 15 else _help(parser)
+    return f"{found.path}: there is no {kind} '{name}'{_near(name.rpartition('.')[2], known)}", hint
 
 
 def _wrong_value(path: str, expected: str, value: str) -> str:
     choices = re.findall(r"'([^']+)'", expected) if expected.startswith("Literal") else []
     expected = f"one of {', '.join(choices)}" if choices else expected
     return f"{path}: expected {expected}, got {value.strip()!r}{_near(value, choices)}"
-
-
-def _missing_file(path: str, key: str) -> str:
-    return f"{'--config' if key == 'config' else key}: there is no file {os.path.relpath(path)}{nearest_file(path)}"
-
-
-def nearest_file(path: str) -> str:
-    """`; did you mean X?` for the most similar name in the same folder, or nothing."""
-    folder, name = os.path.split(os.path.relpath(path))
-    siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    close = difflib.get_close_matches(name, siblings, 1)
-    return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
 
 
 def arguments(owner: type) -> set[str]:
@@ -142,24 +192,19 @@ def arguments(owner: type) -> set[str]:
 
 
 def _options(parser: ArgumentParser) -> set[str]:
-    return {action.dest for action in parser._actions if action.dest not in {"help", "config", "print_config"}}
+    return {action.dest for action in parser._actions} - {"help", "print_config"}
 
 
 def _subclasses(base: str) -> set[str]:
     """Names of the loaded public classes that derive from a class called `base`."""
-    found: set[str] = set()
-    stack = [cls for cls in object.__subclasses__() if cls.__name__ == base] or _classes_named(base)
+    found = set()
+    named = [getattr(module, base, None) for module in list(sys.modules.values())]
+    stack = [cls for cls in named if isinstance(cls, type) and cls.__module__ != "collections.abc"]
     while stack:
-        cls = stack.pop()
-        stack += type.__subclasses__(cls)
-        if not cls.__name__.startswith("_"):
-            found.add(cls.__name__)
-    return found - {base}
-
-
-def _classes_named(name: str) -> list[type]:
-    modules = [module for module in list(sys.modules.values()) if isinstance(getattr(module, name, None), type)]
-    return list({getattr(module, name) for module in modules})
+        classes = type.__subclasses__(stack.pop())
+        stack += classes
+        found |= {cls.__name__ for cls in classes if not cls.__module__.startswith("lightning.pytorch.demos")}
+    return {name for name in found if not name.startswith("_")}
 
 
 def _near(name: str, valid: Iterable[str]) -> str:
@@ -168,12 +213,12 @@ def _near(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean '{lower[close[0]]}'?" if close else ""
 
 
-def _hint(parser: ArgumentParser, keys: list[str], owner: type | None) -> str:
-    command = f"python {parser.prog.replace(' [options]', '')}"
-    top = keys[0] if keys else ""
-    if owner and top in {"model", "data", "trainer.callbacks"} and len(keys) <= 2:
-        return f"List choices: {command} --{top}.help={owner.__name__}"
-    return f"List choices: {command} --help"
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.partition(".")[0] for name in names})) or "no arguments"
+
+
+def _help(parser: ArgumentParser) -> str:
+    return f"List choices: python {parser.prog.replace(' [options]', '')} --help"
 
 
 def _causes(message: str, error: BaseException | None) -> Iterator[str]:
@@ -185,12 +230,6 @@ def _causes(message: str, error: BaseException | None) -> Iterator[str]:
             yield str(error)
         last = str(error)
         error = error.__cause__ or error.__context__
-
-
-def _innermost(error: BaseException | None) -> BaseException | None:
-    while error is not None and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _plain(types: str) -> str:

@@ -23,14 +23,14 @@ def wilson_interval(hits: float, count: float) -> tuple[float, float]:
 
 
 class Proportion(Metric):
-    """The share of hits among all that were seen, over all ranks."""
+    """The share of hits among all that were seen, over all ranks, with its Wilson interval."""
 
     full_state_update = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("hits", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("hits", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, hits: Tensor | float, count: Tensor | int = 1) -> None:
         """Count `hits` among `count`."""
@@ -38,15 +38,7 @@ class Proportion(Metric):
         self.total += count
 
     def compute(self) -> Tensor:
-        """Return hits over total."""
-        return (self.hits / self.total).float()
-
-    def interval(self) -> tuple[float, float]:
-        """Return the Wilson interval of what `compute` returned, over all ranks."""
-        with self.sync_context(should_sync=torch.distributed.is_initialized() if torch.distributed.is_available() else False):
-            return wilson_interval(self.hits.item(), self.total.item())
-
-    def count(self) -> int:
-        """Return how many were seen, over all ranks."""
-        with self.sync_context(should_sync=torch.distributed.is_initialized() if torch.distributed.is_available() else False):
-            return int(self.total.item())
+        """Return (share, low, high, count)."""
+        hits, total = self.hits.item(), self.total.item()
+        share = hits / total if total else math.nan
+        return torch.tensor([share, *wilson_interval(hits, total), total], device=self.hits.device)

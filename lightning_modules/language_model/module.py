@@ -9,7 +9,7 @@ from zlib import crc32
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,6 +18,7 @@ from lightning_modules.generation import generate
 from lightning_modules.language_model.tokenizer import ByteLevelBPE
 from lightning_modules.metrics import Proportion
 from lightning_modules.pretrained import Pretrained
+from lightning_modules.schedule import with_cosine_schedule
 from lightning_modules.text import IGNORE, Prompt, encode, pad
 from lightning_modules.workload import Workload
 
@@ -33,7 +34,7 @@ class LanguageModel(LightningModule):
         config: Or one to start: fields of its configuration, `model_type` first.
         tokenizer: With `config`: the tokenizer to train on the data's own texts, or a folder that holds one.
         optimizer: The optimizer, without its parameters.
-        lr_scheduler: A schedule by step, without its optimizer.
+        warmup_steps: Steps in which the learning rate rises; it then falls to zero along a cosine.
         prompt: The text around the question.
         repeat_prompt: The text that asks to repeat it.
         repeat_fraction: Share of training problems that do.
@@ -48,7 +49,7 @@ class LanguageModel(LightningModule):
         config: dict[str, Any] | None = None,
         tokenizer: ByteLevelBPE | str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 100,
         prompt: str = "Question: {question}\nAnswer:",
         repeat_prompt: str = "Question: {question}\nRepeat:",
         repeat_fraction: float = 0.0,
@@ -61,7 +62,7 @@ class LanguageModel(LightningModule):
             raise ValueError("model needs either 'pretrained' or 'config', not both and not neither")
         if config is not None and tokenizer is None:
             raise ValueError("model.config needs model.tokenizer: a folder, or the size of one to train")
-        self.optimizer, self.lr_scheduler, self.save_to = optimizer, lr_scheduler, save_to
+        self.optimizer, self.warmup_steps, self.save_to = optimizer, warmup_steps, save_to
         self.prompt, self.repeat_prompt = Prompt(prompt), Prompt(repeat_prompt)
         self.repeat_fraction, self.answer_only, self.max_new_tokens = repeat_fraction, answer_only, max_new_tokens
         self.bpe = tokenizer if isinstance(tokenizer, ByteLevelBPE) else None
@@ -125,29 +126,32 @@ class LanguageModel(LightningModule):
         """Log the held-out loss."""
         self.log("validation/loss", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True, prog_bar=True)
 
+    def on_test_epoch_start(self) -> None:
+        """Answer without any question, once: what only chance gets right."""
+        row = [self.tokenizer.bos_token_id, *encode(self.tokenizer, [self.prompt.fill("")])[0]]
+        blind_BT = torch.tensor([row], device=self.device)
+        self.blind_output = self._answers(blind_BT, torch.ones_like(blind_BT, dtype=torch.bool))[0]
+
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score generated answers, and those given without the question, which only chance gets right."""
+        """Score the generated answers, and the one given blindly."""
         name = list(self.trainer.test_dataloaders)[dataloader_idx]
-        blind = pad([[self.tokenizer.bos_token_id, *encode(self.tokenizer, [self.prompt.fill("")])[0]]], 0)[0]
-        blind_output = self._answers(blind.to(self.device), torch.ones_like(blind, dtype=torch.bool, device=self.device))
         accuracy, blind_accuracy = self._proportion(f"{name}/accuracy"), self._proportion(f"{name}/blind_accuracy")
         for sample, problem in zip(self.sample_eval(batch), batch["problems"], strict=True):
             accuracy.update(sample.scores["accuracy"])
-            blind_accuracy.update(problem.is_correct(blind_output[0]))
+            blind_accuracy.update(problem.is_correct(self.blind_output))
 
     def on_test_epoch_end(self) -> None:
         """Log each proportion with its interval."""
         for name, metric in self.proportions.items():
-            name = name.replace("|", "/")
-            self.log(name, metric.compute())
-            self.intervals[name], self.counts[name] = metric.interval(), metric.count()
-            metric.reset()
+            share, low, high, count = metric.compute().tolist()
+            self.log(name, share)
+            self.intervals[name], self.counts[name] = (low, high), int(count)
+        self.proportions.clear()
 
     def _proportion(self, name: str) -> Proportion:
-        key = name.replace("/", "|")
-        if key not in self.proportions:
-            self.proportions[key] = Proportion().to(self.device)
-        return self.proportions[key]
+        if name not in self.proportions:
+            self.proportions[name] = Proportion().to(self.device)
+        return self.proportions[name]
 
     def _answers(self, tokens_BT: Tensor, mask_BT: Tensor) -> list[str]:
         embeds_BTD = self.model.get_input_embeddings()(tokens_BT)
@@ -175,9 +179,6 @@ class LanguageModel(LightningModule):
             self.model.save_pretrained(self.save_to)
             self.tokenizer.save_pretrained(self.save_to)
 
-    def configure_optimizers(self) -> Any:
-        """Make the optimizer and, if asked, its schedule by step."""
-        optimizer = self.optimizer(self.model.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Make the optimizer and its schedule."""
+        return with_cosine_schedule(self, self.optimizer, self.warmup_steps)

@@ -1,0 +1,191 @@
+"""Clamps on an activation: its norm, or its spread about the class means, set to what a control run had."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from callbacks.activation_reference import IGNORED, first_tensor, fitting_labels, labels_of, read_reference
+from callbacks.sites import match_modules
+
+_STAGES = {
+    RunningStage.TRAINING: "fit",
+    RunningStage.SANITY_CHECKING: "validate",
+    RunningStage.VALIDATING: "validate",
+    RunningStage.TESTING: "test",
+}
+
+
+def clamp_radius(x: Tensor, radius: float) -> Tensor:
+    """x r/|x|: every position's norm set to `radius`; a zero vector has no direction and stays."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, x * (radius / norm.where(norm > 0, 1.0)), x)
+
+
+def clamp_spread(x: Tensor, classes: Tensor, spread: float) -> Tensor:
+    """mu_c + (x - mu_c) s*/s: the within-class spread set to `spread`, the class means kept.
+
+    s^2 = sum |x - mu_c|^2 / (N - C), over N positions of C classes. Where nothing varies within a class (s = 0, as when
+    every class has one position) there is nothing to scale, and x stays. Makes no device synchronisation.
+
+    Args:
+        x: `[..., D]`.
+        classes: Class of each position, `[...]`; positions of -100 belong to none and stay.
+        spread: s*.
+    """
+    x_ND, classes_N = x.flatten(0, -2), classes.flatten()
+    sorted_N, order_N = classes_N.sort()
+    is_new_N = torch.cat([sorted_N.new_zeros(1), (sorted_N[1:] != sorted_N[:-1]).long()])
+    # The classes that occur, renumbered from 0: a table of N rows then holds them, however many labels there are.
+    row_N = torch.empty_like(classes_N).scatter_(0, order_N, is_new_N.cumsum(0))
+    weight_N1 = (classes_N != IGNORED).to(x.dtype).unsqueeze(1)
+
+    counts_N1 = torch.zeros_like(weight_N1).index_add(0, row_N, weight_N1)
+    means_ND = torch.zeros_like(x_ND).index_add(0, row_N, x_ND * weight_N1) / counts_N1.clamp(min=1)
+    deviation_ND = (x_ND - means_ND.index_select(0, row_N)) * weight_N1
+    freedom = weight_N1.sum() - (counts_N1 > 0).sum()
+    variance = deviation_ND.square().sum() / freedom.clamp(min=1)
+    varies = variance > 0
+    scale = torch.where(varies, spread / variance.where(varies, 1.0).sqrt(), 1.0)
+    return (x_ND + (scale - 1) * deviation_ND).view_as(x)
+
+
+class ActivationClamp(Callback):
+    """Replaces the output x of every module that matches `site`, differentiably and in at least fp32.
+
+    - `naive`: x r*/|x|, the norm of every position set to the reference's mean radius r*.
+    - `mean_preserving`: mu_c + (x - mu_c) s*/s, with mu_c the mean of the position's class in this batch and s the
+      within-class spread of this batch, s^2 = sum |x - mu_c|^2 / (N - C), the trace of the pooled within-class
+      covariance; s* is the reference's. Unlabelled positions stay as they are.
+    - `random_direction`: x + |x r*/|x| - x| u, u uniform on the sphere: the control for the size of the displacement.
+    - `zero`: 0. `identity`: the same tensor, bit for bit: the control for the machinery.
+
+    Where the module returns a tuple, its first element is clamped. All modes but `mean_preserving` ignore the labels
+    and act on every forward of their stages, generation included. `mean_preserving` acts in the steps alone: a
+    generation has no labels, and its batches have statistics of their own. Under DDP each rank's batch has its own mu_c
+    and s.
+
+    Args:
+        site: Name pattern of the modules, see `callbacks.sites`.
+        mode: What to do to x.
+        reference: File that `ActivationReference` wrote in the control run, with this site's r* and s*.
+        during: The stages in which the clamp acts; validation inside fit is `validate`. By default all.
+        classes: For `mean_preserving`: `target` as above; `batch` takes all labelled positions (every position, where
+            the batch has no labels for this site) as one class.
+        labels: The batch's key of the target labels, one a position of x.
+        seed: Of the random directions, which also depend on step and rank, and are the same in a resumed run.
+
+    Raises:
+        FileNotFoundError: At `setup`, if the reference does not exist.
+        ValueError: If the mode lacks its reference; at `setup`, if the site matches nothing or the reference does not
+            hold it; in a step, if classes are needed and the batch has no fitting labels.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        mode: Literal["naive", "mean_preserving", "random_direction", "zero", "identity"],
+        reference: str | None = None,
+        during: list[Literal["fit", "validate", "test"]] | None = None,
+        classes: Literal["target", "batch"] = "target",
+        labels: str = "labels",
+        seed: int = 0,
+    ) -> None:
+        uses_reference = mode not in ("zero", "identity")
+        if uses_reference and reference is None:
+            raise ValueError(f"ActivationClamp(mode={mode!r}) needs `reference`, a file from ActivationReference.")
+        if reference is not None and not uses_reference:
+            rank_zero_warn(f"ActivationClamp(mode={mode!r}) ignores `reference`.")
+        self.site = site
+        self.mode = mode
+        self.reference = reference if uses_reference else None
+        self.during = during or ["fit", "validate", "test"]
+        self.classes = classes
+        self.labels = labels
+        self.seed = seed
+        self._handles: list[RemovableHandle] = []
+        self._labels: Tensor | None = None
+        self._step: tuple[int, ...] = ()
+        self._training_in_step: bool | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for two clamps in one trainer."""
+        return self._generate_state_key(site=self.site, mode=self.mode, during=self.during)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the site, reads its reference, and hooks on."""
+        key = f"spread.{self.classes}" if self.mode == "mean_preserving" else "radius"
+        modules = match_modules(pl_module, self.site)
+        targets = read_reference(self.reference, [f"{name}.{key}" for name in modules]) if self.reference else []
+        for index, module in enumerate(modules.values()):
+            target = targets[index] if targets else None
+            self._handles.append(module.register_forward_hook(self._hook(trainer, pl_module, index, target)))
+
+    def _hook(self, trainer: Trainer, pl_module: LightningModule, index: int, target: float | None) -> Any:
+        # Compiled modules leave their graph here: the hook depends on the stage and on the step.
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
+            if self.mode == "identity" or _STAGES.get(trainer.state.stage) not in self.during:
+                return output
+            if self.mode == "mean_preserving" and pl_module.training is not self._training_in_step:
+                return output
+            x = first_tensor(output, self.site)
+            clamped = self._clamp(x.to(torch.promote_types(x.dtype, torch.float32)), index, target).to(x.dtype)
+            return clamped if isinstance(output, Tensor) else (clamped, *output[1:])
+
+        return hook
+
+    def _clamp(self, x: Tensor, index: int, target: float | None) -> Tensor:
+        match self.mode:
+            case "naive":
+                return clamp_radius(x, target)
+            case "mean_preserving":
+                labels = fitting_labels(self._labels, x)
+                if self.classes == "target" and labels is None:
+                    raise ValueError(
+                        f"ActivationClamp at {self.site!r} needs the class of every position, but the batch has no "
+                        f"{self.labels!r} of shape {tuple(x.shape[:-1])}."
+                    )
+                classes = labels
+                if self.classes == "batch":
+                    classes = x.new_zeros(x.shape[:-1], dtype=torch.long) if labels is None else labels.clamp(max=0)
+                return clamp_spread(x, classes, target)
+            case "random_direction":
+                # One seed a step and module rather than one stream: a checkpointed backward repeats the forward.
+                generator = torch.Generator(x.device).manual_seed(hash((self.seed, index, *self._step)) % 2**63)
+                direction = torch.randn(x.shape, generator=generator, device=x.device)
+                displacement = (clamp_radius(x, target) - x).norm(dim=-1, keepdim=True)
+                return x + displacement * nn.functional.normalize(direction, dim=-1)
+            case "zero":
+                return torch.zeros_like(x)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
+        self._labels = labels_of(batch, self.labels)
+        self._step = (trainer.global_rank, trainer.global_step, batch_idx, loader)
+        # Steps and evaluation by generation inside them are told apart by the mode: the latter switches to eval.
+        self._training_in_step = pl_module.training
+
+    def _end(self, *_: Any) -> None:
+        self._labels = None
+        self._training_in_step = None
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = _begin
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = _end
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the hooks off."""
+        self._unhook()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes the hooks off here too: Lightning skips `teardown` when a run fails."""
+        self._unhook()
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
