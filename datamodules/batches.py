@@ -6,6 +6,7 @@ workers need no state, and a run resumed in mid-epoch goes on with the very next
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from random import Random
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,10 +30,15 @@ class Batches(Protocol[T]):
         ...
 
 
-def _bucket(samples: Sequence[T], size: int, length: Callable[[T], int], rng: Random) -> list[list[T]]:
-    """Cut samples into batches of like length, in random order."""
-    samples = sorted(samples, key=length)
-    batches = [list(samples[i : i + size]) for i in range(0, len(samples), size)]
+def _cut(samples: Sequence[T], count: int) -> list[list[T]]:
+    """Cut samples into `count` runs of even size."""
+    bounds = [i * len(samples) // count for i in range(count + 1)]
+    return [list(samples[start:end]) for start, end in pairwise(bounds)]
+
+
+def _bucket(samples: Sequence[T], count: int, length: Callable[[T], int], rng: Random) -> list[list[T]]:
+    """Cut samples into `count` batches of like length, in random order."""
+    batches = _cut(sorted(samples, key=length), count)
     rng.shuffle(batches)
     return batches
 
@@ -40,31 +46,40 @@ def _bucket(samples: Sequence[T], size: int, length: Callable[[T], int], rng: Ra
 class FiniteBatches(Generic[T]):
     """A fixed list of samples: every one once an epoch, in an order of the epoch's own.
 
+    Without `drop_last`, batches are of even size instead of the last one being small: each then has a share for every
+    rank, unless there are more ranks than `smallest`.
+
     Args:
         samples: The samples.
-        size: Global batch size, over all ranks.
+        size: Largest global batch, over all ranks.
         length: What to bucket by.
         seed: Order of the samples.
-        drop_last: Leave out the last, smaller batch of an epoch.
+        drop_last: Leave out, each epoch, the samples that do not fill a batch.
     """
 
     def __init__(self, samples: Sequence[T], size: int, length: Callable[[T], int], seed: int, drop_last: bool):
-        self.samples, self.size, self.length, self.seed = samples, size, length, seed
-        self.drop_last = drop_last and len(samples) >= size
+        self.samples, self.length, self.seed = samples, length, seed
+        full, rest = divmod(len(samples), size)
+        dropped = rest if drop_last and full else 0
+        self.used = len(samples) - dropped
+        self.batches = -(-self.used // size)
+        self.smallest = self.used // max(self.batches, 1)
         self._epoch = lru_cache(maxsize=1)(self._make_epoch)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self.samples) // self.size if self.drop_last else -(-len(self.samples) // self.size)
+        return self.batches
 
     def _make_epoch(self, epoch: int) -> list[list[T]]:
         rng = Random(f"{self.seed}/{epoch}")
-        order = rng.sample(range(len(self.samples)), len(self.samples))
-        if self.drop_last:
-            order = order[: len(self) * self.size]
-        step = POOL * self.size
-        pools = [[self.samples[i] for i in order[start : start + step]] for start in range(0, len(order), step)]
-        return [batch for pool in pools for batch in _bucket(pool, self.size, self.length, rng)]
+        order = [self.samples[i] for i in rng.sample(range(len(self.samples)), self.used)]
+        cuts = _cut(order, self.batches)
+        pools = [cuts[start : start + POOL] for start in range(0, self.batches, POOL)]
+        return [
+            batch
+            for pool in pools
+            for batch in _bucket([sample for cut in pool for sample in cut], len(pool), self.length, rng)
+        ]
 
     def batch(self, epoch: int, number: int) -> list[T]:
         """Return one global batch."""
@@ -74,8 +89,9 @@ class FiniteBatches(Generic[T]):
 class StreamBatches(Generic[T]):
     """Samples made on the fly, never the same one twice.
 
-    Batch numbers deal round-robin over `LANES` pools, so that `n` workers (a divisor of `LANES`), who take every
-    n-th batch, share no pool and none is made twice.
+    Batch numbers deal round-robin over `LANES` pools, so that `n` workers (a divisor of `LANES`), who take every n-th
+    batch, share no pool. Where an epoch ends within a block of lanes, workers change lanes and make up to `LANES` pools
+    again; that costs time, never a sample.
 
     Args:
         make: Makes sample number i.
@@ -96,7 +112,7 @@ class StreamBatches(Generic[T]):
     def _make_pool(self, pool: int) -> list[list[T]]:
         step = POOL * self.size
         samples = [self.make(i) for i in range(pool * step, (pool + 1) * step)]
-        return _bucket(samples, self.size, self.length, Random(pool))
+        return _bucket(samples, POOL, self.length, Random(pool))
 
     def batch(self, epoch: int, number: int) -> list[T]:
         """Return one global batch."""
@@ -147,9 +163,7 @@ class BatchLoader(DataLoader):
         **options: `num_workers` and the like, as in DataLoader.
     """
 
-    def __init__(
-        self, batches: Batches, collate: Callable[[list], Any], rank: int = 0, world: int = 1, **options: Any
-    ):
+    def __init__(self, batches: Batches, collate: Callable[[list], Any], rank: int = 0, world: int = 1, **options: Any):
         share = _RankShare(batches, rank, world)
         super().__init__(share, batch_size=None, sampler=_Numbers(share), collate_fn=collate, **options)
         self.done = 0

@@ -24,20 +24,19 @@ def read_jsonl(path: str | Path) -> list[Problem]:
         FileNotFoundError: There is no such file.
         ValueError: No line can be used.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no data file at '{path}'")
     problems, broken = [], []
-    with path.open(encoding="utf-8") as lines:
+    with open(path, "rb") as lines:  # bytes, so that a wrong encoding spoils its line only
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 problems.append(_problem(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+            except ValueError as error:
                 broken.append(f"line {number} ({error})")
     if not problems:
-        raise ValueError(f"'{path}' holds no problem" + (f": {broken[0]}" if broken else ", it is empty"))
+        raise ValueError(f"'{path}' holds no problem: " + (f"first {broken[0]}" if broken else "it is empty"))
     if broken:
         rank_zero_warn(f"'{path}': skipped {len(broken)} of {len(broken) + len(problems)} lines, first {broken[0]}")
     return problems
@@ -63,7 +62,8 @@ class WordProblems(LightningDataModule):
         test_path: The test file for `jsonl`; without it, the last tenth of the training file is kept for testing.
         batch_size: Problems a device and step.
         epoch_size: Generated problems that count as one epoch; each epoch draws new ones.
-        validation_size: Problems of the validation set (at most 2000 when generated).
+        validation_size: Problems of the validation set: at most 2000 when generated, else at most the last tenth of the
+            training file.
         test_sets: Test set -> problems. Generated: `test`, `heldout` (name-object and number pairs that training
             never sees), `twin` (pairs that differ in one number) and `passkey` (a string to copy). Else `test` only.
         passkey_fraction: Share of passkey problems among those generated for training.
@@ -93,23 +93,25 @@ class WordProblems(LightningDataModule):
             raise ValueError(f"data.test_path is read with data.source 'jsonl' only, not with '{source}'")
         if source == "generated" and path is not None:
             raise ValueError("data.path is not read with data.source 'generated': say 'jsonl' or 'hub'")
-        for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+        self.test_sets = {"test": 1000} if test_sets is None else test_sets
+        sizes = {"validation_size": validation_size} | {f"test_sets.{n}": size for n, size in self.test_sets.items()}
+        for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, **sizes}.items():
             if size < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {size}")
+        for name, size in sizes.items() if source == "generated" else ():
+            if size > FIXED:
+                raise ValueError(f"data.{name} must be at most {FIXED}, the size of the generated set, not {size}")
+        if num_workers not in (0, 1, 2, 4, 8):
+            raise ValueError(f"data.num_workers must be 0, 1, 2, 4 or 8, not {num_workers}")
         if epoch_size < batch_size:
             raise ValueError(f"data.epoch_size ({epoch_size}) is smaller than data.batch_size ({batch_size})")
         self.source, self.path, self.test_path, self.seed = source, path, test_path, seed
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.epoch_size, self.validation_size, self.passkey_fraction = epoch_size, validation_size, passkey_fraction
-        self.test_sets = {"test": 1000} if test_sets is None else test_sets
         known = ["test", "heldout", "twin", "passkey"] if source == "generated" else ["test"]
         for name in self.test_sets:
             if name not in known:
                 raise ValueError(f"data.test_sets has no set '{name}' with source '{source}': one of {known}")
-        if source == "generated":
-            for name, size in {"validation_size": validation_size, **self.test_sets}.items():
-                if not 1 <= size <= FIXED:
-                    raise ValueError(f"data: {name} must be between 1 and {FIXED}, the size of the set, not {size}")
         self.train_problems: list[Problem] = []
         self.eval_problems: dict[str, list[Problem]] = {}
 
@@ -129,22 +131,22 @@ class WordProblems(LightningDataModule):
                 sizes = {"validation": self.validation_size, **self.test_sets}
                 self.eval_problems = {name: [make[name](i) for i in range(size)] for name, size in sizes.items()}
             case "jsonl":
-                train = read_jsonl(self.path)
-                test = read_jsonl(self.test_path) if self.test_path else train[-max(len(train) // 10, 1) :]
-                self._keep(train if self.test_path else train[: len(train) - len(test)], test)
+                train, test = read_jsonl(self.path), self.test_path and read_jsonl(self.test_path)
+                if not test:
+                    train, test = _split(train, max(len(train) // 10, 1), self.path)
+                self._keep(train, test)
             case "hub":
                 from datasets import load_dataset  # the import takes seconds, and only the hub needs it
 
                 rows = load_dataset(self.path or "openai/gsm8k", "main")
-                self._keep([_problem(row) for row in rows["train"]], [_problem(row) for row in rows["test"]])
+                self._keep(*([_problem(row) for row in rows[part]] for part in ("train", "test")))
 
     def _keep(self, train: list[Problem], test: list[Problem]) -> None:
         """Set a file's problems apart: validation is the end of the training file, never part of the test file."""
-        size = min(self.validation_size, len(train) // 10)
-        if len(train) - size < 1 or size < 1:
-            raise ValueError(f"'{self.path}' holds {len(train)} problems, too few to set a tenth apart for validation")
-        self.train_problems = train[:-size]
-        self.eval_problems = {"validation": train[-size:], "test": test[: self.test_sets.get("test", len(test))]}
+        size = max(min(self.validation_size, len(train) // 10), 1)
+        self.train_problems, validation = _split(train, size, self.path)
+        self.eval_problems = {"validation": validation}
+        self.eval_problems |= {name: test[:size] for name, size in self.test_sets.items()}
 
     def train_problem(self, index: int) -> Problem:
         """Return problem `index` of the endless training stream (generated source)."""
@@ -163,44 +165,51 @@ class WordProblems(LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Length-bucketed batches, the same global batch whatever the number of ranks."""
         size = self.batch_size * self._world
-        if self.source == "generated":
-            batches = StreamBatches(self.train_problem, self.epoch_size, size, _length)
-        else:
-            batches = FiniteBatches(self.train_problems, size, _length, self.seed, drop_last=True)
-        return self._loader(batches, training=True)
+        if self.source != "generated":
+            return self._loader(self._finite("training", self.train_problems, size), training=True)
+        if self.epoch_size < size:
+            raise ValueError(f"data.epoch_size ({self.epoch_size}) is smaller than a batch of all devices ({size})")
+        return self._loader(StreamBatches(self.train_problem, self.epoch_size, size, _length), training=True)
 
     def val_dataloader(self) -> BatchLoader:
-        """The validation set, in order of length."""
+        """The validation set."""
         return self._eval_loader("validation")
 
     def test_dataloader(self) -> dict[str, BatchLoader]:
         """Test set -> its problems."""
-        return {name: self._eval_loader(name) for name in self.eval_problems if name != "validation"}
+        return {name: self._eval_loader(name) for name in self.test_sets}
 
     def predict_dataloader(self) -> BatchLoader:
-        """The test problems."""
-        return self._eval_loader("test")
-
-    def _eval_loader(self, name: str) -> BatchLoader:
-        return self._loader(self._share(self.eval_problems[name]), training=False)
+        """The problems of the first test set."""
+        return self._eval_loader(next(iter(self.test_sets), "validation"))
 
     def sample_dataloader(self, count: int) -> BatchLoader:
         """The first `count` validation problems: an unbiased sample, for evaluation in passing."""
-        return self._loader(self._share(self.eval_problems["validation"][:count]), training=False)
+        return self._eval_loader("validation", count)
 
-    def _share(self, problems: list[Problem]) -> Batches:
-        """This rank's share of a fixed set; evaluation steps do not talk, so shares need not be even."""
-        share = problems[self._rank :: self._world]
-        return FiniteBatches(share, self.eval_batch_size, _length, seed=0, drop_last=False)
+    def _eval_loader(self, name: str, count: int | None = None) -> BatchLoader:
+        batches = self._finite(name, self.eval_problems[name][:count], self.eval_batch_size * self._world)
+        return self._loader(batches, training=False)
+
+    def _finite(self, name: str, problems: list[Problem], size: int) -> FiniteBatches:
+        training = name == "training"
+        batches = FiniteBatches(problems, size, _length, self.seed if training else 0, drop_last=training)
+        if batches.smallest < self._world:
+            raise ValueError(
+                f"data: {len(problems)} {name} problems in {len(batches)} batches leave some of {self._world} devices "
+                "without any: use more problems, larger batches or fewer devices"
+            )
+        return batches
 
     def _loader(self, batches: Batches, training: bool) -> BatchLoader:
         module = self.trainer and self.trainer.lightning_module
         collate: Callable[[list[Problem]], Any] = partial(module.collate, training=training) if module else _as_is
         options: dict[str, Any] = {}
         if training and self.num_workers:
-            options = {"num_workers": self.num_workers, "persistent_workers": True, "prefetch_factor": 4}
-        rank, world = (self._rank, self._world) if training else (0, 1)
-        return BatchLoader(batches, collate, rank, world, **options)
+            # Forked, since caches and a module's tokenizer and optimizer need not be picklable
+            options = {"num_workers": self.num_workers, "prefetch_factor": 4, "multiprocessing_context": "fork"}
+            options["persistent_workers"] = True
+        return BatchLoader(batches, collate, self._rank, self._world, **options)
 
     @property
     def _rank(self) -> int:
@@ -209,6 +218,13 @@ class WordProblems(LightningDataModule):
     @property
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+
+def _split(problems: list[Problem], size: int, path: str | None) -> tuple[list[Problem], list[Problem]]:
+    """Cut the last `size` problems off."""
+    if len(problems) <= size:
+        raise ValueError(f"'{path}' holds too few problems ({len(problems)} to set {size} apart and train on the rest)")
+    return problems[:-size], problems[-size:]
 
 
 def _length(problem: Problem) -> int:

@@ -5,9 +5,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+
+def quiet() -> None:
+    """Keep bars and warnings of transformers off the terminal; what matters in them is raised here as an error."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
 
 
 @dataclass
@@ -28,13 +36,14 @@ class Pretrained:
 
     def _load(self, loader: Any, what: str, path: str, **options: Any) -> Any:
         """Load with safe settings, and say in one sentence what is missing where."""
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet()
+        if not os.path.isdir(path) and os.path.isdir(os.path.dirname(path)):
+            raise ValueError(f"cannot load {what} from '{path}': there is no such folder")
         try:
             return loader.from_pretrained(path, trust_remote_code=False, **options)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers, safetensors and tokenizers each raise kinds of their own
             if os.path.isdir(path):
-                reason = str(error).strip().splitlines()[0]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             else:
                 reason = "it is no folder here, and the hub does not give it (private, misspelt, or no network?)"
             raise ValueError(f"cannot load {what} from '{path}': {reason}") from error
@@ -53,7 +62,7 @@ class Pretrained:
         tokenizer = self._load(AutoTokenizer, "a tokenizer", path)
         for name in ("bos_token", "eos_token"):
             if getattr(tokenizer, name) is None:
-                raise ValueError(f"the tokenizer of '{path}' has no {name}: choose a model that marks where text begins")
+                raise ValueError(f"the tokenizer of '{path}' has no {name}: choose a model whose texts begin and end")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -68,7 +77,7 @@ class Pretrained:
         The output is the residual stream after layer `layers`; after the last layer, the final norm belongs to it.
 
         Raises:
-            ValueError: The model has fewer layers.
+            ValueError: The model has no such layer, or keeps its final norm elsewhere than models of Llama's kind.
         """
         config = self.load_config()
         total = config.num_hidden_layers
@@ -78,6 +87,8 @@ class Pretrained:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
         model = self._build(AutoModel, config)
+        if not hasattr(model, "norm"):
+            raise ValueError(f"'{self.path}' ({config.model_type}) has no final 'norm': choose a model of Llama's kind")
         if layers < total:
             model.norm = nn.Identity()
         return model
@@ -87,4 +98,12 @@ class Pretrained:
         if self.random_init:
             return loader.from_config(config, dtype=dtype, attn_implementation="sdpa")
         options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
-        return self._load(loader, "a model", self.path, config=config, **options)
+        # Mismatches are let pass there and told here, since transformers tells them in its log only
+        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = self._load(loader, "a model", self.path, config=config, **options, **checks)
+        wrong = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+        if wrong:
+            raise ValueError(
+                f"the weights in '{self.path}' lack {len(wrong)} parameters of its config, first {wrong[0]}"
+            )
+        return model

@@ -3,7 +3,6 @@
 Shapes: B batch, T positions, V vocabulary.
 """
 
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -11,13 +10,13 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from lightning_modules.evaluation import EvalSample
 from lightning_modules.generation import generate
 from lightning_modules.language_model.tokenizer import ByteLevelBPE
 from lightning_modules.metrics import Proportion
-from lightning_modules.pretrained import Pretrained
+from lightning_modules.pretrained import Pretrained, quiet
 from lightning_modules.schedule import with_cosine_schedule
 from lightning_modules.text import IGNORE, Prompt, encode, pad
 from lightning_modules.workload import Workload
@@ -62,6 +61,11 @@ class LanguageModel(LightningModule):
             raise ValueError("model needs either 'pretrained' or 'config', not both and not neither")
         if config is not None and tokenizer is None:
             raise ValueError("model.config needs model.tokenizer: a folder, or the size of one to train")
+        if config is not None and config.get("model_type") not in CONFIG_MAPPING:
+            known = "one that transformers knows, such as llama or mistral"
+            raise ValueError(f"model.config.model_type must be {known}, not {config.get('model_type')!r}")
+        if not 0 <= repeat_fraction <= 1:
+            raise ValueError(f"model.repeat_fraction must be between 0 and 1, not {repeat_fraction}")
         self.optimizer, self.warmup_steps, self.save_to = optimizer, warmup_steps, save_to
         self.prompt, self.repeat_prompt = Prompt(prompt), Prompt(repeat_prompt)
         self.repeat_fraction, self.answer_only, self.max_new_tokens = repeat_fraction, answer_only, max_new_tokens
@@ -70,7 +74,8 @@ class LanguageModel(LightningModule):
             self.tokenizer, self.model = pretrained.load_tokenizer(), pretrained.load_causal_lm()
         else:
             self.tokenizer = None if self.bpe else Pretrained(tokenizer).load_tokenizer()
-            special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} if self.bpe else {}
+            names = ("pad_token_id", "bos_token_id", "eos_token_id")
+            special = {name: getattr(self.tokenizer, name, index) for index, name in enumerate(names)}
             size = self.bpe.vocab_size if self.bpe else len(self.tokenizer)
             fields = special | {"vocab_size": size} | config
             self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), attn_implementation="sdpa")
@@ -175,7 +180,7 @@ class LanguageModel(LightningModule):
     def on_fit_end(self) -> None:
         """Write model and tokenizer where the user asked."""
         if self.save_to and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            Path(self.save_to).mkdir(parents=True, exist_ok=True)
+            quiet()
             self.model.save_pretrained(self.save_to)
             self.tokenizer.save_pretrained(self.save_to)
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+SPECIAL = ["<pad>", "<s>", "</s>"]
+SMALLEST = len(SPECIAL) + 256
+
 
 @dataclass
 class ByteLevelBPE:
@@ -21,6 +24,12 @@ class ByteLevelBPE:
     single_digits: bool
     texts: int = 50_000
 
+    def __post_init__(self) -> None:
+        if self.vocab_size < SMALLEST:
+            raise ValueError(
+                f"tokenizer.vocab_size must be at least {SMALLEST}, all bytes and specials: {self.vocab_size}"
+            )
+
     def train(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         """Learn the merges; `<pad>`, `<s>` and `</s>` are tokens 0, 1 and 2."""
         tokenizer = Tokenizer(models.BPE())
@@ -31,12 +40,15 @@ class ByteLevelBPE:
             ]
         )
         tokenizer.decoder = decoders.ByteLevel()
-        special = ["<pad>", "<s>", "</s>"]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=self.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            vocab_size=self.vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer)
         return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+            tokenizer_object=tokenizer,
+            pad_token=SPECIAL[0],
+            bos_token=SPECIAL[1],
+            eos_token=SPECIAL[2],
+            clean_up_tokenization_spaces=False,
         )

@@ -1,0 +1,93 @@
+"""What generated word problems are made of: who, what, how many, and the form of a template."""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+Numbers = dict[str, int]
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+_NAMES = """
+Abigail Adam Aisha Alan Alice Amara Amir Anna Arjun Astrid Ava Ben Bianca Boris Brenda Bruno Carla Carlos Cecilia
+Chen Clara Colin Daisy Dana Daniel David Delia Diego Dora Edith Elena Eli Emil Emma Erik Esther Eva Farah Felix
+Fiona Frank Freya George Gina Grace Greta Hana Harold Hassan Heidi Helen Henry Hugo Ida Igor Ingrid Irene Isaac Ivan
+Ivy Jack James Janet Jasmin Joel Julia Kamal Karen Keiko Kevin Kofi Laila Laura Leo Liam Linda Lucas Luna Marco
+Maria Martha Mateo Maya Milan Mira Nadia Naomi Nina Noah Nora Oleg Olga Omar Oscar Paul Petra Priya Quinn Rahul Rita
+Robin Rosa Ruth Sam Sara Sofia Tara Tariq Thomas Tom Uma Vera Victor Walter Wendy Xavier Yara Yusuf Zara Zoe
+"""
+
+_OBJECTS = """
+acorns apples arrows badges bags balloons bananas baskets beads bells belts berries blankets boats bolts books
+bottles bowls boxes bricks brushes buckets buttons cakes candles caps cards carrots chairs cherries clips clocks
+coats coins combs cones cookies corks crayons cups daisies dolls doors drums eggs envelopes erasers feathers figs
+flags flowers forks frames gems glasses gloves grapes hammers hats hooks jars jewels keys kites knives ladders lamps
+leaves lemons letters lilies magnets maps marbles masks melons mirrors mugs nails necklaces needles notebooks nuts
+onions oranges paddles paints peaches pears pebbles pencils pens photos pies pillows pins plants plates plums
+postcards potatoes puzzles ribbons rings rocks ropes roses rulers scarves seeds shells shirts shoes sketches socks
+spoons stamps stickers stones straws tickets tiles towels toys trays tulips vases wheels whistles
+"""
+
+NAMES = tuple(_NAMES.split())
+OBJECTS = tuple(_OBJECTS.split())
+
+
+@dataclass(frozen=True)
+class Template:
+    """One shape of problem.
+
+    Attributes:
+        name: Its name, for results by template.
+        draw: Draws the numbers from a random generator.
+        questions: Paraphrases of the question.
+        steps: `(sentence, expression, result name)` of the answer; the last result is the final answer.
+    """
+
+    name: str
+    draw: Callable[[Random], Numbers]
+    questions: tuple[str, ...]
+    steps: tuple[tuple[str, str, str], ...]
+
+    def work(self, numbers: Numbers) -> Numbers | None:
+        """Return the numbers with all results; None where they make no sense.
+
+        They do if every number and result is at least 2 (nobody gives away what they lack) and divisions are exact.
+        """
+        values = dict(numbers)
+        for _, (left, sign, right), result in self.steps:
+            if min(values.values()) < 2 or (sign == "/" and values[left] % values[right]):
+                return None
+            values[result] = OPERATIONS[sign](values[left], values[right])
+        return values if min(values.values()) >= 2 else None
+
+
+def between(**bounds: tuple[int, int]) -> Callable[[Random], Numbers]:
+    """Draw every number between its bounds, both included."""
+    return lambda rng: {name: rng.randint(low, high) for name, (low, high) in bounds.items()}
+
+
+def multiple(**bounds: tuple[int, int]) -> Callable[[Random], Numbers]:
+    """Draw like `between`, with `a` turned into that multiple of `b`, so that a / b is exact."""
+    draw_factors = between(**bounds)
+
+    def draw(rng: Random) -> Numbers:
+        numbers = draw_factors(rng)
+        return numbers | {"a": numbers["a"] * numbers["b"]}
+
+    return draw
+
+
+def sum_divides(rng: Random) -> Numbers:
+    """Draw a, b, c with (a + b) / c exact."""
+    c, share = rng.randint(2, 9), rng.randint(12, 90)
+    a = rng.randint(5, c * share - 5)
+    return {"a": a, "b": c * share - a, "c": c}
+
+
+def boxes_shared(rng: Random) -> Numbers:
+    """Draw a to d with (a * b - c) / d exact."""
+    while True:
+        a, b, d, share = rng.randint(3, 9), rng.randint(20, 60), rng.randint(2, 6), rng.randint(10, 80)
+        if (c := a * b - d * share) >= 3:
+            return {"a": a, "b": b, "c": c, "d": d}

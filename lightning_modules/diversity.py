@@ -1,0 +1,85 @@
+"""How much outputs differ from input to input: measures that tell a medium that carries its input from a constant.
+
+Shapes: B inputs, F features, K positions, D width. Tensors are measured in at least fp32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def cosine_matrix(x_BF: Tensor) -> Tensor:
+    """Return cosine_BB, <x_i, x_j> / (|x_i| |x_j|); a zero vector has cosine 0 with everything, itself included."""
+    unit_BF = normalize(_at_least_fp32(x_BF), dim=-1)
+    return unit_BF @ unit_BF.T
+
+
+def mean_pairwise_cosine(x_BF: Tensor) -> Tensor:
+    """Mean cosine over all pairs of different inputs: (|sum_i u_i|² - sum_i |u_i|²) / (B (B - 1)), u_i = x_i / |x_i|.
+
+    1 where all inputs give the same direction, about 0 for independent directions, at least -1 / (B - 1). An offset
+    that all inputs share raises it, however much they differ about that offset. NaN for a single input.
+    """
+    unit_BF = normalize(_at_least_fp32(x_BF), dim=-1)
+    pairs = len(x_BF) * (len(x_BF) - 1)
+    return (unit_BF.sum(0).square().sum() - unit_BF.square().sum()) / pairs
+
+
+def between_input_variance(x_BKD: Tensor, mask_BK: Tensor | None = None) -> Tensor:
+    """Share of the power that depends on the input: mean over k of E_i|x_ik - m_k|² / E_i|x_ik|², m_k = E_i x_ik.
+
+    0 where every input gives the same, even if positions differ among themselves: a variance over inputs and positions
+    together would take that for diversity. 1 where the mean over inputs is zero at every position; B independent
+    inputs about a zero mean give (B - 1) / B. It sees size, not content: noise that has nothing to do with the input
+    counts as well, and a constant offset that a reader could ignore lowers it.
+
+    Args:
+        x_BKD: Outputs by input and position.
+        mask_BK: Which positions are real; means run over these. Positions that fewer than two inputs have are left
+            out, and the result is 0 if none is left.
+    """
+    x_BKD = _at_least_fp32(x_BKD)
+    weight_BK = x_BKD.new_ones(x_BKD.shape[:2]) if mask_BK is None else mask_BK.to(x_BKD.dtype)
+    x_BKD = x_BKD.where(weight_BK[..., None] > 0, 0.0)
+    count_K = weight_BK.sum(0)
+    mean_KD = x_BKD.sum(0) / count_K.clamp(min=1)[:, None]
+    varying_K = ((x_BKD - mean_KD) * weight_BK[..., None]).square().sum(dim=(0, 2))
+    power_K = x_BKD.square().sum(dim=(0, 2))
+    share_K = varying_K / power_K.where(power_K > 0, 1.0)
+    counted_K = count_K > 1
+    return share_K.where(counted_K, 0.0).sum() / counted_K.sum().clamp(min=1)
+
+
+def effective_rank(x_BF: Tensor) -> Tensor:
+    """Along how many directions inputs differ: exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j (Roy and Vetterli 2007).
+
+    The s_i are the singular values of x less its mean over inputs. Between 1 and min(B - 1, F), so only to be compared
+    at the same B; 0 where all inputs give the same. It has no scale: read it beside `between_input_variance`.
+    """
+    x_BF = _at_least_fp32(x_BF)
+    values = torch.linalg.svdvals(x_BF - x_BF.mean(0))
+    # Rounding in the mean leaves a remainder that has a rank of its own where all inputs give the same.
+    values = values.where(values > 10 * torch.finfo(x_BF.dtype).eps * x_BF.norm(), 0.0)
+    total = values.sum()
+    p = values / total.where(total > 0, 1.0)
+    return torch.where(total > 0, torch.special.entr(p).sum().exp(), 0.0)
+
+
+def distinct(texts: Sequence[str]) -> float:
+    """Share of the texts that is unique: different texts / texts; NaN for no texts."""
+    return len(set(texts)) / len(texts) if texts else float("nan")
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words / n-grams, over all texts together (Li et al. 2016); NaN if no text has n words.
+
+    It falls with the amount of text, so only compare values over about as many words.
+    """
+    words = [text.split() for text in texts]
+    return distinct([" ".join(row[i : i + n]) for row in words for i in range(len(row) - n + 1)])
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

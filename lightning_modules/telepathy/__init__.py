@@ -1,0 +1,6 @@
+"""Telepathy: soft tokens between two frozen language models."""
+
+from lightning_modules.telepathy.bridges import Bridge, PerceiverBridge, TokenBridge
+from lightning_modules.telepathy.module import Telepathy
+
+__all__ = ["Bridge", "PerceiverBridge", "Telepathy", "TokenBridge"]

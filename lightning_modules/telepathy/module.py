@@ -1,0 +1,299 @@
+"""Telepathy: soft tokens from one frozen language model to another that shares no vocabulary with it.
+
+Shapes: B batch, S source positions, C source width, K soft tokens, Q question tokens, D target width, T packed
+positions, N answer tokens of the whole batch, V target vocabulary.
+"""
+
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_modules.evaluation import EvalSample
+from lightning_modules.generation import generate
+from lightning_modules.pretrained import Pretrained
+from lightning_modules.schedule import with_cosine_schedule
+from lightning_modules.telepathy import objectives as objective
+from lightning_modules.telepathy.bridges import BridgeFactory, OutputScale
+from lightning_modules.telepathy.frozen import Frozen
+from lightning_modules.telepathy.layout import Packing, cut, pack
+from lightning_modules.telepathy.normalizer import StatisticalNormalizer
+from lightning_modules.telepathy.objectives import Objective
+from lightning_modules.telepathy.report import Examination
+from lightning_modules.text import Prompt, pad
+from lightning_modules.workload import Workload
+
+
+class Telepathy(LightningModule):
+    """A frozen source reads the question, a bridge turns its hidden states to soft tokens, a frozen target answers.
+
+    The target sees `<bos> before [soft tokens] after`, where `before {question} after` is its prompt: the soft tokens
+    stand where the question's text would. Only the bridge is trained, and only the bridge is in checkpoints.
+
+    Args:
+        source: The model that reads. Only its layers up to `source_layer` are loaded.
+        target: The model that answers.
+        bridge: The bridge; its widths come from the models.
+        source_layer: Whose output the bridge reads, from 1; a list is concatenated.
+        normalizer: What source states pass before the bridge: `none`, `layer_norm`, or `statistical`, whitened by
+            statistics of 256 held-out questions that are taken when `fit` starts.
+        output: How soft tokens are brought to the scale of the target's embeddings (see `OutputScale`).
+        objectives: Objective -> weight.
+        optimizer: The optimizer, without its parameters.
+        warmup_steps: Steps in which the learning rate rises; it then falls to zero along a cosine.
+        prompt: The target's prompt; the source reads its part before the question.
+        max_new_tokens: Longest answer generated.
+        faithful: Keep the notes' flaws: states recoloured to the target's embedding scale before a cross-attention
+            without LayerNorm or positions, no prompt, and the BOS between soft tokens and answer.
+    """
+
+    def __init__(
+        self,
+        source: Pretrained,
+        target: Pretrained,
+        bridge: BridgeFactory,
+        source_layer: int | list[int],
+        normalizer: Literal["none", "layer_norm", "statistical"] = "none",
+        output: Literal["rms", "tanh", "none"] = "rms",
+        objectives: dict[Objective, float] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 50,
+        prompt: str = "Question: {question}\nAnswer:",
+        max_new_tokens: int = 100,
+        faithful: bool = False,
+    ):
+        super().__init__()
+        self.layers = [source_layer] if isinstance(source_layer, int) else source_layer
+        self.objectives = {"lm": 1.0} if objectives is None else objectives
+        if not self.layers or min(self.layers) < 1:
+            raise ValueError(f"model.source_layer {source_layer} names no layer: they count from 1")
+        if not any(self.objectives.values()):
+            raise ValueError("model.objectives is empty: give at least one objective a weight, such as {lm: 1.0}")
+        self.optimizer, self.warmup_steps, self.max_new_tokens = optimizer, warmup_steps, max_new_tokens
+        self.prompt, self.faithful = Prompt(prompt), faithful
+        self.source_tokenizer, self.target_tokenizer = source.load_tokenizer(), target.load_tokenizer()
+        self.source = Frozen(source.load_first_layers(max(self.layers)))
+        self.target = Frozen(target.load_causal_lm())
+        source_dim = self.source.model.config.hidden_size * len(self.layers)
+        self.embedding = self.target.model.get_input_embeddings()
+        weight = self.embedding.weight
+        scale = weight.detach().float().square().mean().sqrt().item()
+        match "statistical" if faithful else normalizer:
+            case "statistical":
+                self.normalizer = StatisticalNormalizer(source_dim, scale if faithful else 1.0)
+            case "layer_norm":
+                self.normalizer = torch.nn.LayerNorm(source_dim, elementwise_affine=False)
+            case "none":
+                self.normalizer = torch.nn.Identity()
+        self.bridge = bridge(source_dim, weight.shape[1], not faithful)
+        self.soft_tokens = OutputScale(output, scale)
+        self.strict_loading = False  # the frozen models are not in checkpoints
+        self.examinations: dict[str, Examination] = {}
+        self.intervals: dict[str, tuple[float, float]] = {}
+        self.counts: dict[str, int] = {}
+        # What stands around the question is the same in every row
+        seams = cut(self.target_tokenizer, self.prompt, ["x"], ["x"])[0]
+        bos = [self.target_tokenizer.bos_token_id]
+        self.text_head, self.text_after = bos + seams.before, seams.after
+        self.soft_head, self.soft_after = ([], bos) if faithful else (self.text_head, self.text_after)
+
+    def collate(self, problems: list, training: bool) -> dict[str, Any]:
+        """Make a batch: source tokens, and for both ways into the target, soft tokens or text, how rows are packed."""
+        questions, answers = [p.question for p in problems], [p.answer for p in problems]
+        bos = [self.source_tokenizer.bos_token_id]
+        source = cut(self.source_tokenizer, self.prompt, questions, [""] * len(problems))
+        target = cut(self.target_tokenizer, self.prompt, questions, answers)
+        wanted = [row.answer + [self.target_tokenizer.eos_token_id] for row in target]
+        _, source_mask_BS = pad([row.question for row in source], 0)
+        text_BQ, text_mask_BQ = pad([row.question for row in target], 0)
+        soft_mask_BK = self.bridge.soft_mask(source_mask_BS)
+        soft_tail, soft_packing = pack(len(self.soft_head), soft_mask_BK, self.soft_after, wanted)
+        batch = {
+            "source": pad([bos + row.before + row.question for row in source], 0)[0],
+            "source_mask": source_mask_BS,
+            "soft_mask": soft_mask_BK,
+            "soft_tail": soft_tail,
+            "soft_packing": soft_packing,
+            "text": text_BQ,
+            "text_mask": text_mask_BQ,
+        }
+        if not training or "kl_text" in self.objectives:
+            batch["text_tail"], batch["text_packing"] = pack(len(self.text_head), text_mask_BQ, self.text_after, wanted)
+        if not training:
+            batch["problems"] = problems
+        return batch
+
+    def read(self, batch: dict[str, Any]) -> Tensor:
+        """Return the source's states_BSC at the question's positions; its prompt and BOS, an outlier, are left out."""
+        with torch.no_grad():
+            states = self.source(input_ids=batch["source"], output_hidden_states=True, use_cache=False).hidden_states
+            states_BSC = torch.cat([states[layer] for layer in self.layers], dim=-1)
+        return states_BSC[:, -batch["source_mask"].shape[1] :].float()
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Return soft_BKD, the soft tokens of a batch, zero where a row has none."""
+        states_BSC = self.normalizer(self.read(batch))
+        return self.soft_tokens(self.bridge(states_BSC, batch["source_mask"]), batch["soft_mask"])
+
+    def embed(self, head: list[int], body_BKD: Tensor, tail_BA: Tensor, packing: Packing) -> Tensor:
+        """Return embeds_BTD: head, body and tail packed into rows without holes."""
+        head_HD = self.embedding(torch.tensor(head, dtype=torch.long, device=self.device))
+        parts = [head_HD.expand(len(body_BKD), -1, -1), body_BKD.to(head_HD.dtype), self.embedding(tail_BA)]
+        whole_BLD = torch.cat(parts, dim=1)
+        return whole_BLD.gather(1, packing.order_BT[..., None].expand(-1, -1, whole_BLD.shape[-1]))
+
+    def answer_logits(self, embeds_BTD: Tensor, packing: Packing) -> Tensor:
+        """Return logits_NV at the answer's tokens alone; causal attention needs no mask, for padding comes last."""
+        hidden_BTD = self.target.model.base_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+        return self.target.model.get_output_embeddings()(hidden_BTD.flatten(0, 1)[packing.predict_N])
+
+    def soft_logits(self, soft_BKD: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Return logits_NV of the target that is given soft tokens."""
+        embeds_BTD = self.embed(self.soft_head, soft_BKD, batch["soft_tail"], batch["soft_packing"])
+        return self.answer_logits(embeds_BTD, batch["soft_packing"])
+
+    def text_logits(self, batch: dict[str, Any]) -> Tensor:
+        """Return logits_NV of the target that reads the text."""
+        embeds_BTD = self.embed(self.text_head, self.embedding(batch["text"]), batch["text_tail"], batch["text_packing"])
+        return self.answer_logits(embeds_BTD, batch["text_packing"])
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Log each objective and return their weighted sum."""
+        soft_BKD = self(batch)
+        logits_NV, labels_N = self.soft_logits(soft_BKD, batch), batch["soft_packing"].labels_N
+        losses: dict[str, Tensor] = {}
+        for name, weight in self.objectives.items():
+            match name:
+                case "lm":
+                    losses[name] = weight * objective.lm(logits_NV, labels_N)
+                case "batch_diversity":
+                    losses[name] = weight * objective.batch_diversity(self._gather(self._features(soft_BKD, batch)))
+                case "contrastive":
+                    soft_BD = _mean(soft_BKD, batch["soft_mask"])
+                    text_BD = _mean(self.embedding(batch["text"]), batch["text_mask"])
+                    losses[name] = weight * objective.contrastive(self._gather(soft_BD), self._gather(text_BD))
+                case "kl_text":
+                    with torch.no_grad():
+                        teacher_NV = self.text_logits(batch)
+                    losses[name] = weight * objective.kl_text(logits_NV, teacher_NV)
+        total = torch.stack(list(losses.values())).sum()
+        size = len(batch["source"])
+        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
+        self.log("train/loss", total.detach(), batch_size=size, prog_bar=True)
+        return total
+
+    def _features(self, soft_BKD: Tensor, batch: dict[str, Any]) -> Tensor:
+        """All soft tokens of an input in one row; their mean where the number differs, for ranks must agree on size."""
+        fixed = getattr(self.bridge, "soft_tokens", None) is not None
+        return soft_BKD.flatten(1) if fixed else _mean(soft_BKD, batch["soft_mask"])
+
+    def _gather(self, x_BF: Tensor) -> Tensor:
+        """Rows of all ranks, with gradient."""
+        return self.all_gather(x_BF, sync_grads=True).flatten(0, 1) if self.trainer.world_size > 1 else x_BF
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the held-out cross-entropy of the answers, and how much of it hangs on the right source."""
+        soft_BKD, size = self(batch), len(batch["source"])
+        loss = objective.lm(self.soft_logits(soft_BKD, batch), batch["soft_packing"].labels_N)
+        self.log("validation/loss", loss, batch_size=size, sync_dist=True, prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Begin an examination of each test set."""
+        self.examinations = {name: Examination(name) for name in self.trainer.test_dataloaders}
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Answer by soft tokens and by text, and take the cross-entropies that tell what the soft tokens carry."""
+        examination = self.examinations[list(self.trainer.test_dataloaders)[dataloader_idx]]
+        examination.add(self, batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log every measure with its interval."""
+        for examination in self.examinations.values():
+            examination.report(self)
+        self.examinations = {}
+
+    @torch.no_grad()
+    def answers(self, head: list[int], body_BKD: Tensor, mask_BK: Tensor, after: list[int]) -> list[str]:
+        """Generate the target's answers to bodies of soft tokens or of embedded text."""
+        head_HD, after_AD = (self.embedding(torch.tensor(x, dtype=torch.long, device=self.device)) for x in (head, after))
+        size = len(body_BKD)
+        embeds = [head_HD.expand(size, -1, -1), body_BKD.to(head_HD.dtype), after_AD.expand(size, -1, -1)]
+        mask = [mask_BK.new_ones(size, len(head)), mask_BK, mask_BK.new_ones(size, len(after))]
+        eos, pad_id = self.target_tokenizer.eos_token_id, self.target_tokenizer.pad_token_id
+        rows = generate(
+            self.target.model, torch.cat(embeds, dim=1), torch.cat(mask, dim=1), self.max_new_tokens, eos, pad_id
+        )
+        return [text.strip() for text in self.target_tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    def soft_answers(self, batch: dict[str, Any], soft_BKD: Tensor) -> list[str]:
+        """Generate answers from soft tokens."""
+        return self.answers(self.soft_head, soft_BKD, batch["soft_mask"], self.soft_after)
+
+    def text_answers(self, batch: dict[str, Any]) -> list[str]:
+        """Generate answers from the question's text."""
+        return self.answers(self.text_head, self.embedding(batch["text"]), batch["text_mask"], self.text_after)
+
+    def sample_eval(self, batch: dict[str, Any]) -> list[EvalSample]:
+        """Answer a batch by soft tokens and score the answers."""
+        outputs = self.soft_answers(batch, self(batch))
+        return [EvalSample(p.question, p.answer, output, _scores(p, output)) for p, output in zip(batch["problems"], outputs, strict=True)]
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[EvalSample]:
+        """Answer a batch."""
+        return self.sample_eval(batch)
+
+    def on_fit_start(self) -> None:
+        """Take the normalizer's statistics, where it has any; they are the same again after a resume."""
+        if not isinstance(self.normalizer, StatisticalNormalizer):
+            return
+        states = []
+        for batch in self.trainer.datamodule.sample_dataloader(256):
+            batch = self.trainer.strategy.batch_to_device(batch)
+            states.append(self.read(batch)[batch["source_mask"]])
+        states_NC = torch.cat(states).double()
+        sums = torch.stack([states_NC.sum(0), states_NC.square().sum(0), torch.full_like(states_NC[0], len(states_NC))])
+        self.normalizer.calibrate(*self.all_gather(sums).reshape(-1, *sums.shape).sum(0))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another bridge, in words."""
+        given, own = checkpoint["state_dict"], self.state_dict()
+        for name in sorted(given.keys() ^ own.keys()):
+            who = "has no" if name in own else "has a"
+            raise ValueError(f"the checkpoint {who} '{name}': it was made with another bridge, give the config of its run")
+        for name, value in own.items():
+            if value.shape != given[name].shape:
+                raise ValueError(
+                    f"the checkpoint's '{name}' is {tuple(given[name].shape)} and this bridge's is {tuple(value.shape)}:"
+                    " give the same models and bridge sizes as the run that made it"
+                )
+
+    def workload(self, batch: dict[str, Any]) -> Workload:
+        """Samples, target positions, and flops of a step.
+
+        2 a parameter and position forward, as much again for gradients of activations, and of weights in the bridge.
+        """
+        sizes = [sum(p.numel() for p in module.parameters()) for module in (self.source, self.target, self.bridge)]
+        tokens = batch["soft_packing"].order_BT.numel()
+        source, target, bridge = 2 * batch["source"].numel(), 4 * tokens, 6 * batch["soft_mask"].numel()
+        if "kl_text" in self.objectives:
+            target += 2 * batch["text_packing"].order_BT.numel()
+        return Workload(len(batch["source"]), tokens, source * sizes[0] + target * sizes[1] + bridge * sizes[2])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Make the optimizer and its schedule."""
+        return with_cosine_schedule(self, self.optimizer, self.warmup_steps)
+
+
+def _mean(x_BKD: Tensor, mask_BK: Tensor) -> Tensor:
+    """Mean over the real positions."""
+    weight_BK1 = mask_BK[..., None].to(x_BKD.dtype)
+    return (x_BKD * weight_BK1).sum(1) / weight_BK1.sum(1).clamp_min(1)
+
+
+def _scores(problem: Any, output: str) -> dict[str, float]:
+    hits = {kind: found for kind, found in problem.entity_hits(output).items() if found}
+    means = {f"entity_{kind}": sum(found) / len(found) for kind, found in hits.items()}
+    return {"accuracy": float(problem.is_correct(output)), **means}

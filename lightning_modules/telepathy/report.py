@@ -1,0 +1,3 @@
+"""placeholder"""
+class Examination:
+    def __init__(self,name): pass
