@@ -54,12 +54,16 @@ class Template:
 
         They do if every number and result is at least 2 (nobody gives away what they lack) and divisions are exact.
         """
+        if min(numbers.values()) < 2:
+            return None
         values = dict(numbers)
         for _, (left, sign, right), result in self.steps:
-            if min(values.values()) < 2 or (sign == "/" and values[left] % values[right]):
+            if sign == "/" and values[left] % values[right]:
                 return None
             values[result] = OPERATIONS[sign](values[left], values[right])
-        return values if min(values.values()) >= 2 else None
+            if values[result] < 2:
+                return None
+        return values
 
 
 def between(**bounds: tuple[int, int]) -> Callable[[Random], Numbers]:

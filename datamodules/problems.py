@@ -66,13 +66,20 @@ def split_of(question: str) -> str:
     return {0: "validation", 1: "test"}.get(crc32(question.encode()) % 50, "train")
 
 
+Drawn = tuple[Template, Numbers, dict[str, str], int]  # the template, what fills it, and which paraphrase
+
+
+def _question(template: Template, numbers: Numbers, words: dict[str, str], paraphrase: int) -> str:
+    return template.questions[paraphrase].format(**words, **numbers)
+
+
 def _fill(template: Template, numbers: Numbers, words: dict[str, str], paraphrase: int, pair: int = 0) -> Problem:
     values, lines = template.work(numbers), []
     for sentence, (left, sign, right), result in template.steps:
         worked = f"<<{values[left]}{sign}{values[right]}={values[result]}>>{values[result]}"
         lines.append(sentence.replace("{=}", worked).format(**words))
     answer = "\n".join([*lines, f"#### {values[result]}"])
-    question = template.questions[paraphrase].format(**words, **numbers)
+    question = _question(template, numbers, words, paraphrase)
     asked, told = set(_WORD.findall(question)), set(_WORD.findall(answer))
     entities = {
         "name": tuple(w for w in dict.fromkeys(words[f] for f in "nmk") if w in asked and w in told),
@@ -82,7 +89,7 @@ def _fill(template: Template, numbers: Numbers, words: dict[str, str], paraphras
     return Problem(question, answer, entities, template.name, pair)
 
 
-def _draw(rng: Random, held_out: bool) -> tuple[Template, Numbers, dict[str, str], int]:
+def _draw(rng: Random, held_out: bool) -> Drawn:
     templates = rng.choices([t for t, _ in STEP_SHARES], [share for _, share in STEP_SHARES])[0]
     template = rng.choice(templates)
     paraphrase = rng.randrange(len(template.questions))
@@ -108,9 +115,9 @@ def generate(seed: int, split: str, index: int, held_out: bool = False) -> Probl
     """
     rng = Random(f"{seed}/{split}/{index}/{held_out}")
     while True:
-        problem = _fill(*_draw(rng, held_out))
-        if split_of(problem.question) == split:
-            return problem
+        drawn = _draw(rng, held_out)
+        if split_of(_question(*drawn)) == split:
+            return _fill(*drawn)
 
 
 def generate_twins(seed: int, split: str, index: int) -> tuple[Problem, Problem]:
@@ -118,11 +125,10 @@ def generate_twins(seed: int, split: str, index: int) -> tuple[Problem, Problem]
     rng = Random(f"{seed}/{split}/{index}/twin")
     while True:
         template, numbers, words, paraphrase = _draw(rng, False)
-        first = _fill(template, numbers, words, paraphrase, index)
         which, by = rng.choice(list(numbers)), rng.choice([-9, -6, -4, -3, -2, -1, 1, 2, 3, 4, 6, 9])
         changed = numbers | {which: numbers[which] + by}
-        if split_of(first.question) == split and template.work(changed):
-            second = _fill(template, changed, words, paraphrase, index)
+        if split_of(_question(template, numbers, words, paraphrase)) == split and template.work(changed):
+            first, second = (_fill(template, given, words, paraphrase, index) for given in (numbers, changed))
             if second.answer != first.answer:
                 return first, second
 

@@ -19,7 +19,7 @@ def wilson_interval(hits: float, count: float) -> tuple[float, float]:
     p, z2 = hits / count, Z95**2
     middle, spread = p + z2 / (2 * count), Z95 * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
     low, high = (middle - spread) / (1 + z2 / count), (middle + spread) / (1 + z2 / count)
-    return max(low, 0.0), min(high, 1.0)
+    return low if hits else 0.0, high if hits < count else 1.0  # exact where rounding is not
 
 
 class Proportion(Metric):

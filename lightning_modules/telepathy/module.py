@@ -6,8 +6,10 @@ positions, N answer tokens of the whole batch, V target vocabulary.
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning import LightningModule
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
@@ -120,10 +122,10 @@ class Telepathy(LightningModule):
             "text": text_BQ,
             "text_mask": text_mask_BQ,
         }
-        if not training or "kl_text" in self.objectives:
+        if training and "kl_text" in self.objectives:
             batch["text_tail"], batch["text_packing"] = pack(len(self.text_head), text_mask_BQ, self.text_after, wanted)
         if not training:
-            batch["problems"] = problems
+            batch["problems"], batch["answers"] = problems, wanted
         return batch
 
     def read(self, batch: dict[str, Any]) -> Tensor:
@@ -159,6 +161,17 @@ class Telepathy(LightningModule):
         """Return logits_NV of the target that reads the text."""
         embeds_BTD = self.embed(self.text_head, self.embedding(batch["text"]), batch["text_tail"], batch["text_packing"])
         return self.answer_logits(embeds_BTD, batch["text_packing"])
+
+    def answer_losses(
+        self, body_BKD: Tensor, mask_BK: Tensor, answers: list[list[int]], text: bool = False
+    ) -> list[np.ndarray]:
+        """Return the cross-entropy of each token of each answer, given bodies of soft tokens or of embedded text."""
+        head, after = (self.text_head, self.text_after) if text else (self.soft_head, self.soft_after)
+        tail_BA, packing = pack(len(head), mask_BK.cpu(), after, answers)
+        tail_BA, packing = move_data_to_device((tail_BA, packing), self.device)
+        logits_NV = self.answer_logits(self.embed(head, body_BKD, tail_BA, packing), packing)
+        losses_N = F.cross_entropy(logits_NV.float(), packing.labels_N, reduction="none").cpu().numpy()
+        return np.split(losses_N, np.cumsum([len(answer) for answer in answers])[:-1])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Log each objective and return their weighted sum."""
