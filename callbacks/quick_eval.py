@@ -1,10 +1,7 @@
 """Evaluation by generation amid training, on a few held-out samples."""
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,8 @@ from torch import nn
 
 from callbacks.throughput import off_the_clock
 from lightning_modules.diversity import distinct, distinct_n
-from lightning_modules.evaluation import EvalSample
+from lightning_modules.evaluation import EvalSample, gather_objects, text_table, write_jsonl
 from lightning_modules.metrics import wilson_interval
-
-_MARKDOWN = re.compile(r"([\\`*_\[\]|])")
 
 
 class QuickEval(Callback):
@@ -81,7 +76,10 @@ class QuickEval(Callback):
         step, last, self._last_step = trainer.global_step, self._last_step, trainer.global_step
         if step // self.every_n_steps > last // self.every_n_steps:
             with off_the_clock(trainer):
-                self._report(trainer, _over_ranks(self._evaluate(trainer, pl_module)))
+                shares = gather_objects(self._evaluate(trainer, pl_module))
+                # Dealt back into the order that sharing them rank by rank took apart
+                dealt = [sample for row in zip_longest(*shares) for sample in row if sample is not None]
+                self._report(trainer, dealt)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go of the batches."""
@@ -126,12 +124,7 @@ class QuickEval(Callback):
         for logger in trainer.loggers:
             if add_text := getattr(logger.experiment, "add_text", None):
                 add_text("quick_eval/samples", text_table(shown), global_step=step)
-        path = Path(folder, "samples", f"quick_eval-{trainer.global_step}.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".jsonl.tmp")
-        lines = [json.dumps(sample.to_dict(), ensure_ascii=False) + "\n" for sample in samples]
-        draft.write_text("".join(lines), encoding="utf-8")
-        draft.replace(path)  # atomic: a reader sees all samples or none
+        write_jsonl(Path(folder, "samples", f"quick_eval-{trainer.global_step}.jsonl"), samples)
 
 
 def summary(samples: Sequence[EvalSample]) -> dict[str, float]:
@@ -144,29 +137,6 @@ def summary(samples: Sequence[EvalSample]) -> dict[str, float]:
             metrics[f"{measure}_low"], metrics[f"{measure}_high"] = wilson_interval(sum(scores), len(scores))
     outputs = [sample.output for sample in samples]
     return metrics | {"distinct": distinct(outputs), "distinct_2": distinct_n(outputs, 2)}
-
-
-def text_table(samples: Sequence[EvalSample]) -> str:
-    """The samples as a markdown table that shows every text as it is."""
-    rows = [["question", "reference", "output", "scores"], ["---"] * 4]
-    for sample in samples:
-        scores = ", ".join(f"{name} {score:.3g}" for name, score in sample.scores.items())
-        rows.append([_cell(text) for text in (sample.prompt, sample.reference, sample.output, scores)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    # A worked answer is full of << >> and *, which a browser would take for tags and markdown for emphasis.
-    return "<br>".join(_MARKDOWN.sub(r"\\\1", escape(text, quote=False)).splitlines())
-
-
-def _over_ranks(samples: list[EvalSample]) -> list[EvalSample]:
-    """The samples of all ranks, dealt back into the order that sharing them rank by rank took apart."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return samples
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, samples)
-    return [sample for row in zip_longest(*shares) for sample in row if sample is not None]
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

@@ -145,8 +145,11 @@ class _Numbers(DistributedSampler):
         self.start = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        # A generator, so that the start is used up when read: a DataLoader with workers asks for two iterators
         start, self.start = self.start, 0
-        return ((self.epoch, number) for number in range(start, len(self.dataset)))
+        epoch = self.epoch
+        for number in range(start, len(self.dataset)):
+            yield epoch, number
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -103,7 +103,6 @@ class Pretrained:
         model, info = self._load(loader, "a model", self.path, config=config, **options, **checks)
         wrong = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
         if wrong:
-            raise ValueError(
-                f"the weights in '{self.path}' lack {len(wrong)} parameters of its config, first {wrong[0]}"
-            )
+            told = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"
+            raise ValueError(f"the weights in '{self.path}' do not fit its config: {told}")
         return model

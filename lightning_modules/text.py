@@ -21,7 +21,9 @@ class Prompt:
 
     def __init__(self, template: str):
         if template.count("{question}") != 1:
-            raise ValueError(f"the prompt needs one '{{question}}', where the question or its soft tokens go: {template!r}")
+            raise ValueError(
+                f"the prompt needs one '{{question}}', where the question or its soft tokens go: {template!r}"
+            )
         self.before, self.after = template.split("{question}")
 
     def fill(self, question: str) -> str:

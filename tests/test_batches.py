@@ -1,11 +1,12 @@
 """Numbered batches: every sample once, shared by ranks, the same from workers and after a resume."""
 
 from collections import Counter
-from random import Random
+from itertools import chain
 
 import pytest
 
 from datamodules.batches import LANES, POOL, BatchLoader, FiniteBatches, StreamBatches
+from datamodules.problems import generate
 
 
 def length(sample: int) -> int:
@@ -31,7 +32,7 @@ def test_finite_batches_hold_every_sample_once_an_epoch(count):
     batches = FiniteBatches(range(count), 7, length, seed=0, drop_last=False)
     epochs = [[batches.batch(epoch, i) for i in range(len(batches))] for epoch in (0, 1)]
     for epoch in epochs:
-        assert sorted(sum(epoch, [])) == list(range(count))
+        assert sorted(chain(*epoch)) == list(range(count))
         sizes = [len(batch) for batch in epoch]
         assert max(sizes) <= 7
         assert min(sizes) >= batches.smallest == count // len(batches)
@@ -42,7 +43,7 @@ def test_finite_batches_hold_every_sample_once_an_epoch(count):
 
 def test_drop_last_leaves_out_less_than_a_batch():
     batches = FiniteBatches(range(100), 7, length, seed=0, drop_last=True)
-    seen = sum((batches.batch(0, i) for i in range(len(batches))), [])
+    seen = list(chain(*(batches.batch(0, i) for i in range(len(batches)))))
     assert len(batches) == 14
     assert len(set(seen)) == len(seen) == 98
     small = FiniteBatches(range(5), 7, length, seed=0, drop_last=True)
@@ -96,7 +97,7 @@ def test_ranks_partition_the_global_batch(kind, world):
     shares = [list(loader(make(), rank, world)) for rank in range(world)]
     assert len(whole) == len(shares[0])
     for number, batch in enumerate(whole):
-        assert sorted(sum((share[number] for share in shares), [])) == sorted(batch)
+        assert sorted(chain(*(share[number] for share in shares))) == sorted(batch)
         sizes = [len(share[number]) for share in shares]
         assert max(sizes) - min(sizes) <= 1
 
@@ -120,7 +121,7 @@ def test_a_resumed_loader_gives_exactly_the_remaining_batches(workers):
     second.sampler.set_epoch(1)
     following = list(second)
     assert len(following) == 30
-    assert not set(sum(following, [])) & set(sum(whole, []))
+    assert not set(chain(*following)) & set(chain(*whole))
 
 
 def test_a_loader_saved_at_the_end_of_an_epoch_starts_the_next_one():
@@ -132,12 +133,16 @@ def test_a_loader_saved_at_the_end_of_an_epoch_starts_the_next_one():
 
 
 def test_bucketing_leaves_little_padding():
-    lengths = [int(Random(i).lognormvariate(5, 0.4)) for i in range(4096)]
+    problems = [generate(0, "train", i) for i in range(4096)]
+    lengths = [len(p.question) + len(p.answer) for p in problems]
 
     def padding(batches: list[list[int]]) -> float:
         return 1 - sum(map(sum, batches)) / sum(max(batch) * len(batch) for batch in batches)
 
-    bucketed = FiniteBatches(lengths, 32, int, seed=0, drop_last=True)
-    plain = [lengths[i : i + 32] for i in range(0, len(lengths), 32)]
-    assert padding(plain) > 0.4
-    assert padding([bucketed.batch(0, i) for i in range(len(bucketed))]) < 0.08
+    finite, stream = (
+        FiniteBatches(lengths, 64, int, 0, drop_last=True),
+        StreamBatches(lengths.__getitem__, 2048, 32, int),
+    )
+    assert padding([lengths[i : i + 64] for i in range(0, len(lengths), 64)]) > 0.25
+    for batches in (finite, stream):
+        assert padding([batches.batch(0, i) for i in range(len(batches))]) < 0.06

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from torch import nn
 from torch.utils.data import DataLoader
 
-from callbacks.quick_eval import QuickEval, text_table
+from callbacks.quick_eval import QuickEval
 from callbacks.throughput import Throughput
-from lightning_modules.evaluation import EvalSample
+from lightning_modules.evaluation import EvalSample, text_table
 from lightning_modules.metrics import wilson_interval
 
 HELD_OUT = 11
@@ -141,7 +142,7 @@ def test_metrics_samples_and_schedule(tmp_path):
         }
     )
     for step in (2, 4):
-        assert samples_at(tmp_path, step) == [Answers.sample(i).to_dict() for i in range(10)]
+        assert samples_at(tmp_path, step) == [asdict(Answers.sample(i)) for i in range(10)]
     assert not list(tmp_path.rglob("*.tmp"))
     # Batches are made once, and pass Lightning's transfer each time.
     assert data.asked == [10]

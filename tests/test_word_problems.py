@@ -30,12 +30,15 @@ def rows(count):
     return [(f"{'Very ' * (i % 7)}small question {i}?", f"It is {i}.\n#### {i}") for i in range(count)]
 
 
+SMALL = {"epoch_size": 64, "validation_size": 4, "test_sets": {"test": 1}}
+
+
 class Tiny(LightningModule):
     """Predicts a sum of bytes; remembers what it saw."""
 
     def __init__(self):
         super().__init__()
-        self.layer, self.dropout, self.seen = torch.nn.Linear(8, 1), torch.nn.Dropout(0.2), []
+        self.layer, self.seen = torch.nn.Linear(8, 1), []
 
     def collate(self, problems, training):
         features = torch.tensor([[*p.question.encode()[:8].ljust(8)] for p in problems]) / 128
@@ -44,7 +47,7 @@ class Tiny(LightningModule):
     def training_step(self, batch, batch_idx):
         assert batch["training"]
         self.seen.append(batch["questions"])
-        return (self.layer(self.dropout(batch["features"])) - batch["features"].sum(1, keepdim=True)).square().mean()
+        return (self.layer(batch["features"]) - batch["features"].sum(1, keepdim=True)).square().mean()
 
     def validation_step(self, batch, batch_idx):
         assert not batch["training"]
@@ -73,19 +76,15 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_does(tmp_path, sourc
 
     write(tmp_path / "train.jsonl", rows(37))  # 3 of validation, then 8 batches of 4 and 2 left out
     write(tmp_path / "test.jsonl", rows(2))
-    torch.manual_seed(0)
-    whole = Tiny()
-    initial = {name: value.clone() for name, value in whole.state_dict().items()}
+    whole, resumed = Tiny(), Tiny()
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(tmp_path, max_steps=20, callbacks=[keep]).fit(whole, make())
-    assert len(whole.seen) == 20
-    assert not torch.equal(initial["layer.weight"], whole.layer.weight)
-
-    resumed = Tiny()
     saved = tmp_path / f"step={stop}.ckpt"
-    resumed.dropout.p = whole.dropout.p = 0.2
     trainer(tmp_path, max_steps=20, enable_checkpointing=False).fit(resumed, make(), ckpt_path=saved, weights_only=True)
+    assert len(whole.seen) == 20
     assert resumed.seen == whole.seen[stop:]
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+    assert not torch.equal(torch.load(saved, weights_only=True)["state_dict"]["layer.weight"], whole.layer.weight)
 
 
 def test_generated_sets(tmp_path):
@@ -146,7 +145,9 @@ def test_too_few_problems(tmp_path, count):
 def test_broken_lines_are_counted_in_one_warning(tmp_path):
     path = write(tmp_path / "a.jsonl", rows(3))
     good = path.read_bytes()
-    path.write_bytes(b"\xef\xbb\xbf" + good + b'{"question": "cut of\n\n[1]\n\xff\xfe\x00\n{"question": "q", "answer": "1"}\n')
+    path.write_bytes(
+        b"\xef\xbb\xbf" + good + b'{"question": "cut of\n\n[1]\n\xff\xfe\x00\n{"question": "q", "answer": "1"}\n'
+    )
     with pytest.warns(UserWarning, match=r"skipped 4 of 7 lines, first line 4 \(") as caught:
         assert len(read_jsonl(path)) == 3
     assert len(caught) == 1
@@ -220,16 +221,16 @@ def test_ranks_share_every_set_in_as_many_steps():
 
 
 def test_ranks_train_on_the_same_global_batches():
-    (one,) = on_ranks(1, batch_size=8, epoch_size=64)
-    two = [list(data.train_dataloader()) for data in on_ranks(2, batch_size=4, epoch_size=64)]
+    (one,) = on_ranks(1, batch_size=8, **SMALL)
+    two = [list(data.train_dataloader()) for data in on_ranks(2, batch_size=4, **SMALL)]
     for number, batch in enumerate(one.train_dataloader()):
         assert {p.question for p in batch} == {p.question for share in two for p in share[number]}
 
 
 def test_a_rank_without_problems_is_told():
-    data, *_ = on_ranks(4, validation_size=3)
+    data, *_ = on_ranks(4, validation_size=3, test_sets={"test": 1})
     with pytest.raises(ValueError, match="3 validation problems in 1 batches leave some of 4 devices without any"):
         data.val_dataloader()
-    data, *_ = on_ranks(4, epoch_size=64)
+    data, *_ = on_ranks(4, **SMALL)
     with pytest.raises(ValueError, match=r"epoch_size \(64\) is smaller than a batch of all devices \(256\)"):
         data.train_dataloader()

@@ -24,13 +24,17 @@ class Bridge(nn.Module, ABC):
         """Return mask_BK of the soft tokens that a source mask leads to; needs no states, so it runs in the loader."""
 
 
+LOCALITY = float(__import__("os").environ.get("LOC","2"))
 BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target width, LayerNorm on the source states)
 
 
-def sinusoids(length: int, width: int) -> Tensor:
-    """Return position encodings_SC: sines and cosines of geometrically spaced periods (Vaswani et al. 2017)."""
+def sinusoids(length: int, width: int, longest: float = 64.0) -> Tensor:
+    """Return position encodings_SC: sines and cosines of periods from 2π to 2π · `longest` (Vaswani et al. 2017).
+
+    Periods as short as a question, not thousands of tokens, for neighbours have to be told apart.
+    """
     position_S1 = torch.arange(length)[:, None]
-    frequency_C = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
+    frequency_C = torch.exp(torch.arange(0, width, 2) * (-math.log(longest) / width))
     angle_SC = position_S1 * frequency_C
     return torch.stack([angle_SC.sin(), angle_SC.cos()], dim=-1).flatten(1)[:, :width]
 
@@ -74,13 +78,19 @@ class PerceiverBridge(Bridge):
         self.project = nn.Linear(source_dim, width)
         self.register_buffer("positions_SC", sinusoids(max_length, width), persistent=False)
         self.position_scale = nn.Parameter(torch.ones(()) if key_norm else torch.zeros(()), requires_grad=key_norm)
-        self.queries_KC = nn.Parameter(torch.randn(soft_tokens, width))
+        self.queries_KC = nn.Parameter(self.positions_SC[:soft_tokens].clone())
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
             for _ in range(depth)
         )
+        for layer in self.layers:
+            # Keys projected as queries are: attention starts out as likeness of position, so that query k reads about
+            # position k from the first step on, rather than first having to find it
+            weight = layer.multihead_attn.in_proj_weight.data
+            weight[:width] *= LOCALITY
+            weight[width : 2 * width] = weight[:width]
         self.out = nn.Linear(width, target_dim)
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
@@ -130,7 +140,9 @@ class TokenBridge(Bridge):
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return the soft tokens, the end vector last."""
-        soft_BKD = self.map(self.norm(states_BSC)).unflatten(-1, (self.tokens_per_source, self.target_dim)).flatten(1, 2)
+        soft_BKD = (
+            self.map(self.norm(states_BSC)).unflatten(-1, (self.tokens_per_source, self.target_dim)).flatten(1, 2)
+        )
         return torch.cat([soft_BKD, self.end_D.expand(len(soft_BKD), 1, -1)], dim=1)
 
     def soft_mask(self, mask_BS: Tensor) -> Tensor:

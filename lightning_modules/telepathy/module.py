@@ -9,22 +9,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import LightningModule
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_modules.evaluation import EvalSample
-from lightning_modules.generation import generate
 from lightning_modules.pretrained import Pretrained
 from lightning_modules.schedule import with_cosine_schedule
 from lightning_modules.telepathy import objectives as objective
 from lightning_modules.telepathy.bridges import BridgeFactory, OutputScale
 from lightning_modules.telepathy.frozen import Frozen
-from lightning_modules.telepathy.layout import Packing, cut, pack
+from lightning_modules.telepathy.layout import cut, pack
 from lightning_modules.telepathy.normalizer import StatisticalNormalizer
 from lightning_modules.telepathy.objectives import Objective
 from lightning_modules.telepathy.report import Examination
+from lightning_modules.telepathy.target import Target
 from lightning_modules.text import Prompt, pad
 from lightning_modules.workload import Workload
 
@@ -76,13 +74,11 @@ class Telepathy(LightningModule):
             raise ValueError("model.objectives is empty: give at least one objective a weight, such as {lm: 1.0}")
         self.optimizer, self.warmup_steps, self.max_new_tokens = optimizer, warmup_steps, max_new_tokens
         self.prompt, self.faithful = Prompt(prompt), faithful
-        self.source_tokenizer, self.target_tokenizer = source.load_tokenizer(), target.load_tokenizer()
+        self.source_tokenizer = source.load_tokenizer()
         self.source = Frozen(source.load_first_layers(max(self.layers)))
-        self.target = Frozen(target.load_causal_lm())
+        self.target = Target(target, self.prompt, faithful)
         source_dim = self.source.model.config.hidden_size * len(self.layers)
-        self.embedding = self.target.model.get_input_embeddings()
-        weight = self.embedding.weight
-        scale = weight.detach().float().square().mean().sqrt().item()
+        scale = self.target.embedding.weight.detach().float().square().mean().sqrt().item()
         match "statistical" if faithful else normalizer:
             case "statistical":
                 self.normalizer = StatisticalNormalizer(source_dim, scale if faithful else 1.0)
@@ -90,42 +86,35 @@ class Telepathy(LightningModule):
                 self.normalizer = torch.nn.LayerNorm(source_dim, elementwise_affine=False)
             case "none":
                 self.normalizer = torch.nn.Identity()
-        self.bridge = bridge(source_dim, weight.shape[1], not faithful)
+        self.bridge = bridge(source_dim, self.target.width, not faithful)
         self.soft_tokens = OutputScale(output, scale)
         self.strict_loading = False  # the frozen models are not in checkpoints
         self.examinations: dict[str, Examination] = {}
         self.intervals: dict[str, tuple[float, float]] = {}
         self.counts: dict[str, int] = {}
-        # What stands around the question is the same in every row
-        seams = cut(self.target_tokenizer, self.prompt, ["x"], ["x"])[0]
-        bos = [self.target_tokenizer.bos_token_id]
-        self.text_head, self.text_after = bos + seams.before, seams.after
-        self.soft_head, self.soft_after = ([], bos) if faithful else (self.text_head, self.text_after)
 
     def collate(self, problems: list, training: bool) -> dict[str, Any]:
         """Make a batch: source tokens, and for both ways into the target, soft tokens or text, how rows are packed."""
         questions, answers = [p.question for p in problems], [p.answer for p in problems]
         bos = [self.source_tokenizer.bos_token_id]
         source = cut(self.source_tokenizer, self.prompt, questions, [""] * len(problems))
-        target = cut(self.target_tokenizer, self.prompt, questions, answers)
-        wanted = [row.answer + [self.target_tokenizer.eos_token_id] for row in target]
+        target = cut(self.target.tokenizer, self.prompt, questions, answers)
+        wanted = [row.answer + [self.target.tokenizer.eos_token_id] for row in target]
         _, source_mask_BS = pad([row.question for row in source], 0)
-        text_BQ, text_mask_BQ = pad([row.question for row in target], 0)
         soft_mask_BK = self.bridge.soft_mask(source_mask_BS)
-        soft_tail, soft_packing = pack(len(self.soft_head), soft_mask_BK, self.soft_after, wanted)
         batch = {
             "source": pad([bos + row.before + row.question for row in source], 0)[0],
             "source_mask": source_mask_BS,
             "soft_mask": soft_mask_BK,
-            "soft_tail": soft_tail,
-            "soft_packing": soft_packing,
-            "text": text_BQ,
-            "text_mask": text_mask_BQ,
         }
-        if training and "kl_text" in self.objectives:
-            batch["text_tail"], batch["text_packing"] = pack(len(self.text_head), text_mask_BQ, self.text_after, wanted)
+        batch["text"], batch["text_mask"] = pad([row.question for row in target], 0)
         if not training:
-            batch["problems"], batch["answers"] = problems, wanted
+            return batch | {"problems": problems, "answers": wanted}
+        frame = self.target.soft_frame
+        batch["soft_tail"], batch["soft_packing"] = pack(len(frame.head), soft_mask_BK, frame.after, wanted)
+        if "kl_text" in self.objectives:
+            frame = self.target.text_frame
+            batch["text_tail"], batch["text_packing"] = pack(len(frame.head), batch["text_mask"], frame.after, wanted)
         return batch
 
     def read(self, batch: dict[str, Any]) -> Tensor:
@@ -140,57 +129,26 @@ class Telepathy(LightningModule):
         states_BSC = self.normalizer(self.read(batch))
         return self.soft_tokens(self.bridge(states_BSC, batch["source_mask"]), batch["soft_mask"])
 
-    def embed(self, head: list[int], body_BKD: Tensor, tail_BA: Tensor, packing: Packing) -> Tensor:
-        """Return embeds_BTD: head, body and tail packed into rows without holes."""
-        head_HD = self.embedding(torch.tensor(head, dtype=torch.long, device=self.device))
-        parts = [head_HD.expand(len(body_BKD), -1, -1), body_BKD.to(head_HD.dtype), self.embedding(tail_BA)]
-        whole_BLD = torch.cat(parts, dim=1)
-        return whole_BLD.gather(1, packing.order_BT[..., None].expand(-1, -1, whole_BLD.shape[-1]))
-
-    def answer_logits(self, embeds_BTD: Tensor, packing: Packing) -> Tensor:
-        """Return logits_NV at the answer's tokens alone; causal attention needs no mask, for padding comes last."""
-        hidden_BTD = self.target.model.base_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
-        return self.target.model.get_output_embeddings()(hidden_BTD.flatten(0, 1)[packing.predict_N])
-
-    def soft_logits(self, soft_BKD: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Return logits_NV of the target that is given soft tokens."""
-        embeds_BTD = self.embed(self.soft_head, soft_BKD, batch["soft_tail"], batch["soft_packing"])
-        return self.answer_logits(embeds_BTD, batch["soft_packing"])
-
-    def text_logits(self, batch: dict[str, Any]) -> Tensor:
-        """Return logits_NV of the target that reads the text."""
-        embeds_BTD = self.embed(self.text_head, self.embedding(batch["text"]), batch["text_tail"], batch["text_packing"])
-        return self.answer_logits(embeds_BTD, batch["text_packing"])
-
-    def answer_losses(
-        self, body_BKD: Tensor, mask_BK: Tensor, answers: list[list[int]], text: bool = False
-    ) -> list[np.ndarray]:
-        """Return the cross-entropy of each token of each answer, given bodies of soft tokens or of embedded text."""
-        head, after = (self.text_head, self.text_after) if text else (self.soft_head, self.soft_after)
-        tail_BA, packing = pack(len(head), mask_BK.cpu(), after, answers)
-        tail_BA, packing = move_data_to_device((tail_BA, packing), self.device)
-        logits_NV = self.answer_logits(self.embed(head, body_BKD, tail_BA, packing), packing)
-        losses_N = F.cross_entropy(logits_NV.float(), packing.labels_N, reduction="none").cpu().numpy()
-        return np.split(losses_N, np.cumsum([len(answer) for answer in answers])[:-1])
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Log each objective and return their weighted sum."""
         soft_BKD = self(batch)
-        logits_NV, labels_N = self.soft_logits(soft_BKD, batch), batch["soft_packing"].labels_N
+        packing = batch["soft_packing"]
+        logits_NV = self.target.logits(self.target.soft_frame, soft_BKD, batch["soft_tail"], packing)
         losses: dict[str, Tensor] = {}
         for name, weight in self.objectives.items():
             match name:
                 case "lm":
-                    losses[name] = weight * objective.lm(logits_NV, labels_N)
+                    losses[name] = weight * objective.lm(logits_NV, packing.labels_N)
                 case "batch_diversity":
                     losses[name] = weight * objective.batch_diversity(self._gather(self._features(soft_BKD, batch)))
                 case "contrastive":
                     soft_BD = _mean(soft_BKD, batch["soft_mask"])
-                    text_BD = _mean(self.embedding(batch["text"]), batch["text_mask"])
+                    text_BD = _mean(self.target.embedding(batch["text"]), batch["text_mask"])
                     losses[name] = weight * objective.contrastive(self._gather(soft_BD), self._gather(text_BD))
                 case "kl_text":
                     with torch.no_grad():
-                        teacher_NV = self.text_logits(batch)
+                        body_BQD, frame = self.target.embedding(batch["text"]), self.target.text_frame
+                        teacher_NV = self.target.logits(frame, body_BQD, batch["text_tail"], batch["text_packing"])
                     losses[name] = weight * objective.kl_text(logits_NV, teacher_NV)
         total = torch.stack(list(losses.values())).sum()
         size = len(batch["source"])
@@ -208,10 +166,11 @@ class Telepathy(LightningModule):
         return self.all_gather(x_BF, sync_grads=True).flatten(0, 1) if self.trainer.world_size > 1 else x_BF
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the held-out cross-entropy of the answers, and how much of it hangs on the right source."""
-        soft_BKD, size = self(batch), len(batch["source"])
-        loss = objective.lm(self.soft_logits(soft_BKD, batch), batch["soft_packing"].labels_N)
-        self.log("validation/loss", loss, batch_size=size, sync_dist=True, prog_bar=True)
+        """Log the held-out cross-entropy of the answers, by token."""
+        losses = self.target.answer_losses(self.target.soft_frame, self(batch), batch["soft_mask"], batch["answers"])
+        losses_N = np.concatenate(losses)
+        loss = torch.tensor(losses_N.mean(), device=self.device)
+        self.log("validation/loss", loss, batch_size=len(losses_N), sync_dist=True, prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
         """Begin an examination of each test set."""
@@ -228,31 +187,12 @@ class Telepathy(LightningModule):
             examination.report(self)
         self.examinations = {}
 
-    @torch.no_grad()
-    def answers(self, head: list[int], body_BKD: Tensor, mask_BK: Tensor, after: list[int]) -> list[str]:
-        """Generate the target's answers to bodies of soft tokens or of embedded text."""
-        head_HD, after_AD = (self.embedding(torch.tensor(x, dtype=torch.long, device=self.device)) for x in (head, after))
-        size = len(body_BKD)
-        embeds = [head_HD.expand(size, -1, -1), body_BKD.to(head_HD.dtype), after_AD.expand(size, -1, -1)]
-        mask = [mask_BK.new_ones(size, len(head)), mask_BK, mask_BK.new_ones(size, len(after))]
-        eos, pad_id = self.target_tokenizer.eos_token_id, self.target_tokenizer.pad_token_id
-        rows = generate(
-            self.target.model, torch.cat(embeds, dim=1), torch.cat(mask, dim=1), self.max_new_tokens, eos, pad_id
-        )
-        return [text.strip() for text in self.target_tokenizer.batch_decode(rows, skip_special_tokens=True)]
-
-    def soft_answers(self, batch: dict[str, Any], soft_BKD: Tensor) -> list[str]:
-        """Generate answers from soft tokens."""
-        return self.answers(self.soft_head, soft_BKD, batch["soft_mask"], self.soft_after)
-
-    def text_answers(self, batch: dict[str, Any]) -> list[str]:
-        """Generate answers from the question's text."""
-        return self.answers(self.text_head, self.embedding(batch["text"]), batch["text_mask"], self.text_after)
-
     def sample_eval(self, batch: dict[str, Any]) -> list[EvalSample]:
         """Answer a batch by soft tokens and score the answers."""
-        outputs = self.soft_answers(batch, self(batch))
-        return [EvalSample(p.question, p.answer, output, _scores(p, output)) for p, output in zip(batch["problems"], outputs, strict=True)]
+        frame, limit = self.target.soft_frame, self.max_new_tokens
+        outputs = self.target.answer(frame, self(batch), batch["soft_mask"], limit)
+        problems = batch["problems"]
+        return [EvalSample(p.question, p.answer, o, _scores(p, o)) for p, o in zip(problems, outputs, strict=True)]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[EvalSample]:
         """Answer a batch."""
@@ -275,7 +215,9 @@ class Telepathy(LightningModule):
         given, own = checkpoint["state_dict"], self.state_dict()
         for name in sorted(given.keys() ^ own.keys()):
             who = "has no" if name in own else "has a"
-            raise ValueError(f"the checkpoint {who} '{name}': it was made with another bridge, give the config of its run")
+            raise ValueError(
+                f"the checkpoint {who} '{name}': it was made with another bridge, give the config of its run"
+            )
         for name, value in own.items():
             if value.shape != given[name].shape:
                 raise ValueError(

@@ -46,7 +46,7 @@ class Examination:
     Attributes:
         name: The test set's name, and the first part of its metrics' names.
         rows: What was seen on this rank.
-        seconds: Time to make soft tokens, and for the target to read text instead.
+        seconds: Time to make soft tokens, source included, and for the target to read the text instead.
     """
 
     name: str
@@ -60,19 +60,23 @@ class Examination:
         The conditions: `bridge`; `shuffled`, the soft tokens of another question; `text`, the question itself; `none`,
         no question at all.
         """
+        target, answers = module.target, batch["answers"]
+        soft, text = target.soft_frame, target.text_frame
         with self._timed("soft", module.device):
             soft_BKD = module(batch)
         mask_BK, text_mask_BQ = batch["soft_mask"], batch["text_mask"]
-        text_BQD = module.embedding(batch["text"])
-        losses = {
-            "bridge": module.answer_losses(soft_BKD, mask_BK, batch["answers"]),
-            "shuffled": module.answer_losses(soft_BKD.roll(1, 0), mask_BK.roll(1, 0), batch["answers"]),
-            "none": module.answer_losses(text_BQD[:, :0], text_mask_BQ[:, :0], batch["answers"], text=True),
-        }
+        text_BQD = target.embedding(batch["text"])
         with self._timed("text", module.device):
-            losses["text"] = module.answer_losses(text_BQD, text_mask_BQ, batch["answers"], text=True)
-        outputs, text_outputs = module.soft_answers(batch, soft_BKD), module.text_answers(batch)
-        candidates = self._candidates(module, soft_BKD, mask_BK, batch["answers"])
+            target.model.base_model(inputs_embeds=text_BQD, use_cache=False)
+        losses = {
+            "bridge": target.answer_losses(soft, soft_BKD, mask_BK, answers),
+            "shuffled": target.answer_losses(soft, soft_BKD.roll(1, 0), mask_BK.roll(1, 0), answers),
+            "text": target.answer_losses(text, text_BQD, text_mask_BQ, answers),
+            "none": target.answer_losses(text, text_BQD[:, :0], text_mask_BQ[:, :0], answers),
+        }
+        outputs = target.answer(soft, soft_BKD, mask_BK, module.max_new_tokens)
+        text_outputs = target.answer(text, text_BQD, text_mask_BQ, module.max_new_tokens)
+        candidates = self._candidates(target, soft_BKD, mask_BK, answers)
         for i, problem in enumerate(batch["problems"]):
             kept = soft_BKD[i].float().cpu().numpy() if len(self.rows) < KEPT // module.trainer.world_size else None
             per_token = {condition: values[i] for condition, values in losses.items()}
@@ -81,7 +85,7 @@ class Examination:
             self.rows.append(row)
 
     @staticmethod
-    def _candidates(module: Any, soft_BKD: Tensor, mask_BK: Tensor, answers: list[list[int]]) -> np.ndarray:
+    def _candidates(target: Any, soft_BKD: Tensor, mask_BK: Tensor, answers: list[list[int]]) -> np.ndarray:
         """Log-likelihood of answers given each of GROUP sources; column 0 is the answer's own."""
         count = min(len(answers), RETRIEVED) // GROUP * GROUP
         scores = []
@@ -89,7 +93,7 @@ class Examination:
             # Row i meets the source `shift` places on, within its group
             own = torch.arange(count, device=soft_BKD.device)
             other = own // GROUP * GROUP + (own + shift) % GROUP
-            losses = module.answer_losses(soft_BKD[other], mask_BK[other], answers[:count])
+            losses = target.answer_losses(target.soft_frame, soft_BKD[other], mask_BK[other], answers[:count])
             scores.append([-values.sum() for values in losses])
         return np.array(scores).T if scores else np.zeros((0, GROUP))
 
@@ -101,7 +105,7 @@ class Examination:
         rows = [row for part in gather_objects(self.rows) for row in part]
         metrics, intervals = measures(rows)
         milliseconds = {f"{what}_ms": 1000 * seconds / len(self.rows) for what, seconds in self.seconds.items()}
-        width = module.embedding.weight.shape[1]
+        width = module.target.width
         sizes = {
             "soft_bytes": float(np.mean([2 * width * row.soft_tokens for row in rows])),  # as bf16
             "text_bytes": float(np.mean([len(row.problem.question.encode()) for row in rows])),
@@ -146,7 +150,10 @@ class _Timed:
 
 
 def _scores(row: Row) -> dict[str, float]:
-    return {"accuracy": float(row.problem.is_correct(row.output)), "text_accuracy": float(row.problem.is_correct(row.text_output))}
+    return {
+        "accuracy": float(row.problem.is_correct(row.output)),
+        "text_accuracy": float(row.problem.is_correct(row.text_output)),
+    }
 
 
 def bootstrap(count: int, statistic: Callable[[np.ndarray], float], resamples: int = 1000) -> tuple[float, float]:
