@@ -63,7 +63,7 @@ class CrosstalkCLI(LightningCLI):
             sys.stderr.write(f"error: {message}\n")
             sys.exit(2)
         if self.record.path:
-            print(f"results: {self.record.path}")
+            print(f"\n{self.record.table()}\nresults: {self.record.path}")
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would replace the user's model config by the checkpoint's hyperparameters."""
@@ -110,13 +110,15 @@ class CrosstalkCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Reads checkpoints without running code from them, unless the user says otherwise."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if "verbose" in kwargs:
+            kwargs["verbose"] = False  # the record's own table has intervals too
         return kwargs | {"weights_only": kwargs["weights_only"] is not False}
 
     def after_fit(self) -> None:
         """Tests the weights just trained, if there is a test set."""
         has_test = is_overridden("test_dataloader", self.datamodule) and is_overridden("test_step", self.model)
         if self.config.fit.test_after_fit and has_test:
-            self.trainer.test(self.model, datamodule=self.datamodule)
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
     def _tidy(self, mistake: bool) -> None:
         """Leaves nothing of a run that ended on a user's mistake before it trained, and no empty folder of any."""

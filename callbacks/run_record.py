@@ -91,6 +91,19 @@ class RunRecord(Callback):
         draft.replace(self.path)  # atomic: a reader sees the old record or the new one, never half of one
 
 
+    def table(self) -> str:
+        """The final metrics as a table: value, 95 % interval and n where the module tells them."""
+        metrics = {name: value for name, value in self.record["metrics"].items() if not name.endswith(("_low", "_high"))}
+        rows = [("metric", "value", "95 % interval", "n")]
+        for name, value in metrics.items():
+            interval = self.record["intervals"].get(name)
+            between = " to ".join(f"{_finite(end):.4g}" for end in interval) if interval else ""
+            rows.append((name, "-" if value is None else f"{value:.4g}", between, str(self.record["n"].get(name, ""))))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [f"{n:<{widths[0]}}  {v:>{widths[1]}}  {i:>{widths[2]}}  {c:>{widths[3]}}" for n, v, i, c in rows]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
 def make_run_dir(config_file: str | None, resolved: str, parent: str = "runs") -> Path:
     """Makes `<parent>/<config name>/<YYYYmmdd-HHMMSS>-<hash>/`, with a counter if that exists already.
 
@@ -166,5 +179,5 @@ def _seed() -> int | None:
 
 
 def _finite(value: Any) -> float | None:
-    number = float(value)
+    number = float(f"{float(value):.6g}")  # no more digits than fp32 holds
     return number if math.isfinite(number) else None

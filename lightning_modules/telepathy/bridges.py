@@ -24,32 +24,69 @@ class Bridge(nn.Module, ABC):
         """Return mask_BK of the soft tokens that a source mask leads to; needs no states, so it runs in the loader."""
 
 
-LOCALITY = float(__import__("os").environ.get("LOC","2"))
+LOCALITY = 2.0  # factor on the initial query and key weights of cross-attention: a window of about one position
 BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target width, LayerNorm on the source states)
 
 
 def sinusoids(length: int, width: int, longest: float = 64.0) -> Tensor:
-    """Return position encodings_SC: sines and cosines of periods from 2π to 2π · `longest` (Vaswani et al. 2017).
+    """Return position encodings_SC: sines and cosines at frequencies from π down to π / `longest`.
 
-    Periods as short as a question, not thousands of tokens, for neighbours have to be told apart.
+    As Vaswani et al. (2017), but with periods as short as two positions and as long as a question, for neighbours have
+    to be told apart from the first step on.
     """
     position_S1 = torch.arange(length)[:, None]
-    frequency_C = torch.exp(torch.arange(0, width, 2) * (-math.log(longest) / width))
+    frequency_C = math.pi * torch.exp(torch.arange(0, width, 2) * (-math.log(longest) / width))
     angle_SC = position_S1 * frequency_C
     return torch.stack([angle_SC.sin(), angle_SC.cos()], dim=-1).flatten(1)[:, :width]
+
+
+class PerceiverLayer(nn.Module):
+    """Cross-attention to the source, self-attention among the soft tokens, an MLP; pre-norm, each with its residual.
+
+    Positions enter queries and keys, never values (as in DETR, Carion et al. 2020), so that soft tokens carry what the
+    source says and not where they stand.
+
+    Args:
+        width: C.
+        heads: Attention heads.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.cross_attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.self_attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.cross_norm, self.self_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        # Keys projected as queries are: attention starts as likeness of position, so that soft token k reads about
+        # position k from the first step on, rather than having to find it
+        weight = self.cross_attention.in_proj_weight.data
+        weight[:width] *= LOCALITY
+        weight[width : 2 * width] = weight[:width]
+
+    def forward(
+        self, soft_BKC: Tensor, position_KC: Tensor, memory_BSC: Tensor, keys_BSC: Tensor, mask_BS: Tensor
+    ) -> Tensor:
+        """Return soft_BKC after the layer."""
+        query_BKC = self.cross_norm(soft_BKC) + position_KC
+        read_BKC, _ = self.cross_attention(
+            query_BKC, keys_BSC, memory_BSC, key_padding_mask=~mask_BS, need_weights=False
+        )
+        soft_BKC = soft_BKC + read_BKC
+        norm_BKC = self.self_norm(soft_BKC)
+        query_BKC = norm_BKC + position_KC
+        soft_BKC = soft_BKC + self.self_attention(query_BKC, query_BKC, norm_BKC, need_weights=False)[0]
+        return soft_BKC + self.mlp(self.mlp_norm(soft_BKC))
 
 
 class PerceiverBridge(Bridge):
     """K learned queries that read the source states by cross-attention (Perceiver resampler, Alayrac et al. 2022).
 
-    Each layer: self-attention among the queries, cross-attention to the states, an MLP, all pre-norm.
-
     Args:
         source_dim: Width of the source states.
         target_dim: Width of the soft tokens.
-        key_norm: LayerNorm on the states before keys and values are made. Without it states of embedding scale give
-            uniform attention, and every input the same soft tokens: the notes' collapse.
-        soft_tokens: K.
+        key_norm: LayerNorm on the states before keys and values are made, and their positions in the keys. Without,
+            states of embedding scale give uniform attention, and every input the same soft tokens: the notes' collapse.
+        soft_tokens: K, at most `max_length`.
         depth: Layers.
         heads: Attention heads.
         width: Width inside; the target's if None.
@@ -71,35 +108,29 @@ class PerceiverBridge(Bridge):
         width = width or target_dim
         if soft_tokens < 1 or depth < 1:
             raise ValueError(f"a bridge needs at least 1 soft token and 1 layer, not {soft_tokens} and {depth}")
+        if soft_tokens > max_length:
+            raise ValueError(f"the bridge has {soft_tokens} soft tokens, more than its max_length of {max_length}")
         if width % heads:
             raise ValueError(f"the bridge's width {width} is not divisible by its {heads} heads")
         self.soft_tokens = soft_tokens
         self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
         self.project = nn.Linear(source_dim, width)
-        self.register_buffer("positions_SC", sinusoids(max_length, width), persistent=False)
-        self.position_scale = nn.Parameter(torch.ones(()) if key_norm else torch.zeros(()), requires_grad=key_norm)
-        self.queries_KC = nn.Parameter(self.positions_SC[:soft_tokens].clone())
-        self.layers = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(depth)
+        positions_SC = sinusoids(max_length, width) if key_norm else torch.zeros(max_length, width)
+        self.register_buffer("positions_SC", positions_SC, persistent=False)
+        self.positions_KC = nn.Parameter(
+            positions_SC[:soft_tokens].clone() if key_norm else torch.randn(soft_tokens, width)
         )
-        for layer in self.layers:
-            # Keys projected as queries are: attention starts out as likeness of position, so that query k reads about
-            # position k from the first step on, rather than first having to find it
-            weight = layer.multihead_attn.in_proj_weight.data
-            weight[:width] *= LOCALITY
-            weight[width : 2 * width] = weight[:width]
-        self.out = nn.Linear(width, target_dim)
+        self.queries_KC = nn.Parameter(torch.zeros(soft_tokens, width))
+        self.layers = nn.ModuleList(PerceiverLayer(width, heads) for _ in range(depth))
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, target_dim))
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return the soft tokens."""
         memory_BSC = self.project(self.norm(states_BSC))
-        memory_BSC = memory_BSC + self.position_scale * self.positions_SC[: memory_BSC.shape[1]]
+        keys_BSC = memory_BSC + self.positions_SC[: memory_BSC.shape[1]]
         soft_BKC = self.queries_KC.expand(len(states_BSC), -1, -1)
         for layer in self.layers:
-            soft_BKC = layer(soft_BKC, memory_BSC, memory_key_padding_mask=~mask_BS)
+            soft_BKC = layer(soft_BKC, self.positions_KC, memory_BSC, keys_BSC, mask_BS)
         return self.out(soft_BKC)
 
     def soft_mask(self, mask_BS: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: B batch, S source positions, C source width, K soft tokens, Q question t
 positions, N answer tokens of the whole batch, V target vocabulary.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lightning_modules.evaluation import EvalSample
+from lightning_modules.evaluation import EvalSample, gather_objects, write_jsonl
 from lightning_modules.pretrained import Pretrained
 from lightning_modules.schedule import with_cosine_schedule
 from lightning_modules.telepathy import objectives as objective
@@ -90,6 +91,7 @@ class Telepathy(LightningModule):
         self.soft_tokens = OutputScale(output, scale)
         self.strict_loading = False  # the frozen models are not in checkpoints
         self.examinations: dict[str, Examination] = {}
+        self.predictions: list[EvalSample] = []
         self.intervals: dict[str, tuple[float, float]] = {}
         self.counts: dict[str, int] = {}
 
@@ -99,7 +101,7 @@ class Telepathy(LightningModule):
         bos = [self.source_tokenizer.bos_token_id]
         source = cut(self.source_tokenizer, self.prompt, questions, [""] * len(problems))
         target = cut(self.target.tokenizer, self.prompt, questions, answers)
-        wanted = [row.answer + [self.target.tokenizer.eos_token_id] for row in target]
+        wanted = [[*row.answer, self.target.tokenizer.eos_token_id] for row in target]
         _, source_mask_BS = pad([row.question for row in source], 0)
         soft_mask_BK = self.bridge.soft_mask(source_mask_BS)
         batch = {
@@ -196,7 +198,16 @@ class Telepathy(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[EvalSample]:
         """Answer a batch."""
-        return self.sample_eval(batch)
+        samples = self.sample_eval(batch)
+        self.predictions += samples
+        return samples
+
+    def on_predict_epoch_end(self) -> None:
+        """Write question, answer and output of all ranks to `samples/predictions.jsonl` in the run's folder."""
+        samples = [sample for part in gather_objects(self.predictions) for sample in part]
+        folder, self.predictions = self.trainer.log_dir, []
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and folder is not None:
+            write_jsonl(Path(folder, "samples", "predictions.jsonl"), samples)
 
     def on_fit_start(self) -> None:
         """Take the normalizer's statistics, where it has any; they are the same again after a resume."""
@@ -211,19 +222,13 @@ class Telepathy(LightningModule):
         self.normalizer.calibrate(*self.all_gather(sums).reshape(-1, *sums.shape).sum(0))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another bridge, in words."""
-        given, own = checkpoint["state_dict"], self.state_dict()
-        for name in sorted(given.keys() ^ own.keys()):
-            who = "has no" if name in own else "has a"
+        """Refuse another kind of bridge, which loading that is not strict would let pass."""
+        given, own = checkpoint["state_dict"].keys(), self.state_dict().keys()
+        for name in sorted(given ^ own):
+            who = "does not have" if name in own else "has"
             raise ValueError(
-                f"the checkpoint {who} '{name}': it was made with another bridge, give the config of its run"
+                f"the checkpoint {who} '{name}': it holds another kind of bridge, give its run's own config"
             )
-        for name, value in own.items():
-            if value.shape != given[name].shape:
-                raise ValueError(
-                    f"the checkpoint's '{name}' is {tuple(given[name].shape)} and this bridge's is {tuple(value.shape)}:"
-                    " give the same models and bridge sizes as the run that made it"
-                )
 
     def workload(self, batch: dict[str, Any]) -> Workload:
         """Samples, target positions, and flops of a step.

@@ -150,10 +150,8 @@ class _Timed:
 
 
 def _scores(row: Row) -> dict[str, float]:
-    return {
-        "accuracy": float(row.problem.is_correct(row.output)),
-        "text_accuracy": float(row.problem.is_correct(row.text_output)),
-    }
+    right, text_right = row.problem.is_correct(row.output), row.problem.is_correct(row.text_output)
+    return {"accuracy": float(right), "text_accuracy": float(text_right)}
 
 
 def bootstrap(count: int, statistic: Callable[[np.ndarray], float], resamples: int = 1000) -> tuple[float, float]:
