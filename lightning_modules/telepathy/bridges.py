@@ -3,7 +3,6 @@
 Shapes: B batch, S source positions, C source width, K soft tokens, D target width, R soft tokens a source token.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
@@ -24,73 +23,26 @@ class Bridge(nn.Module, ABC):
         """Return mask_BK of the soft tokens that a source mask leads to; needs no states, so it runs in the loader."""
 
 
-LOCALITY = 2.0  # factor on the initial query and key weights of cross-attention: a window of about one position
+SLOPE = 2.0  # of attention over distance at the start: three quarters of it on the place itself
 BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target width, LayerNorm on the source states)
-
-
-def sinusoids(length: int, width: int, longest: float = 64.0) -> Tensor:
-    """Return position encodings_SC: sines and cosines at frequencies from π down to π / `longest`.
-
-    As Vaswani et al. (2017), but with periods as short as two positions and as long as a question, for neighbours have
-    to be told apart from the first step on.
-    """
-    position_S1 = torch.arange(length)[:, None]
-    frequency_C = math.pi * torch.exp(torch.arange(0, width, 2) * (-math.log(longest) / width))
-    angle_SC = position_S1 * frequency_C
-    return torch.stack([angle_SC.sin(), angle_SC.cos()], dim=-1).flatten(1)[:, :width]
-
-
-class PerceiverLayer(nn.Module):
-    """Cross-attention to the source, self-attention among the soft tokens, an MLP; pre-norm, each with its residual.
-
-    Positions enter queries and keys, never values (as in DETR, Carion et al. 2020), so that soft tokens carry what the
-    source says and not where they stand.
-
-    Args:
-        width: C.
-        heads: Attention heads.
-    """
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.cross_attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.self_attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.cross_norm, self.self_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        # Keys projected as queries are: attention starts as likeness of position, so that soft token k reads about
-        # position k from the first step on, rather than having to find it
-        weight = self.cross_attention.in_proj_weight.data
-        weight[:width] *= LOCALITY
-        weight[width : 2 * width] = weight[:width]
-
-    def forward(
-        self, soft_BKC: Tensor, position_KC: Tensor, memory_BSC: Tensor, keys_BSC: Tensor, mask_BS: Tensor
-    ) -> Tensor:
-        """Return soft_BKC after the layer."""
-        query_BKC = self.cross_norm(soft_BKC) + position_KC
-        read_BKC, _ = self.cross_attention(
-            query_BKC, keys_BSC, memory_BSC, key_padding_mask=~mask_BS, need_weights=False
-        )
-        soft_BKC = soft_BKC + read_BKC
-        norm_BKC = self.self_norm(soft_BKC)
-        query_BKC = norm_BKC + position_KC
-        soft_BKC = soft_BKC + self.self_attention(query_BKC, query_BKC, norm_BKC, need_weights=False)[0]
-        return soft_BKC + self.mlp(self.mlp_norm(soft_BKC))
 
 
 class PerceiverBridge(Bridge):
     """K learned queries that read the source states by cross-attention (Perceiver resampler, Alayrac et al. 2022).
 
+    Query k reads around a place c_k of the source: its attention has the bias -a |c_k - s|, with places and slopes
+    learned, from c_k = k on (as ALiBi, Press et al. 2022). So it need not first find out where to look, which positions
+    inside keys leave it to do; a slope that falls to zero reads the whole.
+
     Args:
         source_dim: Width of the source states.
         target_dim: Width of the soft tokens.
-        key_norm: LayerNorm on the states before keys and values are made, and their positions in the keys. Without,
-            states of embedding scale give uniform attention, and every input the same soft tokens: the notes' collapse.
-        soft_tokens: K, at most `max_length`.
-        depth: Layers.
+        key_norm: LayerNorm on keys and values, and places to read at. Without, states of embedding scale give uniform
+            attention, and every input the same soft tokens: the notes' collapse.
+        soft_tokens: K.
+        depth: Layers, each self-attention among the queries, cross-attention and an MLP.
         heads: Attention heads.
         width: Width inside; the target's if None.
-        max_length: Longest source.
     """
 
     def __init__(
@@ -102,35 +54,36 @@ class PerceiverBridge(Bridge):
         depth: int = 2,
         heads: int = 4,
         width: int | None = None,
-        max_length: int = 2048,
     ):
         super().__init__()
         width = width or target_dim
         if soft_tokens < 1 or depth < 1:
             raise ValueError(f"a bridge needs at least 1 soft token and 1 layer, not {soft_tokens} and {depth}")
-        if soft_tokens > max_length:
-            raise ValueError(f"the bridge has {soft_tokens} soft tokens, more than its max_length of {max_length}")
         if width % heads:
             raise ValueError(f"the bridge's width {width} is not divisible by its {heads} heads")
-        self.soft_tokens = soft_tokens
-        self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
+        self.soft_tokens, self.heads = soft_tokens, heads
         self.project = nn.Linear(source_dim, width)
-        positions_SC = sinusoids(max_length, width) if key_norm else torch.zeros(max_length, width)
-        self.register_buffer("positions_SC", positions_SC, persistent=False)
-        self.positions_KC = nn.Parameter(
-            positions_SC[:soft_tokens].clone() if key_norm else torch.randn(soft_tokens, width)
+        self.norm = nn.LayerNorm(width) if key_norm else nn.Identity()
+        self.queries_KC = nn.Parameter(torch.randn(soft_tokens, width) * (0.1 if key_norm else 1.0))
+        self.places_K = nn.Parameter(torch.arange(soft_tokens).float(), requires_grad=key_norm)
+        self.slope = nn.Parameter(torch.tensor(SLOPE if key_norm else 0.0), requires_grad=key_norm)
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
         )
-        self.queries_KC = nn.Parameter(torch.zeros(soft_tokens, width))
-        self.layers = nn.ModuleList(PerceiverLayer(width, heads) for _ in range(depth))
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, target_dim))
+        self.out = nn.Linear(width, target_dim)
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return the soft tokens."""
-        memory_BSC = self.project(self.norm(states_BSC))
-        keys_BSC = memory_BSC + self.positions_SC[: memory_BSC.shape[1]]
+        memory_BSC = self.norm(self.project(states_BSC))
+        position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+        bias_KS = -self.slope * (self.places_K[:, None] - position_S).abs()
+        bias_BKS = bias_KS.masked_fill(~mask_BS[:, None], -torch.inf)
         soft_BKC = self.queries_KC.expand(len(states_BSC), -1, -1)
         for layer in self.layers:
-            soft_BKC = layer(soft_BKC, self.positions_KC, memory_BSC, keys_BSC, mask_BS)
+            soft_BKC = layer(soft_BKC, memory_BSC, memory_mask=bias_BKS.repeat_interleave(self.heads, dim=0))
         return self.out(soft_BKC)
 
     def soft_mask(self, mask_BS: Tensor) -> Tensor:

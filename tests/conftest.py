@@ -1,0 +1,76 @@
+"""What the tests of the telepathy line and of the command line share."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+
+import main as cli
+from datamodules import WordProblems
+from datamodules.problems import Problem, generate
+from lightning_modules.pretrained import Pretrained
+from lightning_modules.telepathy import Telepathy, TokenBridge
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"batch_size": 8, "epoch_size": 800, "validation_size": 16, "eval_batch_size": 16, "test_sets": {"test": 16}}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """The working directory for a test: it has assets and configs of its own, so that a run can spoil nothing."""
+    for name in ("assets", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    return tmp_path
+
+
+@pytest.fixture
+def run(workplace) -> Callable[..., cli.CrosstalkCLI]:
+    """Runs `main` on a config with sizes that a CPU gets through in seconds."""
+    sizes = {"data.batch_size": 8, "data.validation_size": 16, "data.eval_batch_size": 16, "data.test_sets.test": 16}
+    sizes |= {"model.max_new_tokens": 8, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
+    small = [text for key, value in sizes.items() for text in (f"--{key}", str(value))]
+
+    def call(command: str, config: str, *args: object) -> cli.CrosstalkCLI:
+        return cli.main([command, "--config", f"configs/{config}.yaml", *small, *map(str, args)])
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def telepathy() -> Callable[..., Telepathy]:
+    """Makes a module over the embedded pair, the same one each time."""
+
+    def make(bridge: Callable | None = None, source_layer: int | list[int] = 1, **options) -> Telepathy:
+        pair = (Pretrained(str(ROOT / "assets" / "pair" / which)) for which in ("source", "target"))
+        torch.manual_seed(0)
+        bridge = bridge or partial(TokenBridge, hidden=64)
+        return Telepathy(*pair, bridge, source_layer, **{"warmup_steps": 2, "max_new_tokens": 60} | options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def problems() -> list[Problem]:
+    """Sixteen questions of different lengths."""
+    return [generate(7, "train", index) for index in range(16)]
+
+
+@pytest.fixture
+def fit(tmp_path) -> Callable[..., Trainer]:
+    """Trains a module on word problems without leaving anything, and gives the trainer."""
+
+    def train(module: Telepathy, steps: int, data: WordProblems | None = None, **options) -> Trainer:
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        quiet |= {"accelerator": "cpu", "default_root_dir": tmp_path, "limit_val_batches": 0, "max_steps": steps}
+        trainer = Trainer(**quiet | options)
+        trainer.fit(module, datamodule=data or WordProblems(**SMALL))
+        return trainer
+
+    return train

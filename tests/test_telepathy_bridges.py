@@ -1,0 +1,145 @@
+"""The parts between the two models: bridges, output scale, normalizer."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_modules.telepathy.bridges import OutputScale, PerceiverBridge, TokenBridge
+from lightning_modules.telepathy.normalizer import StatisticalNormalizer
+
+SOURCE, TARGET = 12, 8
+BRIDGES = {
+    "perceiver": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, depth=2, heads=2),
+    "perceiver, wider": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, depth=1, heads=2, width=16),
+    "perceiver, odd width": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, depth=1, heads=1, width=9),
+    "perceiver, no key_norm": lambda: PerceiverBridge(SOURCE, TARGET, key_norm=False, soft_tokens=5, heads=2),
+    "token": lambda: TokenBridge(SOURCE, TARGET),
+    "token, mlp": lambda: TokenBridge(SOURCE, TARGET, tokens_per_source=3, hidden=16),
+    "token, no key_norm": lambda: TokenBridge(SOURCE, TARGET, key_norm=False, tokens_per_source=1),
+}
+
+
+@pytest.fixture(params=BRIDGES)
+def bridge(request):
+    torch.manual_seed(0)
+    return BRIDGES[request.param]()
+
+
+def states(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random states; padding is large, so that it shows where it leaks."""
+    mask_BS = torch.tensor(lengths)[:, None] > torch.arange(max(lengths))
+    states_BSC = torch.randn(len(lengths), max(lengths), SOURCE, generator=torch.Generator().manual_seed(1))
+    return states_BSC.where(mask_BS[..., None], 100.0), mask_BS
+
+
+def test_soft_tokens_and_their_mask(bridge):
+    states_BSC, mask_BS = states([4, 7, 1])
+    soft_BKD, mask_BK = bridge(states_BSC, mask_BS), bridge.soft_mask(mask_BS)
+    each = getattr(bridge, "tokens_per_source", None)
+    assert soft_BKD.shape == (3, 7 * each + 1 if each else 5, TARGET)
+    assert (mask_BK.shape, mask_BK.dtype) == (soft_BKD.shape[:2], torch.bool)
+    assert mask_BK.sum(1).tolist() == ([4 * each + 1, 7 * each + 1, each + 1] if each else [5, 5, 5])
+
+
+def test_soft_tokens_do_not_depend_on_the_padding(bridge):
+    bridge.eval()
+    states_BSC, mask_BS = states([4, 7, 2])
+    soft_BKD, mask_BK = bridge(states_BSC, mask_BS), bridge.soft_mask(mask_BS)
+    for i, length in enumerate([4, 7, 2]):
+        alone_BSC, only_BS = states_BSC[i : i + 1, :length], mask_BS[i : i + 1, :length]
+        alone_KD = bridge(alone_BSC, only_BS)[0][bridge.soft_mask(only_BS)[0]]
+        torch.testing.assert_close(soft_BKD[i][mask_BK[i]], alone_KD, atol=1e-5, rtol=1e-5)
+
+
+def test_soft_tokens_depend_on_every_state_and_its_place(bridge, request):
+    states_BSC, mask_BS = states([6])
+    soft_BKD = bridge(states_BSC.requires_grad_(), mask_BS)
+    (grad_BSC,) = torch.autograd.grad(soft_BKD.square().sum(), states_BSC)
+    assert (grad_BSC.abs().sum(-1) > 0).all()
+    turned_BKD = bridge(states_BSC.flip(1), mask_BS)
+    blind = "perceiver, no key_norm" in request.node.name  # the notes had no positions
+    assert torch.allclose(soft_BKD, turned_BKD, atol=1e-5) == blind
+
+
+def test_every_parameter_is_trained(bridge):
+    states_BSC, mask_BS = states([4, 7, 1])
+    bridge(states_BSC, mask_BS).square().sum().backward()
+    assert [n for n, p in bridge.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("size", [0.1, 1e3])
+def test_key_norm_makes_the_scale_of_the_states_irrelevant(size):
+    states_BSC, mask_BS = states([4, 4])
+    for make in (PerceiverBridge, TokenBridge):
+        torch.manual_seed(0)
+        bridge = make(SOURCE, TARGET)
+        torch.testing.assert_close(bridge(states_BSC * size, mask_BS), bridge(states_BSC, mask_BS), atol=0.02, rtol=0)
+
+
+def test_without_key_norm_states_of_embedding_scale_give_every_input_the_same():
+    states_BSC, mask_BS = states([6, 6, 6, 6])
+    spread = {}
+    for key_norm in (True, False):
+        torch.manual_seed(0)
+        soft_BKD = PerceiverBridge(SOURCE, TARGET, key_norm=key_norm)(0.003 * states_BSC, mask_BS)
+        spread[key_norm] = (soft_BKD.std(0).mean() / soft_BKD.square().mean().sqrt()).item()
+    assert spread[False] < 0.02 < 0.2 < spread[True]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [
+        (PerceiverBridge, {"soft_tokens": 0}, "at least 1 soft token and 1 layer, not 0 and 2"),
+        (PerceiverBridge, {"depth": 0}, "at least 1 soft token and 1 layer, not 32 and 0"),
+        (PerceiverBridge, {"heads": 3}, "width 8 is not divisible by its 3 heads"),
+        (TokenBridge, {"tokens_per_source": 0}, "at least 1 soft token a source token, not 0"),
+    ],
+)
+def test_sizes_that_make_no_bridge(make, options, said):
+    with pytest.raises(ValueError, match=said):
+        make(SOURCE, TARGET, **options)
+
+
+def test_the_output_scale():
+    torch.manual_seed(0)
+    soft_BKD, mask_BK = 7 * torch.randn(3, 5, TARGET), torch.rand(3, 5) < 0.7
+    mask_BK[0, 0], mask_BK[0, 1] = True, False
+    none_BKD, rms_BKD, tanh_BKD = (OutputScale(mode, 0.02)(soft_BKD, mask_BK) for mode in ("none", "rms", "tanh"))
+    for scaled_BKD in (none_BKD, rms_BKD, tanh_BKD):
+        assert (scaled_BKD[~mask_BK] == 0).all()
+    torch.testing.assert_close(none_BKD[mask_BK], 0.02 * soft_BKD[mask_BK])
+    torch.testing.assert_close(tanh_BKD[mask_BK], 0.02 * soft_BKD[mask_BK].tanh())
+    rms_N = rms_BKD[mask_BK].square().mean(-1).sqrt()
+    torch.testing.assert_close(rms_N, torch.full_like(rms_N, 0.02))
+    cosine_N = torch.cosine_similarity(rms_BKD[mask_BK], soft_BKD[mask_BK], dim=-1)
+    torch.testing.assert_close(cosine_N, torch.ones_like(cosine_N))
+
+
+def test_the_output_scale_is_learned_and_stays_fp32():
+    scale = OutputScale("rms", 0.5)
+    soft_BKD = scale(torch.randn(2, 3, TARGET).bfloat16(), torch.ones(2, 3, dtype=torch.bool))
+    soft_BKD.square().mean().backward()
+    assert soft_BKD.dtype == torch.float32
+    assert scale.scale.grad.item() == pytest.approx(2 * 0.5, rel=1e-4)  # mean square is scale²
+
+
+def test_the_statistical_normalizer_is_numpys():
+    values_NC = np.random.default_rng(0).normal(size=(50, SOURCE)) * np.arange(1, SOURCE + 1) + 3
+    states_NC = torch.tensor(values_NC)
+    normalizer = StatisticalNormalizer(SOURCE, scale=0.1)
+    normalizer.calibrate(states_NC.sum(0), states_NC.square().sum(0), torch.full((SOURCE,), 50.0))
+    wanted_NC = 0.1 * (values_NC - values_NC.mean(0)) / values_NC.std(0)
+    np.testing.assert_allclose(normalizer(states_NC.float()).numpy(), wanted_NC, atol=1e-5)
+    assert set(normalizer.state_dict()) == {"mean_C", "std_C"}
+
+
+def test_the_normalizers_statistics_are_those_of_the_questions(telepathy, fit):
+    from datamodules import WordProblems
+
+    module = telepathy(normalizer="statistical")
+    data = WordProblems(batch_size=8, epoch_size=800, validation_size=20, eval_batch_size=7, test_sets={"test": 1})
+    fit(module, 1, data)
+    batch = module.collate(data.eval_problems["validation"], False)
+    states_NC = module.read(batch)[batch["source_mask"]].numpy()
+    np.testing.assert_allclose(module.normalizer.mean_C, states_NC.mean(0), atol=1e-5)
+    np.testing.assert_allclose(module.normalizer.std_C, states_NC.std(0), rtol=1e-4)
