@@ -37,14 +37,14 @@ class Problem:
         answer: The worked answer, ending in `#### result`.
         entities: Type -> words of the answer that only the question can tell (name, object, number).
         template: What shape it has; the source's name for problems that were not generated.
-        pair: A number that twins share, to tell which two belong together.
+        pair: A number that twins share, to tell which two belong together; None where there is no twin.
     """
 
     question: str
     answer: str
     entities: dict[str, tuple[str, ...]] = field(default_factory=dict)
     template: str = "gsm8k"
-    pair: int = 0
+    pair: int | None = None
 
     def is_correct(self, output: str) -> bool:
         """Whether the output's final answer is this problem's."""
@@ -73,7 +73,9 @@ def _question(template: Template, numbers: Numbers, words: dict[str, str], parap
     return template.questions[paraphrase].format(**words, **numbers)
 
 
-def _fill(template: Template, numbers: Numbers, words: dict[str, str], paraphrase: int, pair: int = 0) -> Problem:
+def _fill(
+    template: Template, numbers: Numbers, words: dict[str, str], paraphrase: int, pair: int | None = None
+) -> Problem:
     values, lines = template.work(numbers), []
     for sentence, (left, sign, right), result in template.steps:
         worked = f"<<{values[left]}{sign}{values[right]}={values[result]}>>{values[result]}"

@@ -51,7 +51,7 @@ def telepathy() -> Callable[..., Telepathy]:
         pair = (Pretrained(str(ROOT / "assets" / "pair" / which)) for which in ("source", "target"))
         torch.manual_seed(0)
         bridge = bridge or partial(TokenBridge, hidden=64)
-        return Telepathy(*pair, bridge, source_layer, **{"warmup_steps": 2, "max_new_tokens": 60} | options)
+        return Telepathy(*pair, bridge, source_layer, **{"warmup_steps": 2, "max_new_tokens": 100} | options)
 
     return make
 

@@ -102,17 +102,17 @@ def test_question_embeddings_through_the_bridges_way_give_the_logits_of_the_text
 @torch.no_grad()
 def test_question_embeddings_through_the_bridges_way_give_the_answers_of_the_text(module, problems):
     target, batch = module.target, module.collate(problems, False)
-    outputs = target.answer(target.text_frame, target.embedding(batch["text"]), batch["text_mask"], 60)
+    outputs = target.answer(target.text_frame, target.embedding(batch["text"]), batch["text_mask"], 100)
     plain = []
     for problem in problems:
         (prompt,) = encode(target.tokenizer, [module.prompt.fill(problem.question)])
         tokens_BT = torch.tensor([[target.tokenizer.bos_token_id, *prompt]])
         made_BT = target.model.generate(
-            tokens_BT, attention_mask=torch.ones_like(tokens_BT), max_new_tokens=60, do_sample=False
+            tokens_BT, attention_mask=torch.ones_like(tokens_BT), max_new_tokens=100, do_sample=False
         )
         plain.append(target.tokenizer.decode(made_BT[0, tokens_BT.shape[1] :], skip_special_tokens=True).strip())
     assert outputs == plain
-    assert sum(p.is_correct(output) for p, output in zip(problems, outputs, strict=True)) >= 13
+    assert sum(p.is_correct(output) for p, output in zip(problems, outputs, strict=True)) >= 15
 
 
 @torch.no_grad()

@@ -23,16 +23,16 @@ class Bridge(nn.Module, ABC):
         """Return mask_BK of the soft tokens that a source mask leads to; needs no states, so it runs in the loader."""
 
 
-SLOPE = 2.0  # of attention over distance at the start: three quarters of it on the place itself
+SLOPE = 2.0  # of attention over distance at the start: three quarters of it on the nearest token
 BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target width, LayerNorm on the source states)
 
 
 class PerceiverBridge(Bridge):
     """K learned queries that read the source states by cross-attention (Perceiver resampler, Alayrac et al. 2022).
 
-    Query k reads around a place c_k of the source: its attention has the bias -a |c_k - s|, with places and slopes
-    learned, from c_k = k on (as ALiBi, Press et al. 2022). So it need not first find out where to look, which positions
-    inside keys leave it to do; a slope that falls to zero reads the whole.
+    Query k reads around a place c_k of the source: its attention has the bias -a |c_k - s| (as ALiBi, Press et al.
+    2022), with places and slope learned, from places evenly over `span` on. So it need not first find out where to
+    look, which positions inside keys would leave it to do; with a slope of zero it reads the whole.
 
     Args:
         source_dim: Width of the source states.
@@ -43,6 +43,7 @@ class PerceiverBridge(Bridge):
         depth: Layers, each self-attention among the queries, cross-attention and an MLP.
         heads: Attention heads.
         width: Width inside; the target's if None.
+        span: Source tokens that the places start spread over: about the longest question.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PerceiverBridge(Bridge):
         depth: int = 2,
         heads: int = 4,
         width: int | None = None,
+        span: int = 32,
     ):
         super().__init__()
         width = width or target_dim
@@ -65,8 +67,10 @@ class PerceiverBridge(Bridge):
         self.project = nn.Linear(source_dim, width)
         self.norm = nn.LayerNorm(width) if key_norm else nn.Identity()
         self.queries_KC = nn.Parameter(torch.randn(soft_tokens, width) * (0.1 if key_norm else 1.0))
-        self.places_K = nn.Parameter(torch.arange(soft_tokens).float(), requires_grad=key_norm)
-        self.slope = nn.Parameter(torch.tensor(SLOPE if key_norm else 0.0), requires_grad=key_norm)
+        spacing = span / soft_tokens
+        self.places_K = nn.Parameter(torch.arange(soft_tokens) * spacing, requires_grad=key_norm)
+        slope = SLOPE / max(spacing, 1.0) if key_norm else 0.0
+        self.slope = nn.Parameter(torch.tensor(slope), requires_grad=key_norm)
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -74,6 +78,13 @@ class PerceiverBridge(Bridge):
             for _ in range(depth)
         )
         self.out = nn.Linear(width, target_dim)
+        # What tells 2000 tokens apart lies in all directions of a narrow state, and a product of random square matrices
+        # all but loses most of them; orthogonal ones lose none (Saxe et al. 2014)
+        for weight in [self.project.weight, self.out.weight]:
+            nn.init.orthogonal_(weight)
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.multihead_attn.in_proj_weight.data[2 * width :])
+            nn.init.orthogonal_(layer.multihead_attn.out_proj.weight)
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return the soft tokens."""

@@ -5,7 +5,7 @@ positions, N answer tokens of the whole batch, V target vocabulary.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -71,6 +71,9 @@ class Telepathy(LightningModule):
         self.objectives = {"lm": 1.0} if objectives is None else objectives
         if not self.layers or min(self.layers) < 1:
             raise ValueError(f"model.source_layer {source_layer} names no layer: they count from 1")
+        for name in self.objectives:
+            if name not in get_args(Objective):
+                raise ValueError(f"model.objectives has no '{name}': choose among {', '.join(get_args(Objective))}")
         if not any(self.objectives.values()):
             raise ValueError("model.objectives is empty: give at least one objective a weight, such as {lm: 1.0}")
         self.optimizer, self.warmup_steps, self.max_new_tokens = optimizer, warmup_steps, max_new_tokens

@@ -253,7 +253,8 @@ def twin_consistency(rows: list[Row], right: np.ndarray) -> tuple[dict[str, floa
     """Share of twins, problems that differ in one number, of which both are answered right."""
     pairs: dict[tuple[str, int], list[bool]] = {}
     for row, hit in zip(rows, right, strict=True):
-        pairs.setdefault((row.problem.template, row.problem.pair), []).append(bool(hit))
+        if row.problem.pair is not None:
+            pairs.setdefault((row.problem.template, row.problem.pair), []).append(bool(hit))
     both = [all(hits) for hits in pairs.values() if len(hits) == 2]
     if not both:
         return {}, {}

@@ -1,0 +1,105 @@
+"""Two processes do what one does with their batches put together."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main as cli
+
+STEPS, BATCH = 4, 16
+TEST = ["--data.test_sets", '{"test": 32, "twin": 16}', "--model.max_new_tokens", "60"]
+# What a rank's partners are chosen among, or how rows are ordered, before all ranks meet; and the clock
+BY_PARTNER = ("ce_shuffled", "source_specificity", "retrieval", "infonce_bound", "entity_chance", "entity_transfer")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    for name in ("assets", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launch(folder):
+    """Runs a command line on one process, or as a program on two with the same global batch."""
+
+    def call(command: str, where: str, processes: int, *args: object) -> Path:
+        sizes = {"data.batch_size": BATCH // processes, "data.validation_size": 32, "trainer.max_steps": STEPS}
+        sizes |= {"data.eval_batch_size": BATCH // processes, "trainer.log_every_n_steps": 1, "data.epoch_size": 160}
+        sizes |= {"trainer.val_check_interval": STEPS, "model.warmup_steps": 1, "trainer.devices": processes}
+        sizes |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false", "model.bridge.soft_tokens": 8}
+        sizes |= {"trainer.strategy": "ddp"} if processes > 1 else {}
+        options = [text for key, value in sizes.items() for text in (f"--{key}", str(value))]
+        options += [*map(str, args), "--trainer.default_root_dir", where]
+        line = [command, "--config", "configs/telepathy_v15.yaml", *options]
+        if processes == 1:
+            with contextlib.chdir(folder):
+                cli.main(line)
+            return folder / where
+        ours = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("CROSSTALK", "PL_"))}
+        program = [sys.executable, str(ROOT / "main.py"), *line]
+        done = subprocess.run(program, cwd=folder, env=others | ours, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder / where
+
+    return call
+
+
+def series(folder: Path, name: str) -> list[float]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [event.value for event in events.Scalars(name)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def two(launch) -> Path:
+    return launch("fit", "two", 2, *TEST)
+
+
+def test_objectives_over_the_batch_are_the_same_on_two_processes(launch):
+    diverse = ["--model.objectives", "{batch_diversity: 1.0, contrastive: 0.1}", "--test_after_fit", "false"]
+    alone, shared = launch("fit", "alone", 1, *diverse), launch("fit", "shared", 2, *diverse)
+    for name in ("train/batch_diversity", "train/contrastive", "train/loss"):
+        assert series(shared, name) == pytest.approx(series(alone, name), abs=1e-5)
+        assert len(set(series(alone, name))) == STEPS
+    assert series(shared, "validation/loss") == pytest.approx(series(alone, "validation/loss"), rel=1e-4)
+
+
+def test_the_loss_of_the_answers_is_nearly_the_same_on_two_processes(launch, two):
+    one = launch("fit", "one", 1, "--test_after_fit", "false")
+    # A rank's mean is over its own answers' tokens, and how many these are differs a little from rank to rank
+    assert series(two, "validation/loss") == pytest.approx(series(one, "validation/loss"), rel=5e-3)
+    assert series(two, "train/loss") == pytest.approx(series(one, "train/loss"), rel=0.2)
+    for name, value in weights(one).items():
+        assert torch.nn.functional.cosine_similarity(value.flatten(), weights(two)[name].flatten(), dim=0) > 0.98, name
+
+
+def test_a_checkpoint_has_the_same_measures_on_two_processes(launch, two):
+    one = launch("test", "tested", 1, *TEST, "--ckpt_path", two / "checkpoints" / "last.ckpt")
+    records = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
+    expected, given = ({k: v for k, v in r["metrics"].items() if k.split("/")[0] in ("test", "twin")} for r in records)
+    assert set(given) == set(expected)
+    for name, value in expected.items():
+        measure = name.partition("/")[2]
+        if not measure.startswith(BY_PARTNER) and not measure.endswith("_ms"):
+            assert given[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for name, value in records[0]["n"].items():
+        assert records[1]["n"][name] == value
+    for name in ("test", "twin"):
+        lines = [(folder / "samples" / f"{name}.jsonl").read_text().splitlines() for folder in (one, two)]
+        assert sorted(lines[0]) == sorted(lines[1])
+    for name in ("test/accuracy", "twin/twin_consistency"):
+        assert records[0]["intervals"][name] == pytest.approx(records[1]["intervals"][name])

@@ -1,0 +1,120 @@
+"""Mistakes in a telepathy run: each is one sentence, exit code 2, and nothing left behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from datamodules.problems import generate
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """Runs a command that must be refused, and gives the sentence."""
+
+    def check(*args: object, config: str = "telepathy_v15") -> str:
+        with pytest.raises(SystemExit) as ended:
+            run("fit", config, *args)
+        errors = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert "Traceback" not in errors
+        assert "usage:" not in errors
+        assert not Path("runs").exists() or not list(Path("runs").rglob("*.*"))
+        said = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1
+        return said[0].removeprefix("error: ")
+
+    return check
+
+
+def write(path: str, lines: list[str]) -> str:
+    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def good(count: int) -> list[str]:
+    problems = [generate(0, "train", index) for index in range(count)]
+    return [json.dumps({"question": problem.question, "answer": problem.answer}) for problem in problems]
+
+
+def jsonl(path: str) -> list[str]:
+    return ["--data.source", "jsonl", "--data.path", path]
+
+
+FIELDS = {
+    "module": (["--model.outptu", "rms"], "Telepathy has no argument 'outptu'", "'output'"),
+    "bridge": (["--model.bridge.soft_tokns", "8"], "PerceiverBridge has no argument 'soft_tokns'", "'soft_tokens'"),
+    "data": (["--data.bacth_size", "8"], "WordProblems has no argument 'bacth_size'", "'batch_size'"),
+    "source": (["--model.source.pth", "x"], "no argument 'source.pth'", "'source.path'"),
+    "bridge class": (["--model.bridge", "PerceiverBrige"], "'PerceiverBrige'", "'PerceiverBridge'"),
+    "data class": (["--data", "WordProblms"], "there is no LightningDataModule 'WordProblms'", "'WordProblems'"),
+    "output": (["--model.output", "rmss"], "model.output: expected one of rms, tanh, none, got 'rmss'", "'rms'"),
+}
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_a_wrong_field_or_class_names_the_near_miss(refused, case):
+    args, said, near = FIELDS[case]
+    told = refused(*args)
+    assert said in told
+    assert f"did you mean {near}" in told or not near
+
+
+VALUES = {
+    "no soft tokens": (["--model.bridge.soft_tokens", "0"], "at least 1 soft token and 1 layer, not 0 and 2"),
+    "heads": (["--model.bridge.heads", "5"], "width 96 is not divisible by its 5 heads"),
+    "layer": (["--model.source_layer", "7"], "source_layer 7 does not exist: 'assets/pair/source' has layers 1 to 6"),
+    "layers": (["--model.source_layer", "[1, 99]"], "source_layer 99 does not exist"),
+    "layer 0": (["--model.source_layer", "0"], "model.source_layer 0 names no layer"),
+    "no objective": (["--model.objectives", "{}"], "model.objectives is empty"),
+    "objective": (["--model.objectives", "{lm: 1, klt: 1}"], "model.objectives has no 'klt': choose among lm, "),
+    "prompt": (["--model.prompt", "Answer:"], "the prompt needs one '{question}'"),
+    "model folder": (["--model.source.path", "assets/pair/sorce"], "cannot load"),
+    "data file": (jsonl("nothing.jsonl"), "no data file at 'nothing.jsonl'"),
+    "no data file": (["--data.source", "jsonl"], "data.source 'jsonl' needs data.path"),
+    "test set": (["--data.test_sets", "{tests: 8}"], "data.test_sets has no set 'tests'"),
+    "max_steps": (["--trainer.max_steps", "-1"], "trainer.max_steps must say how long to train"),
+    "monitor": (["--trainer.callbacks+", "DiversityMonitor", "--trainer.callbacks.site", "soft_tokn"], "soft_tokn"),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_a_value_that_cannot_be_is_refused_in_words(refused, case):
+    args, said = VALUES[case]
+    assert said in refused(*args)
+
+
+def test_a_bridge_of_no_soft_tokens_a_source_token(refused):
+    told = refused("--model.bridge.tokens_per_source", "0", config="telepathy_v16")
+    assert told == "a bridge needs at least 1 soft token a source token, not 0"
+
+
+@pytest.mark.parametrize("which", ["source", "target"])
+def test_a_tokenizer_without_bos(refused, which):
+    folder = Path(shutil.copytree(f"assets/pair/{which}", "other"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": None}))
+    assert "the tokenizer of 'other' has no bos_token" in refused(f"--model.{which}.path", "other")
+
+
+def test_data_files_without_a_problem(refused):
+    assert refused(*jsonl(write("empty.jsonl", []))) == "'empty.jsonl' holds no problem: it is empty"
+    broken = write("broken.jsonl", ["{", '{"question": "q"}'])
+    assert "'broken.jsonl' holds no problem: first line 1" in refused(*jsonl(broken))
+    assert "'one.jsonl' holds too few problems" in refused(*jsonl(write("one.jsonl", good(1))))
+
+
+def test_a_broken_line_is_skipped_and_told_by_its_number(run):
+    lines = good(40)
+    lines.insert(6, '{"question": "cut o')
+    options = ["--trainer.max_steps", 2, "--trainer.limit_val_batches", 0, "--test_after_fit", "false"]
+    with pytest.warns(UserWarning, match=r"'some.jsonl': skipped 1 of 41 lines, first line 7"):
+        done = run("fit", "telepathy_v15", *jsonl(write("some.jsonl", lines)), *options)
+    assert done.trainer.global_step == 2
+
+
+def test_lists_of_no_test_set(run):
+    sizes = ["--data.test_sets", "{test: 1}", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    done = run("fit", "telepathy_v15", *sizes)  # one problem: nothing to shuffle, no group, no spread
+    assert done.record.record["n"]["test/accuracy"] == 1
