@@ -3,12 +3,12 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -24,7 +24,7 @@ BY_PARTNER = ("ce_shuffled", "source_specificity", "retrieval", "infonce_bound",
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     for name in ("assets", "configs"):
-        (folder / name).symlink_to(ROOT / name)
+        shutil.copytree(ROOT / name, folder / name)
     return folder
 
 
@@ -60,10 +60,6 @@ def series(folder: Path, name: str) -> list[float]:
     return [event.value for event in events.Scalars(name)]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
 @pytest.fixture(scope="module")
 def two(launch) -> Path:
     return launch("fit", "two", 2, *TEST)
@@ -83,8 +79,6 @@ def test_the_loss_of_the_answers_is_nearly_the_same_on_two_processes(launch, two
     # A rank's mean is over its own answers' tokens, and how many these are differs a little from rank to rank
     assert series(two, "validation/loss") == pytest.approx(series(one, "validation/loss"), rel=5e-3)
     assert series(two, "train/loss") == pytest.approx(series(one, "train/loss"), rel=0.2)
-    for name, value in weights(one).items():
-        assert torch.nn.functional.cosine_similarity(value.flatten(), weights(two)[name].flatten(), dim=0) > 0.98, name
 
 
 def test_a_checkpoint_has_the_same_measures_on_two_processes(launch, two):

@@ -75,7 +75,7 @@ def test_what_is_read_is_the_hidden_states_of_the_whole_model(telepathy, problem
     assert type(module.source.model).__name__ == "LlamaModel"
     batch = module.collate(problems, True)
     states_BSC = module.read(batch)
-    assert states_BSC.shape == (*batch["source_mask"].shape, 96 * len(listed))
+    assert states_BSC.shape == (*batch["source_mask"].shape, whole.config.hidden_size * len(listed))
     tokenizer = module.source_tokenizer
     for problem, states_SC, mask_S in zip(problems, states_BSC, batch["source_mask"], strict=True):
         head = tokenizer("Question:", add_special_tokens=False)["input_ids"]

@@ -5,6 +5,7 @@ import torch
 
 from datamodules.problems import Problem, generate_passkey
 from lightning_modules.telepathy.layout import cut, pack
+from lightning_modules.telepathy.target import Frame
 from lightning_modules.text import Prompt, encode
 
 PROMPTS = ["Question: {question}\nAnswer:", "{question}", "Read this. {question} =>", "[INST] {question} [/INST]"]
@@ -127,6 +128,16 @@ def test_a_batch_is_answered_as_its_rows_one_by_one(module, problems):
         for soft_KD, mask_K in zip(soft_BKD, mask_BK, strict=True)
     ]
     assert together == alone == cropped
+
+
+@torch.no_grad()
+def test_a_prompt_that_ends_in_padding_is_answered_as_its_rows_one_by_one(module, problems):
+    target, batch = module.target, module.collate(problems[:6], False)
+    frame, body_BQD, mask_BQ = Frame(target.text_frame.head, []), target.embedding(batch["text"]), batch["text_mask"]
+    assert not mask_BQ[:, -1].all()
+    rows = zip(body_BQD, mask_BQ, strict=True)
+    alone = [target.answer(frame, body_QD[mask_Q][None], mask_Q[mask_Q][None], 12)[0] for body_QD, mask_Q in rows]
+    assert target.answer(frame, body_BQD, mask_BQ, 12) == alone
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ def test_what_a_test_leaves_behind(run, workplace):
         assert record["n"][f"{name}/accuracy"] == count
         assert len(record["intervals"][f"{name}/accuracy"]) == 2
     assert ("twin/twin_consistency" in record["metrics"], "test/twin_consistency" in record["metrics"]) == (True, False)
-    assert record["metrics"]["test/soft_bytes"] == 2 * 96 * done.model.bridge.soft_tokens
+    assert record["metrics"]["test/soft_bytes"] == 2 * done.model.target.width * done.model.bridge.soft_tokens
     assert record["metrics"]["test/infonce_bound"] <= math.log(GROUP)
     assert record["metrics"]["test/text_accuracy"] >= 0.9
     assert not any(value is None for value in record["metrics"].values())
