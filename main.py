@@ -7,6 +7,7 @@ Go on training:       python main.py fit --config configs/X.yaml --ckpt_path run
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -28,6 +29,12 @@ from lightning_modules.config_errors import FriendlyParser
 from lightning_modules.user_errors import user_message
 
 RUN_DIR_VARIABLE = "CROSSTALK_RUN_DIR"  # tells the folder to the processes that DDP starts
+
+
+# What Lightning says of itself, of frozen models, which are in eval mode on purpose, and of loaders without workers,
+# which keep up: data_wait in a run's results tells
+for expected in (".*isinstance.treespec", ".*in eval mode at the start", ".*does not have many workers"):
+    warnings.filterwarnings("ignore", expected)
 
 
 class CrosstalkCLI(LightningCLI):

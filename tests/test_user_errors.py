@@ -64,7 +64,7 @@ def test_a_wrong_field_or_class_names_the_near_miss(refused, case):
 VALUES = {
     "no soft tokens": (["--model.bridge.soft_tokens", "0"], "at least 1 soft token and 1 layer, not 0 and "),
     "heads": (["--model.bridge.heads", "97"], "is not divisible by its 97 heads"),
-    "layer": (["--model.source_layer", "7"], "source_layer 7 does not exist: 'assets/pair/source' has layers 1 to 6"),
+    "layer": (["--model.source_layer", "77"], "source_layer 77 does not exist: 'assets/pair/source' has layers 1 to "),
     "layers": (["--model.source_layer", "[1, 99]"], "source_layer 99 does not exist"),
     "layer 0": (["--model.source_layer", "0"], "model.source_layer 0 names no layer"),
     "no objective": (["--model.objectives", "{}"], "model.objectives is empty"),

@@ -37,8 +37,8 @@ class PerceiverBridge(Bridge):
     Args:
         source_dim: Width of the source states.
         target_dim: Width of the soft tokens.
-        key_norm: LayerNorm on keys and values, and places to read at. Without, states of embedding scale give uniform
-            attention, and every input the same soft tokens: the notes' collapse.
+        key_norm: LayerNorm on keys and values, places to read at and orthogonal maps at the start. Without, states of
+            embedding scale give uniform attention, and every input the same soft tokens: the notes' collapse.
         soft_tokens: K.
         depth: Layers, each self-attention among the queries, cross-attention and an MLP.
         heads: Attention heads.
@@ -78,9 +78,17 @@ class PerceiverBridge(Bridge):
             for _ in range(depth)
         )
         self.out = nn.Linear(width, target_dim)
-        # What tells 2000 tokens apart lies in all directions of a narrow state, and a product of random square matrices
-        # all but loses most of them; orthogonal ones lose none (Saxe et al. 2014)
-        for weight in [self.project.weight, self.out.weight]:
+        if key_norm:
+            self._keep_directions()
+
+    def _keep_directions(self) -> None:
+        """Start from orthogonal maps on the way of what is read.
+
+        What tells thousands of tokens apart lies in all directions of a narrow state; a product of random square
+        matrices all but loses most of them, and orthogonal ones lose none (Saxe et al. 2014).
+        """
+        width = self.project.out_features
+        for weight in (self.project.weight, self.out.weight):
             nn.init.orthogonal_(weight)
         for layer in self.layers:
             nn.init.orthogonal_(layer.multihead_attn.in_proj_weight.data[2 * width :])

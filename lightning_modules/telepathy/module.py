@@ -27,6 +27,8 @@ from lightning_modules.telepathy.target import Target
 from lightning_modules.text import Prompt, pad
 from lightning_modules.workload import Workload
 
+NOTES_SCALE = 0.003  # root mean square that the notes recoloured source states to, that of Mistral 7B's embeddings
+
 
 class Telepathy(LightningModule):
     """A frozen source reads the question, a bridge turns its hidden states to soft tokens, a frozen target answers.
@@ -47,8 +49,8 @@ class Telepathy(LightningModule):
         warmup_steps: Steps in which the learning rate rises; it then falls to zero along a cosine.
         prompt: The target's prompt; the source reads its part before the question.
         max_new_tokens: Longest answer generated.
-        faithful: Keep the notes' flaws: states recoloured to the target's embedding scale before a cross-attention
-            without LayerNorm or positions, no prompt, and the BOS between soft tokens and answer.
+        faithful: Keep the notes' flaws: states recoloured to the scale of Mistral's embeddings (rms 0.003) before a
+            cross-attention without LayerNorm or positions, no prompt, and the BOS between soft tokens and answer.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Telepathy(LightningModule):
         scale = self.target.embedding.weight.detach().float().square().mean().sqrt().item()
         match "statistical" if faithful else normalizer:
             case "statistical":
-                self.normalizer = StatisticalNormalizer(source_dim, scale if faithful else 1.0)
+                self.normalizer = StatisticalNormalizer(source_dim, NOTES_SCALE if faithful else 1.0)
             case "layer_norm":
                 self.normalizer = torch.nn.LayerNorm(source_dim, elementwise_affine=False)
             case "none":
