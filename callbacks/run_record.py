@@ -90,10 +90,11 @@ class RunRecord(Callback):
         draft.write_text(json.dumps(self.record, indent=2, allow_nan=False) + "\n")
         draft.replace(self.path)  # atomic: a reader sees the old record or the new one, never half of one
 
-
     def table(self) -> str:
         """The final metrics as a table: value, 95 % interval and n where the module tells them."""
-        metrics = {name: value for name, value in self.record["metrics"].items() if not name.endswith(("_low", "_high"))}
+        metrics = {
+            name: value for name, value in self.record["metrics"].items() if not name.endswith(("_low", "_high"))
+        }
         rows = [("metric", "value", "95 % interval", "n")]
         for name, value in metrics.items():
             interval = self.record["intervals"].get(name)

@@ -64,7 +64,7 @@ class PerceiverBridge(Bridge):
         if width % heads:
             raise ValueError(f"the bridge's width {width} is not divisible by its {heads} heads")
         self.soft_tokens, self.heads = soft_tokens, heads
-        self.project = nn.Linear(source_dim, width)
+        self.project = nn.Linear(source_dim, width, bias=not key_norm)  # before a norm, a bias would drown small states
         self.norm = nn.LayerNorm(width) if key_norm else nn.Identity()
         self.queries_KC = nn.Parameter(torch.randn(soft_tokens, width) * (0.1 if key_norm else 1.0))
         spacing = span / soft_tokens

@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from lightning_modules.evaluation import EvalSample, gather_objects, write_jsonl
 from lightning_modules.pretrained import Pretrained
@@ -95,6 +96,7 @@ class Telepathy(LightningModule):
         self.bridge = bridge(source_dim, self.target.width, not faithful)
         self.soft_tokens = OutputScale(output, scale)
         self.strict_loading = False  # the frozen models are not in checkpoints
+        self.validation_loss = MeanMetric()  # over tokens, whatever rank they are on
         self.examinations: dict[str, Examination] = {}
         self.predictions: list[EvalSample] = []
         self.intervals: dict[str, tuple[float, float]] = {}
@@ -141,11 +143,12 @@ class Telepathy(LightningModule):
         soft_BKD = self(batch)
         packing = batch["soft_packing"]
         logits_NV = self.target.logits(self.target.soft_frame, soft_BKD, batch["soft_tail"], packing)
+        share = self._share(len(packing.labels_N))
         losses: dict[str, Tensor] = {}
         for name, weight in self.objectives.items():
             match name:
                 case "lm":
-                    losses[name] = weight * objective.lm(logits_NV, packing.labels_N)
+                    losses[name] = weight * share * objective.lm(logits_NV, packing.labels_N)
                 case "batch_diversity":
                     losses[name] = weight * objective.batch_diversity(self._gather(self._features(soft_BKD, batch)))
                 case "contrastive":
@@ -156,7 +159,7 @@ class Telepathy(LightningModule):
                     with torch.no_grad():
                         body_BQD, frame = self.target.embedding(batch["text"]), self.target.text_frame
                         teacher_NV = self.target.logits(frame, body_BQD, batch["text_tail"], batch["text_packing"])
-                    losses[name] = weight * objective.kl_text(logits_NV, teacher_NV)
+                    losses[name] = weight * share * objective.kl_text(logits_NV, teacher_NV)
         total = torch.stack(list(losses.values())).sum()
         size = len(batch["source"])
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
@@ -172,12 +175,19 @@ class Telepathy(LightningModule):
         """Rows of all ranks, with gradient."""
         return self.all_gather(x_BF, sync_grads=True).flatten(0, 1) if self.trainer.world_size > 1 else x_BF
 
+    def _share(self, count: int) -> Tensor | float:
+        """This rank's answer tokens over the mean rank's; so weighted, the mean over ranks is one over all tokens."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        own = torch.tensor(float(count), device=self.device)
+        return own / self.all_gather(own).mean()
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the held-out cross-entropy of the answers, by token."""
         losses = self.target.answer_losses(self.target.soft_frame, self(batch), batch["soft_mask"], batch["answers"])
         losses_N = np.concatenate(losses)
-        loss = torch.tensor(losses_N.mean(), device=self.device)
-        self.log("validation/loss", loss, batch_size=len(losses_N), sync_dist=True, prog_bar=True)
+        self.validation_loss.update(losses_N.mean(), weight=len(losses_N))
+        self.log("validation/loss", self.validation_loss, batch_size=len(losses_N), prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
         """Begin an examination of each test set."""

@@ -103,6 +103,7 @@ class Examination:
     def report(self, module: Any) -> None:
         """Log the measures, figures and samples of all ranks; every rank takes part."""
         rows = [row for part in gather_objects(self.rows) for row in part]
+        rows.sort(key=lambda row: row.problem.question)  # the same order, and so derangement, for any number of ranks
         metrics, intervals = measures(rows)
         milliseconds = {f"{what}_ms": 1000 * seconds / len(self.rows) for what, seconds in self.seconds.items()}
         width = module.target.width
