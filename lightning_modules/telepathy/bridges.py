@@ -23,7 +23,7 @@ class Bridge(nn.Module, ABC):
         """Return mask_BK of the soft tokens that a source mask leads to; needs no states, so it runs in the loader."""
 
 
-SLOPE = 2.0  # of attention over distance at the start: three quarters of it on the nearest token
+SLOPE = 4.0  # of attention over distance at the start: nearly all of it on the nearest token
 BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target width, LayerNorm on the source states)
 
 
@@ -67,9 +67,9 @@ class PerceiverBridge(Bridge):
         self.project = nn.Linear(source_dim, width, bias=not key_norm)  # before a norm, a bias would drown small states
         self.norm = nn.LayerNorm(width) if key_norm else nn.Identity()
         self.queries_KC = nn.Parameter(torch.randn(soft_tokens, width) * (0.1 if key_norm else 1.0))
-        spacing = span / soft_tokens
-        self.places_K = nn.Parameter(torch.arange(soft_tokens) * spacing, requires_grad=key_norm)
-        slope = SLOPE / max(spacing, 1.0) if key_norm else 0.0
+        places_K = torch.arange(soft_tokens) * span // soft_tokens  # whole numbers: several may share a source token
+        self.places_K = nn.Parameter(places_K.float(), requires_grad=key_norm)
+        slope = SLOPE * min(soft_tokens / span, 1.0) if key_norm else 0.0
         self.slope = nn.Parameter(torch.tensor(slope), requires_grad=key_norm)
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
