@@ -68,9 +68,8 @@ class PerceiverBridge(Bridge):
         self.norm = nn.LayerNorm(width) if key_norm else nn.Identity()
         self.queries_KC = nn.Parameter(torch.randn(soft_tokens, width) * (0.1 if key_norm else 1.0))
         places_K = torch.arange(soft_tokens) * span // soft_tokens  # whole numbers: several may share a source token
-        self.places_K = nn.Parameter(places_K.float(), requires_grad=key_norm)
-        slope = SLOPE * min(soft_tokens / span, 1.0) if key_norm else 0.0
-        self.slope = nn.Parameter(torch.tensor(slope), requires_grad=key_norm)
+        self.register_buffer("places_K", places_K, persistent=False)
+        self.slope = SLOPE * min(soft_tokens / span, 1.0) if key_norm else 0.0
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
