@@ -30,9 +30,9 @@ BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target widt
 class PerceiverBridge(Bridge):
     """K learned queries that read the source states by cross-attention (Perceiver resampler, Alayrac et al. 2022).
 
-    Query k reads around a place c_k of the source: its attention has the bias -a |c_k - s| (as ALiBi, Press et al.
-    2022), with places and slope learned, from places evenly over `span` on. So it need not first find out where to
-    look, which positions inside keys would leave it to do; with a slope of zero it reads the whole.
+    Query k reads around a place c_k of the source: its attention has the fixed bias -a |c_k - s| (ALiBi, Press et al.
+    2022), with the places evenly over `span`. So it need not first find out where to look, which positions inside keys
+    would leave it to do.
 
     Args:
         source_dim: Width of the source states.
@@ -43,7 +43,7 @@ class PerceiverBridge(Bridge):
         depth: Layers, each self-attention among the queries, cross-attention and an MLP.
         heads: Attention heads.
         width: Width inside; the target's if None.
-        span: Source tokens that the places start spread over: about the longest question.
+        span: Source tokens that the places are spread over: about the longest question.
     """
 
     def __init__(
