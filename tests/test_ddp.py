@@ -71,12 +71,12 @@ def test_objectives_over_the_batch_are_the_same_on_two_processes(launch):
     for name in ("train/batch_diversity", "train/contrastive", "train/loss"):
         assert series(shared, name) == pytest.approx(series(alone, name), abs=1e-5)
         assert len(set(series(alone, name))) == STEPS
-    assert series(shared, "validation/loss") == pytest.approx(series(alone, "validation/loss"), rel=1e-4)
+    assert series(shared, "validation/loss") == pytest.approx(series(alone, "validation/loss"), rel=1e-3)
 
 
 def test_the_loss_of_the_answers_is_the_same_on_two_processes(launch, two):
     one = launch("fit", "one", 1, "--test_after_fit", "false")
-    assert series(two, "validation/loss") == pytest.approx(series(one, "validation/loss"), rel=1e-4)
+    assert series(two, "validation/loss") == pytest.approx(series(one, "validation/loss"), rel=1e-3)
     # What is logged in training is rank 0's part of it
     assert series(two, "train/loss") == pytest.approx(series(one, "train/loss"), rel=0.2)
 
