@@ -3,14 +3,14 @@
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.activation_reference import IGNORED, first_tensor, fitting_labels, labels_of, read_reference
-from callbacks.sites import match_modules
+from callbacks.sites import HookedCallback, match_modules
 
 _STAGES = {
     RunningStage.TRAINING: "fit",
@@ -54,7 +54,7 @@ def clamp_spread(x: Tensor, classes: Tensor, spread: float) -> Tensor:
     return (x_ND + (scale - 1) * deviation_ND).view_as(x)
 
 
-class ActivationClamp(Callback):
+class ActivationClamp(HookedCallback):
     """Replaces the output x of every module that matches `site`, differentiably and in at least fp32.
 
     - `naive`: x r*/|x|, the norm of every position set to the reference's mean radius r*.
@@ -176,16 +176,3 @@ class ActivationClamp(Callback):
 
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = _begin
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = _end
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the hooks off."""
-        self._unhook()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes the hooks off here too: Lightning skips `teardown` when a run fails."""
-        self._unhook()
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.sites import match_modules
+from callbacks.sites import HookedCallback, match_modules
 
 IGNORED = -100
 
@@ -50,7 +50,7 @@ def read_reference(path: str, keys: list[str]) -> list[float]:
     return [statistics[key].item() for key in keys]
 
 
-class ActivationReference(Callback):
+class ActivationReference(HookedCallback):
     """Records an activation over each validation and test pass, and writes what `ActivationClamp` holds a run to.
 
     The file has, for every module that matches, under `<module name>.`:
@@ -134,19 +134,6 @@ class ActivationReference(Callback):
     on_validation_batch_start = on_test_batch_start = _begin_step
     on_validation_batch_end = on_test_batch_end = _end_step
     on_validation_epoch_end = on_test_epoch_end = _end_pass
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the hooks off."""
-        self._unhook()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes the hooks off here too: Lightning skips `teardown` when a run fails."""
-        self._unhook()
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
 
 class _Moments:

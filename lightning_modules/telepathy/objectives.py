@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_modules.diversity import mean_pairwise_cosine
+
 Objective = Literal["lm", "batch_diversity", "contrastive", "kl_text"]
 
 TEMPERATURE = 0.07  # of the contrastive objective, as in the notes and in CLIP's initialisation
@@ -20,13 +22,8 @@ def lm(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def batch_diversity(soft_BF: Tensor) -> Tensor:
-    """Mean cosine between the soft tokens of different inputs: 1 where all are the same.
-
-    With unit rows u_i: (|sum_i u_i|² - B) / (B (B - 1)), which needs no B x B matrix.
-    """
-    unit_BF = F.normalize(soft_BF.float(), dim=1)
-    count = len(unit_BF)
-    return (unit_BF.sum(0).square().sum() - count) / max(count * (count - 1), 1)
+    """Mean cosine between the soft tokens of different inputs: 1 where all are the same; 0 for a single input."""
+    return mean_pairwise_cosine(soft_BF) if len(soft_BF) > 1 else 0 * soft_BF.float().sum()
 
 
 def contrastive(soft_BD: Tensor, text_BD: Tensor) -> Tensor:

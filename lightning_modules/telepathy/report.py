@@ -14,8 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.diversity import between_input_variance, distinct, distinct_n, effective_rank
-from lightning_modules.diversity import mean_pairwise_cosine as pairwise_cosine
+from lightning_modules.diversity import (
+    between_input_variance,
+    distinct,
+    distinct_n,
+    effective_rank,
+    mean_pairwise_cosine,
+)
 from lightning_modules.evaluation import EvalSample, gather_objects, text_table, write_jsonl
 from lightning_modules.metrics import wilson_interval
 from lightning_modules.telepathy.figures import loss_by_position, soft_token_map
@@ -270,7 +275,7 @@ def spread(rows: list[Row]) -> dict[str, float]:
     soft_BKD = torch.tensor(stack_soft(kept))
     mask_BK = soft_BKD.abs().sum(-1) > 0
     return {
-        "cosine": float(pairwise_cosine(soft_BKD.flatten(1))),
+        "cosine": float(mean_pairwise_cosine(soft_BKD.flatten(1))),
         "between_input_variance": float(between_input_variance(soft_BKD, mask_BK)),
         "effective_rank": float(effective_rank(soft_BKD.flatten(1))),
     }
