@@ -1,6 +1,6 @@
 """Bridges: from a source model's hidden states to soft tokens in a target model's embedding space.
 
-Shapes: B batch, S source positions, C source width, K soft tokens, D target width, R soft tokens a source token.
+Shapes: B batch, S source positions, C source width, Q queries, K soft tokens, D target width, R soft tokens a source token.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target widt
 class PerceiverBridge(Bridge):
     """K learned queries that read the source states by cross-attention (Perceiver resampler, Alayrac et al. 2022).
 
-    Query k reads around a place c_k of the source: its attention has the fixed bias -a |c_k - s| (ALiBi, Press et al.
+    Query q reads around a place c_q of the source: its attention has the fixed bias -a |c_q - s| (ALiBi, Press et al.
     2022), with the places evenly over `span`. So it need not first find out where to look, which positions inside keys
     would leave it to do.
 
@@ -40,6 +40,8 @@ class PerceiverBridge(Bridge):
         key_norm: LayerNorm on keys and values, places to read at and orthogonal maps at the start. Without, states of
             embedding scale give uniform attention, and every input the same soft tokens: the notes' collapse.
         soft_tokens: K.
+        tokens_per_query: Soft tokens that a query makes of what it read, each by a map of its own: a number that is one
+            source token is several digits to a target that reads digits.
         depth: Layers, each self-attention among the queries, cross-attention and an MLP.
         heads: Attention heads.
         width: Width inside; the target's if None.
@@ -52,6 +54,7 @@ class PerceiverBridge(Bridge):
         target_dim: int,
         key_norm: bool = True,
         soft_tokens: int = 32,
+        tokens_per_query: int = 1,
         depth: int = 2,
         heads: int = 4,
         width: int | None = None,
@@ -63,20 +66,23 @@ class PerceiverBridge(Bridge):
             raise ValueError(f"a bridge needs at least 1 soft token and 1 layer, not {soft_tokens} and {depth}")
         if width % heads:
             raise ValueError(f"the bridge's width {width} is not divisible by its {heads} heads")
-        self.soft_tokens, self.heads = soft_tokens, heads
+        if tokens_per_query < 1 or soft_tokens % tokens_per_query:
+            raise ValueError(f"{soft_tokens} soft tokens cannot be made {tokens_per_query} a query")
+        queries = soft_tokens // tokens_per_query
+        self.soft_tokens, self.tokens_per_query, self.heads = soft_tokens, tokens_per_query, heads
         self.project = nn.Linear(source_dim, width, bias=not key_norm)  # before a norm, a bias would drown small states
         self.norm = nn.LayerNorm(width) if key_norm else nn.Identity()
-        self.queries_KC = nn.Parameter(torch.randn(soft_tokens, width) * (0.1 if key_norm else 1.0))
-        places_K = torch.arange(soft_tokens) * span // soft_tokens  # whole numbers: several may share a source token
-        self.register_buffer("places_K", places_K, persistent=False)
-        self.slope = SLOPE * min(soft_tokens / span, 1.0) if key_norm else 0.0
+        self.queries_QC = nn.Parameter(torch.randn(queries, width) * (0.1 if key_norm else 1.0))
+        places_Q = torch.arange(queries) * span // queries  # whole numbers: several may share a source token
+        self.register_buffer("places_Q", places_Q, persistent=False)
+        self.slope = SLOPE * min(queries / span, 1.0) if key_norm else 0.0
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
             for _ in range(depth)
         )
-        self.out = nn.Linear(width, target_dim)
+        self.out = nn.Linear(width, tokens_per_query * target_dim)
         if key_norm:
             self._keep_directions()
 
@@ -97,12 +103,12 @@ class PerceiverBridge(Bridge):
         """Return the soft tokens."""
         memory_BSC = self.norm(self.project(states_BSC))
         position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
-        bias_KS = -self.slope * (self.places_K[:, None] - position_S).abs()
-        bias_BKS = bias_KS.masked_fill(~mask_BS[:, None], -torch.inf)
-        soft_BKC = self.queries_KC.expand(len(states_BSC), -1, -1)
+        bias_QS = -self.slope * (self.places_Q[:, None] - position_S).abs()
+        bias_BQS = bias_QS.masked_fill(~mask_BS[:, None], -torch.inf)
+        soft_BQC = self.queries_QC.expand(len(states_BSC), -1, -1)
         for layer in self.layers:
-            soft_BKC = layer(soft_BKC, memory_BSC, memory_mask=bias_BKS.repeat_interleave(self.heads, dim=0))
-        return self.out(soft_BKC)
+            soft_BQC = layer(soft_BQC, memory_BSC, memory_mask=bias_BQS.repeat_interleave(self.heads, dim=0))
+        return self.out(soft_BQC).unflatten(-1, (self.tokens_per_query, -1)).flatten(1, 2)
 
     def soft_mask(self, mask_BS: Tensor) -> Tensor:
         """All K, whatever the source's length."""
