@@ -3,6 +3,8 @@
 Train, then test:     python main.py fit --config configs/X.yaml [--config overlay.yaml] [--key value]
 Test a checkpoint:    python main.py test --config configs/X.yaml --ckpt_path runs/X/.../checkpoints/last.ckpt
 Go on training:       python main.py fit --config configs/X.yaml --ckpt_path runs/X/.../checkpoints/last.ckpt
+Many runs, a verdict: python main.py study studies/X.yaml [--jobs 2 | --executor slurm --partition gpu]
+Claims and verdicts:  python main.py ledger
 """
 
 import os
@@ -23,6 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import callbacks  # noqa: F401  (imported so that configs can use bare class names)
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
+import studies
 from callbacks.run_record import RunRecord, make_run_dir
 from lightning_modules.checkpoints import check_checkpoint
 from lightning_modules.config_errors import FriendlyParser
@@ -45,6 +48,7 @@ class CrosstalkCLI(LightningCLI):
     """
 
     trainer: Trainer | None = None
+    record: RunRecord | None = None
     run_dir: Path | None = None  # set only if this process made it
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -69,7 +73,7 @@ class CrosstalkCLI(LightningCLI):
                 raise
             sys.stderr.write(f"error: {message}\n")
             sys.exit(2)
-        if self.record.path:
+        if self.record and self.record.path:
             print(f"\n{self.record.table()}\nresults: {self.record.path}")
 
     def _parse_ckpt_path(self) -> None:
@@ -136,14 +140,33 @@ class CrosstalkCLI(LightningCLI):
             rmtree(self.run_dir)
 
 
+class Resolver(CrosstalkCLI):
+    """Reads and checks a command line as a run would, and stops there; `resolved` is the whole config."""
+
+    resolved: dict[str, Any]
+
+    def before_instantiate_classes(self) -> None:
+        """Keeps the config."""
+        self.resolved = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
+
+    def instantiate_classes(self) -> None:
+        """Builds nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
 def help_texts(command: str) -> dict[str, str]:
     """What a command's --help begins with; the usage that argparse makes would name a hundred options first."""
     usage = f"python main.py {command} --config FILE [--config OVERLAY ...] [--key value ...]"
     return {"description": __doc__, "usage": usage}
 
 
-def main(args: list[str] | None = None) -> CrosstalkCLI:
+def main(args: list[str] | None = None) -> CrosstalkCLI | None:
     """Runs one command line, `sys.argv` if no arguments are given."""
+    line = sys.argv[1:] if args is None else args
+    if line[:1] in (["study"], ["ledger"]):
+        return studies.run(line, lambda arm: Resolver(arm).resolved)
     return CrosstalkCLI(args)
 
 

@@ -62,7 +62,8 @@ class ActivationClamp(HookedCallback):
       within-class spread of this batch, s^2 = sum |x - mu_c|^2 / (N - C), the trace of the pooled within-class
       covariance; s* is the reference's. Unlabelled positions stay as they are.
     - `random_direction`: x + |x r*/|x| - x| u, u uniform on the sphere: the control for the size of the displacement.
-    - `zero`: 0. `identity`: the same tensor, bit for bit: the control for the machinery.
+    - `zero`: 0. `mean`: at each position, the mean over the batch. `shuffle`: another row's of the batch, so that every
+      input gets what belongs to another. `identity`: the same tensor, bit for bit: the control for the machinery.
 
     Where the module returns a tuple, its first element is clamped. All modes but `mean_preserving` ignore the labels
     and act on every forward of their stages, generation included. `mean_preserving` acts in the steps alone: a
@@ -88,14 +89,14 @@ class ActivationClamp(HookedCallback):
     def __init__(
         self,
         site: str,
-        mode: Literal["naive", "mean_preserving", "random_direction", "zero", "identity"],
+        mode: Literal["naive", "mean_preserving", "random_direction", "zero", "mean", "shuffle", "identity"],
         reference: str | None = None,
         during: list[Literal["fit", "validate", "test"]] | None = None,
         classes: Literal["target", "batch"] = "target",
         labels: str = "labels",
         seed: int = 0,
     ) -> None:
-        uses_reference = mode not in ("zero", "identity")
+        uses_reference = mode in ("naive", "mean_preserving", "random_direction")
         if uses_reference and reference is None:
             raise ValueError(f"ActivationClamp(mode={mode!r}) needs `reference`, a file from ActivationReference.")
         if reference is not None and not uses_reference:
@@ -163,6 +164,10 @@ class ActivationClamp(HookedCallback):
                 return x + displacement * nn.functional.normalize(direction, dim=-1)
             case "zero":
                 return torch.zeros_like(x)
+            case "mean":
+                return x.mean(0, keepdim=True).expand_as(x)
+            case "shuffle":
+                return x.roll(1, 0)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
         self._labels = labels_of(batch, self.labels)

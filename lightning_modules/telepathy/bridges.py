@@ -1,6 +1,7 @@
 """Bridges: from a source model's hidden states to soft tokens in a target model's embedding space.
 
-Shapes: B batch, S source positions, C source width, Q queries, K soft tokens, D target width, R soft tokens a source token.
+Shapes: B batch, S source positions, C source width, Q queries, K soft tokens, D target width, R soft tokens of a source
+token.
 """
 
 from abc import ABC, abstractmethod

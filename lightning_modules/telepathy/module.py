@@ -28,6 +28,7 @@ from lightning_modules.telepathy.target import Target
 from lightning_modules.text import Prompt, pad
 from lightning_modules.workload import Workload
 
+Flaw = Literal["key_scale", "bos_behind"]
 NOTES_SCALE = 0.003  # root mean square that the notes recoloured source states to, that of Mistral 7B's embeddings
 
 
@@ -50,8 +51,9 @@ class Telepathy(LightningModule):
         warmup_steps: Steps in which the learning rate rises; it then falls to zero along a cosine.
         prompt: The target's prompt; the source reads its part before the question.
         max_new_tokens: Longest answer generated.
-        faithful: Keep the notes' flaws: states recoloured to the scale of Mistral's embeddings (rms 0.003) before a
-            cross-attention without LayerNorm or positions, no prompt, and the BOS between soft tokens and answer.
+        faithful: Keep the notes' flaws, all or some. `key_scale`: states recoloured to the scale of Mistral's
+            embeddings (rms 0.003) before a cross-attention without LayerNorm or positions. `bos_behind`: no prompt, and
+            the BOS between soft tokens and answer.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Telepathy(LightningModule):
         warmup_steps: int = 50,
         prompt: str = "Question: {question}\nAnswer:",
         max_new_tokens: int = 100,
-        faithful: bool = False,
+        faithful: bool | list[Flaw] = False,
     ):
         super().__init__()
         self.layers = [source_layer] if isinstance(source_layer, int) else source_layer
@@ -80,20 +82,22 @@ class Telepathy(LightningModule):
         if not any(self.objectives.values()):
             raise ValueError("model.objectives is empty: give at least one objective a weight, such as {lm: 1.0}")
         self.optimizer, self.warmup_steps, self.max_new_tokens = optimizer, warmup_steps, max_new_tokens
-        self.prompt, self.faithful = Prompt(prompt), faithful
+        flaws = faithful if isinstance(faithful, list) else get_args(Flaw) if faithful else ()
+        notes_scale = "key_scale" in flaws
+        self.prompt = Prompt(prompt)
         self.source_tokenizer = source.load_tokenizer()
         self.source = Frozen(source.load_first_layers(max(self.layers)))
-        self.target = Target(target, self.prompt, faithful)
+        self.target = Target(target, self.prompt, "bos_behind" in flaws)
         source_dim = self.source.model.config.hidden_size * len(self.layers)
         scale = self.target.embedding.weight.detach().float().square().mean().sqrt().item()
-        match "statistical" if faithful else normalizer:
+        match "statistical" if notes_scale else normalizer:
             case "statistical":
-                self.normalizer = StatisticalNormalizer(source_dim, NOTES_SCALE if faithful else 1.0)
+                self.normalizer = StatisticalNormalizer(source_dim, NOTES_SCALE if notes_scale else 1.0)
             case "layer_norm":
                 self.normalizer = torch.nn.LayerNorm(source_dim, elementwise_affine=False)
             case "none":
                 self.normalizer = torch.nn.Identity()
-        self.bridge = bridge(source_dim, self.target.width, not faithful)
+        self.bridge = bridge(source_dim, self.target.width, not notes_scale)
         self.soft_tokens = OutputScale(output, scale)
         self.strict_loading = False  # the frozen models are not in checkpoints
         self.validation_loss = MeanMetric()  # over tokens, whatever rank they are on

@@ -32,21 +32,21 @@ class Target(Frozen):
     Args:
         pretrained: Which model.
         prompt: The text around the question.
-        faithful: Give soft tokens the notes' frame, which is no prompt and the BOS behind them: to a model trained on
+        bos_behind: Give soft tokens the notes' frame, which is no prompt and the BOS behind them: to a model trained on
             packed documents, that says "a new text begins here, forget the last".
 
     Attributes:
         text_frame: What stands around the question's text.
-        soft_frame: What stands around soft tokens; the same, unless `faithful`.
+        soft_frame: What stands around soft tokens; the same, unless `bos_behind`.
     """
 
-    def __init__(self, pretrained: Pretrained, prompt: Prompt, faithful: bool = False):
+    def __init__(self, pretrained: Pretrained, prompt: Prompt, bos_behind: bool = False):
         super().__init__(pretrained.load_causal_lm())
         self.tokenizer = pretrained.load_tokenizer()
         seams = cut(self.tokenizer, prompt, ["x"], ["x"])[0]
         bos = [self.tokenizer.bos_token_id]
         self.text_frame = Frame(bos + seams.before, seams.after)
-        self.soft_frame = Frame([], bos) if faithful else self.text_frame
+        self.soft_frame = Frame([], bos) if bos_behind else self.text_frame
 
     @property
     def width(self) -> int:

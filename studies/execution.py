@@ -1,0 +1,205 @@
+"""Running a study's waves by submitit: here, some at a time, or as SLURM job arrays."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import submitit
+import torch
+from tqdm import tqdm
+
+from lightning_modules.checkpoints import is_intact
+from studies.study import Run, Study
+
+MAIN = Path(__file__).resolve().parent.parent / "main.py"
+TAIL = 12  # lines of a failed run's log that are shown
+WEEK = 7 * 24 * 60  # minutes: submitit ends local jobs after a few unless told otherwise
+POLL = 0.5  # seconds
+
+
+@dataclass
+class Cluster:
+    """Where and how runs are executed.
+
+    Attributes:
+        executor: `local`, or `slurm` for a job array a wave.
+        jobs: How many runs at a time; on SLURM, 0 means all.
+        options: submitit's parameters of a SLURM job, such as `slurm_partition`.
+    """
+
+    executor: Literal["local", "slurm"] = "local"
+    jobs: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Attempt:
+    """One attempt at a run, in a process of its own: what submitit calls on the machine that got the job."""
+
+    run: Run
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self) -> int:
+        """Run the command, from the last checkpoint of an interrupted attempt if there is one; return its exit code."""
+        run = self.run
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(run.folder.with_name(f"{run.folder.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt whose study was killed may still be at it: wait for it
+            if run.result:
+                return 0
+            checkpoint = _set_aside(run.folder)
+            run.folder.mkdir()
+            config = run.folder.with_name(f"{run.folder.name}.yaml")
+            config.write_text(run.config)
+            command = [sys.executable, str(MAIN), run.command, "--config", str(config)]
+            command += ["--trainer.default_root_dir", str(run.folder)]
+            command += ["--ckpt_path", str(checkpoint)] if checkpoint and run.command == "fit" else []
+            with open(run.folder / "log.txt", "w") as log:
+                done = subprocess.run(
+                    command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **self.environment}
+                )
+            if done.returncode == 0:
+                shutil.rmtree(_aside(run.folder), ignore_errors=True)
+            return done.returncode
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """What submitit does when SLURM is about to take the machine away: queue the same attempt again."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.interrupted")
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """Move what an interrupted attempt left out of the way; its last checkpoint, if that was written to its end."""
+    aside = _aside(folder)
+    last = Path("checkpoints", "last.ckpt")
+    if (folder / last).exists() and is_intact(folder / last):
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    return aside / last if is_intact(aside / last) else None
+
+
+def execute(study: Study, cluster: Cluster) -> list[Run]:
+    """Run what is not finished yet, wave by wave, and return the runs that failed or had to be left out.
+
+    Ctrl-C ends the running ones; calling again goes on from there.
+    """
+    failed: list[Run] = []
+    todo = [run for run in study.runs if not run.result]
+    kept = len(study.runs) - len(todo)
+    if kept:
+        print(f"{kept} of {len(study.runs)} runs are finished already")
+    if not todo:
+        return failed
+    with tqdm(
+        total=len(todo), unit="run", dynamic_ncols=True, mininterval=5 if not sys.stderr.isatty() else 0.1
+    ) as bar:
+        for wave in sorted({run.wave for run in todo}):
+            lost = {(run.arm, run.seed) for run in failed}
+            ready = []
+            for run in (run for run in todo if run.wave == wave):
+                if missing := sorted(arm for arm in run.needs if (arm, run.seed) in lost):
+                    bar.write(f"left out: {run.name}, for {' and '.join(missing)} failed")
+                    failed.append(run)
+                else:
+                    ready.append(run)
+            size = sum(run.wave == wave for run in study.runs)
+            failed += _run_wave(study, ready, size, wave, cluster, bar)
+    return failed
+
+
+def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Cluster, bar: tqdm) -> list[Run]:
+    failed: list[Run] = []
+    waiting, running = deque(runs), {}
+    try:
+        if cluster.executor == "slurm" and runs:
+            executor = _executor(study, cluster, f"{study.name}-wave{wave}")
+            running = dict(zip(executor.map_array(Attempt.__call__, [Attempt(run) for run in runs]), runs, strict=True))
+            waiting.clear()
+        else:
+            executor = _executor(study, cluster, study.name)
+        slots = deque(range(cluster.jobs))
+        slot_of: dict[str, int] = {}
+        while waiting or running:
+            while waiting and slots:
+                run, slot = waiting.popleft(), slots.popleft()
+                job = executor.submit(Attempt(run, _environment(slot, min(cluster.jobs, size))))
+                running[job], slot_of[job.job_id] = run, slot
+            for job in [job for job in running if job.done()]:
+                run = running.pop(job)
+                if cluster.executor == "local":
+                    slots.append(slot_of.pop(job.job_id))
+                if run.result:
+                    bar.write(f"finished: {run.name}, {_headline(study, run)}")
+                else:
+                    failed.append(run)
+                    bar.write(f"FAILED: {run.name}\n{_last_lines(run, job)}")
+                bar.update()
+            bar.set_postfix_str(_what_runs(running.values()))
+            time.sleep(POLL)
+    except BaseException:
+        for job in running:
+            job.cancel(check=False)
+        raise
+    return failed
+
+
+def _executor(study: Study, cluster: Cluster, name: str) -> submitit.Executor:
+    folder = study.folder / "jobs"
+    executor = submitit.AutoExecutor(folder, cluster=cluster.executor)
+    if cluster.executor == "local":
+        executor.update_parameters(timeout_min=WEEK)
+    else:
+        parallel = {"slurm_array_parallelism": cluster.jobs} if cluster.jobs else {}
+        executor.update_parameters(name=name, **parallel, **cluster.options)
+    return executor
+
+
+def _environment(slot: int, at_once: int) -> dict[str, str]:
+    """Share this machine: threads among the runs at once, and a GPU each by turns.
+
+    The number of threads follows from the study alone, not from what is left to do, so that a study that was
+    interrupted gives the same sums.
+    """
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "TOKENIZERS_PARALLELISM": "false"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(device) for device in range(torch.cuda.device_count())]
+    return shared | ({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {})
+
+
+def _headline(study: Study, run: Run) -> str:
+    metrics = run.result["metrics"]
+    shown = [
+        f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in study.measures[:2] if metrics.get(name) is not None
+    ]
+    return ", ".join([*shown, f"{sum(run.result['seconds'].values()):.0f} s"])
+
+
+def _log(run: Run) -> list[str]:
+    path = run.folder / "log.txt"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+
+
+def _last_lines(run: Run, job: submitit.Job) -> str:
+    lines = _log(run) or (job.stderr() or "it left no log").splitlines()
+    return "\n".join(f"    {line}" for line in [*lines[-TAIL:], f"log: {run.folder / 'log.txt'}"])
+
+
+def _what_runs(runs: Any) -> str:
+    """What the longest-running one says."""
+    first = next(iter(runs), None)
+    line = (_log(first) or [""])[-1] if first else ""
+    return f"{first.name}: {line[:70]}" if first else ""

@@ -1,0 +1,240 @@
+"""A study: arms by seeds over a base config, what is measured, and what is claimed.
+
+base: [configs/telepathy_v15.yaml]
+seeds: 3
+arms:
+  control: {}
+  small: {configs: [overlay.yaml], set: {data.batch_size: 8}}
+  silenced: {command: test, set: {ckpt_path: "{arms.control.checkpoint}"}}
+measures: [test/accuracy]
+claims:
+  004-12: difference(control, small) > 0
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lightning_modules.config_errors import FriendlyParser
+from studies.claims import Claim, parse
+
+NAME = re.compile(r"[A-Za-z_]\w*")
+REFERENCE = re.compile(r"\{arms\.(\w+)\.(\w+)\}")
+PRODUCTS = {"folder": "", "checkpoint": "checkpoints/last.ckpt", "reference": "reference.safetensors"}
+
+
+@dataclass
+class Arm:
+    """One condition of a study.
+
+    Attributes:
+        configs: Overlays over the base.
+        set: Key -> value, as `--key value` on the command line. A value may name what another arm's run of the same
+            seed made: `{arms.control.checkpoint}`, `.reference` or `.folder`.
+        sweep: Key -> values: one arm for each combination, named `<arm>_<value>`.
+        command: What is run.
+    """
+
+    configs: list[str] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    command: Literal["fit", "validate", "test"] = "fit"
+
+
+@dataclass
+class StudyFile:
+    """What a study's YAML holds.
+
+    Attributes:
+        base: Configs that all arms share.
+        arms: Name -> condition; the first is what the others are compared with.
+        measures: Names in `results.json`; the first is what a claim means that names an arm alone.
+        seeds: How many, from 0, or which.
+        claims: Name, such as a number in the ledger -> claim.
+        curves: Scalars in TensorBoard to draw over steps.
+        set: Key -> value, for all arms.
+    """
+
+    base: list[str]
+    arms: dict[str, Arm]
+    measures: list[str]
+    seeds: int | list[int] = 1
+    claims: dict[str, str] = field(default_factory=dict)
+    curves: list[str] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Attributes:
+        arm: Its arm.
+        seed: Its seed.
+        command: What is run.
+        config: The resolved config, as YAML.
+        folder: Where it goes; named by the config's hash, so that a finished run is found again.
+        wave: Runs of a wave need only what earlier waves made.
+        needs: Arms whose runs it uses.
+    """
+
+    arm: str
+    seed: int
+    command: str
+    config: str
+    folder: Path
+    wave: int
+    needs: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        """Arm and seed."""
+        return f"{self.arm}, seed {self.seed}"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The run's `results.json`, if it came to its end."""
+        path = self.folder / "results.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        return record if record.get("status") == "finished" else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study made ready: every config resolved, every claim read, runs in waves.
+
+    Attributes:
+        name: The file's name.
+        folder: `runs/studies/<name>`.
+        arms: Names, sweeps written out.
+        measures: As in the file.
+        curves: As in the file.
+        claims: The claims.
+        runs: Every run, by wave.
+        factors: For arms of a sweep: arm -> (sweep's name, key -> value).
+    """
+
+    name: str
+    folder: Path
+    arms: list[str]
+    measures: list[str]
+    curves: list[str]
+    claims: list[Claim]
+    runs: list[Run]
+    factors: dict[str, tuple[str, dict[str, Any]]]
+
+
+def load(path: str, resolve: Callable[[list[str]], dict[str, Any]], parent: str = "runs/studies") -> Study:
+    """Read a study and check all of it before anything runs.
+
+    Args:
+        path: The YAML file.
+        resolve: Gives the resolved config of a command line; exits on a user's mistake as the command itself does.
+        parent: Where studies are kept.
+
+    Raises:
+        ValueError: The study is wrong; says what and where.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no study {path}")
+    file = _parse(path)
+    arms, factors = _expand(file.arms)
+    folder = Path(parent, Path(path).stem)
+    claims = [parse(name, text, arms, file.measures) for name, text in file.claims.items()]
+    configs = {name: _resolve(file, arm, resolve) for name, arm in arms.items()}
+    needs = {name: _needs(name, config, arms) for name, config in configs.items()}
+    waves = _waves(needs)
+    seeds = list(range(file.seeds)) if isinstance(file.seeds, int) else file.seeds
+    runs: dict[tuple[str, int], Run] = {}
+    for wave, names in enumerate(waves):
+        for name, seed in itertools.product(names, seeds):
+            text = yaml.safe_dump(configs[name] | {"seed_everything": seed}, sort_keys=False, width=1000)
+            text = REFERENCE.sub(lambda match, seed=seed: str(runs[match[1], seed].folder / PRODUCTS[match[2]]), text)
+            digest = hashlib.sha256(f"{arms[name].command}\n{text}".encode()).hexdigest()[:8]
+            where = folder / name / f"{seed}-{digest}"
+            runs[name, seed] = Run(name, seed, arms[name].command, text, where, wave, frozenset(needs[name]))
+    return Study(Path(path).stem, folder, list(arms), file.measures, file.curves, claims, list(runs.values()), factors)
+
+
+def _parse(path: str) -> StudyFile:
+    parser = FriendlyParser(prog="main.py study FILE")
+    parser.add_class_arguments(StudyFile)
+    file = parser.instantiate_classes(parser.parse_path(path))
+    study = StudyFile(**{key: file[key] for key in StudyFile.__dataclass_fields__})
+    if not study.arms or not study.measures:
+        raise ValueError(f"{path}: a study needs at least one of arms and one of measures")
+    if not study.seeds or (isinstance(study.seeds, int) and study.seeds < 1):
+        raise ValueError(f"{path}: seeds must be at least 1, or a list of seeds")
+    for name in study.arms:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{path}: arms.{name}: use letters, digits and _, so that claims can name it")
+    return study
+
+
+def _expand(arms: dict[str, Arm]) -> tuple[dict[str, Arm], dict[str, tuple[str, dict[str, Any]]]]:
+    """Write out sweeps: an arm for each combination of values."""
+    expanded: dict[str, Arm] = {}
+    factors: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, arm in arms.items():
+        for values in itertools.product(*arm.sweep.values()):
+            chosen = dict(zip(arm.sweep, values, strict=True))
+            full = "_".join([name, *(_word(value) for value in values)])
+            if full in expanded:
+                raise ValueError(f"arms.{name}: two arms would have the name {full}")
+            expanded[full] = Arm(arm.configs, arm.set | chosen, {}, arm.command)
+            if chosen:
+                factors[full] = name, chosen
+    return expanded, factors
+
+
+def _word(value: Any) -> str:
+    """A value as part of a name: 0.1 -> 0p1, -1 -> m1."""
+    return re.sub(r"\W+", "_", str(value).replace(".", "p").replace("-", "m"))
+
+
+def _resolve(file: StudyFile, arm: Arm, resolve: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
+    """The arm's whole config, with references to other arms still as they were written."""
+    line = [arm.command]
+    for config in [*file.base, *arm.configs]:
+        line += ["--config", config]
+    for key, value in (file.set | arm.set).items():
+        line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return resolve(line)
+
+
+def _needs(name: str, config: dict[str, Any], arms: dict[str, Arm]) -> set[str]:
+    needs = set()
+    for arm, product in REFERENCE.findall(yaml.safe_dump(config, width=1000)):
+        if arm not in arms:
+            raise ValueError(f"arms.{name}: there is no arm {arm}{_near(arm, arms)}")
+        if product not in PRODUCTS:
+            raise ValueError(f"arms.{name}: a run has no '{product}'{_near(product, PRODUCTS)}: {', '.join(PRODUCTS)}")
+        needs.add(arm)
+    return needs
+
+
+def _waves(needs: dict[str, set[str]]) -> list[list[str]]:
+    sorter = TopologicalSorter(needs)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise ValueError(f"arms use one another in a circle: {' <- '.join(error.args[1])}") from error
+    waves = []
+    while ready := sorter.get_ready():
+        waves.append(sorted(ready, key=list(needs).index))
+        sorter.done(*ready)
+    return waves
+
+
+def _near(name: str, choices: Any) -> str:
+    close = get_close_matches(name, list(choices), 1)
+    return f"; did you mean {close[0]}?" if close else ""
