@@ -83,7 +83,12 @@ class PerceiverBridge(Bridge):
             )
             for _ in range(depth)
         )
-        self.out = nn.Linear(width, tokens_per_query * target_dim)
+        self.out = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, tokens_per_query * target_dim),
+        )
         if key_norm:
             self._keep_directions()
 
@@ -94,8 +99,7 @@ class PerceiverBridge(Bridge):
         matrices all but loses most of them, and orthogonal ones lose none (Saxe et al. 2014).
         """
         width = self.project.out_features
-        for weight in (self.project.weight, self.out.weight):
-            nn.init.orthogonal_(weight)
+        nn.init.orthogonal_(self.project.weight)
         for layer in self.layers:
             nn.init.orthogonal_(layer.multihead_attn.in_proj_weight.data[2 * width :])
             nn.init.orthogonal_(layer.multihead_attn.out_proj.weight)
