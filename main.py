@@ -25,7 +25,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import callbacks  # noqa: F401  (imported so that configs can use bare class names)
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
-import studies
 from callbacks.run_record import RunRecord, make_run_dir
 from lightning_modules.checkpoints import check_checkpoint
 from lightning_modules.config_errors import FriendlyParser
@@ -35,8 +34,13 @@ RUN_DIR_VARIABLE = "CROSSTALK_RUN_DIR"  # tells the folder to the processes that
 
 
 # What Lightning says of itself, of frozen models, which are in eval mode on purpose, and of loaders without workers,
-# which keep up: data_wait in a run's results tells
-for expected in (".*isinstance.treespec", ".*in eval mode at the start", ".*does not have many workers"):
+# which keep up: data_wait in a run's results tells; a study reads its arms' command lines besides its own
+for expected in (
+    ".*isinstance.treespec",
+    ".*in eval mode at the start",
+    ".*does not have many workers",
+    "LightningCLI.s args",
+):
     warnings.filterwarnings("ignore", expected)
 
 
@@ -149,6 +153,9 @@ class Resolver(CrosstalkCLI):
         """Keeps the config."""
         self.resolved = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
 
+    def _set_seed(self) -> None:
+        """Seeds nothing."""
+
     def instantiate_classes(self) -> None:
         """Builds nothing."""
 
@@ -166,7 +173,9 @@ def main(args: list[str] | None = None) -> CrosstalkCLI | None:
     """Runs one command line, `sys.argv` if no arguments are given."""
     line = sys.argv[1:] if args is None else args
     if line[:1] in (["study"], ["ledger"]):
-        return studies.run(line, lambda arm: Resolver(arm).resolved)
+        from studies.command import run  # here, since a run of its own needs nothing of it
+
+        return run(line, lambda arm: Resolver(arm).resolved)
     return CrosstalkCLI(args)
 
 

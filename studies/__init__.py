@@ -1,5 +1,1 @@
 """Studies: many runs, one verdict. Arms by seeds are run by the ordinary command line, and claims are weighed."""
-
-from studies.command import run
-
-__all__ = ["run"]

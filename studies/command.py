@@ -9,6 +9,7 @@ from jsonargparse import ActionYesNo
 from lightning_modules.config_errors import FriendlyParser
 from lightning_modules.user_errors import user_message
 from studies import ledger, report
+from studies.claims import ClaimError
 from studies.execution import Cluster, execute
 from studies.study import load
 
@@ -32,7 +33,7 @@ def run(line: list[str], resolve: Resolve) -> None:
         sys.stderr.write("interrupted: call it again to go on\n")
         sys.exit(130)
     except Exception as error:
-        message = user_message(error)
+        message = str(error) if isinstance(error, ClaimError) else user_message(error)
         if message is None:
             raise
         sys.stderr.write(f"error: {message}\n")
@@ -81,8 +82,8 @@ def make_cluster(
 
 
 def _study(line: list[str], resolve: Resolve) -> int:
-    parser = FriendlyParser(prog="python main.py study", description=STUDY_HELP)
-    parser.add_argument("file", type=str, help="The study's YAML file.")
+    parser = FriendlyParser(prog="main.py study", description=STUDY_HELP)
+    parser.add_argument("file", metavar="FILE", help="The study's YAML file.")
     parser.add_function_arguments(make_cluster)
     parser.add_argument("--report-only", action=ActionYesNo, default=False, help="Report what is there, run nothing.")
     options = vars(parser.parse_args(line))
@@ -97,7 +98,7 @@ def _study(line: list[str], resolve: Resolve) -> int:
 
 
 def _ledger(line: list[str]) -> int:
-    parser = FriendlyParser(prog="python main.py ledger", description="Print every claim with its last verdict.")
+    parser = FriendlyParser(prog="main.py ledger", description="Print every claim with its last verdict.")
     parser.add_argument("--file", default=str(ledger.LEDGER), help="The ledger.")
     parser.add_argument("--document", type=str, default="", help="Only the rows of this document, such as 004.")
     options = parser.parse_args(line)

@@ -1,27 +1,25 @@
 """Running a study's waves by submitit: here, some at a time, or as SLURM job arrays."""
 
-import fcntl
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import submitit
 import torch
 from tqdm import tqdm
 
-from lightning_modules.checkpoints import is_intact
+from studies.attempt import MAIN, Attempt
 from studies.study import Run, Study
 
-MAIN = Path(__file__).resolve().parent.parent / "main.py"
 TAIL = 12  # lines of a failed run's log that are shown
 WEEK = 7 * 24 * 60  # minutes: submitit ends local jobs after a few unless told otherwise
 POLL = 0.5  # seconds
+# Under this name Lightning takes the job for a shell: it starts its own processes where a run has several GPUs, and
+# leaves the signal before the time limit to submitit, which would else be answered by both.
+SLURM = {"SLURM_JOB_NAME": "interactive"}
 
 
 @dataclass
@@ -37,57 +35,6 @@ class Cluster:
     executor: Literal["local", "slurm"] = "local"
     jobs: int = 1
     options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Attempt:
-    """One attempt at a run, in a process of its own: what submitit calls on the machine that got the job."""
-
-    run: Run
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def __call__(self) -> int:
-        """Run the command, from the last checkpoint of an interrupted attempt if there is one; return its exit code."""
-        run = self.run
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(run.folder.with_name(f"{run.folder.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt whose study was killed may still be at it: wait for it
-            if run.result:
-                return 0
-            checkpoint = _set_aside(run.folder)
-            run.folder.mkdir()
-            config = run.folder.with_name(f"{run.folder.name}.yaml")
-            config.write_text(run.config)
-            command = [sys.executable, str(MAIN), run.command, "--config", str(config)]
-            command += ["--trainer.default_root_dir", str(run.folder)]
-            command += ["--ckpt_path", str(checkpoint)] if checkpoint and run.command == "fit" else []
-            with open(run.folder / "log.txt", "w") as log:
-                done = subprocess.run(
-                    command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **self.environment}
-                )
-            if done.returncode == 0:
-                shutil.rmtree(_aside(run.folder), ignore_errors=True)
-            return done.returncode
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit does when SLURM is about to take the machine away: queue the same attempt again."""
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.interrupted")
-
-
-def _set_aside(folder: Path) -> Path | None:
-    """Move what an interrupted attempt left out of the way; its last checkpoint, if that was written to its end."""
-    aside = _aside(folder)
-    last = Path("checkpoints", "last.ckpt")
-    if (folder / last).exists() and is_intact(folder / last):
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    return aside / last if is_intact(aside / last) else None
 
 
 def execute(study: Study, cluster: Cluster) -> list[Run]:
@@ -125,7 +72,8 @@ def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Clus
     try:
         if cluster.executor == "slurm" and runs:
             executor = _executor(study, cluster, f"{study.name}-wave{wave}")
-            running = dict(zip(executor.map_array(Attempt.__call__, [Attempt(run) for run in runs]), runs, strict=True))
+            with executor.batch():  # one array
+                running = {executor.submit(_attempt(run, SLURM)): run for run in runs}
             waiting.clear()
         else:
             executor = _executor(study, cluster, study.name)
@@ -134,9 +82,9 @@ def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Clus
         while waiting or running:
             while waiting and slots:
                 run, slot = waiting.popleft(), slots.popleft()
-                job = executor.submit(Attempt(run, _environment(slot, min(cluster.jobs, size))))
+                job = executor.submit(_attempt(run, _environment(slot, min(cluster.jobs, size))))
                 running[job], slot_of[job.job_id] = run, slot
-            for job in [job for job in running if job.done()]:
+            for job in [job for job in running if _ended(job)]:
                 run = running.pop(job)
                 if cluster.executor == "local":
                     slots.append(slot_of.pop(job.job_id))
@@ -155,7 +103,17 @@ def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Clus
     return failed
 
 
+def _ended(job: submitit.Job) -> bool:
+    return job.paths.result_pickle.exists() or job.done()  # SLURM is asked once a minute only
+
+
+def _attempt(run: Run, environment: dict[str, str]) -> Attempt:
+    return Attempt(run.command, run.config, run.folder, environment)
+
+
 def _executor(study: Study, cluster: Cluster, name: str) -> submitit.Executor:
+    # Jobs find this package in a checkout that is not installed, too
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     folder = study.folder / "jobs"
     executor = submitit.AutoExecutor(folder, cluster=cluster.executor)
     if cluster.executor == "local":

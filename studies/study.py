@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from lightning_modules.config_errors import FriendlyParser
+from studies.attempt import read_result
 from studies.claims import Claim, parse
 
 NAME = re.compile(r"[A-Za-z_]\w*")
@@ -103,9 +105,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any] | None:
         """The run's `results.json`, if it came to its end."""
-        path = self.folder / "results.json"
-        record = json.loads(path.read_text()) if path.exists() else {}
-        return record if record.get("status") == "finished" else None
+        return read_result(self.folder)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def load(path: str, resolve: Callable[[list[str]], dict[str, Any]], parent: str 
     arms, factors = _expand(file.arms)
     folder = Path(parent, Path(path).stem)
     claims = [parse(name, text, arms, file.measures) for name, text in file.claims.items()]
-    configs = {name: _resolve(file, arm, resolve) for name, arm in arms.items()}
+    configs = {name: _resolve(file, name, arm, resolve) for name, arm in arms.items()}
     needs = {name: _needs(name, config, arms) for name, config in configs.items()}
     waves = _waves(needs)
     seeds = list(range(file.seeds)) if isinstance(file.seeds, int) else file.seeds
@@ -201,14 +201,18 @@ def _word(value: Any) -> str:
     return re.sub(r"\W+", "_", str(value).replace(".", "p").replace("-", "m"))
 
 
-def _resolve(file: StudyFile, arm: Arm, resolve: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
+def _resolve(file: StudyFile, name: str, arm: Arm, resolve: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
     """The arm's whole config, with references to other arms still as they were written."""
     line = [arm.command]
     for config in [*file.base, *arm.configs]:
         line += ["--config", config]
     for key, value in (file.set | arm.set).items():
         line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return resolve(line)
+    try:
+        return resolve(line)
+    except SystemExit:
+        sys.stderr.write(f"in the study's arms.{name}\n")
+        raise
 
 
 def _needs(name: str, config: dict[str, Any], arms: dict[str, Arm]) -> set[str]:
