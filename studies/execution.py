@@ -49,9 +49,8 @@ def execute(study: Study, cluster: Cluster) -> list[Run]:
         print(f"{kept} of {len(study.runs)} runs are finished already")
     if not todo:
         return failed
-    with tqdm(
-        total=len(todo), unit="run", dynamic_ncols=True, mininterval=5 if not sys.stderr.isatty() else 0.1
-    ) as bar:
+    interval = 0.5 if sys.stderr.isatty() else 30  # in a log file every refresh is a line of its own
+    with tqdm(total=len(todo), unit="run", dynamic_ncols=True, mininterval=interval) as bar:
         for wave in sorted({run.wave for run in todo}):
             lost = {(run.arm, run.seed) for run in failed}
             ready = []
@@ -68,7 +67,7 @@ def execute(study: Study, cluster: Cluster) -> list[Run]:
 
 def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Cluster, bar: tqdm) -> list[Run]:
     failed: list[Run] = []
-    waiting, running = deque(runs), {}
+    waiting, running, shown = deque(runs), {}, 0.0
     try:
         if cluster.executor == "slurm" and runs:
             executor = _executor(study, cluster, f"{study.name}-wave{wave}")
@@ -94,7 +93,10 @@ def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Clus
                     failed.append(run)
                     bar.write(f"FAILED: {run.name}\n{_last_lines(run, job)}")
                 bar.update()
-            bar.set_postfix_str(_what_runs(running.values()))
+            bar.set_postfix_str(_what_runs(running.values()), refresh=False)
+            if time.monotonic() - shown > bar.mininterval:
+                bar.refresh()
+                shown = time.monotonic()
             time.sleep(POLL)
     except BaseException:
         for job in running:

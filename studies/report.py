@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,9 @@ def render(study: Study, data: dict[str, Any]) -> str:
         parts.append(f"Missing: {'; '.join(missing)}.")
     if len(data["revisions"]) > 1:
         parts.append(f"Made by {len(data['revisions'])} revisions of the code: {', '.join(data['revisions'])}.")
-    rows = [["measure", "arm", "mean", "95 % interval", "by seed"]]
-    for measure in study.measures:
-        for arm in study.arms:
-            estimate = data["arms"][arm]["estimates"].get(measure)
-            if estimate:
-                seeds = " ".join(_number(value) for value in data["arms"][arm]["values"][measure].values())
-                rows.append([measure, arm, _number(estimate["value"]), _interval(estimate), seeds])
-    parts += ["## Arms", table(rows)]
+    parts += ["## Arms", _by_arm(study, data, "estimates", _estimate)]
+    if any(len(values) > 1 for arm in data["arms"].values() for values in arm["values"].values()):
+        parts += ["## By seed", _by_arm(study, data, "values", lambda values: " ".join(map(_number, values.values())))]
     rows = [["measure", "arm", "difference", "95 % interval", "Hedges' g", "p"]]
     for row in data["comparisons"]:
         cells = [row["measure"], row["arm"], _number(row["value"]), _interval(row)]
@@ -130,6 +126,14 @@ def render(study: Study, data: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def _by_arm(study: Study, data: dict[str, Any], kind: str, tell: Callable[[Any], str]) -> str:
+    rows = [["arm", *study.measures]]
+    for arm in study.arms:
+        found = data["arms"][arm][kind]
+        rows.append([arm, *(tell(found[measure]) if found.get(measure) else "-" for measure in study.measures)])
+    return table(rows)
+
+
 def table(rows: list[list[str]]) -> str:
     """A markdown table whose columns line up in a terminal too."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -141,6 +145,11 @@ def table(rows: list[list[str]]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def _estimate(estimate: dict[str, Any]) -> str:
+    interval = _interval(estimate)
+    return _number(estimate["value"]) + ("" if interval == "-" else f" {interval}")
 
 
 def _interval(estimate: dict[str, Any]) -> str:

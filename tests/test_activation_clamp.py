@@ -190,6 +190,23 @@ def test_mean_preserving_sets_the_spread_of_labelled_positions(classes, tmp_path
         assert not torch.isclose(x[labels != -100], given[labels != -100]).all()
 
 
+@pytest.mark.parametrize("site", ["residual", "pair"])
+def test_the_modes_that_take_the_input_away(site, tmp_path):
+    def seen(mode):
+        module = Classifier()
+        trainer(tmp_path, ActivationClamp(site, mode)).test(module, loader(), verbose=False)
+        return zip((x for _, x in module.seen), module.given, strict=True)
+
+    for x, given in seen("zero"):
+        assert not x.any()
+        assert given.any()
+    for x, given in seen("mean"):
+        torch.testing.assert_close(x, torch.stack([given.sum(0) / len(given)] * len(given)))
+    for x, given in seen("shuffle"):
+        assert torch.equal(x[0], given[-1])
+        assert torch.equal(x[1:], given[:-1])
+
+
 def test_random_direction_moves_as_far_as_naive_elsewhere(tmp_path, reference):
     module = Classifier()
     trainer(tmp_path, ActivationClamp("residual", "random_direction", reference)).test(module, loader(), verbose=False)

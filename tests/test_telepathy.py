@@ -159,7 +159,10 @@ def test_the_faithful_bridge_reads_states_at_embedding_scale_without_norm(telepa
     batch = module.collate(problems, False)
     states_NC = module.normalizer(module.read(batch))[batch["source_mask"]]
     assert states_NC.square().mean().sqrt().item() == pytest.approx(0.003, rel=0.1)  # as the notes' target has it
-    assert not isinstance(telepathy(PerceiverBridge).bridge.norm, torch.nn.Identity)
+    for sound in (telepathy(PerceiverBridge), telepathy(PerceiverBridge, faithful=["bos_behind"])):
+        assert not isinstance(sound.bridge.norm, torch.nn.Identity)
+        assert isinstance(sound.normalizer, torch.nn.Identity)
+    assert type(telepathy(PerceiverBridge, faithful=["key_scale"]).bridge.norm) is torch.nn.Identity
 
 
 def test_sixteen_problems_are_learned_by_heart(telepathy, problems, fit):

@@ -12,6 +12,7 @@ BRIDGES = {
     "perceiver": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, depth=2, heads=2),
     "perceiver, wider": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, depth=1, heads=2, width=16),
     "perceiver, odd width": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, depth=1, heads=1, width=9),
+    "perceiver, by fives": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, tokens_per_query=5, heads=2),
     "perceiver, no key_norm": lambda: PerceiverBridge(SOURCE, TARGET, key_norm=False, soft_tokens=5, heads=2),
     "token": lambda: TokenBridge(SOURCE, TARGET),
     "token, mlp": lambda: TokenBridge(SOURCE, TARGET, tokens_per_source=3, hidden=16),
@@ -67,6 +68,19 @@ def test_every_parameter_is_trained(bridge):
     assert [n for n, p in bridge.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+def test_soft_tokens_of_a_query_stand_side_by_side_and_read_its_place():
+    states_BSC, mask_BS = states([6])
+    bridge = PerceiverBridge(SOURCE, TARGET, soft_tokens=12, tokens_per_query=2, depth=1, heads=2, span=6)
+    with torch.no_grad():
+        bridge.layers[0].self_attn.out_proj.weight.zero_()  # no exchange between queries
+        bridge.layers[0].self_attn.out_proj.bias.zero_()
+    other_BSC = states_BSC.clone()
+    other_BSC[0, 3] += 1
+    moved_K = (bridge(other_BSC, mask_BS) - bridge(states_BSC, mask_BS))[0].norm(dim=-1)
+    assert set(moved_K.topk(2).indices.tolist()) == {6, 7}
+    assert moved_K[6:8].min() > 5 * moved_K[[*range(6), *range(8, 12)]].max()
+
+
 @pytest.mark.parametrize("make", [PerceiverBridge, TokenBridge])
 def test_key_norm_makes_the_scale_of_the_states_irrelevant(make):
     states_BSC, mask_BS = states([4, 4])
@@ -90,6 +104,7 @@ def test_without_key_norm_states_of_embedding_scale_give_every_input_the_same(ke
     [
         (PerceiverBridge, {"soft_tokens": 0}, "at least 1 soft token and 1 layer, not 0 and 2"),
         (PerceiverBridge, {"depth": 0}, "at least 1 soft token and 1 layer, not 32 and 0"),
+        (PerceiverBridge, {"soft_tokens": 5, "tokens_per_query": 2}, "5 soft tokens cannot be made 2 a query"),
         (PerceiverBridge, {"heads": 3}, "width 8 is not divisible by its 3 heads"),
         (TokenBridge, {"tokens_per_source": 0}, "at least 1 soft token a source token, not 0"),
     ],

@@ -145,7 +145,9 @@ def test_the_bos_is_first_and_once_but_for_the_faithful(module, telepathy, probl
     bos = module.target.tokenizer.bos_token_id
     assert module.target.soft_frame == module.target.text_frame
     assert (module.target.soft_frame.head[0], bos in module.target.soft_frame.after) == (bos, False)
-    faithful = telepathy(faithful=True)
+    assert telepathy(faithful=["key_scale"]).target.soft_frame == module.target.soft_frame
+    faithful = telepathy(faithful=["bos_behind"])
+    assert telepathy(faithful=True).target.soft_frame == faithful.target.soft_frame
     assert (faithful.target.soft_frame.head, faithful.target.soft_frame.after) == ([], [bos])
     batch = faithful.collate(problems, True)
     assert (batch["soft_tail"][:, 0] == bos).all()
