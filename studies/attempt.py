@@ -68,7 +68,7 @@ class Attempt:
     def _set_aside(self) -> Path | None:
         """Make the folder new; return the last checkpoint of an interrupted attempt, if it was written to its end."""
         aside = self._beside(".interrupted")
-        if (self.folder / LAST).exists() and _is_intact(self.folder / LAST):
+        if _is_intact(self.folder / LAST):
             shutil.rmtree(aside, ignore_errors=True)
             self.folder.rename(aside)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -79,6 +79,8 @@ class Attempt:
 
 
 def _is_intact(path: Path) -> bool:
-    from lightning_modules.checkpoints import is_intact  # brings torch along, and few attempts need it
+    if not path.exists():
+        return False
+    from lightning_modules.checkpoints import is_intact  # brings torch along, and few attempts get here
 
-    return path.exists() and is_intact(path)
+    return is_intact(path)

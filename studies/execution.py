@@ -83,7 +83,7 @@ def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Clus
                 run, slot = waiting.popleft(), slots.popleft()
                 job = executor.submit(_attempt(run, _environment(slot, min(cluster.jobs, size))))
                 running[job], slot_of[job.job_id] = run, slot
-            for job in [job for job in running if _ended(job)]:
+            for job in [job for job in running if job.done()]:
                 run = running.pop(job)
                 if cluster.executor == "local":
                     slots.append(slot_of.pop(job.job_id))
@@ -103,10 +103,6 @@ def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Clus
             job.cancel(check=False)
         raise
     return failed
-
-
-def _ended(job: submitit.Job) -> bool:
-    return job.paths.result_pickle.exists() or job.done()  # SLURM is asked once a minute only
 
 
 def _attempt(run: Run, environment: dict[str, str]) -> Attempt:

@@ -160,7 +160,7 @@ def load(path: str, resolve: Callable[[list[str]], dict[str, Any]], parent: str 
             text = yaml.safe_dump(configs[name] | {"seed_everything": seed}, sort_keys=False, width=1000)
             text = REFERENCE.sub(lambda match, seed=seed: str(runs[match[1], seed].folder / PRODUCTS[match[2]]), text)
             digest = hashlib.sha256(f"{arms[name].command}\n{text}".encode()).hexdigest()[:8]
-            where = folder / name / f"{seed}-{digest}"
+            where = folder / "runs" / name / f"{seed}-{digest}"
             runs[name, seed] = Run(name, seed, arms[name].command, text, where, wave, frozenset(needs[name]))
     return Study(Path(path).stem, folder, list(arms), file.measures, file.curves, claims, list(runs.values()), factors)
 
@@ -204,10 +204,10 @@ def _word(value: Any) -> str:
 def _resolve(file: StudyFile, name: str, arm: Arm, resolve: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
     """The arm's whole config, with references to other arms still as they were written."""
     line = [arm.command]
-    for config in [*file.base, *arm.configs]:
-        line += ["--config", config]
-    for key, value in (file.set | arm.set).items():
-        line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    for configs, values in ((file.base, file.set), (arm.configs, arm.set)):  # what comes later wins
+        line += [text for config in configs for text in ("--config", config)]
+        for key, value in values.items():
+            line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     try:
         return resolve(line)
     except SystemExit:

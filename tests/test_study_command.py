@@ -85,7 +85,10 @@ def test_a_study_ends_in_a_report_and_is_not_run_twice(study, kept):
     assert (data["runs"], data["finished"]) == (2, 2)
     assert [row["verdict"] for row in data["claims"]] == ["undecided", "refuted"]
     assert data["claims"][0]["note"] == "one seed, whose run gives no interval; at least 2 seeds would tell the spread"
-    made = {arm: json.loads(next((folder / arm).glob("*/results.json")).read_text()) for arm in ("control", "silenced")}
+    made = {
+        arm: json.loads(next((folder / "runs" / arm).glob("*/results.json")).read_text())
+        for arm in ("control", "silenced")
+    }
     for arm, record in made.items():
         for measure in STUDY["measures"]:
             assert data["arms"][arm]["values"][measure] == {"0": record["metrics"][measure]}
@@ -153,10 +156,10 @@ def test_killed_half_way_and_called_again_it_ends_with_the_same_report(study, ke
     process.wait()
     study(check=0)
     assert reports() == kept["reports"]
-    folder = next(Path("runs/studies/question/control").glob("0-????????"))
+    folder = next(Path("runs/studies/question/runs/control").glob("0-????????"))
     events = EventAccumulator(str(folder)).Reload()
     assert sorted({event.step for event in events.Scalars("validation/loss")}) == [1, 3]
-    folders = [path for path in Path("runs/studies/question/control").iterdir() if path.is_dir()]
+    folders = [path for path in Path("runs/studies/question/runs/control").iterdir() if path.is_dir()]
     assert len(folders) == 1
 
 
