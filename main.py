@@ -129,10 +129,14 @@ class CrosstalkCLI(LightningCLI):
             kwargs["verbose"] = False  # the record's own table has intervals too
         return kwargs | {"weights_only": kwargs["weights_only"] is not False}
 
+    def before_fit(self) -> None:
+        """Tells the record whether a test follows, without which the run has not come to its end."""
+        has_test = is_overridden("test_dataloader", self.datamodule) and is_overridden("test_step", self.model)
+        self.record.test_follows = self.config.fit.test_after_fit and has_test
+
     def after_fit(self) -> None:
         """Tests the weights just trained, if there is a test set."""
-        has_test = is_overridden("test_dataloader", self.datamodule) and is_overridden("test_step", self.model)
-        if self.config.fit.test_after_fit and has_test:
+        if self.record.test_follows:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
     def _tidy(self, mistake: bool) -> None:

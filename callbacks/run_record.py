@@ -32,6 +32,9 @@ class RunRecord(Callback):
         command: The command line, without the program's name.
         configs: Paths of the config files.
         config: The resolved config as plain types, logged once as hyperparameters.
+
+    Attributes:
+        test_follows: Whether a fit is not the run's end.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class RunRecord(Callback):
         self.record: dict[str, Any] = {"status": "running", "command": list(command), "configs": self.configs}
         self.record |= {"seconds": {}, "steps": 0, "metrics": {}, "intervals": {}, "n": {}}
         self.path: Path | None = None
+        self.test_follows = False
         self._started = time.monotonic()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -56,7 +60,7 @@ class RunRecord(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adds the stage's time, metrics and intervals."""
         metrics = trainer.callback_metrics  # may synchronise metrics over the ranks
-        self._update(trainer, stage, "finished")
+        self._update(trainer, stage, "running" if stage == "fit" and self.test_follows else "finished")
         self.record["metrics"] |= {name: _finite(value) for name, value in metrics.items() if value.numel() == 1}
         for name, (low, high) in getattr(pl_module, "intervals", {}).items():
             self.record["intervals"][name] = [_finite(low), _finite(high)]
@@ -98,7 +102,8 @@ class RunRecord(Callback):
         rows = [("metric", "value", "95 % interval", "n")]
         for name, value in metrics.items():
             interval = self.record["intervals"].get(name)
-            between = " to ".join(f"{_finite(end):.4g}" for end in interval) if interval else ""
+            known = interval and None not in interval
+            between = " to ".join(f"{end:.4g}" for end in interval) if known else ""
             rows.append((name, "-" if value is None else f"{value:.4g}", between, str(self.record["n"].get(name, ""))))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [f"{n:<{widths[0]}}  {v:>{widths[1]}}  {i:>{widths[2]}}  {c:>{widths[3]}}" for n, v, i, c in rows]

@@ -51,10 +51,9 @@ class Region:
         """Whether the closed interval lies outside."""
         return (high not in self and high <= self.low) or (low not in self and low >= self.high)
 
-    @property
-    def bounds(self) -> list[float]:
-        """The finite ends."""
-        return [end for end in (self.low, self.high) if math.isfinite(end)]
+    def decides(self, low: float, high: float) -> bool:
+        """Whether the closed interval lies on one side."""
+        return self.holds(low, high) or self.misses(low, high)
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class _Parser:
         if self.token[0] != "name" or not calls or calls[0][1] != "(":
             return "mean", (self.operand(),), None
         if name not in FUNCTIONS:
-            raise self.fail(f"there is no function {name}{_near(name, FUNCTIONS)}: {', '.join(FUNCTIONS)}")
+            raise self.fail(f"there is no function {name}{near(name, FUNCTIONS)}: {', '.join(FUNCTIONS)}")
         self.next += 2
         operands, condition = [self.operand()], None
         if name == "rate":
@@ -159,19 +158,21 @@ class _Parser:
         column = self.column
         arm = self.take("name", "an arm")
         if arm not in self.arms:
-            raise self.fail(f"there is no arm {arm}{_near(arm, self.arms)}", column)
+            raise self.fail(f"there is no arm {arm}{near(arm, self.arms)}", column)
         if self.token != ("mark", "."):
             return Operand(arm, self.measures[0])
         self.next += 1
         column = self.column
         word = self.take("name", "a measure")
-        fitting = [measure for measure in self.measures if word in (measure, measure.rpartition("/")[2])]
+        if word in self.measures:
+            return Operand(arm, word)
+        fitting = [measure for measure in self.measures if measure.rpartition("/")[2] == word]
         if len(fitting) == 1:
             return Operand(arm, fitting[0])
         if fitting:
             raise self.fail(f"{word} may be {' or '.join(fitting)}: write it in full", column)
         short = [measure.rpartition("/")[2] for measure in self.measures]
-        raise self.fail(f"the study measures no {word}{_near(word, [*short, *self.measures])}", column)
+        raise self.fail(f"the study measures no {word}{near(word, [*short, *self.measures])}", column)
 
     def comparison(self, what: str) -> Region:
         compare = self.take("mark", what, ("<", "<=", ">", ">="))
@@ -189,7 +190,8 @@ class _Parser:
         return Region(low, high)
 
 
-def _near(name: str, choices: Collection[str]) -> str:
+def near(name: str, choices: Collection[str]) -> str:
+    """`; did you mean X?` for the most similar choice, or nothing."""
     close = get_close_matches(name, list(choices), 1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -220,6 +222,14 @@ def judge(claim: Claim, values: Mapping[str, Mapping[str, Series]]) -> Judgement
     missing = [operand.arm for operand, seeds in zip(claim.operands, series, strict=True) if not seeds]
     if missing:
         return Judgement("undecided", Estimate(math.nan), f"no finished run of {' or '.join(missing)}")
+    diverged = [
+        f"{operand.arm}, seed {seed}"
+        for operand, seeds in zip(claim.operands, series, strict=True)
+        for seed, measured in seeds.items()
+        if math.isnan(measured.value)
+    ]
+    if diverged and claim.function != "rate":  # a rate counts them as seeds that do not satisfy its condition
+        return Judgement("undecided", Estimate(math.nan), f"no value in {'; '.join(diverged)}")
     match claim.function:
         case "mean":
             estimate = mean(*series)
@@ -231,5 +241,5 @@ def judge(claim: Claim, values: Mapping[str, Mapping[str, Series]]) -> Judgement
         return Judgement("held", estimate, estimate.note)
     if claim.region.misses(estimate.low, estimate.high):
         return Judgement("refuted", estimate, estimate.note)
-    needed = seeds_to_decide(estimate, claim.region.bounds)
+    needed = seeds_to_decide(estimate, claim.region.decides)
     return Judgement("undecided", estimate, "; ".join(note for note in (estimate.note, needed) if note))

@@ -70,8 +70,10 @@ def make_cluster(
         hours: Time limit of a run, on SLURM; a run that meets it is queued again and goes on from its last checkpoint.
         setup: Shell lines before a run on SLURM, such as '[module load cuda, source env/bin/activate]'.
     """
-    if jobs < 0:
-        raise ValueError(f"--jobs {jobs}: it must be at least 0")
+    least = {"jobs": (jobs, 0), "gpus": (gpus, 0), "cpus": (cpus, 1), "hours": (hours, 1 / 60)}
+    for name, (value, bound) in least.items():
+        if value < bound:
+            raise ValueError(f"--{name} {value}: it must be at least {bound:.3g}")
     if executor == "local":
         return Cluster("local", jobs or 1)
     named = {"partition": partition, "account": account, "qos": qos, "constraint": constraint, "mem": memory}
@@ -99,8 +101,7 @@ def _study(line: list[str], resolve: Resolve) -> int:
 
 def _ledger(line: list[str]) -> int:
     parser = FriendlyParser(prog="main.py ledger", description="Print every claim with its last verdict.")
-    parser.add_argument("--file", default=str(ledger.LEDGER), help="The ledger.")
     parser.add_argument("--document", type=str, default="", help="Only the rows of this document, such as 004.")
     options = parser.parse_args(line)
-    print(ledger.table(options.file, options.document))
+    print(ledger.table(options.document))
     return 0

@@ -4,7 +4,10 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import submitit
@@ -16,6 +19,7 @@ from studies.study import Run, Study
 
 TAIL = 12  # lines of a failed run's log that are shown
 WEEK = 7 * 24 * 60  # minutes: submitit ends local jobs after a few unless told otherwise
+MOST_REQUEUES = 1000  # times that a run may meet its time limit on SLURM
 POLL = 0.5  # seconds
 # Under this name Lightning takes the job for a shell: it starts its own processes where a run has several GPUs, and
 # leaves the signal before the time limit to submitit, which would else be answered by both.
@@ -70,18 +74,18 @@ def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Clus
     waiting, running, shown = deque(runs), {}, 0.0
     try:
         if cluster.executor == "slurm" and runs:
-            executor = _executor(study, cluster, f"{study.name}-wave{wave}")
-            with executor.batch():  # one array
-                running = {executor.submit(_attempt(run, SLURM)): run for run in runs}
+            running = _submit_array(study, runs, wave, cluster)
             waiting.clear()
         else:
-            executor = _executor(study, cluster, study.name)
+            executor = submitit.AutoExecutor(_jobs_folder(study), cluster="local")
+            executor.update_parameters(timeout_min=WEEK)
         slots = deque(range(cluster.jobs))
         slot_of: dict[str, int] = {}
         while waiting or running:
             while waiting and slots:
                 run, slot = waiting.popleft(), slots.popleft()
-                job = executor.submit(_attempt(run, _environment(slot, min(cluster.jobs, size))))
+                with _silent_controllers(study):
+                    job = executor.submit(_attempt(run, _environment(slot, min(cluster.jobs, size))))
                 running[job], slot_of[job.job_id] = run, slot
             for job in [job for job in running if job.done()]:
                 run = running.pop(job)
@@ -109,17 +113,35 @@ def _attempt(run: Run, environment: dict[str, str]) -> Attempt:
     return Attempt(run.command, run.config, run.folder, environment)
 
 
-def _executor(study: Study, cluster: Cluster, name: str) -> submitit.Executor:
+def _jobs_folder(study: Study) -> Path:
     # Jobs find this package in a checkout that is not installed, too
     os.environ["PYTHONPATH"] = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    folder = study.folder / "jobs"
-    executor = submitit.AutoExecutor(folder, cluster=cluster.executor)
-    if cluster.executor == "local":
-        executor.update_parameters(timeout_min=WEEK)
-    else:
-        parallel = {"slurm_array_parallelism": cluster.jobs} if cluster.jobs else {}
-        executor.update_parameters(name=name, **parallel, **cluster.options)
-    return executor
+    return study.folder / "jobs"
+
+
+def _submit_array(study: Study, runs: list[Run], wave: int, cluster: Cluster) -> dict[submitit.Job, Run]:
+    try:
+        executor = submitit.AutoExecutor(_jobs_folder(study), cluster="slurm", slurm_max_num_timeout=MOST_REQUEUES)
+        parallel = {"slurm_array_parallelism": cluster.jobs or len(runs)}
+        executor.update_parameters(name=f"{study.name}-wave{wave}", **parallel, **cluster.options)
+        with executor.batch():  # one array
+            jobs = [executor.submit(_attempt(run, SLURM)) for run in runs]
+    except RuntimeError as error:  # no SLURM here, or it refuses
+        raise ValueError(f"SLURM: {error}") from error
+    return dict(zip(jobs, runs, strict=True))
+
+
+@contextmanager
+def _silent_controllers(study: Study) -> Iterator[None]:
+    """Have the processes that submitit starts in this block write elsewhere: at Ctrl-C each shows a stack trace."""
+    terminal = os.dup(2)
+    with open(study.folder / "jobs" / "controllers.log", "a") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def _environment(slot: int, at_once: int) -> dict[str, str]:

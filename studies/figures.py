@@ -77,8 +77,8 @@ def heat_map(measure: str, keys: list[str], rows: list, columns: list, means: np
     image = axes.imshow(means, aspect="auto", origin="lower")
     for i, j in np.argwhere(np.isfinite(means)):
         axes.text(j, i, f"{means[i, j]:.3g}", ha="center", va="center", color="white", fontsize=8)
-    axes.set_yticks(range(len(rows)), [str(value) for value in rows])
-    axes.set_xticks(range(len(columns)), [str(value) for value in columns])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), columns)
     axes.set(ylabel=keys[0], xlabel=keys[1], title=measure)
     figure.colorbar(image)
     return figure
@@ -92,11 +92,11 @@ def _grids(study: Study, by_arm: dict[str, Series]) -> dict[str, tuple[list[str]
     grids = {}
     for sweep, arms in sweeps.items():
         keys = list(next(iter(arms.values())))
-        rows, columns = (list(dict.fromkeys(factors[key] for factors in arms.values())) for key in keys)
+        rows, columns = (list(dict.fromkeys(str(factors[key]) for factors in arms.values())) for key in keys)
         means = np.full((len(rows), len(columns)), np.nan)
         for arm, factors in arms.items():
             if arm in by_arm:
-                means[rows.index(factors[keys[0]]), columns.index(factors[keys[1]])] = mean(by_arm[arm]).value
+                means[rows.index(str(factors[keys[0]])), columns.index(str(factors[keys[1]]))] = mean(by_arm[arm]).value
         grids[sweep] = keys, rows, columns, means
     return grids
 
@@ -109,6 +109,7 @@ def _histories(scalar: str, runs: list[Run]) -> dict[str, dict[int, list[float]]
         events.Reload()
         if scalar in events.Tags()["scalars"]:
             history = histories.setdefault(run.arm, defaultdict(list))
-            for event in events.Scalars(scalar):
-                history[event.step].append(event.value)
+            # By step, for a run that was broken off may have passed it twice
+            for step, value in {event.step: event.value for event in events.Scalars(scalar)}.items():
+                history[step].append(value)
     return histories

@@ -53,10 +53,11 @@ def read(path: str | Path = LEDGER) -> list[Row]:
 
 
 def last_report(study: str) -> dict | None:
-    """The newest report of a study: of this machine's runs, else the one that is kept in the repository."""
+    """The report of this machine's runs of a study, if any is finished, else the one kept in the repository."""
     for path in (RUNS / study / "report.json", RESULTS / f"{study}.json"):
-        if path.exists():
-            return json.loads(path.read_text())
+        report = json.loads(path.read_text()) if path.exists() else {}
+        if report.get("finished"):
+            return report
     return None
 
 
@@ -74,9 +75,9 @@ def verdict(row: Row) -> str:
     return ", ".join(found) or "not weighed"
 
 
-def table(path: str | Path = LEDGER, document: str = "") -> str:
+def table(document: str = "") -> str:
     """The ledger with verdicts, and a count of them."""
-    rows = [row for row in read(path) if row.id.startswith(document)]
+    rows = [row for row in read() if row.id.startswith(document)]
     if not rows:
         raise ValueError(f"the ledger has no rows of document {document}")
     verdicts = [verdict(row) for row in rows]

@@ -25,10 +25,10 @@ def collect(study: Study) -> Values:
     for run in study.runs:
         record = run.result or {"metrics": {}}
         for measure in study.measures:
-            value = record["metrics"].get(measure)
-            if value is not None:
-                interval = record["intervals"].get(measure)
-                measured = Measured(value, tuple(interval) if interval else None, record["n"].get(measure))
+            if measure in record["metrics"]:
+                value, interval = record["metrics"][measure], record["intervals"].get(measure) or [None]
+                known = None if None in interval else tuple(interval)
+                measured = Measured(math.nan if value is None else value, known, record["n"].get(measure))
                 values[run.arm][measure][run.seed] = measured
     return values
 
@@ -144,7 +144,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
 def _estimate(estimate: dict[str, Any]) -> str:

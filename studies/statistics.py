@@ -1,7 +1,7 @@
 """Estimates over seeds: means, differences, ratios and rates with 95 % intervals, and what pairing seeds adds."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ class Measured:
     """A measure in one run.
 
     Attributes:
-        value: The value.
+        value: The value; NaN where the run ended without one, as a diverged run does.
         interval: The run's own 95 % interval, over its test samples.
         count: Those samples.
     """
@@ -67,14 +67,14 @@ def t_interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def _values(series: Series, seeds: Iterable[int] | None = None) -> np.ndarray:
-    return np.array([series[seed].value for seed in (sorted(series) if seeds is None else seeds)], dtype=float)
+def _values(series: Series) -> np.ndarray:
+    return np.array([series[seed].value for seed in sorted(series)], dtype=float)
 
 
 def mean(series: Series) -> Estimate:
     """Mean over seeds with Student's interval.
 
-    Proportions have at least the Wilson interval of all their samples together: seeds that agree by chance, such as
+    A proportion's lies in [0, 1] and is at least Wilson's of all samples together: seeds that agree by chance, such as
     three zeros, do not make it certain. A single seed has the interval of its run.
     """
     values = _values(series)
@@ -85,7 +85,7 @@ def mean(series: Series) -> Estimate:
         return Estimate(only.value, *only.interval, seeds=1, note="one seed: the interval is over its test samples")
     low, high = t_interval(values)
     if pooled := _pooled(series):
-        low, high = min(low, pooled[0]), max(high, pooled[1])
+        low, high = max(min(low, pooled[0]), 0.0), min(max(high, pooled[1]), 1.0)
     return Estimate(float(values.mean()), low, high, len(values), float(values.std(ddof=1)))
 
 
@@ -97,60 +97,69 @@ def _pooled(series: Series) -> tuple[float, float] | None:
     return wilson_interval(sum(hits), sum(measured.count for measured in series.values()))
 
 
+def _common(first: Series, second: Series) -> tuple[Series, Series]:
+    """Both over the seeds that they share, if these are at least two; else as they are."""
+    seeds = sorted(first.keys() & second.keys())
+    if len(seeds) < 2:
+        return first, second
+    return {seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds}
+
+
 def difference(first: Series, second: Series) -> Estimate:
     """Mean of first - second.
 
     Paired by seed where at least two seeds are common, else Welch's interval. Of single runs, and as the least for
     proportions, the intervals of the two are combined (Zou and Donner 2008): L = d - sqrt((x-lx)² + (uy-y)²).
     """
-    common = sorted(first.keys() & second.keys())
-    if len(common) > 1:
-        deltas = _values(first, common) - _values(second, common)
-        (low, high), spread, note = t_interval(deltas), float(deltas.std(ddof=1)), ""
-        value, seeds = float(deltas.mean()), len(common)
-    elif min(len(first), len(second)) > 1:
-        x, y = _values(first), _values(second)
-        (low, high), note = stats.ttest_ind(x, y, equal_var=False).confidence_interval(), "seeds are not paired"
-        value, seeds = float(x.mean() - y.mean()), min(len(x), len(y))
-        spread = math.sqrt(x.var(ddof=1) + y.var(ddof=1))
+    first, second = _common(first, second)
+    x, y = _values(first), _values(second)
+    value, seeds = float(x.mean() - y.mean()), min(len(x), len(y))
+    if seeds == 1:
+        one, other = mean(first), mean(second)
+        return Estimate(value, *_combine(one, other), seeds, note=one.note or other.note)
+    if first.keys() == second.keys():
+        (low, high), spread, note = t_interval(x - y), float((x - y).std(ddof=1)), ""
     else:
-        x, y = mean(first), mean(second)
-        note = x.note or y.note
-        low, high = _combine((x.value, x.low, x.high), (y.value, y.low, y.high))
-        return Estimate(x.value - y.value, low, high, min(x.seeds, y.seeds), note=note)
+        (low, high), note = stats.ttest_ind(x, y, equal_var=False).confidence_interval(), "seeds are not paired"
+        spread = math.sqrt(x.var(ddof=1) + y.var(ddof=1))
     pooled = _pooled(first), _pooled(second)
     if None not in pooled:
-        least = _combine((_values(first).mean(), *pooled[0]), (_values(second).mean(), *pooled[1]))
+        least = _combine(Estimate(x.mean(), *pooled[0]), Estimate(y.mean(), *pooled[1]))
         low, high = min(low, least[0]), max(high, least[1])
     return Estimate(value, float(low), float(high), seeds, spread, note)
 
 
-def _combine(x: tuple[float, float, float], y: tuple[float, float, float]) -> tuple[float, float]:
-    (value, low, high), (other, other_low, other_high) = x, y
-    below, above = math.hypot(value - low, other_high - other), math.hypot(high - value, other - other_low)
-    return value - other - below, value - other + above
+def _combine(x: Estimate, y: Estimate) -> tuple[float, float]:
+    below, above = math.hypot(x.value - x.low, y.high - y.value), math.hypot(x.high - x.value, y.value - y.low)
+    return x.value - y.value - below, x.value - y.value + above
 
 
 def ratio(first: Series, second: Series) -> Estimate:
     """mean(first) / mean(second), with Fieller's interval (1954): the r at which mean(first - r second) may be zero.
 
-    Over common seeds; of single runs, Fieller's with the standard errors that their own intervals tell. Where the
-    denominator may be zero, nothing is known of the ratio.
+    Over common seeds; of other runs, and as the least for proportions, from the half widths of the two intervals. Where
+    the denominator may be zero, nothing is known of the ratio.
     """
-    common = sorted(first.keys() & second.keys())
-    if len(common) > 1:
-        x, y = _values(first, common), _values(second, common)
-        (vx, cxy), (_, vy) = np.cov(x, y) / len(common)
-        t = float(stats.t.ppf(0.975, len(common) - 1))
-        value = float(x.mean() / y.mean()) if y.mean() else math.nan
-        low, high = _fieller(x.mean(), y.mean(), t * t * vx, t * t * vy, t * t * cxy)
-        spread = float((x - value * y).std(ddof=1) / abs(y.mean())) if y.mean() else None
-        return Estimate(value, low, high, len(common), spread)
-    x, y = mean(first), mean(second)
-    value = x.value / y.value if y.value else math.nan
-    halves = ((x.high - x.low) / 2) ** 2, ((y.high - y.low) / 2) ** 2
-    low, high = _fieller(x.value, y.value, *halves, 0.0) if all(map(math.isfinite, halves)) else (-math.inf, math.inf)
-    return Estimate(value, low, high, min(x.seeds, y.seeds), note=x.note or y.note)
+    first, second = _common(first, second)
+    x, y = _values(first), _values(second)
+    value, seeds = float(x.mean() / y.mean()) if y.mean() else math.nan, min(len(x), len(y))
+    if seeds == 1 or first.keys() != second.keys():
+        one, other = mean(first), mean(second)
+        return Estimate(value, *_fieller_of(one, other), seeds, note=one.note or other.note)
+    t = float(stats.t.ppf(0.975, seeds - 1))
+    (vx, cxy), (_, vy) = np.cov(x, y) * t**2 / seeds
+    low, high = _fieller(x.mean(), y.mean(), vx, vy, cxy)
+    pooled = _pooled(first), _pooled(second)
+    if None not in pooled:
+        least = _fieller_of(Estimate(x.mean(), *pooled[0]), Estimate(y.mean(), *pooled[1]))
+        low, high = min(low, least[0]), max(high, least[1])
+    spread = float((x - value * y).std(ddof=1) / abs(y.mean())) if y.mean() else None
+    return Estimate(value, low, high, seeds, spread)
+
+
+def _fieller_of(x: Estimate, y: Estimate) -> tuple[float, float]:
+    vx, vy = ((end.high - end.low) ** 2 / 4 for end in (x, y))
+    return _fieller(x.value, y.value, vx, vy, 0.0) if math.isfinite(vx + vy) else (-math.inf, math.inf)
 
 
 def _fieller(x: float, y: float, vx: float, vy: float, cxy: float) -> tuple[float, float]:
@@ -180,28 +189,33 @@ def effect_size(first: Series, second: Series) -> float | None:
 
 def p_value(first: Series, second: Series) -> float | None:
     """Two-sided p of the paired t test over common seeds, of Welch's where fewer than two are common."""
-    common = sorted(first.keys() & second.keys())
-    if len(common) > 1:
-        x, y = _values(first, common), _values(second, common)
-        return float(stats.ttest_rel(x, y).pvalue) if (x - y).std() > 0 else None
-    if min(len(first), len(second)) < 2:
+    first, second = _common(first, second)
+    x, y = _values(first), _values(second)
+    if min(len(x), len(y)) < 2:
         return None
-    return float(stats.ttest_ind(_values(first), _values(second), equal_var=False).pvalue)
+    if first.keys() != second.keys():
+        return float(stats.ttest_ind(x, y, equal_var=False).pvalue)
+    return float(stats.ttest_rel(x, y).pvalue) if (x - y).std() > 0 else None
 
 
-def seeds_to_decide(estimate: Estimate, bounds: list[float]) -> str:
-    """How many seeds would take the bounds out of the interval, if value and spread stay what they are."""
-    gap = min(abs(estimate.value - bound) for bound in bounds)
-    if estimate.is_rate:
-        hits = [(n, wilson_interval(estimate.value * n, n)) for n in range(estimate.seeds + 1, MOST_SEEDS + 1)]
-        enough = [n for n, (low, high) in hits if not any(low <= bound <= high for bound in bounds)]
-    elif estimate.spread is None:
+def seeds_to_decide(estimate: Estimate, decides: Callable[[float, float], bool]) -> str:
+    """How many seeds would decide, if value and spread stay what they are.
+
+    Args:
+        estimate: What is known.
+        decides: Whether an interval, from low to high, would.
+    """
+
+    def interval(seeds: int) -> tuple[float, float]:
+        if estimate.is_rate:
+            return wilson_interval(estimate.value * seeds, seeds)
+        half = float(stats.t.ppf(0.975, seeds - 1)) * estimate.spread / math.sqrt(seeds)
+        return estimate.value - half, estimate.value + half
+
+    if estimate.spread is None and not estimate.is_rate:
         return "at least 2 seeds would tell the spread" if estimate.seeds < 2 else ""
-    else:
-        n = np.arange(2, MOST_SEEDS + 1)
-        enough = n[stats.t.ppf(0.975, n - 1) * estimate.spread / np.sqrt(n) < gap].tolist()
-    if not enough:
-        return f"more than {MOST_SEEDS} seeds would be needed"
-    if enough[0] <= estimate.seeds:
-        return "more test samples would decide, not more seeds"
-    return f"about {enough[0]} seeds would decide"
+    if decides(*interval(estimate.seeds)):
+        return "more seeds or test samples would decide"  # Student's would; Wilson's, over samples, does not
+    enough = (seeds for seeds in range(estimate.seeds + 1, MOST_SEEDS + 1) if decides(*interval(seeds)))
+    needed = next(enough, None)
+    return f"about {needed} seeds would decide" if needed else f"more than {MOST_SEEDS} seeds would be needed"

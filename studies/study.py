@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +26,11 @@ import yaml
 
 from lightning_modules.config_errors import FriendlyParser
 from studies.attempt import read_result
-from studies.claims import Claim, parse
+from studies.claims import Claim, near, parse
 
 NAME = re.compile(r"[A-Za-z_]\w*")
 REFERENCE = re.compile(r"\{arms\.(\w+)\.(\w+)\}")
+LIKE_ONE = re.compile(r"\{arm[^}]*\}")
 PRODUCTS = {"folder": "", "checkpoint": "checkpoints/last.ckpt", "reference": "reference.safetensors"}
 
 
@@ -67,7 +67,7 @@ class StudyFile:
     """
 
     base: list[str]
-    arms: dict[str, Arm]
+    arms: dict[str, Arm | None]
     measures: list[str]
     seeds: int | list[int] = 1
     claims: dict[str, str] = field(default_factory=dict)
@@ -149,7 +149,7 @@ def load(path: str, resolve: Callable[[list[str]], dict[str, Any]], parent: str 
     file = _parse(path)
     arms, factors = _expand(file.arms)
     folder = Path(parent, Path(path).stem)
-    claims = [parse(name, text, arms, file.measures) for name, text in file.claims.items()]
+    claims = [parse(str(name), text, arms, file.measures) for name, text in file.claims.items()]
     configs = {name: _resolve(file, name, arm, resolve) for name, arm in arms.items()}
     needs = {name: _needs(name, config, arms) for name, config in configs.items()}
     waves = _waves(needs)
@@ -175,16 +175,19 @@ def _parse(path: str) -> StudyFile:
     if not study.seeds or (isinstance(study.seeds, int) and study.seeds < 1):
         raise ValueError(f"{path}: seeds must be at least 1, or a list of seeds")
     for name in study.arms:
-        if not NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(f"{path}: arms.{name}: use letters, digits and _, so that claims can name it")
     return study
 
 
-def _expand(arms: dict[str, Arm]) -> tuple[dict[str, Arm], dict[str, tuple[str, dict[str, Any]]]]:
+def _expand(arms: dict[str, Arm | None]) -> tuple[dict[str, Arm], dict[str, tuple[str, dict[str, Any]]]]:
     """Write out sweeps: an arm for each combination of values."""
     expanded: dict[str, Arm] = {}
     factors: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, arm in arms.items():
+        arm = arm or Arm()
+        if not all(arm.sweep.values()):
+            raise ValueError(f"arms.{name}.sweep: a key has no values")
         for values in itertools.product(*arm.sweep.values()):
             chosen = dict(zip(arm.sweep, values, strict=True))
             full = "_".join([name, *(_word(value) for value in values)])
@@ -217,11 +220,14 @@ def _resolve(file: StudyFile, name: str, arm: Arm, resolve: Callable[[list[str]]
 
 def _needs(name: str, config: dict[str, Any], arms: dict[str, Arm]) -> set[str]:
     needs = set()
-    for arm, product in REFERENCE.findall(yaml.safe_dump(config, width=1000)):
+    for written in LIKE_ONE.findall(yaml.safe_dump(config, width=1000)):
+        if not (reference := REFERENCE.fullmatch(written)):
+            raise ValueError(f"arms.{name}: {written} names nothing: write {{arms.NAME.checkpoint}}")
+        arm, product = reference.groups()
         if arm not in arms:
-            raise ValueError(f"arms.{name}: there is no arm {arm}{_near(arm, arms)}")
+            raise ValueError(f"arms.{name}: there is no arm {arm}{near(arm, arms)}")
         if product not in PRODUCTS:
-            raise ValueError(f"arms.{name}: a run has no '{product}'{_near(product, PRODUCTS)}: {', '.join(PRODUCTS)}")
+            raise ValueError(f"arms.{name}: a run has no '{product}'{near(product, PRODUCTS)}: {', '.join(PRODUCTS)}")
         needs.add(arm)
     return needs
 
@@ -237,8 +243,3 @@ def _waves(needs: dict[str, set[str]]) -> list[list[str]]:
         waves.append(sorted(ready, key=list(needs).index))
         sorter.done(*ready)
     return waves
-
-
-def _near(name: str, choices: Any) -> str:
-    close = get_close_matches(name, list(choices), 1)
-    return f"; did you mean {close[0]}?" if close else ""

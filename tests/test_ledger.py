@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import yaml
@@ -44,8 +43,12 @@ def test_the_last_verdict_is_this_machines_or_else_the_kept_one(tmp_path, monkey
     ):
         folder.mkdir(parents=True)
         claims = [{"id": row.id, "verdict": found}, {"id": "other", "verdict": "undecided"}]
-        (folder / name).write_text(json.dumps({"claims": claims}))
+        (folder / name).write_text(json.dumps({"claims": claims, "finished": 1}))
         assert ledger.verdict(row) == found
+    nothing = tmp_path / "runs/studies/telepathy_collapse/report.json"
+    nothing.parent.mkdir()
+    nothing.write_text(json.dumps({"claims": [{"id": "004-09", "verdict": "undecided"}], "finished": 0}))
+    assert ledger.verdict(next(row for row in ROWS if row.id == "004-09")) == "not run"
     cli.main(["ledger", "--document", "004"])
     shown = capsys.readouterr().out
     line = next(line for line in shown.splitlines() if row.id in line)
@@ -63,9 +66,15 @@ def test_the_last_verdict_is_this_machines_or_else_the_kept_one(tmp_path, monkey
         ([{"id": "000-01", "claim": "x", "where": "y", "study": "gone"}], "names the study gone"),
     ],
 )
-def test_a_wrong_ledger_is_refused_in_words(tmp_path, capsys, rows, told):
-    Path(tmp_path, "ledger.yaml").write_text(yaml.safe_dump({"claims": rows}))
+def test_a_wrong_ledger_is_refused_in_words(tmp_path, rows, told):
+    path = tmp_path / "ledger.yaml"
+    path.write_text(yaml.safe_dump({"claims": rows}))
+    with pytest.raises(ValueError, match=told):
+        ledger.read(path)
+
+
+def test_a_document_that_is_not_there(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["ledger", "--file", str(tmp_path / "ledger.yaml")])
+        cli.main(["ledger", "--document", "007"])
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    assert "no rows of document 007" in capsys.readouterr().err

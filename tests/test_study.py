@@ -58,6 +58,11 @@ def test_arms_by_seeds_in_waves(study):
 def test_a_run_is_known_by_its_whole_config(study):
     first, again = study(), study()
     assert [run.folder for run in first.runs] == [run.folder for run in again.runs]
+    Path("overlay.yaml").write_text("trainer: {max_steps: 77}")
+    overlaid = study(
+        set={"trainer.max_steps": 5}, arms={"control": None, "long": {"configs": ["overlay.yaml"]}}, claims={}
+    )
+    assert [yaml.safe_load(run.config)["trainer"]["max_steps"] for run in overlaid.runs] == [5, 5, 77, 77]
     other = study(set={"trainer.max_steps": 7})
     assert not {run.folder for run in first.runs} & {run.folder for run in other.runs}
     assert all(yaml.safe_load(run.config)["trainer"]["max_steps"] == 7 for run in other.runs)
@@ -93,6 +98,9 @@ def test_sweeps_are_written_out(study):
             {"arms": {"a": {"set": {"ckpt_path": "{arms.b.folder}"}}, "b": {"set": {"ckpt_path": "{arms.a.folder}"}}}},
             "in a circle",
         ),
+        ({"arms": {"a": {"set": {"ckpt_path": "{arm.b.checkpoint}"}}}}, "{arm.b.checkpoint} names nothing"),
+        ({"arms": {"a": {"sweep": {"data.batch_size": []}}}}, "arms.a.sweep: a key has no values"),
+        ({"arms": {1: {}}}, "arms.1: use letters"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"measure": ["x"]}, "did you mean 'measures'"),
         ({"claims": {"one": "control >> 2"}}, "claims.one: expected a number, not >"),

@@ -24,6 +24,7 @@ def read(text):
          Region(low=0, low_open=True)),
         ("ratio(constraint.test/a_act, control.test/a_act) in [2, 4]", "ratio",
          [("constraint", "test/a_act"), ("control", "test/a_act")], Region(2, 4)),
+        ("naive.validation/loss < 1", "mean", [("naive", "validation/loss")], Region(high=1, high_open=True)),
         ("rate(control.accuracy >= 0.9) <= .5", "rate", [("control", "test/accuracy")], Region(high=0.5)),
     ],
 )  # fmt: skip
@@ -111,6 +112,14 @@ def test_without_runs_nothing_is_decided():
     judged = weigh("difference(control, naive) > 0", control=series(1.0, 2.0))
     assert (judged.verdict, judged.note) == ("undecided", "no finished run of naive")
     assert math.isnan(judged.estimate.value)
+
+
+def test_a_seed_that_diverged_is_not_passed_over():
+    arms = {"control": series(0.9, math.nan, 0.9), "naive": series(0.1, 0.1, 0.1)}
+    for text in ("control > 0.5", "difference(control, naive) > 0", "ratio(naive, control) < 1"):
+        judged = weigh(text, **arms)
+        assert (judged.verdict, judged.note) == ("undecided", "no value in control, seed 1")
+    assert weigh("rate(control > 0.5) > 0.5", **arms).estimate.value == pytest.approx(2 / 3)
 
 
 def test_one_seed_without_an_interval_decides_nothing():

@@ -79,8 +79,11 @@ def reports():
 
 
 def test_a_study_ends_in_a_report_and_is_not_run_twice(study, kept):
-    done = study(check=0)
+    study("--report-only", check=0)
+    assert json.loads(reports()[0])["finished"] == 0
     folder = Path("runs/studies/question")
+    assert not (folder / "runs").exists()
+    done = study(check=0)
     data = json.loads((folder / "report.json").read_text())
     assert (data["runs"], data["finished"]) == (2, 2)
     assert [row["verdict"] for row in data["claims"]] == ["undecided", "refuted"]
@@ -109,9 +112,6 @@ def test_a_study_ends_in_a_report_and_is_not_run_twice(study, kept):
     assert time.monotonic() - began < 60
     assert reports() == first
     kept["reports"] = first
-    Path("runs/studies/question/report.md").unlink()
-    study("--report-only", check=0)
-    assert reports() == first
 
 
 def test_a_failing_arm_leaves_the_others_and_a_bad_exit_code(study):
@@ -134,26 +134,36 @@ def test_a_failing_arm_leaves_the_others_and_a_bad_exit_code(study):
     assert data["arms"]["control"]["values"]["test/ce_bridge"]
 
 
-@pytest.mark.parametrize("whole_group", [False, True], ids=["the study alone", "with its runs"])
-def test_killed_half_way_and_called_again_it_ends_with_the_same_report(study, kept, whole_group):
+@pytest.mark.parametrize(
+    ("signal_", "whole_group"),
+    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, True)],
+    ids=["the study killed", "killed with its runs", "Ctrl-C"],
+)
+def test_broken_off_and_called_again_it_ends_with_the_same_report(study, kept, signal_, whole_group):
     if "reports" not in kept:
         study(check=0)
         kept["reports"] = reports()
         shutil.move("runs", "whole")
     Path("question.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     line = [sys.executable, str(ROOT / "main.py"), "study", "question.yaml"]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, **silent)
+    with open("broken_off.txt", "w") as output:
+        process = subprocess.Popen(
+            line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output, start_new_session=True
+        )
     deadline = time.monotonic() + 120
     while not list(Path("runs").rglob("last.ckpt")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
     if whole_group:
-        os.killpg(process.pid, signal.SIGKILL)  # what it was at is broken off; else its runs go on without it
+        os.killpg(process.pid, signal_)  # what it was at is broken off; else its runs go on without it
     else:
-        process.send_signal(signal.SIGKILL)
-    process.wait()
+        process.send_signal(signal_)
+    code, shown = process.wait(timeout=60), Path("broken_off.txt").read_text()
+    if signal_ == signal.SIGINT:
+        assert code == 130
+        assert shown.endswith("interrupted: call it again to go on\n")
+    assert "Traceback" not in shown
     study(check=0)
     assert reports() == kept["reports"]
     folder = next(Path("runs/studies/question/runs/control").glob("0-????????"))

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from lightning_modules.metrics import wilson_interval
+from studies.claims import Region
 from studies.statistics import (
     Measured,
     difference,
@@ -128,25 +129,41 @@ def test_effect_size_is_hedges():
     assert effect_size(series([1.0, 1.0]), series([2.0, 2.0])) is None
 
 
+def test_a_proportions_interval_stays_between_zero_and_one():
+    found = mean({seed: proportion(hits, 100) for seed, hits in enumerate((98, 99, 100))})
+    assert 0.95 < found.low < found.high == 1.0
+
+
+def test_a_ratio_of_proportions_knows_how_many_samples_are_behind():
+    found = ratio({s: proportion(0, 100) for s in range(3)}, {s: proportion(80 + s, 100) for s in range(3)})
+    assert found.value == 0
+    assert found.high == pytest.approx(wilson_interval(0, 300)[1] / 2 / 0.81, rel=0.1)
+
+
 def test_seeds_that_would_decide_do_decide():
     values = draw(0, 3, centre=0.2)
-    found = mean(series(values))
-    told = seeds_to_decide(found, [0.0])
+    told = seeds_to_decide(mean(series(values)), lambda low, high: low > 0)
     needed = int(told.split()[1])
     assert told == f"about {needed} seeds would decide"
     for count, decided in ((needed - 1, False), (needed, True)):
         half = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / math.sqrt(count)
-        assert (abs(values.mean()) > half) == decided
+        assert (values.mean() > half) == decided
 
 
 @pytest.mark.parametrize(
-    ("estimate", "bounds", "told"),
+    ("estimate", "region", "told"),
     [
-        (mean(series([0.5, 1.5])), [1.0], "more than 1000 seeds would be needed"),
-        (mean({s: proportion(5, 100) for s in range(4)}), [0.051], "more test samples would decide, not more seeds"),
+        (mean(series([0.5, 1.5])), Region(low=1), "more than 1000 seeds would be needed"),
+        (
+            mean({s: proportion(0, 100) for s in range(3)}),
+            Region(high=0.005),
+            "more seeds or test samples would decide",
+        ),
         # Wilson's interval inverts the score test: (2/3 - 1/2) / sqrt(1/4 / n) > 1.96 from n = 35 on
-        (rate(series([1.0, 1.0, 0.0]), bool), [0.5], "about 35 seeds would decide"),
+        (rate(series([1.0, 1.0, 0.0]), bool), Region(low=0.5), "about 35 seeds would decide"),
+        # n / (n + 1.96²) >= 0.9 from n = 35 on; that the interval ends on the bound 1 does not matter
+        (rate(series([1.0] * 4), bool), Region(0.9, 1), "about 35 seeds would decide"),
     ],
 )
-def test_how_many_seeds_would_decide(estimate, bounds, told):
-    assert seeds_to_decide(estimate, bounds) == told
+def test_how_many_seeds_would_decide(estimate, region, told):
+    assert seeds_to_decide(estimate, region.decides) == told
