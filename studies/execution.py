@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import submitit
@@ -53,6 +52,8 @@ def execute(study: Study, cluster: Cluster) -> list[Run]:
         print(f"{kept} of {len(study.runs)} runs are finished already")
     if not todo:
         return failed
+    # Jobs find this package in a checkout that is not installed, too
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     interval = 0.5 if sys.stderr.isatty() else 30  # in a log file every refresh is a line of its own
     with tqdm(total=len(todo), unit="run", dynamic_ncols=True, mininterval=interval) as bar:
         for wave in sorted({run.wave for run in todo}):
@@ -77,7 +78,7 @@ def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Clus
             running = _submit_array(study, runs, wave, cluster)
             waiting.clear()
         else:
-            executor = submitit.AutoExecutor(_jobs_folder(study), cluster="local")
+            executor = submitit.AutoExecutor(study.folder / "jobs", cluster="local")
             executor.update_parameters(timeout_min=WEEK)
         slots = deque(range(cluster.jobs))
         slot_of: dict[str, int] = {}
@@ -113,15 +114,9 @@ def _attempt(run: Run, environment: dict[str, str]) -> Attempt:
     return Attempt(run.command, run.config, run.folder, environment)
 
 
-def _jobs_folder(study: Study) -> Path:
-    # Jobs find this package in a checkout that is not installed, too
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return study.folder / "jobs"
-
-
 def _submit_array(study: Study, runs: list[Run], wave: int, cluster: Cluster) -> dict[submitit.Job, Run]:
     try:
-        executor = submitit.AutoExecutor(_jobs_folder(study), cluster="slurm", slurm_max_num_timeout=MOST_REQUEUES)
+        executor = submitit.AutoExecutor(study.folder / "jobs", cluster="slurm", slurm_max_num_timeout=MOST_REQUEUES)
         parallel = {"slurm_array_parallelism": cluster.jobs or len(runs)}
         executor.update_parameters(name=f"{study.name}-wave{wave}", **parallel, **cluster.options)
         with executor.batch():  # one array

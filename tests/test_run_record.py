@@ -74,6 +74,25 @@ def finished(tmp_path):
     return tmp_path, after_fit, read(tmp_path)
 
 
+def test_a_fit_that_a_test_follows_is_not_the_runs_end(tmp_path):
+    record = RunRecord()
+    record.test_follows = True
+    trainer, model = make_trainer(tmp_path, record), RecordedModel()
+    trainer.fit(model)
+    assert (read(tmp_path)["status"], read(tmp_path)["metrics"]["train/loss"]) == ("running", 2.0)
+    trainer.test(model, verbose=False)
+    assert read(tmp_path)["status"] == "finished"
+
+
+def test_an_interval_that_is_not_known_is_left_out_of_the_table(tmp_path):
+    record, model = RunRecord(), RecordedModel()
+    model.intervals = {"test/accuracy": (math.nan, math.nan)}
+    make_trainer(tmp_path, record).test(model, verbose=False)
+    assert read(tmp_path)["intervals"]["test/accuracy"] == [None, None]
+    (line,) = (line for line in record.table().splitlines() if line.startswith("test/accuracy"))
+    assert line.split() == ["test/accuracy", "0.5", "1000"]
+
+
 def test_both_stages_are_in_one_record(finished):
     _, after_fit, after_test = finished
     assert after_fit["status"] == after_test["status"] == "finished"
