@@ -1,19 +1,18 @@
 """The commands `study` and `ledger`."""
 
 import sys
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse import ActionYesNo
 
 from lightning_modules.config_errors import FriendlyParser
 from lightning_modules.user_errors import user_message
 from studies import ledger, report
+from studies.arms import Resolve
 from studies.claims import ClaimError
 from studies.execution import Cluster, execute
 from studies.study import load
 
-Resolve = Callable[[list[str]], dict[str, Any]]
 STUDY_HELP = """Run a study: every arm with every seed, then a report with a verdict on each claim.
 
 What is finished is not run again: interrupt it and call it again. The report goes to runs/studies/<name>/.

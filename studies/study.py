@@ -13,43 +13,20 @@ claims:
 
 import hashlib
 import itertools
-import json
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from lightning_modules.config_errors import FriendlyParser
+from studies.arms import PRODUCTS, REFERENCE, Arm, Resolve, expand, needs_of, resolve_arm
 from studies.attempt import read_result
-from studies.claims import Claim, near, parse
+from studies.claims import Claim, parse
 
 NAME = re.compile(r"[A-Za-z_]\w*")
-REFERENCE = re.compile(r"\{arms\.(\w+)\.(\w+)\}")
-LIKE_ONE = re.compile(r"\{arm[^}]*\}")
-PRODUCTS = {"folder": "", "checkpoint": "checkpoints/last.ckpt", "reference": "reference.safetensors"}
-
-
-@dataclass
-class Arm:
-    """One condition of a study.
-
-    Attributes:
-        configs: Overlays over the base.
-        set: Key -> value, as `--key value` on the command line. A value may name what another arm's run of the same
-            seed made: `{arms.control.checkpoint}`, `.reference` or `.folder`.
-        sweep: Key -> values: one arm for each combination, named `<arm>_<value>`.
-        command: What is run.
-    """
-
-    configs: list[str] = field(default_factory=list)
-    set: dict[str, Any] = field(default_factory=dict)
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
-    command: Literal["fit", "validate", "test"] = "fit"
 
 
 @dataclass
@@ -133,7 +110,7 @@ class Study:
     factors: dict[str, tuple[str, dict[str, Any]]]
 
 
-def load(path: str, resolve: Callable[[list[str]], dict[str, Any]], parent: str = "runs/studies") -> Study:
+def load(path: str, resolve: Resolve, parent: str = "runs/studies") -> Study:
     """Read a study and check all of it before anything runs.
 
     Args:
@@ -147,11 +124,12 @@ def load(path: str, resolve: Callable[[list[str]], dict[str, Any]], parent: str 
     if not Path(path).is_file():
         raise ValueError(f"there is no study {path}")
     file = _parse(path)
-    arms, factors = _expand(file.arms)
+    arms, factors = expand(file.arms)
     folder = Path(parent, Path(path).stem)
     claims = [parse(str(name), text, arms, file.measures) for name, text in file.claims.items()]
-    configs = {name: _resolve(file, name, arm, resolve) for name, arm in arms.items()}
-    needs = {name: _needs(name, config, arms) for name, config in configs.items()}
+    shared = Arm(file.base, file.set)
+    configs = {name: resolve_arm(name, shared, arm, resolve) for name, arm in arms.items()}
+    needs = {name: needs_of(name, config, arms) for name, config in configs.items()}
     waves = _waves(needs)
     seeds = list(range(file.seeds)) if isinstance(file.seeds, int) else file.seeds
     runs: dict[tuple[str, int], Run] = {}
@@ -178,58 +156,6 @@ def _parse(path: str) -> StudyFile:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(f"{path}: arms.{name}: use letters, digits and _, so that claims can name it")
     return study
-
-
-def _expand(arms: dict[str, Arm | None]) -> tuple[dict[str, Arm], dict[str, tuple[str, dict[str, Any]]]]:
-    """Write out sweeps: an arm for each combination of values."""
-    expanded: dict[str, Arm] = {}
-    factors: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name, arm in arms.items():
-        arm = arm or Arm()
-        if not all(arm.sweep.values()):
-            raise ValueError(f"arms.{name}.sweep: a key has no values")
-        for values in itertools.product(*arm.sweep.values()):
-            chosen = dict(zip(arm.sweep, values, strict=True))
-            full = "_".join([name, *(_word(value) for value in values)])
-            if full in expanded:
-                raise ValueError(f"arms.{name}: two arms would have the name {full}")
-            expanded[full] = Arm(arm.configs, arm.set | chosen, {}, arm.command)
-            if chosen:
-                factors[full] = name, chosen
-    return expanded, factors
-
-
-def _word(value: Any) -> str:
-    """A value as part of a name: 0.1 -> 0p1, -1 -> m1."""
-    return re.sub(r"\W+", "_", str(value).replace(".", "p").replace("-", "m"))
-
-
-def _resolve(file: StudyFile, name: str, arm: Arm, resolve: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
-    """The arm's whole config, with references to other arms still as they were written."""
-    line = [arm.command]
-    for configs, values in ((file.base, file.set), (arm.configs, arm.set)):  # what comes later wins
-        line += [text for config in configs for text in ("--config", config)]
-        for key, value in values.items():
-            line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    try:
-        return resolve(line)
-    except SystemExit:
-        sys.stderr.write(f"in the study's arms.{name}\n")
-        raise
-
-
-def _needs(name: str, config: dict[str, Any], arms: dict[str, Arm]) -> set[str]:
-    needs = set()
-    for written in LIKE_ONE.findall(yaml.safe_dump(config, width=1000)):
-        if not (reference := REFERENCE.fullmatch(written)):
-            raise ValueError(f"arms.{name}: {written} names nothing: write {{arms.NAME.checkpoint}}")
-        arm, product = reference.groups()
-        if arm not in arms:
-            raise ValueError(f"arms.{name}: there is no arm {arm}{near(arm, arms)}")
-        if product not in PRODUCTS:
-            raise ValueError(f"arms.{name}: a run has no '{product}'{near(product, PRODUCTS)}: {', '.join(PRODUCTS)}")
-        needs.add(arm)
-    return needs
 
 
 def _waves(needs: dict[str, set[str]]) -> list[list[str]]:

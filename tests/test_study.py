@@ -72,6 +72,18 @@ def test_a_run_is_known_by_its_whole_config(study):
     assert not {run.folder for run in first.runs} & {run.folder for run in study().runs}
 
 
+def test_an_argument_of_a_callback_is_set_by_its_name(study):
+    Path("clamp.yaml").write_text(
+        "trainer: {callbacks+: {class_path: ActivationClamp, init_args: {site: x, mode: naive, reference: none}}}"
+    )
+    arms = {"control": {}, "naive": {"configs": ["clamp.yaml"], "set": {"clamp.reference": "{arms.control.reference}"}}}
+    control, naive = study(arms=arms, claims={}, seeds=1).runs
+    *kept, clamp = yaml.safe_load(naive.config)["trainer"]["callbacks"]
+    assert clamp["init_args"]["reference"] == str(control.folder / "reference.safetensors")
+    assert kept == yaml.safe_load(control.config)["trainer"]["callbacks"]
+    assert naive.wave == 1
+
+
 def test_sweeps_are_written_out(study):
     arms = {"control": {}, "grid": {"sweep": {"data.batch_size": [4, 8], "model.optimizer.lr": [0.1, 1.0e-4]}}}
     made = study(arms=arms, claims={"one": "grid_4_0p1 > 0"}, seeds=[3])
@@ -99,6 +111,8 @@ def test_sweeps_are_written_out(study):
             "in a circle",
         ),
         ({"arms": {"a": {"set": {"ckpt_path": "{arm.b.checkpoint}"}}}}, "{arm.b.checkpoint} names nothing"),
+        ({"arms": {"a": {"set": {"clamp.reference": "x"}}}}, "the callbacks are QuickEval, DiversityMonitor"),
+        ({"arms": {"a": {"set": {"throughput.every": 3}}}}, "Throughput has no 'every'"),
         ({"arms": {"a": {"sweep": {"data.batch_size": []}}}}, "arms.a.sweep: a key has no values"),
         ({"arms": {1: {}}}, "arms.1: use letters"),
         ({"seeds": 0}, "seeds must be at least 1"),
