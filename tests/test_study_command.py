@@ -148,7 +148,13 @@ def test_broken_off_and_called_again_it_ends_with_the_same_report(study, kept, s
     line = [sys.executable, str(ROOT / "main.py"), "study", "question.yaml"]
     with open("broken_off.txt", "w") as output:
         process = subprocess.Popen(
-            line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output, start_new_session=True
+            line,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            # Tests that a shell runs in the background are deaf to Ctrl-C, and so would be what they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     deadline = time.monotonic() + 120
     while not list(Path("runs").rglob("last.ckpt")):
