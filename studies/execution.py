@@ -98,9 +98,8 @@ def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Clus
                     failed.append(run)
                     bar.write(f"FAILED: {run.name}\n{_last_lines(run, job)}")
                 bar.update()
-            bar.set_postfix_str(_what_runs(running.values()), refresh=False)
             if time.monotonic() - shown > bar.mininterval:
-                bar.refresh()
+                bar.set_postfix_str(_what_runs(running.values()))
                 shown = time.monotonic()
             time.sleep(POLL)
     except BaseException:
@@ -174,5 +173,7 @@ def _last_lines(run: Run, job: submitit.Job) -> str:
 def _what_runs(runs: Any) -> str:
     """What the longest-running one says."""
     first = next(iter(runs), None)
-    line = (_log(first) or [""])[-1] if first else ""
-    return f"{first.name}: {line[:70]}" if first else ""
+    if first is None:
+        return ""
+    line = (_log(first) or [""])[-1]
+    return f"{first.name}: {line[:70]}"

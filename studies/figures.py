@@ -28,10 +28,11 @@ def draw(study: Study, values: "Values") -> dict[str, Figure]:
             figures[f"strip_{word}"] = strip(measure, by_arm)
         for sweep, grid in _grids(study, by_arm).items():
             figures[f"map_{sweep}_{word}"] = heat_map(measure, *grid)
-    finished = [run for run in study.runs if run.result]
+    events = [(run.arm, _events(run)) for run in study.runs if study.curves and run.result]
     for scalar in study.curves:
-        if histories := _histories(scalar, finished):
-            figures[f"curve_{re.sub(r'[^A-Za-z0-9]+', '_', scalar)}"] = curves(scalar, histories)
+        if histories := _histories(scalar, events):
+            word = re.sub(r"\W+", "_", scalar)
+            figures[f"curve_{word}"] = curves(scalar, histories)
     return figures
 
 
@@ -101,14 +102,17 @@ def _grids(study: Study, by_arm: dict[str, Series]) -> dict[str, tuple[list[str]
     return grids
 
 
-def _histories(scalar: str, runs: list[Run]) -> dict[str, dict[int, list[float]]]:
+def _events(run: Run) -> EventAccumulator:
+    """All that a run logged, read once for all curves."""
+    return EventAccumulator(str(run.folder), size_guidance=STEPS).Reload()
+
+
+def _histories(scalar: str, runs: list[tuple[str, EventAccumulator]]) -> dict[str, dict[int, list[float]]]:
     """Arm -> step -> the scalar's values over seeds."""
     histories: dict[str, dict[int, list[float]]] = {}
-    for run in runs:
-        events = EventAccumulator(str(run.folder), size_guidance=STEPS)
-        events.Reload()
+    for arm, events in runs:
         if scalar in events.Tags()["scalars"]:
-            history = histories.setdefault(run.arm, defaultdict(list))
+            history = histories.setdefault(arm, defaultdict(list))
             # By step, for a run that was broken off may have passed it twice
             for step, value in {event.step: event.value for event in events.Scalars(scalar)}.items():
                 history[step].append(value)
