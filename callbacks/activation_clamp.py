@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from callbacks.activation_reference import IGNORED, first_tensor, fitting_labels, labels_of, read_reference
 from callbacks.sites import HookedCallback, match_modules
+from lightning_modules.ensemble import member_call
+from lightning_modules.members import ensemble_size
 
 _STAGES = {
     RunningStage.TRAINING: "fit",
@@ -20,13 +22,13 @@ _STAGES = {
 }
 
 
-def clamp_radius(x: Tensor, radius: float) -> Tensor:
+def clamp_radius(x: Tensor, radius: float | Tensor) -> Tensor:
     """x r/|x|: every position's norm set to `radius`; a zero vector has no direction and stays."""
     norm = x.norm(dim=-1, keepdim=True)
     return torch.where(norm > 0, x * (radius / norm.where(norm > 0, 1.0)), x)
 
 
-def clamp_spread(x: Tensor, classes: Tensor, spread: float) -> Tensor:
+def clamp_spread(x: Tensor, classes: Tensor, spread: float | Tensor) -> Tensor:
     """mu_c + (x - mu_c) s*/s: the within-class spread set to `spread`, the class means kept.
 
     s^2 = sum |x - mu_c|^2 / (N - C), over N positions of C classes. Where nothing varies within a class (s = 0, as when
@@ -68,7 +70,7 @@ class ActivationClamp(HookedCallback):
     Where the module returns a tuple, its first element is clamped. All modes but `mean_preserving` ignore the labels
     and act on every forward of their stages, generation included. `mean_preserving` acts in the steps alone: a
     generation has no labels, and its batches have statistics of their own. Under DDP each rank's batch has its own mu_c
-    and s.
+    and s. Each member of an ensemble is clamped by itself, to what its own control had if the reference is of an ensemble.
 
     Args:
         site: Name pattern of the modules, see `callbacks.sites`.
@@ -110,6 +112,7 @@ class ActivationClamp(HookedCallback):
         self.seed = seed
         self._handles: list[RemovableHandle] = []
         self._labels: Tensor | None = None
+        self._targets: dict[Tensor, Tensor] = {}  # of ensembles, on the device
         self._step: tuple[int, ...] = ()
         self._training_in_step: bool | None = None
 
@@ -122,12 +125,13 @@ class ActivationClamp(HookedCallback):
         """Finds the site, reads its reference, and hooks on."""
         key = f"spread.{self.classes}" if self.mode == "mean_preserving" else "radius"
         modules = match_modules(pl_module, self.site)
-        targets = read_reference(self.reference, [f"{name}.{key}" for name in modules]) if self.reference else []
+        keys = [f"{name}.{key}" for name in modules]
+        targets = read_reference(self.reference, keys, ensemble_size(pl_module)) if self.reference else []
         for index, module in enumerate(modules.values()):
             target = targets[index] if targets else None
             self._handles.append(module.register_forward_hook(self._hook(trainer, pl_module, index, target)))
 
-    def _hook(self, trainer: Trainer, pl_module: LightningModule, index: int, target: float | None) -> Any:
+    def _hook(self, trainer: Trainer, pl_module: LightningModule, index: int, target: Tensor | None) -> Any:
         # Compiled modules leave their graph here: the hook depends on the stage and on the step.
         @torch.compiler.disable
         def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
@@ -136,17 +140,26 @@ class ActivationClamp(HookedCallback):
             if self.mode == "mean_preserving" and pl_module.training is not self._training_in_step:
                 return output
             x = first_tensor(output, self.site)
-            clamped = self._clamp(x.to(torch.promote_types(x.dtype, torch.float32)), index, target).to(x.dtype)
+            at_least_fp32 = x.to(torch.promote_types(x.dtype, torch.float32))
+            clamped = self._clamp(at_least_fp32, index, self._own_target(target, x.device)).to(x.dtype)
             return clamped if isinstance(output, Tensor) else (clamped, *output[1:])
 
         return hook
 
-    def _clamp(self, x: Tensor, index: int, target: float | None) -> Tensor:
+    def _own_target(self, target: Tensor | None, device: torch.device) -> Tensor | None:
+        if target is None or target.dim() == 0:
+            return target
+        if target not in self._targets:
+            self._targets[target] = target.to(device)  # once: a step would wait for the copy
+        return self._targets[target][member_call().index]
+
+    def _clamp(self, x: Tensor, index: int, target: Tensor | None) -> Tensor:
         match self.mode:
             case "naive":
                 return clamp_radius(x, target)
             case "mean_preserving":
-                labels = fitting_labels(self._labels, x)
+                call = member_call()
+                labels = fitting_labels(call.labels if call else self._labels, x)
                 if self.classes == "target" and labels is None:
                     raise ValueError(
                         f"ActivationClamp at {self.site!r} needs the class of every position, but the batch has no "

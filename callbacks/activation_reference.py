@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.sites import HookedCallback, match_modules
+from lightning_modules.ensemble import observe
+from lightning_modules.members import ensemble_size
 
 IGNORED = -100
 
@@ -38,8 +40,13 @@ def first_tensor(output: Any, site: str) -> Tensor:
     return x
 
 
-def read_reference(path: str, keys: list[str]) -> list[float]:
-    """The statistics of those names, from a file that `ActivationReference` wrote."""
+def read_reference(path: str, keys: list[str], members: int = 1) -> list[Tensor]:
+    """The statistics of those names, from a file that `ActivationReference` wrote: scalars, or [S] of an ensemble.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It lacks one of the names, or is of an ensemble of another size than `members`.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no reference {path!r}; a run with an ActivationReference writes one.")
     statistics = load_file(path)
@@ -47,7 +54,10 @@ def read_reference(path: str, keys: list[str]) -> list[float]:
         if key not in statistics:
             nearest = ", ".join(map(repr, get_close_matches(key, statistics, n=5, cutoff=0.0)))
             raise ValueError(f"The reference {path!r} has no {key!r}; the nearest that it has are {nearest}.")
-    return [statistics[key].item() for key in keys]
+    for key in keys:
+        if statistics[key].dim() and len(statistics[key]) != members:
+            raise ValueError(f"The reference {path!r} has {len(statistics[key])} members, and the model {members}.")
+    return [statistics[key] for key in keys]
 
 
 class ActivationReference(HookedCallback):
@@ -60,7 +70,7 @@ class ActivationReference(HookedCallback):
     - `spread.batch`: the same with all positions as one class.
 
     Positions are those with a label; where the batch has no labels for this site, all of them, and `spread.target` is
-    left out. Sums are in fp64 and over all ranks. Every pass overwrites the file: the last one counts, so `test` after
+    left out. Of an ensemble, each is one value a member. Sums are in fp64 and over all ranks. Every pass overwrites the file: the last one counts, so `test` after
     `fit` records the test set.
 
     Args:
@@ -77,7 +87,7 @@ class ActivationReference(HookedCallback):
         self.path = path
         self.labels = labels
         self._handles: list[RemovableHandle] = []
-        self._moments: dict[str, _Moments] = {}
+        self._moments: dict[str, list[_Moments]] = {}  # one a member
         self._labels: Tensor | None = None
         self._in_step = False
 
@@ -99,13 +109,18 @@ class ActivationReference(HookedCallback):
         @torch.compiler.disable
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._in_step:
-                x = first_tensor(output, self.site).detach()
-                self._moments[name].add(x, fitting_labels(self._labels, x))
+                observe(first_tensor(output, self.site).detach(), note)
+
+        def note(x: Tensor) -> None:
+            moments = self._moments[name]
+            for member, own in enumerate(x if len(moments) > 1 else [x]):
+                moments[member].add(own, fitting_labels(self._labels, own))
 
         return hook
 
     def _begin_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._moments = {name: _Moments(pl_module.device) for name in match_modules(pl_module, self.site)}
+        names, members = match_modules(pl_module, self.site), ensemble_size(pl_module)
+        self._moments = {name: [_Moments(pl_module.device) for _ in range(members)] for name in names}
 
     def _begin_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         self._labels = labels_of(batch, self.labels)
@@ -119,11 +134,12 @@ class ActivationReference(HookedCallback):
         if trainer.sanity_checking:
             return
         # Both are collective: every rank takes part before rank zero alone writes.
-        statistics = {
-            f"{name}.{key}": value
-            for name, moments in self._moments.items()
-            for key, value in moments.compute(trainer.strategy).items()
-        }
+        statistics = {}
+        for name, moments in self._moments.items():
+            computed = [own.compute(trainer.strategy) for own in moments]
+            for key in computed[0]:
+                values_S = torch.stack([own[key] for own in computed])
+                statistics[f"{name}.{key}"] = values_S if len(values_S) > 1 else values_S[0]
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "reference.safetensors")
         if trainer.is_global_zero and statistics:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_modules.members import ensemble_size
+
 PACKAGES = ("lightning", "torch", "triton", "transformers", "datasets", "torchmetrics", "jsonargparse", "numpy")
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +28,8 @@ class RunRecord(Callback):
 
     The file is there from the start (`status: running`) and is replaced as a whole at the end of every stage, so that
     a killed run still tells what it reached. A module may offer `intervals: dict[str, tuple[float, float]]` and
-    `counts: dict[str, int]`, by metric name; they are copied beside the metrics. NaN and infinity become null.
+    `counts: dict[str, int]`, by metric name; they are copied beside the metrics. Of an ensemble, `members` has each
+    measure's value for every member, in order of their seeds. NaN and infinity become null.
 
     Args:
         command: The command line, without the program's name.
@@ -65,6 +68,9 @@ class RunRecord(Callback):
         for name, (low, high) in getattr(pl_module, "intervals", {}).items():
             self.record["intervals"][name] = [_finite(low), _finite(high)]
         self.record["n"] |= {name: int(count) for name, count in getattr(pl_module, "counts", {}).items()}
+        if ensemble_size(pl_module) > 1:
+            measured = self.record.setdefault("members", {})
+            measured |= {name: [_finite(x) for x in values_S.tolist()] for name, values_S in pl_module.members.items()}
         self._write()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

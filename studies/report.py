@@ -20,17 +20,29 @@ Values = dict[str, dict[str, Series]]  # arm -> measure -> seed -> what was meas
 
 
 def collect(study: Study) -> Values:
-    """Read what finished runs measured."""
+    """Read what finished runs measured; each member of an ensemble is a seed.
+
+    Besides a run's metrics there are `seconds/fit`, `seconds/test`: what its stages took.
+    """
     values: Values = {arm: {measure: {} for measure in study.measures} for arm in study.arms}
     for run in study.runs:
         record = run.result or {"metrics": {}}
+        metrics = record["metrics"] | {f"seconds/{stage}": t for stage, t in record.get("seconds", {}).items()}
         for measure in study.measures:
-            if measure in record["metrics"]:
-                value, interval = record["metrics"][measure], record["intervals"].get(measure) or [None]
+            if members := record.get("members", {}).get(measure):
+                first = run.seed * len(members)
+                own = {first + member: Measured(_value(value)) for member, value in enumerate(members)}
+                values[run.arm][measure] |= own
+            elif measure in metrics:
+                interval = record["intervals"].get(measure) or [None]
                 known = None if None in interval else tuple(interval)
-                measured = Measured(math.nan if value is None else value, known, record["n"].get(measure))
+                measured = Measured(_value(metrics[measure]), known, record["n"].get(measure))
                 values[run.arm][measure][run.seed] = measured
     return values
+
+
+def _value(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def write(study: Study) -> str:

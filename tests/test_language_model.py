@@ -15,7 +15,7 @@ from lightning_modules.generation import generate as generate_tokens
 from lightning_modules.generation import left_pad
 from lightning_modules.language_model.tokenizer import ByteLevelBPE
 from lightning_modules.pretrained import Pretrained
-from lightning_modules.schedule import with_cosine_schedule
+from lightning_modules.schedule import with_schedule
 from lightning_modules.text import IGNORE, Prompt, pad
 
 PAIR = Path(__file__).parents[1] / "assets" / "pair"
@@ -196,7 +196,7 @@ def test_the_schedule_rises_then_falls_to_zero():
     module.layer = torch.nn.Linear(1, 1)
     module.layer.bias.requires_grad_(False)
     module.trainer = SimpleNamespace(max_steps=20)
-    made = with_cosine_schedule(module, partial(torch.optim.SGD, lr=1.0), warmup_steps=4)
+    made = with_schedule(module, partial(torch.optim.SGD, lr=1.0), warmup_steps=4)
     rates = []
     for _ in range(20):
         rates.append(made["lr_scheduler"]["scheduler"].get_last_lr()[0])
@@ -208,4 +208,4 @@ def test_the_schedule_rises_then_falls_to_zero():
     assert [p.requires_grad for g in made["optimizer"].param_groups for p in g["params"]] == [True]
     module.trainer = SimpleNamespace(max_steps=-1)
     with pytest.raises(ValueError, match=r"trainer.max_steps must say how long"):
-        with_cosine_schedule(module, torch.optim.SGD, 4)
+        with_schedule(module, torch.optim.SGD, 4)

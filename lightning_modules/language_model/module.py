@@ -17,7 +17,7 @@ from lightning_modules.generation import generate
 from lightning_modules.language_model.tokenizer import ByteLevelBPE
 from lightning_modules.metrics import Proportion
 from lightning_modules.pretrained import Pretrained, quiet
-from lightning_modules.schedule import with_cosine_schedule
+from lightning_modules.schedule import with_schedule
 from lightning_modules.text import IGNORE, Prompt, encode, pad
 from lightning_modules.workload import Workload
 
@@ -186,4 +186,4 @@ class LanguageModel(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Make the optimizer and its schedule."""
-        return with_cosine_schedule(self, self.optimizer, self.warmup_steps)
+        return with_schedule(self, self.optimizer, self.warmup_steps)

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from lightning_modules.evaluation import EvalSample, gather_objects, write_jsonl
 from lightning_modules.pretrained import Pretrained
-from lightning_modules.schedule import with_cosine_schedule
+from lightning_modules.schedule import with_schedule
 from lightning_modules.telepathy import objectives as objective
 from lightning_modules.telepathy.bridges import BridgeFactory, OutputScale
 from lightning_modules.telepathy.frozen import Frozen
@@ -263,7 +263,7 @@ class Telepathy(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Make the optimizer and its schedule."""
-        return with_cosine_schedule(self, self.optimizer, self.warmup_steps)
+        return with_schedule(self, self.optimizer, self.warmup_steps)
 
 
 def _mean(x_BKD: Tensor, mask_BK: Tensor) -> Tensor:

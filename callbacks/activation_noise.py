@@ -1,0 +1,93 @@
+"""Noise added to an activation: how much of it can be drowned before the answers go."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from callbacks.activation_clamp import _STAGES
+from callbacks.activation_reference import first_tensor
+from callbacks.sites import HookedCallback, match_modules
+
+
+def add_noise(x: Tensor, strength: float, relative: bool, generator: torch.Generator) -> Tensor:
+    """x + sigma u / sqrt(D), u standard normal: a displacement of root mean square length sigma at each position.
+
+    sigma is `strength`, or `strength` |x| of the position where `relative`; |x| is taken as a constant, so the gradient
+    passes unchanged. Inside `torch.func.vmap` with `randomness="different"` every member draws its own u.
+
+    Args:
+        x: `[..., D]`.
+        strength: In units of x, or of |x| where `relative`.
+        relative: Whether to scale with |x|.
+        generator: On the device of x.
+    """
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    sigma = strength * x.detach().norm(dim=-1, keepdim=True) if relative else strength
+    return x + sigma * x.shape[-1] ** -0.5 * noise
+
+
+class ActivationNoise(HookedCallback):
+    """Adds Gaussian noise to the output x of every module that matches `site`, in at least fp32.
+
+    x + sigma u / sqrt(D), u standard normal in each of D elements, so that the noise has a length of about sigma; sigma
+    is `strength` |x| at each position, or `strength` itself. Where the module returns a tuple, its first element gets
+    the noise. It acts on every forward of its stages, generation included.
+
+    Args:
+        site: Name pattern of the modules, see `callbacks.sites`.
+        strength: Length of the noise; 0 leaves x as it is, bit for bit.
+        relative: Whether `strength` is a share of the position's own |x|, rather than in the units of x.
+        during: The stages in which the noise is added; validation inside fit is `validate`. By default validate and
+            test.
+        seed: Of the noise, which also depends on module, rank, step and batch; the same in a repeated or resumed run.
+
+    Raises:
+        ValueError: At once, if `strength` is negative; at `setup`, if the site matches nothing; in a step, if the
+            module returns no tensor.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        strength: float,
+        relative: bool = True,
+        during: list[Literal["fit", "validate", "test"]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if strength < 0:
+            raise ValueError(f"ActivationNoise: `strength` must not be negative, got {strength}.")
+        self.site = site
+        self.strength = strength
+        self.relative = relative
+        self.during = during or ["validate", "test"]
+        self.seed = seed
+        self._handles: list[RemovableHandle] = []
+        self._step: tuple[int, ...] = ()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the site and hooks on."""
+        for index, module in enumerate(match_modules(pl_module, self.site).values()):
+            self._handles.append(module.register_forward_hook(self._hook(trainer, index)))
+
+    def _hook(self, trainer: Trainer, index: int) -> Any:
+        # Compiled modules leave their graph here: the hook depends on the stage and on the step.
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
+            if self.strength == 0 or _STAGES.get(trainer.state.stage) not in self.during:
+                return output
+            x = first_tensor(output, self.site)
+            # One seed a step and module rather than one stream: a checkpointed backward repeats the forward.
+            generator = torch.Generator(x.device).manual_seed(hash((self.seed, index, *self._step)) % 2**63)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            noisy = add_noise(wide, self.strength, self.relative, generator).to(x.dtype)
+            return noisy if isinstance(output, Tensor) else (noisy, *output[1:])
+
+        return hook
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
+        self._step = (trainer.global_rank, trainer.global_step, batch_idx, loader)
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = _begin

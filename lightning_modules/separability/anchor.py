@@ -1,0 +1,100 @@
+"""Other models of this line, read from checkpoints: to begin from, to be orthogonal to, or to hand on."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from lightning_modules.checkpoints import check_checkpoint
+from lightning_modules.ensemble import call_members, fit_state, member_state
+from lightning_modules.separability.measures import IGNORED
+
+if TYPE_CHECKING:
+    from lightning_modules.separability.module import Separability
+
+PREFIX = "network."
+
+
+def load_network(path: str, network: nn.Module, key: str) -> dict[str, Tensor]:
+    """The network's parameters in a checkpoint; a single model's are given to every member.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or does not fit; names `key`, the config's.
+    """
+    check_checkpoint(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    return fit_state(own, network.state_dict(), f"{key} {path}")
+
+
+class Orthogonality:
+    """A penalty on residual streams that point where an anchor model's do, position by position.
+
+    `squared`: mean of cos^2(x, x') over labelled positions, x' the anchor's stream: zero only where the streams are
+    orthogonal. `seed`: |mean of cos(x, x')|, as the notes have it: zero also where cosines of both signs cancel.
+
+    Args:
+        anchor: Checkpoint of the anchor: a model of the same shape, or an ensemble, member by member.
+        weight: lambda, what the penalty is multiplied by; 0 only measures.
+        form: Which of the two.
+    """
+
+    def __init__(self, anchor: str, weight: float = 1.0, form: Literal["squared", "seed"] = "squared"):
+        if weight < 0:
+            raise ValueError(f"model.orthogonality.weight must be at least 0, not {weight}")
+        self.anchor, self.weight, self.form = anchor, weight, form
+        self.network: nn.Module | None = None
+
+    def load(self, network: nn.Module, members: int) -> None:
+        """Make the anchor model, once: a copy that has no place among the parameters, and no hooks of callbacks."""
+        if self.network is None:
+            state = load_network(self.anchor, network, "model.orthogonality.anchor")
+            self.network, self.members = _copy(network).requires_grad_(False), members
+            self.network.load_state_dict(state)
+
+    @torch.no_grad()
+    def residual(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The anchor's stream x'_SBTD."""
+        network = self.network.to(tokens.device)
+        if self.members > 1:
+            return call_members(network, self.members, tokens, labels, with_residual=True)[1]
+        return network(tokens, with_residual=True)[1][None]
+
+    def penalty(self, x_SBTD: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The penalty of each member, [S]."""
+        cosine_SBT = cosine_similarity(x_SBTD.float(), self.residual(tokens, labels).float(), dim=3)
+        asked_SBT = (labels != IGNORED).expand(cosine_SBT.shape)
+        terms_SBT = (cosine_SBT.square() if self.form == "squared" else cosine_SBT) * asked_SBT
+        mean_S = terms_SBT.flatten(1).sum(1) / asked_SBT.flatten(1).sum(1)
+        return mean_S if self.form == "squared" else mean_S.abs()
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    from copy import deepcopy
+
+    hooks = {module: module._forward_hooks for module in network.modules()}
+    for module in hooks:
+        module._forward_hooks = type(module._forward_hooks)()
+    try:
+        return deepcopy(network)
+    finally:
+        for module, own in hooks.items():
+            module._forward_hooks = own
+
+
+def write_members(module: "Separability") -> None:
+    """Write `members/<seed>.ckpt` for each member: a checkpoint that an ordinary model of that size loads."""
+    folder = Path(module.trainer.log_dir or module.trainer.default_root_dir, "members")
+    folder.mkdir(parents=True, exist_ok=True)
+    for member in range(module.ensemble):
+        state = module.network.state_dict()
+        own = member_state(state, member) if module.ensemble > 1 else state
+        held = {"state_dict": {PREFIX + name: value.cpu() for name, value in own.items()}}
+        held |= {"epoch": module.current_epoch, "global_step": module.global_step}
+        torch.save(
+            held | {"pytorch-lightning_version": lightning.__version__}, folder / f"{module.first_seed + member}.ckpt"
+        )
