@@ -1,19 +1,29 @@
 """Interventions, monitors and records; they work on any line, by module and parameter name."""
 
 from callbacks.activation_clamp import ActivationClamp
+from callbacks.activation_noise import ActivationNoise
 from callbacks.activation_reference import ActivationReference
 from callbacks.diversity_monitor import DiversityMonitor
+from callbacks.drift_monitor import DriftMonitor
 from callbacks.parameter_freeze import ParameterFreeze
+from callbacks.parameter_swap import ParameterSwap
 from callbacks.quick_eval import QuickEval
+from callbacks.routing_monitor import RoutingMonitor
 from callbacks.run_record import RunRecord
+from callbacks.stability_monitor import StabilityMonitor
 from callbacks.throughput import Throughput
 
 __all__ = [
     "ActivationClamp",
+    "ActivationNoise",
     "ActivationReference",
     "DiversityMonitor",
+    "DriftMonitor",
     "ParameterFreeze",
+    "ParameterSwap",
     "QuickEval",
+    "RoutingMonitor",
     "RunRecord",
+    "StabilityMonitor",
     "Throughput",
 ]

@@ -185,3 +185,20 @@ class BatchLoader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after them at the next iteration."""
         self.sampler.start = state["done"] % len(self)
+
+
+class AsGiven:
+    """A loader that Lightning takes as it is; for predict it would build a DataLoader anew, to keep samples' indices.
+
+    Args:
+        loader: The loader.
+    """
+
+    def __init__(self, loader: BatchLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)

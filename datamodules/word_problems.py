@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from datamodules.batches import Batches, BatchLoader, FiniteBatches, StreamBatches
+from datamodules.batches import AsGiven, Batches, BatchLoader, FiniteBatches, StreamBatches
 from datamodules.problems import Problem, final_answer, generate, generate_passkey, generate_twins, read_entities
 
 FIXED = 2000  # problems in the fixed validation and test sets of the generated source
@@ -179,9 +179,9 @@ class WordProblems(LightningDataModule):
         """Test set -> its problems."""
         return {name: self._eval_loader(name) for name in self.test_sets}
 
-    def predict_dataloader(self) -> BatchLoader:
+    def predict_dataloader(self) -> AsGiven:
         """The problems of the first test set."""
-        return self._eval_loader(next(iter(self.test_sets), "validation"))
+        return AsGiven(self._eval_loader(next(iter(self.test_sets), "validation")))
 
     def sample_dataloader(self, count: int) -> BatchLoader:
         """The first `count` validation problems: an unbiased sample, for evaluation in passing."""

@@ -1,6 +1,8 @@
 """The Telepathy module: what is trained, what stays as it was, what is read, and that it learns."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from datamodules import WordProblems
 from datamodules.batches import FiniteBatches
+from datamodules.problems import generate
 from lightning_modules.pretrained import Pretrained
 from lightning_modules.telepathy import PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.frozen import Frozen
@@ -193,3 +196,11 @@ def test_frozen_models_are_outside_state_dicts_and_shared_by_copies():
     assert torch.equal(frozen.model.weight, weight)
     with pytest.raises(RuntimeError, match=r"own\.bias"):
         whole.load_state_dict({"own.weight": whole["own"].weight})
+
+
+def test_predict_writes_every_answer_in_its_order(run, workplace):
+    run("predict", "telepathy_v16", "--trainer.default_root_dir", "mine")
+    rows = [json.loads(line) for line in Path("mine/samples/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 16
+    assert {"prompt", "reference", "output"} <= set(rows[0])
+    assert sorted(row["prompt"] for row in rows) == sorted(generate(0, "test", i).question for i in range(16))

@@ -1,0 +1,156 @@
+"""How fast groups of parameters still move, and when they came to rest.
+
+Shapes: G groups, S members of an ensemble (1 for an ordinary module).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from callbacks.sites import match_parameters
+from lightning_modules.members import ensemble_size, report_members
+
+
+def drift_rate(now: Sequence[Tensor], before: Sequence[Tensor], steps: int, members: int = 1) -> Tensor:
+    """v = |now - before| / (steps |now|), the norms over all tensors together; 0 for zeros that stay zeros.
+
+    Makes no device synchronisation.
+
+    Args:
+        now: The parameters; each begins with the member axis where `members` is above 1.
+        before: The same ones, `steps` optimizer steps ago.
+        steps: tau.
+        members: S.
+
+    Returns:
+        v_S, a share of the norm per step.
+    """
+    moved_S = _norm([new - old for new, old in zip(now, before, strict=True)], members)
+    return torch.where(moved_S > 0, moved_S / (steps * _norm(now, members)), 0.0)
+
+
+def _norm(tensors: Sequence[Tensor], members: int) -> Tensor:
+    norms = [tensor.detach().float().reshape(members, -1).norm(dim=1) for tensor in tensors]
+    return torch.stack(norms).norm(dim=0)
+
+
+class DriftMonitor(Callback):
+    """Logs how fast groups of parameters drift, and the step at which each came to rest.
+
+    Every tau = `every_n_steps` optimizer steps, for each group and each member:
+
+    - `drift/<group>`: v_t = |theta_t - theta_{t-tau}| / (tau |theta_t|), norms over the group's parameters together;
+    - `drift/<group>_freeze_step`: the step of the first check from which on `patience` checks in a row had v < `eps`;
+      NaN as long as there is none. What moves again later keeps the step;
+    - `drift/<group>_frozen`: 1 where there is such a step, else 0; its mean is the share of members that froze.
+
+    The first check compares with the parameters at the start of training. The last parameters and the counts are in
+    checkpoints, so that a resumed run reports what the uninterrupted one does; a monitor whose arguments have changed
+    begins anew. Steps without a check are not slowed: nothing is computed or synchronised there. Parameters have to be
+    whole on every rank.
+
+    Args:
+        groups: Name of the group -> name patterns of its parameters, see `callbacks.sites`. Groups may overlap.
+        every_n_steps: tau, optimizer steps between checks.
+        eps: The drift, per step, below which a group counts as at rest.
+        patience: Checks in a row that make a freeze.
+
+    Raises:
+        ValueError: At once, if there is no group or a number is not positive; at `setup` for fit, if a pattern matches
+            nothing or a parameter of an ensemble lacks the member axis.
+    """
+
+    def __init__(
+        self, groups: dict[str, list[str]], every_n_steps: int = 100, eps: float = 1e-5, patience: int = 3
+    ) -> None:
+        if not groups:
+            raise ValueError("DriftMonitor needs at least one group of parameters.")
+        for name, value in (("every_n_steps", every_n_steps), ("eps", eps), ("patience", patience)):
+            if value <= 0:
+                raise ValueError(f"DriftMonitor: `{name}` must be positive, got {value}.")
+        self.groups = groups
+        self.every_n_steps = every_n_steps
+        self.eps = eps
+        self.patience = patience
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._state: dict[str, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for two monitors in one trainer, and for a monitor whose arguments have changed."""
+        arguments = {"every_n_steps": self.every_n_steps, "eps": self.eps, "patience": self.patience}
+        return self._generate_state_key(groups=self.groups, **arguments)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses patterns that match nothing, and forgets an earlier fit."""
+        if stage != "fit":
+            return
+        self._state = {}
+        members = ensemble_size(pl_module)
+        for group, patterns in self.groups.items():
+            for name, parameter in match_parameters(pl_module, patterns).items():
+                if members > 1 and parameter.shape[:1] != (members,):
+                    shape = tuple(parameter.shape)
+                    raise ValueError(f"DriftMonitor: {name} of {group!r} has no axis of {members} members: {shape}.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the parameters that the first check compares with, unless a checkpoint brought them."""
+        # Not in setup: a sharding strategy may have replaced the parameter objects since.
+        self._parameters = {group: match_parameters(pl_module, names) for group, names in self.groups.items()}
+        if not self._state:
+            shape = len(self.groups), ensemble_size(pl_module)
+            self._state = {
+                "streak_GS": torch.zeros(shape, dtype=torch.long),  # checks in a row below eps
+                "since_GS": torch.full(shape, torch.nan),  # the first step of that row
+                "freeze_step_GS": torch.full(shape, torch.nan),
+            }
+            self._take(trainer.global_step)
+        device = pl_module.device
+        self._state["before"] = {name: value.to(device) for name, value in self._state["before"].items()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures where an interval ends."""
+        steps = trainer.global_step - self._state["step"]
+        if steps < self.every_n_steps:
+            return
+        before, members = self._state["before"], ensemble_size(pl_module)
+        rates = [
+            drift_rate([*group.values()], [before[name] for name in group], steps, members)
+            for group in self._parameters.values()
+        ]
+        rates_GS = torch.stack(rates).cpu()
+        self._take(trainer.global_step)
+        self._count(rates_GS)
+        freeze_step_GS = self._state["freeze_step_GS"]
+        measures = {}
+        for group, rate_S, freeze_step_S in zip(self.groups, rates_GS, freeze_step_GS, strict=True):
+            measures[f"drift/{group}"] = rate_S
+            measures[f"drift/{group}_freeze_step"] = freeze_step_S
+            measures[f"drift/{group}_frozen"] = (~freeze_step_S.isnan()).float()
+        report_members(trainer, pl_module, measures)
+
+    def _take(self, step: int) -> None:
+        whole = {name: p for group in self._parameters.values() for name, p in group.items()}
+        self._state["step"] = step
+        self._state["before"] = {name: p.detach().clone() for name, p in whole.items()}
+
+    def _count(self, rates_GS: Tensor) -> None:
+        state, at_rest_GS = self._state, rates_GS < self.eps
+        begins_GS = at_rest_GS & (state["streak_GS"] == 0)
+        state["since_GS"] = torch.where(begins_GS, float(state["step"]), state["since_GS"])
+        state["streak_GS"] = torch.where(at_rest_GS, state["streak_GS"] + 1, 0)
+        freezes_GS = (state["streak_GS"] >= self.patience) & state["freeze_step_GS"].isnan()
+        state["freeze_step_GS"] = torch.where(freezes_GS, state["since_GS"], state["freeze_step_GS"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last parameters and the counts."""
+        return dict(self._state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from them."""
+        self._state = dict(state_dict)

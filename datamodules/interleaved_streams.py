@@ -1,0 +1,234 @@
+"""Interleaved streams: several sequences, each with a law of its own, dealt into one.
+
+Shapes: B rows, N streams, J tokens of a stream, V tokens that a stream may have, T positions, U = T + 1.
+"""
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from datamodules.modular_arithmetic import is_prime
+from datamodules.sequence_task import IGNORED, TASK, SequenceTask, held_out_stream, label_next, stream
+
+PERIODS = (2, 7)  # of `repeat`, both included
+BLOCK = 512  # rows that are made together
+KNOWN_AFTER = {"permutation": 1, "repeat": PERIODS[0] + 1, "affine": 3, "iid": 0}  # tokens of a stream, at the least
+
+
+class InterleavedStreams(SequenceTask):
+    """Streams A, B, ... interleaved as A1 B1 A2 B2 ...; asked is the next token of the whole, where it can be known.
+
+    How a stream goes on is its `rule`:
+
+    - `permutation`: x_{t+1} = pi(x_t), with one random permutation a stream, the same in all rows, splits and seeds;
+      asked after one token of the stream;
+    - `repeat`: a motif of 2 to 7 different tokens, drawn for each row and stream, again and again; asked once its first
+      token has come back;
+    - `affine`: x_{t+1} = a x_t + b mod p, with a in 1..p-1 and b drawn for each row and stream, and p the largest prime
+      among the stream's tokens; asked after three tokens, which determine it (two that are equal are a fixed point);
+    - `iid`: random tokens, the negative control; asked everywhere, known nowhere.
+
+    Where positions are dealt at random, nothing tells whose turn it is. With k streams whose next token would be asked
+    and is known, each has the next turn with 1 / k, given that the position is asked: `ceiling` is the mean of 1 / k
+    over the labelled positions of the test set.
+
+    Args:
+        n_streams: N.
+        rule: How a stream goes on.
+        vocab_size: Tokens in all.
+        seq_len: T, the tokens of a row over all streams.
+        shared_vocab: Every stream has all tokens; else each has a share of its own, of `vocab_size // n_streams`.
+        interleave: `round_robin` deals in turn; `random` gives each position to any stream, and needs shares.
+        task_seed: Which permutations; the same for every `seed`.
+        **common: As in `SequenceTask`.
+    """
+
+    def __init__(
+        self,
+        n_streams: int = 2,
+        rule: Literal["permutation", "repeat", "affine", "iid"] = "permutation",
+        vocab_size: int = 4096,
+        seq_len: int = 128,
+        shared_vocab: bool = True,
+        interleave: Literal["round_robin", "random"] = "round_robin",
+        task_seed: int = 0,
+        **common: Any,
+    ):
+        super().__init__(**common)
+        if n_streams < 1:
+            raise ValueError(f"data.n_streams must be at least 1, not {n_streams}")
+        if interleave == "random" and shared_vocab and n_streams > 1:
+            raise ValueError(
+                "data.interleave 'random' needs data.shared_vocab false: the stream of a token could not be told else"
+            )
+        share = vocab_size if shared_vocab else vocab_size // n_streams
+        if share < (least := PERIODS[1] if rule == "repeat" else 2):
+            raise ValueError(f"data.vocab_size {vocab_size} gives a stream {share} tokens, and '{rule}' needs {least}")
+        if seq_len < (least := max(n_streams * KNOWN_AFTER[rule], 1)):
+            raise ValueError(f"data.seq_len {seq_len} is too short: '{rule}' with {n_streams} streams needs {least}")
+        self.n_streams, self.rule, self.vocab_size, self.seq_len = n_streams, rule, vocab_size, seq_len
+        self.interleave = interleave
+        self.size = next(n for n in range(share, 1, -1) if is_prime(n)) if rule == "affine" else share
+        self.offsets_N = np.zeros(n_streams, int) if shared_vocab else np.arange(n_streams) * share
+        self.chance = 1 / (self.size if shared_vocab else self.size * n_streams)
+        self._places = seq_len + 1 if interleave == "random" else -(-(seq_len + 1) // n_streams)  # J at the most
+        if rule == "permutation":
+            self._line, self._where_NV = _unroll(stream(task_seed, TASK), n_streams, self.size, self._places)
+        if interleave == "round_robin":
+            self.ceiling = 1 / self.size if rule == "iid" else 1.0
+        else:
+            self.ceiling = self.chance if rule == "iid" else self._random_ceiling()
+
+    def setup(self, stage: str) -> None:
+        """Make the held-out rows, and tell what scores mean and whether streams have to share the medium, once."""
+        first = not self._held_out
+        super().setup(stage)
+        if not first or (width := getattr(self._module, "width", None)) is None:
+            return
+        tokens, length = self.vocab_size / width, self.seq_len / width
+        rank_zero_info(f"InterleavedStreams: n/d (tokens over width) is {tokens:.3g}, L/d (positions) {length:.3g}")
+        if tokens < 10:
+            rank_zero_warn(f"no superposition: n/d, data.vocab_size over the model's width, is {tokens:.3g}, below 10")
+        if length < 1.5:
+            rank_zero_warn(f"no crowding: L/d, data.seq_len over the model's width, is {length:.3g}, below 1.5")
+
+    def randomness(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, ...]:
+        """Draw the first tokens, the laws that rows have of their own, and whose turn it is where that is random."""
+        shape = count, self.n_streams
+        match self.rule:
+            case "permutation":
+                drawn = (rng.integers(self.size, size=shape),)
+            case "repeat":
+                least, most = PERIODS
+                choices_BNP = rng.integers(self.size - np.arange(most), size=(*shape, most))
+                drawn = rng.integers(least, most + 1, size=shape), choices_BNP
+            case "affine":
+                drawn = tuple(rng.integers(low, self.size, size=shape) for low in (0, 1, 0))
+            case "iid":
+                drawn = (rng.integers(self.size, size=(count, self.seq_len + 1)),)
+        if self.interleave == "random":
+            return *drawn, rng.integers(self.n_streams, size=(count, self.seq_len + 1), dtype=np.int16)
+        return drawn
+
+    def rows(self, *drawn: np.ndarray) -> np.ndarray:
+        """Let the streams run and deal them into rows_B2T."""
+        rows_2BT = np.empty((2, len(drawn[0]), self.seq_len), np.int64)
+        for start in range(0, len(drawn[0]), BLOCK):  # half the time of all at once: what is made between stays cached
+            block = slice(start, start + BLOCK)
+            rows_2BT[:, block] = self._block(*(part[block] for part in drawn)).swapaxes(0, 1)
+        return rows_2BT.swapaxes(0, 1)
+
+    def _block(self, *drawn: np.ndarray) -> np.ndarray:
+        count, length = len(drawn[0]), self.seq_len + 1
+        if self.interleave == "random":
+            *law, owner_BU = drawn
+            place_BU = self._places_of(owner_BU)
+        else:
+            law = drawn
+            place_BU, owner_BU = np.divmod(np.arange(length)[None], self.n_streams)
+        if self.rule == "iid":
+            return label_next(law[0] + self._dealt(self.offsets_N[None], owner_BU))
+        stream_JBN = self._run(law, int(place_BU.max()) + 1)
+        if self.interleave == "random":
+            which_BU = np.multiply(place_BU, count * self.n_streams, dtype=int)
+            which_BU += np.arange(0, count * self.n_streams, self.n_streams)[:, None]
+            which_BU += owner_BU
+            token_BU = stream_JBN.reshape(-1).take(which_BU)
+        else:
+            token_BU = stream_JBN.swapaxes(0, 1).reshape(count, -1)[:, :length]
+        token_BU += self._dealt(self.offsets_N[None], owner_BU)
+        known_BU = place_BU >= self._dealt(self._known_after(law), owner_BU)
+        return label_next(token_BU, known_BU[:, 1:])
+
+    def parse(self, text: str) -> list[int]:
+        """Read tokens, as numbers with spaces between them."""
+        try:
+            tokens = [int(word) for word in text.split()]
+        except ValueError:
+            tokens = [-1]
+        if not all(0 <= token < self.vocab_size for token in tokens):
+            raise ValueError(f"data.inputs: '{text}' is no row of numbers from 0 to {self.vocab_size - 1}")
+        return tokens
+
+    def _run(self, law: tuple[np.ndarray, ...] | list[np.ndarray], length: int) -> np.ndarray:
+        """Return the first tokens of each stream by itself, stream_JBN."""
+        place_J11 = np.arange(length)[:, None, None]
+        match self.rule:
+            case "permutation":
+                return self._line.take(self._where_NV[np.arange(self.n_streams), law[0]] + place_J11)
+            case "repeat":
+                period_BN, choices_BNP = law
+                motif_BNP = _distinct(choices_BNP)
+                within_JP = place_J11[:, 0] % np.arange(1, PERIODS[1] + 1)
+                start_BN = np.arange(0, motif_BNP.size, PERIODS[1]).reshape(period_BN.shape)
+                return motif_BNP.reshape(-1).take(start_BN + within_JP.take(period_BN - 1, axis=1))
+        token_BN, a_BN, b_BN = law
+        stream_JBN = np.empty((length, *token_BN.shape), int)
+        stream_JBN[0] = token_BN
+        for before_BN, after_BN in pairwise(stream_JBN):
+            np.multiply(a_BN, before_BN, out=after_BN)
+            after_BN += b_BN
+            after_BN -= after_BN // self.size * self.size  # several times faster than %
+        return stream_JBN
+
+    def _known_after(self, law: tuple[np.ndarray, ...] | list[np.ndarray]) -> np.ndarray:
+        """Return after how many tokens of a stream its next one is asked, [B, N], or [1, 1] for all."""
+        if self.rule == "repeat":
+            return law[0] + 1  # up to the motif's first token come back, the next one might have been new
+        return np.full((1, 1), KNOWN_AFTER[self.rule])
+
+    def _dealt(self, value_BN: np.ndarray, owner_BU: np.ndarray) -> np.ndarray:
+        """Return a value of streams at each of their tokens."""
+        if value_BN.size == 1:
+            return value_BN
+        if len(owner_BU) == 1:
+            return value_BN.take(owner_BU[0], axis=1)
+        starts_B = np.arange(0, value_BN.size, self.n_streams) if len(value_BN) > 1 else np.zeros(1, int)
+        return value_BN.reshape(-1).take(owner_BU + starts_B[:, None])
+
+    def _places_of(self, owner_BU: np.ndarray) -> np.ndarray:
+        """Return how many tokens of its stream came before each token."""
+        place_BU = np.zeros(owner_BU.shape, np.int32)
+        for n in range(self.n_streams):
+            mine_BU = owner_BU == n
+            place_BU += (mine_BU.cumsum(1, dtype=np.int32) - 1) * mine_BU
+        return place_BU
+
+    def _random_ceiling(self) -> float:
+        drawn = self.randomness(held_out_stream("test"), self.test_size)
+        *law, owner_BU = drawn
+        known_after_BN = np.broadcast_to(self._known_after(law), (len(owner_BU), self.n_streams))
+        candidates_BT = np.zeros((len(owner_BU), self.seq_len), int)
+        for n in range(self.n_streams):
+            candidates_BT += (owner_BU[:, :-1] == n).cumsum(1) >= known_after_BN[:, n, None]
+        labelled_BT = self.rows(*drawn)[:, 1] != IGNORED
+        return float((1 / candidates_BT[labelled_BT]).mean())
+
+
+def _unroll(rng: np.random.Generator, n_streams: int, size: int, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw permutations, and lay their cycles on a line: pi_n^k(x) is line[where_NV[n, x] + k], for k < reach."""
+    line, where_NV = [], np.empty((n_streams, size), int)
+    for where_V in where_NV:
+        after, unseen = rng.permutation(size).tolist(), set(range(size))
+        for first in range(size):
+            token, cycle = first, []
+            while token in unseen:
+                unseen.remove(token)
+                cycle.append(token)
+                token = after[token]
+            where_V[cycle] = len(line) + np.arange(len(cycle))
+            line += np.resize(cycle, len(cycle) + reach).tolist() if cycle else []
+    return np.array(line), where_NV
+
+
+def _distinct(choices_BNP: np.ndarray) -> np.ndarray:
+    """Make draws without replacement: choice i, below size - i, counts the numbers that are still to be had."""
+    chosen_BNP = np.empty_like(choices_BNP)
+    for i in range(choices_BNP.shape[2]):
+        number_BN = choices_BNP[..., i].copy()
+        for taken_BN in np.moveaxis(np.sort(chosen_BNP[..., :i], axis=2), 2, 0):
+            number_BN += number_BN >= taken_BN
+        chosen_BNP[..., i] = number_BN
+    return chosen_BNP

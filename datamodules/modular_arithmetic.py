@@ -1,0 +1,183 @@
+"""Arithmetic modulo p, learnt from some of all pairs: the task of grokking.
+
+Shapes: B rows, P pairs of numbers, S members of an ensemble, T = 3 positions.
+"""
+
+import re
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+
+from datamodules.batches import Batches
+from datamodules.sequence_task import IGNORED, TASK, TRAINING, SequenceTask, Split, by_member, stream
+
+FULL_BATCH_EPOCH = 1000  # steps
+SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "square_sum": "+"}
+
+
+def is_prime(number: int) -> bool:
+    """Say whether a number is prime."""
+    return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+
+
+class _SameBatch:
+    """One batch for every step."""
+
+    def __init__(self, rows_P2T: np.ndarray):
+        self.rows_P2T = rows_P2T
+
+    def __len__(self) -> int:
+        return FULL_BATCH_EPOCH
+
+    def batch(self, epoch: int, number: int) -> np.ndarray:
+        return self.rows_P2T
+
+
+class _ShuffledBatches:
+    """Every row once an epoch, but for those that do not fill a batch, in an order of the epoch and the member."""
+
+    def __init__(self, rows_P2T: np.ndarray, seed: int, members: int, size: int):
+        self.rows_P2T, self.seed, self.members, self.size = rows_P2T, seed, members, size
+        self._orders_SP = lru_cache(maxsize=1)(self._make_orders)
+
+    def __len__(self) -> int:
+        return len(self.rows_P2T) // self.size
+
+    def _make_orders(self, epoch: int) -> np.ndarray:
+        seeds = range(self.seed, self.seed + self.members)
+        return np.stack([stream(seed, TRAINING, epoch).permutation(len(self.rows_P2T)) for seed in seeds])
+
+    def batch(self, epoch: int, number: int) -> np.ndarray:
+        chosen_SB = self._orders_SP(epoch)[:, number * self.size : (number + 1) * self.size]
+        return by_member(self.rows_P2T[chosen_SB.ravel()], self.members)
+
+
+class ModularArithmetic(SequenceTask):
+    """Rows `[a, b, =]` with one label, at the last position: a op b modulo p (Power et al. 2022, arXiv:2201.02177).
+
+    All pairs are set apart once, by `task_seed`: the first `train_fraction` of them train, the others are held out.
+    The tokens are the numbers below p, and `=` is p. In an epoch every training pair comes once, but for those that do
+    not fill a batch. In full batch, where a step is an epoch of this kind, an epoch is 1000 steps instead, so that
+    what is done between epochs takes no time to speak of; all members of an ensemble then share one batch of [B, T],
+    whose tensors are the same memory at each step.
+
+    Args:
+        p: The modulus.
+        op: `add` a + b, `sub` a - b, `mul` a b, `div` a / b (b is not 0, p is prime), `square_sum` a^2 + b^2.
+        train_fraction: Share of the pairs that training sees.
+        task_seed: Which pairs these are; the same for every `seed`.
+        batch_size: Pairs a device and step (and member); None for all training pairs in every step, over all devices.
+        eval_batch_size: Pairs a device and step of validation, test and predict.
+        validation_size: How many of the held-out pairs are for validation; None for all. The test set is all of them.
+        **common: As in `SequenceTask`.
+    """
+
+    def __init__(
+        self,
+        p: int = 113,
+        op: Literal["add", "sub", "mul", "div", "square_sum"] = "add",
+        train_fraction: float = 0.3,
+        task_seed: int = 0,
+        batch_size: int | None = None,
+        eval_batch_size: int = 8192,
+        validation_size: int | None = None,
+        **common: Any,
+    ):
+        if p < 2:
+            raise ValueError(f"data.p must be at least 2, not {p}")
+        if op == "div" and not is_prime(p):
+            raise ValueError(f"data.p must be prime for data.op 'div', and {p} is not: some numbers have no inverse")
+        self.p, self.op, self.seq_len, self.vocab_size = p, op, 3, p + 1
+        self.chance, self.ceiling = 1 / p, 1.0
+        a_P, b_P = np.divmod(np.arange(p * p), p)
+        pairs_P2 = np.stack([a_P, b_P], axis=1)[b_P > 0 if op == "div" else slice(None)]
+        pairs_P2 = stream(task_seed, TASK).permutation(pairs_P2)
+        train = round(train_fraction * len(pairs_P2))
+        if not 0 < train < len(pairs_P2):
+            raise ValueError(
+                f"data.train_fraction {train_fraction} leaves no pair to train on or to hold out, of {len(pairs_P2)}"
+            )
+        self.train_rows_P2T, self.held_out_rows_P2T = self._rows(pairs_P2[:train]), self._rows(pairs_P2[train:])
+        held_out = len(pairs_P2) - train
+        if validation_size is not None and validation_size > held_out:
+            raise ValueError(f"data.validation_size ({validation_size}) is more than the {held_out} held-out pairs")
+        if batch_size is not None and batch_size > train:
+            raise ValueError(f"data.batch_size ({batch_size}) is more than the {train} training pairs")
+        self.full_batch = batch_size is None
+        super().__init__(
+            batch_size=train if batch_size is None else batch_size,
+            eval_batch_size=eval_batch_size,
+            epoch_size=train,
+            validation_size=held_out if validation_size is None else validation_size,
+            test_size=held_out,
+            **common,
+        )
+        if self.full_batch and self.num_workers:
+            rank_zero_warn("data.num_workers is ignored in full batch: the batch is the same in every step")
+            self.num_workers = 0
+
+    def answer(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return a op b modulo p."""
+        match self.op:
+            case "add":
+                return (a + b) % self.p
+            case "sub":
+                return (a - b) % self.p
+            case "mul":
+                return a * b % self.p
+            case "div":
+                inverse = np.array([0, *(pow(number, -1, self.p) for number in range(1, self.p))])
+                return a * inverse[b] % self.p
+            case "square_sum":
+                return (a * a + b * b) % self.p
+
+    def _rows(self, pairs_P2: np.ndarray) -> np.ndarray:
+        rows_2PT = np.full((2, len(pairs_P2), 3), IGNORED)
+        rows_2PT[0, :, :2], rows_2PT[0, :, 2] = pairs_P2, self.p
+        rows_2PT[1, :, 2] = self.answer(*pairs_P2.T)
+        return rows_2PT.swapaxes(0, 1)
+
+    def randomness(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, ...]:
+        """Draw training pairs, with replacement."""
+        return (rng.integers(len(self.train_rows_P2T), size=count),)
+
+    def rows(self, *drawn: np.ndarray) -> np.ndarray:
+        """Return the rows_B2T of the drawn training pairs."""
+        return self.train_rows_P2T[drawn[0]]
+
+    def fixed(self, split: Split, count: int) -> np.ndarray:
+        """Return the first `count` held-out pairs, as rows_B2T."""
+        return self.held_out_rows_P2T[:count]
+
+    def train_batches(self, members: int, size: int) -> Batches:
+        """Return the global training batches, of `size` pairs a member."""
+        if self.full_batch:
+            return _SameBatch(self.train_rows_P2T)
+        if size > len(self.train_rows_P2T):
+            pairs = len(self.train_rows_P2T)
+            raise ValueError(
+                f"data.batch_size: a batch of all devices ({size}) is more than the {pairs} training pairs"
+            )
+        return _ShuffledBatches(self.train_rows_P2T, self.seed, members, size)
+
+    def parse(self, text: str) -> list[int]:
+        """Read two numbers with the operation's sign or a space between them, as `3 + 5`."""
+        sign = SYMBOLS[self.op]
+        if not (found := re.fullmatch(rf"\s*(\d+)(?:\s*{re.escape(sign)}\s*|\s+)(\d+)\s*=?\s*", text)):
+            raise ValueError(f"data.inputs: '{text}' is not of the form '3 {sign} 5'")
+        a, b = map(int, found.groups())
+        if max(a, b) >= self.p:
+            raise ValueError(f"data.inputs: '{text}' has a number that is not below data.p ({self.p})")
+        if self.op == "div" and b == 0:
+            raise ValueError(f"data.inputs: '{text}' divides by zero")
+        return [a, b, self.p]
+
+    def input_labels(self, tokens: list[int]) -> list[int]:
+        """Return the answer at the last position."""
+        return self._rows(np.array([tokens[:2]]))[0, 1].tolist()
+
+    def token_text(self, token: int) -> str:
+        """Return a number, or `=`."""
+        return "=" if token == self.p else str(token)

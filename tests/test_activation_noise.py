@@ -1,0 +1,189 @@
+"""Noise has its length, is the same when repeated, and differs between the members of an ensemble."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.utils.data import DataLoader
+
+from callbacks.activation_noise import ActivationNoise, add_noise
+
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def test_relative_noise_has_its_share_of_each_position():
+    x = torch.randn(3, 40, 4096) * torch.rand(3, 40, 1).mul(5).exp()
+    x[0, 0] = 0
+    share = (add_noise(x, 0.3, True, seeded()) - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-9)
+    assert share[0, 0] == 0
+    torch.testing.assert_close(share.flatten()[1:], torch.full((119,), 0.3), rtol=0.06, atol=0)
+
+
+def test_absolute_noise_has_its_length_whatever_x_is():
+    x = torch.randn(3, 40, 4096) * 100
+    length = (add_noise(x, 2.0, False, seeded()) - x).norm(dim=-1)
+    torch.testing.assert_close(length, torch.full((3, 40), 2.0), rtol=0.06, atol=0)
+
+
+def test_noise_is_standard_normal_by_element():
+    x = torch.zeros(1000, 64)
+    noise = add_noise(x, math.sqrt(64), False, seeded())
+    torch.testing.assert_close(torch.stack(torch.std_mean(noise)), torch.tensor([1.0, 0.0]), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_gradient_passes_unchanged(relative):
+    x = torch.randn(4, 8, requires_grad=True)
+    add_noise(x, 0.5, relative, seeded()).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+class Pair(nn.Module):
+    """Returns a tuple, as attention does with its cache."""
+
+    def forward(self, x):
+        return x, "cache"
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 8)
+        self.residual = nn.ModuleList([nn.Identity(), nn.Identity()])
+        self.pair = Pair()
+
+    def forward(self, x):
+        x = self.mix(x)
+        first = self.residual[0](x)
+        return torch.stack([x, first, self.residual[1](x), self.pair(x)[0]])
+
+
+class Watched(LightningModule):
+    """Keeps what it put out, by stage; of `members` above 1, a vmapped ensemble."""
+
+    def __init__(self, members=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.ensemble = members
+        self.network = Network()
+        self.stacked, _ = stack_module_state([self.network] * members)
+        self.seen = {"train": [], "validate": [], "test": [], "sanity_check": []}
+
+    def forward(self, x):
+        if self.ensemble == 1:
+            return self.network(x)
+        call = vmap(lambda p: functional_call(self.network, p, (x,)), randomness="different")
+        return call(dict(self.stacked))
+
+    def training_step(self, batch, batch_idx):
+        outputs = self(batch)
+        self.seen[self.trainer.state.stage.value].append(outputs.detach())
+        return outputs.square().mean()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.seen[self.trainer.state.stage.value].append(self(batch))
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def loader():
+    return DataLoader(torch.ones(6, 4), batch_size=2)
+
+
+def trainer_of(tmp_path, *callbacks, **flags):
+    return Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=list(callbacks), **QUIET | flags)
+
+
+def run_test(module, tmp_path, *callbacks, loaders=None):
+    module.seen["test"] = []
+    trainer_of(tmp_path, *callbacks).test(module, loaders or loader(), verbose=False)
+    return module.seen["test"]
+
+
+def test_noise_depends_on_module_batch_loader_and_seed_and_on_nothing_else(tmp_path):
+    noise = ActivationNoise("residual.*", 0.1)
+    seen = run_test(Watched(), tmp_path, noise, loaders=[loader(), loader()])
+    torch.manual_seed(77)
+    again = run_test(Watched(), tmp_path, noise, loaders=[loader(), loader()])
+    other = run_test(Watched(), tmp_path, ActivationNoise("residual.*", 0.1, seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=True))
+    clean = seen[0][0]
+    # The same input throughout: batches 0, 1 of loader 0, batch 0 of loader 1, and the other seed
+    noises = [x[i] - clean for x in (seen[0], seen[1], seen[3], other[0]) for i in (1, 2)]
+    assert all(noise.abs().min() > 0 for noise in noises)
+    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
+    assert all(torch.equal(x[3], clean) for x in seen)
+
+
+def test_global_random_state_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    run_test(Watched(), tmp_path)
+    plain = torch.rand(1)
+    torch.manual_seed(5)
+    run_test(Watched(), tmp_path, ActivationNoise("mix", 0.1))
+    assert torch.equal(torch.rand(1), plain)
+
+
+def test_members_get_different_noise_and_repeated_calls_the_same(tmp_path):
+    noise = ActivationNoise("residual.0", 0.1)
+    seen, again = (run_test(Watched(members=3), tmp_path, noise) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=True))
+    noise_S = seen[0][:, 1] - seen[0][:, 0]  # of three equal networks
+    assert noise_S.shape == (3, 2, 8)
+    assert torch.equal(seen[0][0, 0], seen[0][1, 0])
+    assert len({tuple(noise.flatten().tolist()) for noise in noise_S}) == 3
+    share_S = noise_S.norm(dim=-1) / seen[0][:, 0].norm(dim=-1)
+    assert ((share_S > 0.03) & (share_S < 0.25)).all()
+
+
+def test_a_tuple_keeps_the_rest(tmp_path):
+    (first, *_) = run_test(Watched(), tmp_path, ActivationNoise("pair", 0.1))
+    assert not torch.equal(first[3], first[0])
+
+
+def test_strength_zero_changes_no_bit(tmp_path):
+    (first, *_) = run_test(Watched(), tmp_path, ActivationNoise("residual.*", 0.0))
+    assert torch.equal(first[1], first[0])
+
+
+@pytest.mark.parametrize("during", [None, ["fit"], ["validate"], ["test"]])
+def test_only_its_stages_are_touched(during, tmp_path):
+    module, noise = Watched(), ActivationNoise("residual.*", 0.1, during=during)
+    trainer_of(tmp_path, noise, max_steps=3).fit(module, loader(), loader())
+    run_test(module, tmp_path, noise)
+    noisy = {name: not all(torch.equal(x[1], x[0]) for x in seen) for name, seen in module.seen.items()}
+    stages = during or ["validate", "test"]
+    assert noisy == {
+        "train": "fit" in stages,
+        "validate": "validate" in stages,
+        "sanity_check": "validate" in stages,
+        "test": "test" in stages,
+    }
+    clean = run_test(module, tmp_path)  # the hooks are off
+    assert all(torch.equal(x[1], x[0]) for x in clean)
+
+
+def test_noise_differs_between_steps_of_fit(tmp_path):
+    module = Watched()
+    flags = {"max_steps": 2, "limit_val_batches": 0}
+    trainer_of(tmp_path, ActivationNoise("residual.0", 0.1, during=["fit"]), **flags).fit(module, loader())
+    first, second = module.seen["train"]
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+
+
+def test_mistakes_are_told(tmp_path):
+    with pytest.raises(ValueError, match="`strength` must not be negative, got -1"):
+        ActivationNoise("residual.*", -1)
+    with pytest.raises(ValueError, match="No module matches 'residul'; the nearest names are"):
+        run_test(Watched(), tmp_path, ActivationNoise("residul", 0.1))
