@@ -70,7 +70,7 @@ class ActivationClamp(HookedCallback):
     Where the module returns a tuple, its first element is clamped. All modes but `mean_preserving` ignore the labels
     and act on every forward of their stages, generation included. `mean_preserving` acts in the steps alone: a
     generation has no labels, and its batches have statistics of their own. Under DDP each rank's batch has its own mu_c
-    and s. Each member of an ensemble is clamped by itself, to what its own control had if the reference is of an ensemble.
+    and s. Each member of an ensemble is clamped by itself, to its own control if the reference is of an ensemble.
 
     Args:
         site: Name pattern of the modules, see `callbacks.sites`.

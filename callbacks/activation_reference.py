@@ -70,8 +70,8 @@ class ActivationReference(HookedCallback):
     - `spread.batch`: the same with all positions as one class.
 
     Positions are those with a label; where the batch has no labels for this site, all of them, and `spread.target` is
-    left out. Of an ensemble, each is one value a member. Sums are in fp64 and over all ranks. Every pass overwrites the file: the last one counts, so `test` after
-    `fit` records the test set.
+    left out. Of an ensemble, each is one value a member. Sums are in fp64 and over all ranks. Every pass overwrites the
+    file: the last one counts, so `test` after `fit` records the test set.
 
     Args:
         site: Name pattern of the modules, see `callbacks.sites`.

@@ -109,8 +109,8 @@ def member_state(state: dict[str, Tensor], member: int) -> dict[str, Tensor]:
     return {name: value[member].clone() for name, value in state.items()}
 
 
-def fit_state(state: dict[str, Tensor], own: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """A checkpoint's parameters in the shape of `own`: a single network's are given to every member.
+def fit_state(state: dict[str, Tensor], own: dict[str, Tensor], members: int, source: str) -> dict[str, Tensor]:
+    """A checkpoint's parameters in the shape of `own`: a single network's are given to every one of `members`.
 
     Raises:
         ValueError: A parameter is missing or of another shape; names it and `source`.
@@ -120,7 +120,7 @@ def fit_state(state: dict[str, Tensor], own: dict[str, Tensor], source: str) -> 
         if name not in state:
             raise ValueError(f"{source} has no parameter {name}")
         given = state[name]
-        if given.shape != value.shape and given.shape != value.shape[1:]:
+        if given.shape != value.shape and (members == 1 or given.shape != value.shape[1:]):
             shapes = f"{tuple(given.shape)} there and {tuple(value.shape)} in the model"
             raise ValueError(f"{source} does not fit the model: {name} is {shapes}")
         fitted[name] = given.expand(value.shape)

@@ -32,7 +32,8 @@ def test_attention_is_the_sum_over_heads_that_it_says_it_is():
     x_TD = torch.randn(5, 6, dtype=torch.float64)
     expected_TD = torch.zeros_like(x_TD)
     for head in range(2):
-        q, k, v, o = (p[head] for p in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj))
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        q, k, v, o = (part()[head] for part in parts)
         for t in range(5):
             score_S = torch.stack([(q @ x_TD[t]) @ (k @ x_TD[s]) / 3**0.5 for s in range(t + 1)])
             for s, weight in enumerate(score_S.softmax(0)):

@@ -99,7 +99,7 @@ def test_a_failing_call_leaves_no_trace(stacked):
 
 
 def test_a_single_networks_state_is_given_to_every_member(stacked):
-    fitted = fit_state(alone(9).state_dict(), stacked.state_dict(), "a.ckpt")
+    fitted = fit_state(alone(9).state_dict(), stacked.state_dict(), 3, "a.ckpt")
     for name, value in alone(9).state_dict().items():
         assert all(torch.equal(own, value) for own in fitted[name])
 
@@ -116,4 +116,4 @@ def test_a_state_that_does_not_fit_is_refused_in_words(stacked, change, said):
     state = stacked.state_dict()
     change(state)
     with pytest.raises(ValueError, match=said):
-        fit_state(state, stack_members(make, SEEDS).state_dict(), "a.ckpt")
+        fit_state(state, stack_members(make, SEEDS).state_dict(), 3, "a.ckpt")

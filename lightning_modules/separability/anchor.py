@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PREFIX = "network."
 
 
-def load_network(path: str, network: nn.Module, key: str) -> dict[str, Tensor]:
+def load_network(path: str, network: nn.Module, members: int, key: str) -> dict[str, Tensor]:
     """The network's parameters in a checkpoint; a single model's are given to every member.
 
     Raises:
@@ -28,7 +28,7 @@ def load_network(path: str, network: nn.Module, key: str) -> dict[str, Tensor]:
     check_checkpoint(path)
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    return fit_state(own, network.state_dict(), f"{key} {path}")
+    return fit_state(own, network.state_dict(), members, f"{key} {path}")
 
 
 class Orthogonality:
@@ -52,7 +52,7 @@ class Orthogonality:
     def load(self, network: nn.Module, members: int) -> None:
         """Make the anchor model, once: a copy that has no place among the parameters, and no hooks of callbacks."""
         if self.network is None:
-            state = load_network(self.anchor, network, "model.orthogonality.anchor")
+            state = load_network(self.anchor, network, members, "model.orthogonality.anchor")
             self.network, self.members = _copy(network).requires_grad_(False), members
             self.network.load_state_dict(state)
 

@@ -9,6 +9,20 @@ import torch
 from torch import Tensor, nn
 
 
+class Heads(nn.Module):
+    """One matrix a head, each a parameter named by the head's number, so that heads can be frozen and swapped apart."""
+
+    def __init__(self, heads: int, rows: int, columns: int):
+        super().__init__()
+        self.names = [str(head) for head in range(heads)]
+        for name in self.names:
+            self.register_parameter(name, nn.Parameter(torch.randn(rows, columns) * columns**-0.5))
+
+    def forward(self) -> list[Tensor]:
+        """The matrices, in order; torch.compile reads no ParameterList in torch 2.11."""
+        return [getattr(self, name) for name in self.names]
+
+
 class Attention(nn.Module):
     """Causal multi-head attention; every head's query, key, value and output map is a parameter of its own.
 
@@ -24,9 +38,10 @@ class Attention(nn.Module):
     def __init__(self, seq_len: int, width: int, heads: int):
         super().__init__()
         shape = width // heads, width
-        self.q_proj, self.k_proj, self.v_proj = (_matrices(heads, *shape) for _ in range(3))
-        self.o_proj = _matrices(heads, *shape[::-1])
+        self.q_proj, self.k_proj, self.v_proj = (Heads(heads, *shape) for _ in range(3))
+        self.o_proj = Heads(heads, *shape[::-1])
         self.pattern = nn.Identity()
+        self.heads = heads
         self.scale = (width // heads) ** -0.5
         self.register_buffer("hidden_TT", torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1), persistent=False)
 
@@ -34,15 +49,14 @@ class Attention(nn.Module):
         """Return what attention adds to the residual stream, [B, T, D]."""
         batch, length, _ = x_BTD.shape
         # One product for all heads and for q, k and v: three times H small ones would wait for their launches
-        weight = torch.cat([*self.q_proj, *self.k_proj, *self.v_proj])
-        q_BHTK, k_BHTK, v_BHTK = (
-            (x_BTD @ weight.mT).view(batch, length, 3, len(self.q_proj), -1).permute(2, 0, 3, 1, 4).unbind()
-        )
+        weight = torch.cat([*self.q_proj(), *self.k_proj(), *self.v_proj()])
+        qkv_3BHTK = (x_BTD @ weight.mT).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q_BHTK, k_BHTK, v_BHTK = qkv_3BHTK.unbind()
         score_BHTT = (q_BHTK @ k_BHTK.mT) * self.scale
         hidden_TT = self.hidden_TT[:length, :length]
         pattern_BHTT = self.pattern(score_BHTT.masked_fill(hidden_TT, -torch.inf).softmax(-1))
         read_BTD = (pattern_BHTT.to(v_BHTK.dtype) @ v_BHTK).transpose(1, 2).flatten(2)
-        return read_BTD @ torch.cat([*self.o_proj], dim=1).mT
+        return read_BTD @ torch.cat(self.o_proj(), dim=1).mT
 
 
 class MLP(nn.Module):
@@ -119,7 +133,3 @@ class Decoder(nn.Module):
         x_BTD = self.final_residual(x_BTD)
         logits_BTV = self.unembed(self.final_norm(x_BTD))
         return (logits_BTV, x_BTD) if with_residual else logits_BTV
-
-
-def _matrices(count: int, rows: int, columns: int) -> nn.ParameterList:
-    return nn.ParameterList(torch.randn(rows, columns) * columns**-0.5 for _ in range(count))

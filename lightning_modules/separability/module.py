@@ -101,7 +101,7 @@ class Separability(LightningModule):
             if needed > given:
                 raise ValueError(f"model.{name} is {given} and the data needs {needed}: set --model.{name} {needed}")
         if self.start and stage == "fit":
-            self.network.load_state_dict(load_network(self.start, self.network, "model.start"))
+            self.network.load_state_dict(load_network(self.start, self.network, self.ensemble, "model.start"))
         if self.orthogonality:
             self.orthogonality.load(self.network, self.ensemble)
 
