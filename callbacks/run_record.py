@@ -29,7 +29,8 @@ class RunRecord(Callback):
     The file is there from the start (`status: running`) and is replaced as a whole at the end of every stage, so that
     a killed run still tells what it reached. A module may offer `intervals: dict[str, tuple[float, float]]` and
     `counts: dict[str, int]`, by metric name; they are copied beside the metrics. Of an ensemble, `members` has each
-    measure's value for every member, in order of their seeds. NaN and infinity become null.
+    measure's value for every member, in order of their seeds, and `members.jsonl` the same at every validation. NaN and
+    infinity become null.
 
     Args:
         command: The command line, without the program's name.
@@ -69,9 +70,14 @@ class RunRecord(Callback):
             self.record["intervals"][name] = [_finite(low), _finite(high)]
         self.record["n"] |= {name: int(count) for name, count in getattr(pl_module, "counts", {}).items()}
         if ensemble_size(pl_module) > 1:
-            measured = self.record.setdefault("members", {})
-            measured |= {name: [_finite(x) for x in values_S.tolist()] for name, values_S in pl_module.members.items()}
+            self.record["members"] = self.record.get("members", {}) | _by_member(pl_module)
         self._write()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds a line on every member of an ensemble."""
+        if self.path and trainer.training and ensemble_size(pl_module) > 1:
+            with open(self.path.with_name("members.jsonl"), "a") as file:
+                file.write(json.dumps({"step": trainer.global_step} | _by_member(pl_module)) + "\n")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says how the run ended; metrics of stages that came to their end are kept."""
@@ -183,6 +189,10 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _by_member(module: LightningModule) -> dict[str, list[float | None]]:
+    return {name: [_finite(value) for value in values_S.tolist()] for name, values_S in module.members.items()}
 
 
 def _seed() -> int | None:
