@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.members import ensemble_size
@@ -75,7 +76,8 @@ class RunRecord(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds a line on every member of an ensemble."""
-        if self.path and trainer.training and ensemble_size(pl_module) > 1:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if self.path and fitting and ensemble_size(pl_module) > 1:
             with open(self.path.with_name("members.jsonl"), "a") as file:
                 file.write(json.dumps({"step": trainer.global_step} | _by_member(pl_module)) + "\n")
 
