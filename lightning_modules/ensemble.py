@@ -42,7 +42,7 @@ def member_call() -> MemberCall | None:
 
 
 def observe(x: Tensor, note: Callable[[Tensor], None]) -> None:
-    """Pass x to `note`: at once in an ordinary forward; after that of an ensemble, as x_S..., for it may not leave it."""
+    """Pass x to `note`: at once in an ordinary forward; else after the ensemble's, which x may not leave, as x_S..."""
     if _current is None:
         note(x)
     else:

@@ -72,7 +72,9 @@ def resolve_arm(name: str, shared: Arm, arm: Arm, resolve: Resolve) -> dict[str,
         resolve: Gives the resolved config of a command line.
     """
     line, of_callbacks = [arm.command], {}
-    for part in (shared, arm):
+    # Without a base, an arm's configs are what the study's keys are set in
+    parts = [shared, arm] if shared.configs else [Arm(arm.configs), shared, Arm(set=arm.set)]
+    for part in parts:
         line += [text for config in part.configs for text in ("--config", config)]
         for key, value in part.set.items():
             head, dot, _ = key.partition(".")

@@ -34,7 +34,7 @@ class StudyFile:
     """What a study's YAML holds.
 
     Attributes:
-        base: Configs that all arms share.
+        base: Configs that all arms share; may be empty, then each arm's own configs come before `set`.
         arms: Name -> condition; the first is what the others are compared with.
         measures: Names in `results.json`; the first is what a claim means that names an arm alone.
         seeds: How many, from 0, or which.

@@ -1,5 +1,6 @@
 """What the tests of the telepathy line and of the command line share."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,8 +17,16 @@ from datamodules.problems import Problem, generate
 from lightning_modules.pretrained import Pretrained
 from lightning_modules.telepathy import Telepathy, TokenBridge
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a process for each of two cores: more threads would wait for one another
+
 ROOT = Path(__file__).parents[1]
 SMALL = {"batch_size": 8, "epoch_size": 800, "validation_size": 16, "eval_batch_size": 16, "test_sets": {"test": 16}}
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite; none for chosen files, where their start would take longer than the tests."""
+    return 2 if config.args == config.getini("testpaths") else 0
 
 
 @pytest.fixture

@@ -13,7 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks import StabilityMonitor
 from callbacks.run_record import RunRecord, git_state, make_run_dir
+from datamodules import InterleavedStreams
+from lightning_modules import Separability
 
 
 class RecordedModel(BoringModel):
@@ -106,6 +109,58 @@ def test_both_stages_are_in_one_record(finished):
     assert after_test["metrics"]["test/accuracy"] == 0.5
     assert after_test["intervals"] == {"test/accuracy": [0.25, 0.75]}
     assert after_test["n"] == {"test/accuracy": 1000}
+
+
+def streams(ensemble: int) -> tuple[Separability, InterleavedStreams]:
+    sizes = {"batch_size": 4, "eval_batch_size": 8, "validation_size": 8, "test_size": 8}
+    model = Separability(vocab_size=31, seq_len=12, width=16, heads=2, warmup_steps=1, ensemble=ensemble)
+    return model, InterleavedStreams(vocab_size=31, seq_len=12, **sizes)
+
+
+@pytest.fixture
+def ensemble(tmp_path):
+    model, data = streams(3)
+    never = StabilityMonitor(reached=1.0)
+    trainer = make_trainer(tmp_path, RunRecord(), never, max_steps=6, val_check_interval=2, num_sanity_val_steps=1)
+    trainer.fit(model, data)
+    trainer.test(model, data, verbose=False)
+    return tmp_path, model, read(tmp_path)
+
+
+def test_an_ensembles_metrics_are_the_means_over_its_members(ensemble):
+    _, model, record = ensemble
+    given = record["members"]
+    assert {"test/accuracy", "test/loss", "test/a_act", "validation/accuracy", "train/loss"} <= set(given)
+    assert all(len(values) == 3 for values in given.values())
+    for name, values in given.items():
+        if None not in values:
+            assert record["metrics"][name] == pytest.approx(sum(values) / 3, rel=1e-5), name
+    assert len(set(given["test/loss"])) == 3
+    assert given["test/loss"] == pytest.approx(model.members["test/loss"].tolist(), rel=1e-5)
+
+
+def test_a_member_without_a_value_is_null(ensemble):
+    *_, record = ensemble
+    assert record["members"]["stability/reached_step"] == [None] * 3
+    assert record["members"]["stability/stable"] == [0, 0, 0]
+
+
+def test_every_validation_leaves_a_line_on_the_members(ensemble):
+    folder, _, record = ensemble
+    lines = [json.loads(line) for line in (folder / "members.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]  # the sanity check is none, and neither is the test
+    assert all(len(values) == 3 for line in lines for name, values in line.items() if name != "step")
+    assert len({tuple(line["validation/loss"]) for line in lines}) == 3
+    assert lines[-1]["validation/loss"] == record["members"]["validation/loss"]
+
+
+def test_an_ordinary_run_has_no_members(tmp_path):
+    model, data = streams(1)
+    trainer = make_trainer(tmp_path, RunRecord())
+    trainer.fit(model, data)
+    trainer.test(model, data, verbose=False)
+    assert "members" not in read(tmp_path)
+    assert not (tmp_path / "members.jsonl").exists()
 
 
 def test_what_is_not_finite_becomes_null(finished):

@@ -48,6 +48,7 @@ class Orthogonality:
             raise ValueError(f"model.orthogonality.weight must be at least 0, not {weight}")
         self.anchor, self.weight, self.form = anchor, weight, form
         self.network: nn.Module | None = None
+        self.train_residual = self.residual  # compiled with the step
 
     def load(self, network: nn.Module, members: int) -> None:
         """Make the anchor model, once: a copy that has no place among the parameters, and no hooks of callbacks."""
@@ -66,7 +67,7 @@ class Orthogonality:
 
     def penalty(self, x_SBTD: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
         """The penalty of each member, [S]."""
-        cosine_SBT = cosine_similarity(x_SBTD.float(), self.residual(tokens, labels).float(), dim=3)
+        cosine_SBT = cosine_similarity(x_SBTD.float(), self.train_residual(tokens, labels).float(), dim=3)
         asked_SBT = (labels != IGNORED).expand(cosine_SBT.shape)
         terms_SBT = (cosine_SBT.square() if self.form == "squared" else cosine_SBT) * asked_SBT
         mean_S = terms_SBT.flatten(1).sum(1) / asked_SBT.flatten(1).sum(1)

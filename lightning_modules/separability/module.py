@@ -140,6 +140,8 @@ class Separability(LightningModule):
             if hooked:
                 raise ValueError(f"model.compile: {hooked[0]} has a hook of a callback, which needs compile: false")
             self._call = torch.compile(self.call)
+            if self.orthogonality:
+                self.orthogonality.train_residual = torch.compile(self.orthogonality.residual)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of the members' losses, so that each has the gradient that it would have alone."""
