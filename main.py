@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import callbacks  # noqa: F401  (imported so that configs can use bare class names)
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
+from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.run_record import RunRecord, make_run_dir
 from lightning_modules.checkpoints import check_checkpoint
 from lightning_modules.config_errors import FriendlyParser
@@ -92,7 +93,7 @@ class CrosstalkCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.ckpt_path:
             check_checkpoint(str(config.ckpt_path))
-        resolved = self.parser.dump(self.config)
+        resolved = self.parser.dump(self.config, skip_none=False)  # a null may stand against a default
         configs = [str(path) for path in config.config or []]
         self.record = RunRecord(self.command, configs, yaml.safe_load(resolved)[self.subcommand])
         self.log_dir = Path(config.trainer.default_root_dir or os.environ.get(RUN_DIR_VARIABLE, "runs"))
@@ -114,7 +115,7 @@ class CrosstalkCLI(LightningCLI):
             added.append(TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 100))
         saves = given.enable_checkpointing is not False and not given.fast_dev_run
         if saves and not any(isinstance(c, Checkpoint) for c in users):
-            added.append(ModelCheckpoint(save_last=True))
+            added.append(LastCheckpoint())
         if given.logger is None or given.logger is True:
             kwargs["logger"] = TensorBoardLogger(self.log_dir, name="", version="", default_hp_metric=False)
         try:
@@ -155,7 +156,7 @@ class Resolver(CrosstalkCLI):
 
     def before_instantiate_classes(self) -> None:
         """Keeps the config."""
-        self.resolved = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
+        self.resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
 
     def _set_seed(self) -> None:
         """Seeds nothing."""

@@ -5,6 +5,7 @@ from callbacks.activation_noise import ActivationNoise
 from callbacks.activation_reference import ActivationReference
 from callbacks.diversity_monitor import DiversityMonitor
 from callbacks.drift_monitor import DriftMonitor
+from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.parameter_freeze import ParameterFreeze
 from callbacks.parameter_swap import ParameterSwap
 from callbacks.quick_eval import QuickEval
@@ -19,6 +20,7 @@ __all__ = [
     "ActivationReference",
     "DiversityMonitor",
     "DriftMonitor",
+    "LastCheckpoint",
     "ParameterFreeze",
     "ParameterSwap",
     "QuickEval",

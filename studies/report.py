@@ -20,18 +20,17 @@ Values = dict[str, dict[str, Series]]  # arm -> measure -> seed -> what was meas
 
 
 def collect(study: Study) -> Values:
-    """Read what finished runs measured; each member of an ensemble is a seed.
+    """Read what finished runs measured; each member of an ensemble is a seed, the run's and those after it.
 
     Besides a run's metrics there are `seconds/fit`, `seconds/test`: what its stages took.
     """
     values: Values = {arm: {measure: {} for measure in study.measures} for arm in study.arms}
     for run in study.runs:
-        record = run.result or {"metrics": {}}
-        metrics = record["metrics"] | {f"seconds/{stage}": t for stage, t in record.get("seconds", {}).items()}
+        record = run.result or {"metrics": {}, "seconds": {}}
+        metrics = _metrics(record)
         for measure in study.measures:
             if members := record.get("members", {}).get(measure):
-                first = run.seed * len(members)
-                own = {first + member: Measured(_value(value)) for member, value in enumerate(members)}
+                own = {run.seed + member: Measured(_value(value)) for member, value in enumerate(members)}
                 values[run.arm][measure] |= own
             elif measure in metrics:
                 interval = record["intervals"].get(measure) or [None]
@@ -39,6 +38,10 @@ def collect(study: Study) -> Values:
                 measured = Measured(_value(metrics[measure]), known, record["n"].get(measure))
                 values[run.arm][measure][run.seed] = measured
     return values
+
+
+def _metrics(record: dict[str, Any]) -> dict[str, float | None]:
+    return record["metrics"] | {f"seconds/{stage}": taken for stage, taken in record["seconds"].items()}
 
 
 def _value(value: float | None) -> float:
@@ -55,7 +58,7 @@ def write(study: Study) -> str:
     finished = [run for run in study.runs if run.result]
     for measure in study.measures:
         if finished and not any(values[arm][measure] for arm in study.arms):
-            known = ", ".join(sorted(finished[0].result["metrics"]))
+            known = ", ".join(sorted(_metrics(finished[0].result)))
             raise ValueError(f"measures: no finished run has '{measure}'; the first has {known}")
     verdicts = {claim.id: judge(claim, values) for claim in study.claims}
     data = summary(study, values, verdicts)
@@ -182,7 +185,8 @@ def _csv_row(study: Study, run: Run) -> list[Any]:
     record = run.result
     if record is None:
         return [run.arm, run.seed, "missing", "", "", "", run.folder, *("" for _ in study.measures)]
-    metrics = [record["metrics"].get(measure) for measure in study.measures]
+    known = _metrics(record)
+    metrics = [known.get(measure) for measure in study.measures]
     seconds, git = round(sum(record["seconds"].values()), 1), record["git"]
     return [run.arm, run.seed, "finished", seconds, git["revision"], git["dirty"], run.folder, *metrics]
 
@@ -195,7 +199,8 @@ def _write_events(study: Study, drawn: dict[str, Any]) -> None:
             writer.add_figure(name, figure)
         for run in study.runs:
             if record := run.result:
-                metrics = {m: record["metrics"][m] for m in study.measures if record["metrics"].get(m) is not None}
+                known = _metrics(record)
+                metrics = {m: known[m] for m in study.measures if known.get(m) is not None}
                 factors = study.factors.get(run.arm, ("", {}))[1]
                 hparams = {"arm": run.arm, "seed": run.seed} | {key: str(value) for key, value in factors.items()}
                 writer.add_hparams(hparams, metrics, run_name=str(Path(run.arm, str(run.seed))))

@@ -1,0 +1,28 @@
+"""A checkpoint of the model as it is when training ends."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint with `last.ckpt`, which also saves after the last step.
+
+    Lightning saves after validations alone, so where steps follow the last of them, `last.ckpt` would not be the model
+    that is tested. The last step is told by `max_steps`, or by whatever stops the trainer, such as `max_time`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(save_last=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves after the last step: here and not at the end of fit, where the loops have gone on to the next epoch."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if ends and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
