@@ -23,13 +23,13 @@ TASKS = {
     "interleaved: V 4096, d 40, T 128, batch 64, bf16": {
         "sizes": {"vocab_size": 4096, "seq_len": 128, "width": 40, "depth": 1, "heads": 4}, "batch": 64, "bf16": True
     },
-    "modular: p 113, d 128, T 3, full batch 3831, bf16": {
-        "sizes": {"vocab_size": 114, "seq_len": 3, "width": 128, "depth": 1, "heads": 4, "norm": "none"},
-        "batch": 3831, "bf16": True,
-    },
     "modular: p 113, d 128, T 3, batch 512, bf16": {
         "sizes": {"vocab_size": 114, "seq_len": 3, "width": 128, "depth": 1, "heads": 4, "norm": "none"},
         "batch": 512, "bf16": True,
+    },
+    "modular: p 113, d 128, T 3, full batch 3831, bf16": {
+        "sizes": {"vocab_size": 114, "seq_len": 3, "width": 128, "depth": 1, "heads": 4, "norm": "none"},
+        "batch": 3831, "bf16": True,
     },
 }  # fmt: skip
 
@@ -110,8 +110,9 @@ def main() -> None:
                 f"{median / members:.3f}",
             ]
             print(f"| {' | '.join(cells)} | {gain:.1f} |", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=2) + "\n")
+            if options.json:
+                told = {"device": name, "torch": torch.__version__, "rows": rows}
+                options.json.write_text(json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":
