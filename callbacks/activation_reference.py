@@ -97,12 +97,11 @@ class ActivationReference(HookedCallback):
         return self._generate_state_key(site=self.site, path=self.path)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds the site and hooks on."""
+        """Finds the site."""
         writers = [callback for callback in trainer.callbacks if isinstance(callback, ActivationReference)]
         if any(other is not self and other.path == self.path for other in writers):
             raise ValueError("Two ActivationReference callbacks write one file; give each a `path` of its own.")
-        for name, module in match_modules(pl_module, self.site).items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+        match_modules(pl_module, self.site)
 
     def _hook(self, name: str) -> Any:
         # Compiled modules leave their graph here: the sums must not be traced into it.
@@ -119,8 +118,10 @@ class ActivationReference(HookedCallback):
         return hook
 
     def _begin_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        names, members = match_modules(pl_module, self.site), ensemble_size(pl_module)
-        self._moments = {name: [_Moments(pl_module.device) for _ in range(members)] for name in names}
+        modules, members = match_modules(pl_module, self.site), ensemble_size(pl_module)
+        self._moments = {name: [_Moments(pl_module.device) for _ in range(members)] for name in modules}
+        # For this pass alone, so that training steps run, and compile, as if there were no such callback
+        self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
 
     def _begin_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         self._labels = labels_of(batch, self.labels)
@@ -131,6 +132,7 @@ class ActivationReference(HookedCallback):
         self._in_step = False
 
     def _end_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._unhook()
         if trainer.sanity_checking:
             return
         # Both are collective: every rank takes part before rank zero alone writes.

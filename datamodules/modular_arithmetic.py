@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from datamodules.batches import Batches
 from datamodules.sequence_task import IGNORED, TASK, TRAINING, SequenceTask, Split, by_member, stream
 
-FULL_BATCH_EPOCH = 1000  # steps
+EPOCH = 1000  # steps, about: what is done between epochs then takes no time to speak of
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "square_sum": "+"}
 
 
@@ -29,28 +29,30 @@ class _SameBatch:
         self.rows_P2T = rows_P2T
 
     def __len__(self) -> int:
-        return FULL_BATCH_EPOCH
+        return EPOCH
 
     def batch(self, epoch: int, number: int) -> np.ndarray:
         return self.rows_P2T
 
 
 class _ShuffledBatches:
-    """Every row once an epoch, but for those that do not fill a batch, in an order of the epoch and the member."""
+    """Pass after pass over the rows, but for those that do not fill a batch, each in an order of its own."""
 
     def __init__(self, rows_P2T: np.ndarray, seed: int, members: int, size: int):
         self.rows_P2T, self.seed, self.members, self.size = rows_P2T, seed, members, size
+        self.in_a_pass = len(rows_P2T) // size
         self._orders_SP = lru_cache(maxsize=1)(self._make_orders)
 
     def __len__(self) -> int:
-        return len(self.rows_P2T) // self.size
+        return max(EPOCH // self.in_a_pass, 1) * self.in_a_pass
 
-    def _make_orders(self, epoch: int) -> np.ndarray:
+    def _make_orders(self, number: int) -> np.ndarray:
         seeds = range(self.seed, self.seed + self.members)
-        return np.stack([stream(seed, TRAINING, epoch).permutation(len(self.rows_P2T)) for seed in seeds])
+        return np.stack([stream(seed, TRAINING, number).permutation(len(self.rows_P2T)) for seed in seeds])
 
     def batch(self, epoch: int, number: int) -> np.ndarray:
-        chosen_SB = self._orders_SP(epoch)[:, number * self.size : (number + 1) * self.size]
+        number_of_pass, within = divmod(epoch * len(self) + number, self.in_a_pass)
+        chosen_SB = self._orders_SP(number_of_pass)[:, within * self.size : (within + 1) * self.size]
         return by_member(self.rows_P2T[chosen_SB.ravel()], self.members)
 
 
@@ -58,10 +60,9 @@ class ModularArithmetic(SequenceTask):
     """Rows `[a, b, =]` with one label, at the last position: a op b modulo p (Power et al. 2022, arXiv:2201.02177).
 
     All pairs are set apart once, by `task_seed`: the first `train_fraction` of them train, the others are held out.
-    The tokens are the numbers below p, and `=` is p. In an epoch every training pair comes once, but for those that do
-    not fill a batch. In full batch, where a step is an epoch of this kind, an epoch is 1000 steps instead, so that
-    what is done between epochs takes no time to speak of; all members of an ensemble then share one batch of [B, T],
-    whose tensors are the same memory at each step.
+    The tokens are the numbers below p, and `=` is p. Mini-batches pass over the training pairs again and again, leaving
+    out of each pass those that do not fill a batch. In full batch all members of an ensemble share one batch of [B, T],
+    whose tensors are the same memory at each step. An epoch is about 1000 steps, however many passes these are.
 
     Args:
         p: The modulus.

@@ -177,10 +177,25 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, options, said):
         trainer(tmp_path, 1).fit(Separability(**SIZES | options), datamodule=streams())
 
 
-def test_a_compiled_step_refuses_hooks(tmp_path):
+def test_a_clamped_step_is_not_compiled(tmp_path):
+    module = Separability(**SIZES, compile=True)
     clamp = ActivationClamp("final_residual", "identity")
-    with pytest.raises(ValueError, match="needs compile: false"):
-        trainer(tmp_path, 1, callbacks=[clamp]).fit(Separability(**SIZES, compile=True), datamodule=streams())
+    with pytest.warns(UserWarning, match="model.compile is ignored: a callback has a hook on final_residual"):
+        trainer(tmp_path, 1, callbacks=[clamp]).fit(module, datamodule=streams())
+    assert module._call == module.call
+
+
+def test_a_compiled_step_gives_the_same_losses_and_is_not_disturbed_by_a_reference(tmp_path):
+    seen = {}
+    for compiled in (False, True):
+        module = Separability(**SIZES, seed=0, ensemble=2, compile=compiled)
+        losses = Losses(module)
+        reference = ActivationReference("final_residual", path=str(tmp_path / f"{compiled}.safetensors"))
+        options = {"callbacks": [reference], "limit_val_batches": 1, "val_check_interval": 2}
+        trainer(tmp_path, 4, **options).fit(module, datamodule=streams())
+        seen[compiled] = torch.stack(losses.seen)
+        assert (module._call == module.call) is not compiled
+    torch.testing.assert_close(seen[True], seen[False], rtol=1e-4, atol=1e-5)
 
 
 def test_predict_writes_what_the_model_says_and_where_it_looks(tmp_path):

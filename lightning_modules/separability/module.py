@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from callbacks.sites import match_modules
@@ -45,7 +46,7 @@ class Separability(LightningModule):
         start: A checkpoint of this line to begin from, instead of random weights.
         orthogonality: An anchor model whose residual stream is to be avoided.
         loss_precision: Precision of the cross-entropy; below about 1e-7 fp32 rounds it to zero.
-        compile: Compile the training step. Hooks, such as a clamp's, need it off.
+        compile: Compile the training step; left off, with a warning, where a callback such as a clamp acts in it.
         save_members: Write each member's weights after fit, as checkpoints of ordinary models, to `members/`.
 
     Raises:
@@ -134,11 +135,11 @@ class Separability(LightningModule):
                 handle.remove()
 
     def on_fit_start(self) -> None:
-        """Compile the step, unless hooks act in it, which a compiled step would leave out."""
-        if self.compile_step:
-            hooked = [name for name, module in self.network.named_modules() if module._forward_hooks]
-            if hooked:
-                raise ValueError(f"model.compile: {hooked[0]} has a hook of a callback, which needs compile: false")
+        """Compile the step, unless a callback's hooks act in it, which a compiled step would leave out."""
+        hooked = [name for name, module in self.network.named_modules() if module._forward_hooks]
+        if self.compile_step and hooked:
+            rank_zero_warn(f"model.compile is ignored: a callback has a hook on {hooked[0]}")
+        elif self.compile_step:
             self._call = torch.compile(self.call)
             if self.orthogonality:
                 self.orthogonality.train_residual = torch.compile(self.orthogonality.residual)
