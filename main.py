@@ -93,7 +93,7 @@ class CrosstalkCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.ckpt_path:
             check_checkpoint(str(config.ckpt_path))
-        resolved = self.parser.dump(self.config, skip_none=False)  # a null may stand against a default
+        resolved = self.parser.dump(self.config, skip_unset=False)  # a null may stand against a default
         configs = [str(path) for path in config.config or []]
         self.record = RunRecord(self.command, configs, yaml.safe_load(resolved)[self.subcommand])
         self.log_dir = Path(config.trainer.default_root_dir or os.environ.get(RUN_DIR_VARIABLE, "runs"))
@@ -156,7 +156,7 @@ class Resolver(CrosstalkCLI):
 
     def before_instantiate_classes(self) -> None:
         """Keeps the config."""
-        self.resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        self.resolved = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
 
     def _set_seed(self) -> None:
         """Seeds nothing."""

@@ -52,12 +52,13 @@ def write(study: Study) -> str:
     """Write `report.md`, `report.json`, `runs.csv`, figures and TensorBoard events; return the report's text.
 
     Raises:
-        ValueError: No finished run has one of the measures.
+        ValueError: Every arm has finished runs, and none has one of the measures.
     """
     values = collect(study)
     finished = [run for run in study.runs if run.result]
+    every_arm = {run.arm for run in finished} == set(study.arms)  # else the arm that has it may still be to come
     for measure in study.measures:
-        if finished and not any(values[arm][measure] for arm in study.arms):
+        if every_arm and not any(values[arm][measure] for arm in study.arms):
             known = ", ".join(sorted(_metrics(finished[0].result)))
             raise ValueError(f"measures: no finished run has '{measure}'; the first has {known}")
     verdicts = {claim.id: judge(claim, values) for claim in study.claims}
