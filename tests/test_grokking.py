@@ -16,7 +16,8 @@ def test_the_small_reference_memorises_first_and_generalises_later(tmp_path):
     cli.main(["fit", "--config", str(config), "--trainer.accelerator", "cpu", *quiet, *folder])
     events = EventAccumulator(str(tmp_path)).Reload()
     train, held_out = (
-        {point.step: point.value for point in events.Scalars(name)} for name in ("train/accuracy", "validation/accuracy")
+        {point.step: point.value for point in events.Scalars(name)}
+        for name in ("train/accuracy", "validation/accuracy")
     )
     memorised = min(step for step, accuracy in train.items() if accuracy == 1)
     assert memorised <= 300

@@ -1,5 +1,6 @@
 """Other models of this line, read from checkpoints: to begin from, to be orthogonal to, or to hand on."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -75,8 +76,6 @@ class Orthogonality:
 
 
 def _copy(network: nn.Module) -> nn.Module:
-    from copy import deepcopy
-
     hooks = {module: module._forward_hooks for module in network.modules()}
     for module in hooks:
         module._forward_hooks = type(module._forward_hooks)()

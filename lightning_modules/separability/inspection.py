@@ -48,13 +48,25 @@ def write_predictions(module: "Separability", batch: dict[str, Tensor], number: 
     rows = _rows(tokens_BT, labels_BT, loss_SBT[0], log_p_SBTV[0].exp(), text)
     (folder / f"positions-{number}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for index, row_T in enumerate(tokens_BT.tolist()):
-        one = {name: x[0, index].float().cpu().numpy() for name, x in patterns.items()}
-        figure = attention_figure(one, [text(token) for token in row_T])
+        figure = attention_figure({name: x[0, index] for name, x in patterns.items()}, [text(token) for token in row_T])
         figure.savefig(folder / f"attention-{number}-{index}.png", dpi=110)
-        for logger in trainer.loggers:
-            if add_figure := getattr(logger.experiment, "add_figure", None):
-                add_figure(f"predict/attention-{number}-{index}", figure, trainer.global_step)
+        _show(module, f"predict/attention-{number}-{index}", figure)
     return {key: result[key] for key in ("logits", "loss")}
+
+
+def show_attention(module: "Separability", tokens_BT: Tensor) -> None:
+    """Draw one input's attention, of an ensemble's first member, into loggers that take figures."""
+    if module.trainer.loggers and not module.trainer.fast_dev_run:
+        _, patterns = module.activations(tokens_BT, [PATTERN])
+        text = getattr(module.trainer.datamodule, "token_text", str)
+        words = [text(token) for token in tokens_BT[0].tolist()]
+        _show(module, "test/attention", attention_figure({name: x[0, 0] for name, x in patterns.items()}, words))
+
+
+def _show(module: "Separability", name: str, figure: Figure) -> None:
+    for logger in module.trainer.loggers:
+        if add_figure := getattr(logger.experiment, "add_figure", None):
+            add_figure(name, figure, module.trainer.global_step)
 
 
 def _rows(tokens_BT: Tensor, labels_BT: Tensor, loss_BT: Tensor, p_BTV: Tensor, text) -> list[dict]:
@@ -70,7 +82,7 @@ def _rows(tokens_BT: Tensor, labels_BT: Tensor, loss_BT: Tensor, p_BTV: Tensor, 
     return rows
 
 
-def attention_figure(patterns: dict[str, np.ndarray], tokens: list[str]) -> Figure:
+def attention_figure(patterns: dict[str, Tensor], tokens: list[str]) -> Figure:
     """Attention of one input: a row of pictures for each block, one for each head.
 
     Args:
@@ -83,7 +95,7 @@ def attention_figure(patterns: dict[str, np.ndarray], tokens: list[str]) -> Figu
     few = len(tokens) <= 24  # more labels than that cannot be read
     for row, (name, pattern_HTT) in zip(grid, patterns.items(), strict=True):
         for head, (axes, pattern_TT) in enumerate(zip(row, pattern_HTT, strict=True)):
-            axes.imshow(pattern_TT, vmin=0, vmax=1, cmap="Blues")
+            axes.imshow(pattern_TT.float().cpu().numpy(), vmin=0, vmax=1, cmap="Blues")
             axes.set_title(f"{name.removeprefix('network.').removesuffix('.attn.pattern')}, head {head}", fontsize=7)
             axes.set_xticks(range(len(tokens)) if few else [], tokens if few else [], rotation=90, fontsize=6)
             axes.set_yticks(range(len(tokens)) if few else [], tokens if few else [], fontsize=6)

@@ -16,9 +16,9 @@ from callbacks.sites import match_modules
 from lightning_modules.ensemble import call_members, observe, stack_members
 from lightning_modules.metrics import wilson_interval
 from lightning_modules.schedule import with_schedule
-from lightning_modules.separability.anchor import Orthogonality, load_network
+from lightning_modules.separability.anchor import Orthogonality, load_network, write_members
 from lightning_modules.separability.decoder import Decoder
-from lightning_modules.separability.inspection import write_predictions
+from lightning_modules.separability.inspection import show_attention, write_predictions
 from lightning_modules.separability.measures import Separation, member_losses, position_overlap
 from lightning_modules.workload import Workload
 
@@ -186,14 +186,18 @@ class Separability(LightningModule):
         unembed_SVD = self.network.unembed.weight.view(self.ensemble, self.vocab_size, self.width)
         self.separation.update(logits_SBTV, x_SBTD, labels, unembed_SVD, anchor)
 
-    test_step = validation_step
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Measure, and keep an input to draw."""
+        self.validation_step(batch, batch_idx)
+        self._shown = batch["tokens"][:1]
 
     def on_validation_epoch_end(self) -> None:
         """Log the measures."""
         self._log_separation("validation")
 
     def on_test_epoch_end(self) -> None:
-        """Log the measures, and how far positions overlap."""
+        """Log the measures and how far positions overlap, and draw where an input is looked at."""
+        show_attention(self, self._shown)  # not in a step, where a clamp has the labels of a whole batch
         self._log_separation("test")
         position_STD = self.network.position_embedding.weight.view(self.ensemble, -1, self.width)
         self.log_members({"test/position_overlap": position_overlap(position_STD)})
@@ -231,6 +235,4 @@ class Separability(LightningModule):
     def on_fit_end(self) -> None:
         """Write the members' checkpoints, if asked for."""
         if self.save_members and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            from lightning_modules.separability.anchor import write_members
-
             write_members(self)
