@@ -21,15 +21,15 @@ from lightning_modules.separability.measures import member_losses
 
 TASKS = {
     "interleaved: V 4096, d 40, T 128, batch 64, bf16": {
-        "sizes": {"vocab_size": 4096, "seq_len": 128, "width": 40, "depth": 1, "heads": 4}, "batch": 64, "bf16": True
+        "sizes": {"vocab_size": 4096, "seq_len": 128, "width": 40, "depth": 1, "heads": 4}, "batch": 64
     },
     "modular: p 113, d 128, T 3, batch 512, bf16": {
         "sizes": {"vocab_size": 114, "seq_len": 3, "width": 128, "depth": 1, "heads": 4, "norm": "none"},
-        "batch": 512, "bf16": True,
+        "batch": 512,
     },
     "modular: p 113, d 128, T 3, full batch 3831, bf16": {
         "sizes": {"vocab_size": 114, "seq_len": 3, "width": 128, "depth": 1, "heads": 4, "norm": "none"},
-        "batch": 3831, "bf16": True,
+        "batch": 3831,
     },
 }  # fmt: skip
 
@@ -49,7 +49,7 @@ def make_step(task: dict, members: int, device: torch.device) -> Callable[[], No
         return member_losses(module.call(tokens, labels)[0], labels).sum()
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=task["bf16"]):
+        with torch.autocast(device.type, torch.bfloat16):
             value = loss()
         value.backward()
         optimizer.step()

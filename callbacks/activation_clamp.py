@@ -14,7 +14,7 @@ from callbacks.sites import HookedCallback, match_modules
 from lightning_modules.ensemble import member_call
 from lightning_modules.members import ensemble_size
 
-_STAGES = {
+STAGES = {
     RunningStage.TRAINING: "fit",
     RunningStage.SANITY_CHECKING: "validate",
     RunningStage.VALIDATING: "validate",
@@ -135,7 +135,7 @@ class ActivationClamp(HookedCallback):
         # Compiled modules leave their graph here: the hook depends on the stage and on the step.
         @torch.compiler.disable
         def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
-            if self.mode == "identity" or _STAGES.get(trainer.state.stage) not in self.during:
+            if self.mode == "identity" or STAGES.get(trainer.state.stage) not in self.during:
                 return output
             if self.mode == "mean_preserving" and pl_module.training is not self._training_in_step:
                 return output

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.activation_clamp import _STAGES
+from callbacks.activation_clamp import STAGES
 from callbacks.activation_reference import first_tensor
 from callbacks.sites import HookedCallback, match_modules
 
@@ -76,7 +76,7 @@ class ActivationNoise(HookedCallback):
         # Compiled modules leave their graph here: the hook depends on the stage and on the step.
         @torch.compiler.disable
         def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
-            if self.strength == 0 or _STAGES.get(trainer.state.stage) not in self.during:
+            if self.strength == 0 or STAGES.get(trainer.state.stage) not in self.during:
                 return output
             x = first_tensor(output, self.site)
             # One seed a step and module rather than one stream: a checkpointed backward repeats the forward.

@@ -21,8 +21,17 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         """Saves after the last step: here and not at the end of fit, where the loops have gone on to the next epoch."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if ends and not self._should_skip_saving_checkpoint(trainer):
+        if self._ends(trainer) and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves after a validation that follows the last step once more, for what it changed in other callbacks."""
+        if self._ends(trainer):
+            self._last_global_step_saved = 0
+        super().on_validation_end(trainer, pl_module)
+
+    @staticmethod
+    def _ends(trainer: Trainer) -> bool:
+        return trainer.should_stop or trainer.global_step == trainer.max_steps

@@ -6,7 +6,6 @@ Shapes: S members of an ensemble, absent in an ordinary module; V vocabulary, D 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,10 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.sites import match_parameters
-from lightning_modules.checkpoints import check_checkpoint
+from lightning_modules.checkpoints import read_state
 from lightning_modules.members import ensemble_size
 
 SwapMode = Literal["copy", "procrustes", "random"]
+DONOR = "ParameterSwap's donor"
 
 
 def procrustes(donor_VD: Tensor, own_VD: Tensor) -> Tensor:
@@ -188,26 +188,13 @@ class ParameterSwap(Callback):
         match_parameters(pl_module, self.parameters)
         if self.donor is None:
             return
-        try:
-            check_checkpoint(self.donor)
-        except (FileNotFoundError, ValueError) as error:
-            # It speaks of the option that it is usually asked about.
-            raise type(error)(str(error).replace("--ckpt_path", "ParameterSwap's donor", 1)) from None
-        if not Path(self.donor).is_file():
-            raise ValueError(f"ParameterSwap's donor must be one checkpoint file, unlike {self.donor}")
+        read_state(self.donor, DONOR)  # what cannot be read is told before anything runs
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now: Lightning restores `--ckpt_path` after `setup`.
-        swap = swap_parameters(pl_module, self._read(), self.parameters, self.mode, self.basis, self.seed)
+        state = None if self.donor is None else read_state(self.donor, DONOR)
+        swap = swap_parameters(pl_module, state, self.parameters, self.mode, self.basis, self.seed)
         self._swapped.enter_context(swap)
-
-    def _read(self) -> dict[str, Tensor] | None:
-        if self.donor is None:
-            return None
-        checkpoint = torch.load(self.donor, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(checkpoint.get("state_dict"), dict):
-            raise ValueError(f"ParameterSwap's donor is no checkpoint of a run, it has no `state_dict`: {self.donor}")
-        return checkpoint["state_dict"]
 
     def _end(self, *_: Any) -> None:
         self._swapped.close()

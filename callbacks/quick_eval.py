@@ -89,7 +89,7 @@ class QuickEval(Callback):
         """This rank's samples."""
         samples, batches = [], []
         # Making a loader's iterator draws from the random state, so the batches are fetched in here too.
-        with isolate_rng(), _eval_mode(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+        with isolate_rng(), eval_mode(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             for index, batch in enumerate(self._batches or self._loader(trainer, pl_module)):
                 torch.manual_seed(index * trainer.world_size + trainer.global_rank)
                 batches.append(batch)
@@ -147,7 +147,7 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode, and then each submodule's own mode again: frozen ones are in eval mode throughout."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()

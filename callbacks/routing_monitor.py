@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from callbacks.quick_eval import _eval_mode
+from callbacks.quick_eval import eval_mode
 from callbacks.sites import match_modules
 from callbacks.throughput import off_the_clock
 from lightning_modules.members import report_members
@@ -119,7 +119,7 @@ class RoutingMonitor(Callback):
         with off_the_clock(trainer), isolate_rng(), torch.no_grad():
             if self._tokens_BT is None:
                 self._tokens_BT = self._probe(trainer, pl_module).to(pl_module.device)
-            with _eval_mode(pl_module), trainer.precision_plugin.val_step_context():
+            with eval_mode(pl_module), trainer.precision_plugin.val_step_context():
                 _, now = pl_module.activations(self._tokens_BT, [self.site])
             for name, attention in now.items():
                 if attention.ndim != 5 or attention.shape[-1] != attention.shape[-2]:

@@ -88,8 +88,8 @@ class StabilityMonitor(Callback):
         settle: Checks after coming up that make it stable.
 
     Raises:
-        ValueError: At once, if `collapsed` is above `reached` or `settle` is negative; at the end of a validation that
-            has not logged the metric.
+        ValueError: At once, if `collapsed` is above `reached` or `settle` is negative; at `setup`, if there are two of
+            these; at the end of a validation that has not logged the metric.
     """
 
     def __init__(
@@ -107,6 +107,8 @@ class StabilityMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier fit."""
+        if any(isinstance(other, StabilityMonitor) and other is not self for other in trainer.callbacks):
+            raise ValueError("Two StabilityMonitor callbacks would log under one name; keep one.")
         if stage == "fit":
             self._events = None
 

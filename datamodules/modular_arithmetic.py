@@ -91,10 +91,11 @@ class ModularArithmetic(SequenceTask):
         if op == "div" and not is_prime(p):
             raise ValueError(f"data.p must be prime for data.op 'div', and {p} is not: some numbers have no inverse")
         self.p, self.op, self.seq_len, self.vocab_size = p, op, 3, p + 1
-        self.chance, self.ceiling = 1 / p, 1.0
         a_P, b_P = np.divmod(np.arange(p * p), p)
         pairs_P2 = np.stack([a_P, b_P], axis=1)[b_P > 0 if op == "div" else slice(None)]
         pairs_P2 = stream(task_seed, TASK).permutation(pairs_P2)
+        # The commonest answer's share: more than 1 / p where answers differ in number, as products do
+        self.chance, self.ceiling = np.bincount(self.answer(*pairs_P2.T)).max().item() / len(pairs_P2), 1.0
         train = round(train_fraction * len(pairs_P2))
         if not 0 < train < len(pairs_P2):
             raise ValueError(

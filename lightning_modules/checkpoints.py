@@ -7,6 +7,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 SIZE_MISMATCH = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
     r"the shape in current model is torch\.Size\((.*?)\)"
@@ -23,13 +26,14 @@ def is_intact(path: Path) -> bool:
         return False
 
 
-def check_checkpoint(path: str) -> None:
+def check_checkpoint(path: str, option: str = "--ckpt_path") -> None:
     """Refuses a checkpoint that cannot be read whole, before anything else is started.
 
     Folders (sharded checkpoints) and addresses such as `s3://...` are left to Lightning.
 
     Args:
-        path: What the user gave as `--ckpt_path`.
+        path: What the user gave.
+        option: As what, for the message.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -42,13 +46,29 @@ def check_checkpoint(path: str) -> None:
     if not file.is_file():
         # `last` and `best` mean files of this run to Lightning, and a run that begins has none.
         advice = ": name one, as in runs/X/.../checkpoints/last.ckpt" if path in {"last", "best", "hpc"} else ""
-        raise FileNotFoundError(f"--ckpt_path: there is no file {path}{advice or nearest_file(path)}")
+        raise FileNotFoundError(f"{option}: there is no file {path}{advice or nearest_file(path)}")
     if is_intact(file):
         return
     siblings = sorted(file.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
     intact = next((other for other in siblings if other != file and is_intact(other)), None)
     advice = f"the newest intact one beside it is {intact}" if intact else f"{file.parent} holds no intact one"
-    raise ValueError(f"--ckpt_path: {path} is damaged or was not written to its end; {advice}")
+    raise ValueError(f"{option}: {path} is damaged or was not written to its end; {advice}")
+
+
+def read_state(path: str, option: str) -> dict[str, Tensor]:
+    """The state dict of another run's checkpoint, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, is not one file, or has no state dict; names `option`.
+    """
+    check_checkpoint(path, option)
+    if not Path(path).is_file():
+        raise ValueError(f"{option}: {path} is not one checkpoint file")
+    held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict):
+        raise ValueError(f"{option}: {path} is no checkpoint of a run, it has no 'state_dict'")
+    return held["state_dict"]
 
 
 def nearest_file(path: str) -> str:

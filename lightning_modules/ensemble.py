@@ -52,12 +52,12 @@ def observe(x: Tensor, note: Callable[[Tensor], None]) -> None:
 def stack_members(make: Callable[[], nn.Module], seeds: Sequence[int]) -> nn.Module:
     """A network whose parameters are those of `make()` under each seed, stacked; of one seed, the network itself.
 
-    The global random state is left as it was.
+    The random state is left as it was.
     """
     networks = []
     with torch.random.fork_rng(devices=[]):
         for seed in seeds:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's, where networks are made
             networks.append(make())
     if len(networks) > 1:
         stacked, _ = stack_module_state(networks)
@@ -113,8 +113,10 @@ def fit_state(state: dict[str, Tensor], own: dict[str, Tensor], members: int, so
     """A checkpoint's parameters in the shape of `own`: a single network's are given to every one of `members`.
 
     Raises:
-        ValueError: A parameter is missing or of another shape; names it and `source`.
+        ValueError: A parameter is missing, of another shape, or one too many; names it and `source`.
     """
+    if more := sorted(state.keys() - own.keys()):
+        raise ValueError(f"{source} does not fit the model: it has a parameter that the model has not, {more[0]}")
     fitted = {}
     for name, value in own.items():
         if name not in state:

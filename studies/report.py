@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_modules.metrics import wilson_interval
 from studies import figures
 from studies.claims import Judgement, judge
 from studies.statistics import Measured, Series, difference, effect_size, mean, p_value
@@ -30,7 +31,8 @@ def collect(study: Study) -> Values:
         metrics = _metrics(record)
         for measure in study.measures:
             if members := record.get("members", {}).get(measure):
-                own = {run.seed + member: Measured(_value(value)) for member, value in enumerate(members)}
+                n = record["n"].get(measure)
+                own = {run.seed + member: _of_member(value, n) for member, value in enumerate(members)}
                 values[run.arm][measure] |= own
             elif measure in metrics:
                 interval = record["intervals"].get(measure) or [None]
@@ -42,6 +44,12 @@ def collect(study: Study) -> Values:
 
 def _metrics(record: dict[str, Any]) -> dict[str, float | None]:
     return record["metrics"] | {f"seconds/{stage}": taken for stage, taken in record["seconds"].items()}
+
+
+def _of_member(value: float | None, count: int | None) -> Measured:
+    if value is None or count is None:
+        return Measured(_value(value), None, count)
+    return Measured(value, wilson_interval(value * count, count), count)
 
 
 def _value(value: float | None) -> float:

@@ -134,12 +134,16 @@ def load(path: str, resolve: Resolve, parent: str = "runs/studies") -> Study:
     seeds = list(range(file.seeds)) if isinstance(file.seeds, int) else file.seeds
     runs: dict[tuple[str, int], Run] = {}
     for wave, names in enumerate(waves):
-        for name, seed in itertools.product(names, seeds):
+        for name, number in itertools.product(names, seeds):
+            members = configs[name]["model"].get("init_args", {}).get("ensemble", 1)
+            seed = number * members  # so that no two runs share a member
             text = yaml.safe_dump(configs[name] | {"seed_everything": seed}, sort_keys=False, width=1000)
-            text = REFERENCE.sub(lambda match, seed=seed: str(runs[match[1], seed].folder / PRODUCTS[match[2]]), text)
+            text = REFERENCE.sub(
+                lambda match, number=number: str(runs[match[1], number].folder / PRODUCTS[match[2]]), text
+            )
             digest = hashlib.sha256(f"{arms[name].command}\n{text}".encode()).hexdigest()[:8]
             where = folder / "runs" / name / f"{seed}-{digest}"
-            runs[name, seed] = Run(name, seed, arms[name].command, text, where, wave, frozenset(needs[name]))
+            runs[name, number] = Run(name, seed, arms[name].command, text, where, wave, frozenset(needs[name]))
     return Study(Path(path).stem, folder, list(arms), file.measures, file.curves, claims, list(runs.values()), factors)
 
 

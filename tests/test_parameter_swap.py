@@ -330,7 +330,7 @@ def test_mistakes_are_told(tmp_path):
         FileNotFoundError, match=r"^ParameterSwap's donor: there is no file .*did you mean .*donor.ckpt"
     ):
         run_test(str(tmp_path / "doner.ckpt"))
-    with pytest.raises(ValueError, match="donor must be one checkpoint file"):
+    with pytest.raises(ValueError, match="is not one checkpoint file"):
         run_test(str(tmp_path))
     with pytest.raises(ValueError, match="No parameter matches 'q_porj'; the nearest names are"):
         run_test(path, ["q_porj"])

@@ -149,6 +149,20 @@ def test_a_penalty_turns_the_stream_away_from_the_anchor(tmp_path):
         assert (cosines[10.0] < 0.3 * cosines[0.0]).all()
 
 
+def test_a_constant_that_layer_norm_takes_away_turns_no_stream(tmp_path):
+    x_SBTD = torch.randn(1, 2, 3, 16)
+    for norm, same in (("layer", True), ("none", False)):
+        other = Separability(**SIZES, seed=0, norm=norm)
+        state = {f"network.{name}": value for name, value in other.network.state_dict().items()}
+        torch.save({"state_dict": state}, tmp_path / f"{norm}.ckpt")
+        anchor = Orthogonality(str(tmp_path / f"{norm}.ckpt"))
+        anchor.load(other.network, 1)
+        moved = anchor.cosine(x_SBTD + 50, x_SBTD)
+        assert torch.allclose(moved, torch.ones(()), atol=1e-3) is same
+    zero = anchor.cosine(torch.eye(16)[None, None, :1], torch.eye(16)[None, None, 1:2])
+    assert zero.abs().max() < 1e-6
+
+
 def test_it_starts_where_a_checkpoint_ended(tmp_path):
     first = Separability(**SIZES, seed=0)
     done = trainer(tmp_path, 3)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import one_hot
+from torch.nn.functional import cosine_similarity, one_hot
 
 from lightning_modules.separability.measures import Separation, member_losses, position_overlap
 
@@ -18,8 +18,11 @@ def measure(logits, x, labels, unembed=None, anchor=None) -> dict[str, list[floa
     """One member's measures; the unembedding is the identity if left out."""
     unembed = torch.eye(logits.shape[-1], x.shape[-1]) if unembed is None else unembed
     separation = Separation(1, logits.shape[-1], x.shape[-1])
-    separation.update(logits[None], x[None], labels, unembed[None], None if anchor is None else anchor[None])
-    return {name: values_S.item() for name, values_S in separation.compute().items()}
+    cosine = None if anchor is None else cosine_similarity(x, anchor, dim=2)[None]
+    separation.update(logits[None], x[None], labels, unembed[None], cosine)
+    measured, count = separation.compute()
+    assert count == (labels != -100).sum()
+    return {name: values_S.item() for name, values_S in measured.items()}
 
 
 def classes_on_axes(amplitude: float, spread: float, classes: int = 3) -> dict[str, float]:
@@ -133,8 +136,10 @@ def test_every_measure_is_what_a_loop_finds_over_two_batches_as_over_one():
     for kind, batches in kinds.items():
         separation = Separation(2, 5, 7)
         for one in batches:
-            separation.update(one["logits"], one["x"], one["labels"], unembed, one["anchor"])
-        found[kind] = separation.compute()
+            separation.update(
+                one["logits"], one["x"], one["labels"], unembed, cosine_similarity(one["x"], one["anchor"], dim=3)
+            )
+        found[kind], _ = separation.compute()
         assert found[kind].keys() == MEASURES
     for name in MEASURES:
         torch.testing.assert_close(found["together"][name], found["whole"][name], **EXACT)
@@ -153,11 +158,11 @@ def test_a_reset_forgets():
     for seed in (1, 2):
         separation.reset()
         one = batch(seed)
-        separation.update(one["logits"], one["x"], one["labels"], torch.ones(2, 5, 7), one["anchor"])
+        separation.update(one["logits"], one["x"], one["labels"], torch.ones(2, 5, 7))
     fresh = Separation(2, 5, 7)
-    fresh.update(one["logits"], one["x"], one["labels"], torch.ones(2, 5, 7), one["anchor"])
-    for name, values_S in fresh.compute().items():
-        assert torch.equal(separation.compute()[name], values_S), name
+    fresh.update(one["logits"], one["x"], one["labels"], torch.ones(2, 5, 7))
+    for name, values_S in fresh.compute()[0].items():
+        assert torch.equal(separation.compute()[0][name], values_S), name
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from lightning_modules.checkpoints import check_checkpoint
+from lightning_modules.checkpoints import read_state
 from lightning_modules.ensemble import call_members, fit_state, member_state
 from lightning_modules.separability.measures import IGNORED
 
@@ -26,8 +26,7 @@ def load_network(path: str, network: nn.Module, members: int, key: str) -> dict[
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged or does not fit; names `key`, the config's.
     """
-    check_checkpoint(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    state = read_state(path, key)
     own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     return fit_state(own, network.state_dict(), members, f"{key} {path}")
 
@@ -35,8 +34,10 @@ def load_network(path: str, network: nn.Module, members: int, key: str) -> dict[
 class Orthogonality:
     """A penalty on residual streams that point where an anchor model's do, position by position.
 
-    `squared`: mean of cos^2(x, x') over labelled positions, x' the anchor's stream: zero only where the streams are
-    orthogonal. `seed`: |mean of cos(x, x')|, as the notes have it: zero also where cosines of both signs cancel.
+    `squared`: mean of cos^2(x, x') over labelled positions, x' the anchor's stream, both as the final norm reads them:
+    where that is a LayerNorm, less their mean over features. Else a constant added to all features, which it takes
+    away again, would make any two streams orthogonal. `seed`: |mean of cos(x, x')|, as the notes have it: zero also
+    where cosines of both signs cancel.
 
     Args:
         anchor: Checkpoint of the anchor: a model of the same shape, or an ensemble, member by member.
@@ -66,9 +67,16 @@ class Orthogonality:
             return call_members(network, self.members, tokens, labels, with_residual=True)[1]
         return network(tokens, with_residual=True)[1][None]
 
+    def cosine(self, x_SBTD: Tensor, anchor_SBTD: Tensor) -> Tensor:
+        """cos(x, x') at each position, [S, B, T], of what the final norm reads."""
+        x_SBTD, anchor_SBTD = x_SBTD.float(), anchor_SBTD.float()
+        if isinstance(self.network.final_norm, nn.LayerNorm):
+            x_SBTD, anchor_SBTD = (x - x.mean(3, keepdim=True) for x in (x_SBTD, anchor_SBTD))
+        return cosine_similarity(x_SBTD, anchor_SBTD, dim=3)
+
     def penalty(self, x_SBTD: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
         """The penalty of each member, [S]."""
-        cosine_SBT = cosine_similarity(x_SBTD.float(), self.train_residual(tokens, labels).float(), dim=3)
+        cosine_SBT = self.cosine(x_SBTD, self.train_residual(tokens, labels))
         asked_SBT = (labels != IGNORED).expand(cosine_SBT.shape)
         terms_SBT = (cosine_SBT.square() if self.form == "squared" else cosine_SBT) * asked_SBT
         mean_S = terms_SBT.flatten(1).sum(1) / asked_SBT.flatten(1).sum(1)
@@ -88,10 +96,12 @@ def _copy(network: nn.Module) -> nn.Module:
 
 def write_members(module: "Separability") -> None:
     """Write `members/<seed>.ckpt` for each member: a checkpoint that an ordinary model of that size loads."""
-    folder = Path(module.trainer.log_dir or module.trainer.default_root_dir, "members")
+    folder = Path(module.trainer.log_dir or module.trainer.default_root_dir, "members")  # a collective
+    if not module.trainer.is_global_zero:
+        return
     folder.mkdir(parents=True, exist_ok=True)
+    state = module.network.state_dict()
     for member in range(module.ensemble):
-        state = module.network.state_dict()
         own = member_state(state, member) if module.ensemble > 1 else state
         held = {"state_dict": {PREFIX + name: value.cpu() for name, value in own.items()}}
         held |= {"epoch": module.current_epoch, "global_step": module.global_step}

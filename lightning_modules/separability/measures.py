@@ -5,7 +5,7 @@ Shapes: S members, B batch, T positions, N labelled positions, V vocabulary and 
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 IGNORED = -100  # label of positions that nothing is asked of
@@ -37,9 +37,9 @@ class Separation(Metric):
     - `a_act`: mean |x|. `a_projection`: mean of <x, W_U[y] - W_U[y']> / |W_U[y] - W_U[y']|.
     - `sigma2`: trace of the pooled within-class covariance, sum |x - mu_c|^2 / (N - C). `a_signal`: mean |mu_c|,
       weighed by n_c. Amplitude and variance can thus move apart; a variance over everything would hold both.
-    - `anchor_cosine`: mean of cos(x, x'), x' the anchor model's stream; `anchor_cosine2`: mean of cos^2.
+    - `anchor_cosine`: mean of the cosine with an anchor model's stream; `anchor_cosine2`: mean of its square.
 
-    `compute` gives each as [S], over all ranks; sums are in fp64.
+    `compute` gives each as [S], and the number of positions, over all ranks; sums are in fp64.
 
     Args:
         members: S.
@@ -60,9 +60,9 @@ class Separation(Metric):
         self.names = sums
 
     def update(
-        self, logits_SBTV: Tensor, x_SBTD: Tensor, labels_BT: Tensor, unembed_SVD: Tensor, anchor: Tensor | None = None
+        self, logits_SBTV: Tensor, x_SBTD: Tensor, labels_BT: Tensor, unembed_SVD: Tensor, cosine: Tensor | None = None
     ) -> None:
-        """Count a batch, whose labels all members share."""
+        """Count a batch, whose labels all members share; `cosine` is that with the anchor, [S, B, T]."""
         labelled_BT = labels_BT != IGNORED
         label_N = labels_BT[labelled_BT]
         logits_SNV, x_SND = logits_SBTV[:, labelled_BT].float(), x_SBTD[:, labelled_BT].float()
@@ -81,14 +81,14 @@ class Separation(Metric):
         self.squares += norm_SN.square().sum(1)
         self.counts += torch.bincount(label_N, minlength=len(self.counts))
         self.class_sums.index_add_(1, label_N, x_SND.double())
-        if anchor is not None:
-            cosine_SN = cosine_similarity(x_SND, anchor[:, labelled_BT].float(), dim=2).double()
+        if cosine is not None:
+            cosine_SN = cosine[:, labelled_BT].double()
             self.anchor_cosine += cosine_SN.sum(1)
             self.anchor_cosine2 += cosine_SN.square().sum(1)
             self.anchored += 1
 
-    def compute(self) -> dict[str, Tensor]:
-        """Measure -> values_S; NaN where there is nothing to measure."""
+    def compute(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Measure -> values_S, NaN where there is nothing to measure; and N."""
         n, seen_V = self.counts.sum(), self.counts > 0
         means = {name: getattr(self, name) / n for name in self.names}
         if not self.anchored:
@@ -98,7 +98,7 @@ class Separation(Metric):
         means["sigma2"] = (self.squares - between_S).clamp(min=0) / (n - seen_V.sum())
         means["a_signal"] = length_SC.sum(1) / n
         del means["squares"]
-        return means
+        return means, n
 
 
 def position_overlap(position_STD: Tensor) -> Tensor:

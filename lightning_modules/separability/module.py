@@ -91,7 +91,7 @@ class Separability(LightningModule):
         self.members: dict[str, Tensor] = {}
         self.intervals: dict[str, tuple[float, float]] = {}
         self.counts: dict[str, int] = {}
-        self._last_batch: dict[str, Tensor] | None = None
+        self._last_step: tuple[Tensor, Tensor] | None = None
         self._call = self.call  # compiled at the start of fit, if asked for
 
     def setup(self, stage: str) -> None:
@@ -154,7 +154,7 @@ class Separability(LightningModule):
             penalty_S = self.orthogonality.penalty(x_SBTD, batch["tokens"], batch["labels"])
             self.log("train/orthogonality", penalty_S.detach().mean(), batch_size=1)
             loss_S = loss_S + self.orthogonality.weight * penalty_S
-        self._last_batch = batch
+        self._last_step = logits_SBTV.detach(), batch["labels"]
         return loss_S.sum()
 
     def configure_gradient_clipping(
@@ -170,10 +170,9 @@ class Separability(LightningModule):
             gradient.mul_(factor_S.view(-1, *[1] * (gradient.dim() - 1)))
 
     def on_validation_epoch_start(self) -> None:
-        """The share of right answers in the last training batch, without a pass of its own over the training data."""
-        if self._last_batch is not None:
-            labels = self._last_batch["labels"]
-            logits_SBTV, _ = self.call(self._last_batch["tokens"], labels)
+        """The share of right answers in the last training step, which costs no pass of its own."""
+        if self._last_step is not None:
+            logits_SBTV, labels = self._last_step
             labelled, hit = labels != -100, logits_SBTV.argmax(3) == labels
             shares_S = (hit & labelled).flatten(1).sum(1) / labelled.expand(hit.shape).flatten(1).sum(1)
             self.log_members({"train/accuracy": shares_S})
@@ -182,9 +181,11 @@ class Separability(LightningModule):
         """Measure."""
         labels = batch["labels"]
         logits_SBTV, x_SBTD = self.call(batch["tokens"], labels)
-        anchor = self.orthogonality.residual(batch["tokens"], labels) if self.orthogonality else None
+        cosine_SBT = None
+        if self.orthogonality:
+            cosine_SBT = self.orthogonality.cosine(x_SBTD, self.orthogonality.residual(batch["tokens"], labels))
         unembed_SVD = self.network.unembed.weight.view(self.ensemble, self.vocab_size, self.width)
-        self.separation.update(logits_SBTV, x_SBTD, labels, unembed_SVD, anchor)
+        self.separation.update(logits_SBTV, x_SBTD, labels, unembed_SVD, cosine_SBT)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure, and keep an input to draw."""
@@ -203,12 +204,12 @@ class Separability(LightningModule):
         self.log_members({"test/position_overlap": position_overlap(position_STD)})
 
     def _log_separation(self, stage: str) -> None:
-        values = {f"{stage}/{name}": values_S for name, values_S in self.separation.compute().items()}
-        name, count = f"{stage}/accuracy", int(self.separation.counts.sum())
-        self.log_members(values)
-        if self.ensemble == 1:
-            self.intervals[name] = wilson_interval(values[name].item() * count, count)
-            self.counts[name] = count
+        measured, count = self.separation.compute()
+        self.log_members({f"{stage}/{name}": values_S for name, values_S in measured.items()})
+        name = f"{stage}/accuracy"
+        self.counts[name] = int(count)
+        if self.ensemble == 1:  # of an ensemble, a study makes each member's
+            self.intervals[name] = wilson_interval(measured["accuracy"].item() * self.counts[name], self.counts[name])
         self.separation.reset()
 
     def log_members(self, values: dict[str, Tensor]) -> None:
@@ -234,5 +235,5 @@ class Separability(LightningModule):
 
     def on_fit_end(self) -> None:
         """Write the members' checkpoints, if asked for."""
-        if self.save_members and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.save_members and not self.trainer.fast_dev_run:
             write_members(self)
