@@ -335,7 +335,7 @@ def test_mistakes_are_told(tmp_path):
     with pytest.raises(ValueError, match="No parameter matches 'q_porj'; the nearest names are"):
         run_test(path, ["q_porj"])
     torch.save({"weights": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="is no checkpoint of a run, it has no `state_dict`"):
+    with pytest.raises(ValueError, match="is no checkpoint of a run, it has no 'state_dict'"):
         run_test(str(tmp_path / "other.ckpt"))
     (tmp_path / "damaged.ckpt").write_bytes((tmp_path / "donor.ckpt").read_bytes()[:2000])
     with pytest.raises(
