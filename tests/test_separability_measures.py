@@ -14,7 +14,7 @@ MEASURES = {
 }  # fmt: skip
 
 
-def measure(logits, x, labels, unembed=None, anchor=None) -> dict[str, list[float]]:
+def measure(logits, x, labels, unembed=None, anchor=None) -> dict[str, float]:
     """One member's measures; the unembedding is the identity if left out."""
     unembed = torch.eye(logits.shape[-1], x.shape[-1]) if unembed is None else unembed
     separation = Separation(1, logits.shape[-1], x.shape[-1])
