@@ -1,7 +1,9 @@
 """Pictures of a study: values by arm, curves over steps, and maps of two-way sweeps."""
 
+import json
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,9 +30,9 @@ def draw(study: Study, values: "Values") -> dict[str, Figure]:
             figures[f"strip_{word}"] = strip(measure, by_arm)
         for sweep, grid in _grids(study, by_arm).items():
             figures[f"map_{sweep}_{word}"] = heat_map(measure, *grid)
-    events = [(run.arm, _events(run)) for run in study.runs if study.curves and run.result]
+    logged = [(run.arm, _logged(run)) for run in study.runs if study.curves and run.result]
     for scalar in study.curves:
-        if histories := _histories(scalar, events):
+        if histories := _histories(scalar, logged):
             word = re.sub(r"\W+", "_", scalar)
             figures[f"curve_{word}"] = curves(scalar, histories)
     return figures
@@ -102,18 +104,29 @@ def _grids(study: Study, by_arm: dict[str, Series]) -> dict[str, tuple[list[str]
     return grids
 
 
-def _events(run: Run) -> EventAccumulator:
-    """All that a run logged, read once for all curves."""
-    return EventAccumulator(str(run.folder), size_guidance=STEPS).Reload()
+def _logged(run: Run) -> Callable[[str], dict[int, list[float]]]:
+    """What a run logged, read once for all curves: scalar -> step -> its values, one for each member."""
+    events = EventAccumulator(str(run.folder), size_guidance=STEPS).Reload()
+    path = run.folder / "members.jsonl"
+    members = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def of(scalar: str) -> dict[int, list[float]]:
+        if any(scalar in line for line in members):
+            return {line["step"]: [x for x in line.get(scalar, []) if x is not None] for line in members}
+        if scalar not in events.Tags()["scalars"]:
+            return {}
+        # By step, for a run that was broken off may have passed it twice
+        return {event.step: [event.value] for event in events.Scalars(scalar)}
+
+    return of
 
 
-def _histories(scalar: str, runs: list[tuple[str, EventAccumulator]]) -> dict[str, dict[int, list[float]]]:
+def _histories(
+    scalar: str, runs: list[tuple[str, Callable[[str], dict[int, list[float]]]]]
+) -> dict[str, dict[int, list[float]]]:
     """Arm -> step -> the scalar's values over seeds."""
     histories: dict[str, dict[int, list[float]]] = {}
-    for arm, events in runs:
-        if scalar in events.Tags()["scalars"]:
-            history = histories.setdefault(arm, defaultdict(list))
-            # By step, for a run that was broken off may have passed it twice
-            for step, value in {event.step: event.value for event in events.Scalars(scalar)}.items():
-                history[step].append(value)
+    for arm, logged in runs:
+        for step, values in logged(scalar).items():
+            histories.setdefault(arm, defaultdict(list))[step] += values
     return histories
