@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.activation_reference import IGNORED, first_tensor, fitting_labels, labels_of, read_reference
-from callbacks.sites import HookedCallback, match_modules
+from callbacks.hooked import HookedCallback
 from lightning_modules.ensemble import member_call
 from lightning_modules.members import ensemble_size
+from lightning_modules.sites import match_modules
 
 STAGES = {
     RunningStage.TRAINING: "fit",
@@ -73,7 +74,7 @@ class ActivationClamp(HookedCallback):
     and s. Each member of an ensemble is clamped by itself, to its own control if the reference is of an ensemble.
 
     Args:
-        site: Name pattern of the modules, see `callbacks.sites`.
+        site: Name pattern of the modules, see `lightning_modules.sites`.
         mode: What to do to x.
         reference: File that `ActivationReference` wrote in the control run, with this site's r* and s*.
         during: The stages in which the clamp acts; validation inside fit is `validate`. By default all.

@@ -9,7 +9,8 @@ from torch.utils.hooks import RemovableHandle
 
 from callbacks.activation_clamp import STAGES
 from callbacks.activation_reference import first_tensor
-from callbacks.sites import HookedCallback, match_modules
+from callbacks.hooked import HookedCallback
+from lightning_modules.sites import match_modules
 
 
 def add_noise(x: Tensor, strength: float, relative: bool, generator: torch.Generator) -> Tensor:
@@ -37,7 +38,7 @@ class ActivationNoise(HookedCallback):
     the noise. It acts on every forward of its stages, generation included.
 
     Args:
-        site: Name pattern of the modules, see `callbacks.sites`.
+        site: Name pattern of the modules, see `lightning_modules.sites`.
         strength: Length of the noise; 0 leaves x as it is, bit for bit.
         relative: Whether `strength` is a share of the position's own |x|, rather than in the units of x.
         during: The stages in which the noise is added; validation inside fit is `validate`. By default validate and

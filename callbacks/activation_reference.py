@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.sites import HookedCallback, match_modules
+from callbacks.hooked import HookedCallback
 from lightning_modules.ensemble import observe
 from lightning_modules.members import ensemble_size
+from lightning_modules.sites import match_modules
 
 IGNORED = -100
 
@@ -74,7 +75,7 @@ class ActivationReference(HookedCallback):
     file: the last one counts, so `test` after `fit` records the test set.
 
     Args:
-        site: Name pattern of the modules, see `callbacks.sites`.
+        site: Name pattern of the modules, see `lightning_modules.sites`.
         path: Where to write; by default `reference.safetensors` in the run's folder.
         labels: The batch's key of the target labels, one a position of x.
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.activation_reference import first_tensor
-from callbacks.sites import match_modules
 from callbacks.throughput import off_the_clock
 from lightning_modules.diversity import between_input_variance, cosine_matrix, effective_rank, mean_pairwise_cosine
+from lightning_modules.sites import match_modules
 
 SHOWN = 64  # inputs in the figure
 
@@ -31,8 +31,8 @@ class DiversityMonitor(Callback):
     `min_variance`, at `patience` checks in a row. Other steps are not slowed: nothing is kept or synchronised there.
 
     Args:
-        site: Name pattern of the module, see `callbacks.sites`. It returns a tensor [B, ...], with the width last, or
-            a tuple that begins with one; a boolean mask [B, K] in second place says which positions of [B, K, D] are
+        site: Name pattern of the module, see `lightning_modules.sites`. It returns a tensor [B, ...], with the width
+            last, or a tuple that begins with one; a boolean mask [B, K] in second place says which positions of [B, K, D] are
             real. Positions that are zero throughout are taken for padding, too.
         every_n_steps: Optimizer steps between checks.
         on_collapse: Warn, once an episode, or warn and stop the run.

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks.sites import match_parameters
 from lightning_modules.members import ensemble_size, report_members
+from lightning_modules.sites import match_parameters
 
 
 def drift_rate(now: Sequence[Tensor], before: Sequence[Tensor], steps: int, members: int = 1) -> Tensor:
@@ -53,7 +53,7 @@ class DriftMonitor(Callback):
     whole on every rank.
 
     Args:
-        groups: Name of the group -> name patterns of its parameters, see `callbacks.sites`. Groups may overlap.
+        groups: Name of the group -> name patterns of its parameters, see `lightning_modules.sites`. Groups may overlap.
         every_n_steps: tau, optimizer steps between checks.
         eps: The drift, per step, below which a group counts as at rest.
         patience: Checks in a row that make a freeze.

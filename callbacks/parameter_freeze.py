@@ -3,7 +3,7 @@
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from callbacks.sites import match_parameters
+from lightning_modules.sites import match_parameters
 
 
 class ParameterFreeze(Callback):
@@ -21,7 +21,7 @@ class ParameterFreeze(Callback):
     An average of the weights (EMA) of a parameter frozen later converges to its value; it is not frozen itself.
 
     Args:
-        parameters: Name patterns, see `callbacks.sites`; whole parameters only.
+        parameters: Name patterns, see `lightning_modules.sites`; whole parameters only.
         at_step: The number of optimizer steps that these parameters take before they freeze.
 
     Raises:

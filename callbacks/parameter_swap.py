@@ -13,9 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from callbacks.sites import match_parameters
 from lightning_modules.checkpoints import read_state
 from lightning_modules.members import ensemble_size
+from lightning_modules.sites import match_parameters
 
 SwapMode = Literal["copy", "procrustes", "random"]
 DONOR = "ParameterSwap's donor"
@@ -59,8 +59,8 @@ def swap_parameters(
     Args:
         module: The model.
         donor_state: The donor's state dict, on any device; may be None for `random`.
-        patterns: Name patterns of whole parameters, see `callbacks.sites`. For `procrustes`, of what reads from the
-            residual stream.
+        patterns: Name patterns of whole parameters, see `lightning_modules.sites`. For `procrustes`, of what reads from
+            the residual stream.
         mode: As above.
         basis: For `procrustes`, name pattern of the token embeddings [V, D].
         seed: Of the random values.
@@ -151,7 +151,7 @@ class ParameterSwap(Callback):
 
     Args:
         donor: Checkpoint of a run of the same architecture; `copy` and `procrustes` need it.
-        parameters: Name patterns, see `callbacks.sites`.
+        parameters: Name patterns, see `lightning_modules.sites`.
         mode: `copy` the donor's, `procrustes` turn them into the model's residual basis first, or `random`.
         basis: For `procrustes`, name pattern of the token embeddings.
         seed: Of `random`.

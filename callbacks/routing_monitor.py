@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from callbacks.quick_eval import eval_mode
-from callbacks.sites import match_modules
 from callbacks.throughput import off_the_clock
 from lightning_modules.members import report_members
+from lightning_modules.sites import match_modules
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class RoutingMonitor(Callback):
 
     Args:
         site: Name pattern of the modules whose outputs are attention weights [B, H, T, T] with rows that sum to 1, see
-            `callbacks.sites`.
+            `lightning_modules.sites`.
         every_n_steps: tau, optimizer steps between checks.
         n_samples: B, at most a held-out batch.
 

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from callbacks.sites import match_modules, match_parameters
+from lightning_modules.sites import match_modules, match_parameters
 
 
 class Block(nn.Module):

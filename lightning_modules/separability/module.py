@@ -12,7 +12,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from callbacks.sites import match_modules
 from lightning_modules.ensemble import call_members, observe, stack_members
 from lightning_modules.metrics import wilson_interval
 from lightning_modules.schedule import with_schedule
@@ -20,6 +19,7 @@ from lightning_modules.separability.anchor import Orthogonality, load_network, w
 from lightning_modules.separability.decoder import Decoder
 from lightning_modules.separability.inspection import show_attention, write_predictions
 from lightning_modules.separability.measures import Separation, member_losses, position_overlap
+from lightning_modules.sites import match_modules
 from lightning_modules.workload import Workload
 
 

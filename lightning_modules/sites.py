@@ -6,13 +6,11 @@ is compared with whole names first. Where no whole name matches, it is compared 
 network.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 
 def match_modules(module: nn.Module, patterns: str | Iterable[str]) -> dict[str, nn.Module]:
@@ -54,22 +52,3 @@ def _match(named: dict[str, object], patterns: str | Iterable[str], kind: str) -
             seen.add(id(value))
             matched[name] = value
     return matched
-
-
-class HookedCallback(Callback):
-    """A callback whose forward hooks, kept in `_handles`, come off when a run ends or fails."""
-
-    _handles: Sequence[RemovableHandle] = ()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the hooks off."""
-        self._unhook()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes the hooks off here too: Lightning skips `teardown` when a run fails."""
-        self._unhook()
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
