@@ -79,7 +79,8 @@ class CrosstalkCLI(LightningCLI):
             sys.stderr.write(f"error: {message}\n")
             sys.exit(2)
         if self.record and self.record.path:
-            print(f"\n{self.record.table()}\nresults: {self.record.path}")
+            table = f"\n{self.record.table()}\n" if self.record.record["metrics"] else ""
+            print(f"{table}results: {self.record.path}")
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would replace the user's model config by the checkpoint's hyperparameters."""

@@ -32,8 +32,8 @@ class DiversityMonitor(Callback):
 
     Args:
         site: Name pattern of the module, see `lightning_modules.sites`. It returns a tensor [B, ...], with the width
-            last, or a tuple that begins with one; a boolean mask [B, K] in second place says which positions of [B, K, D] are
-            real. Positions that are zero throughout are taken for padding, too.
+            last, or a tuple that begins with one; a boolean mask [B, K] in second place says which positions of
+            [B, K, D] are real. Positions that are zero throughout are taken for padding, too.
         every_n_steps: Optimizer steps between checks.
         on_collapse: Warn, once an episode, or warn and stop the run.
         max_cosine: The largest healthy cosine.
