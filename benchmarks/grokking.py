@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 HELD_OUT, TRAIN = "validation/accuracy", "train/accuracy"
 REACHED = 0.99
 NAMES = {"reference": "weight decay 1", "no_decay": "no weight decay"}
+TICKS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
@@ -61,6 +63,10 @@ def draw(runs: dict[str, dict[str, np.ndarray]]) -> Figure:
         held_out[0].set_label(f"{name}, held-out, a line a seed")
         axes.plot(run["step"], run[TRAIN].mean(1), color=colour, dashes=(4, 3), label=f"{name}, train, mean")
     axes.set(xscale="log", xlabel="step", ylabel="accuracy", ylim=(-0.02, 1.04))
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", fontsize="small")
     return figure

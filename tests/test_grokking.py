@@ -2,28 +2,29 @@
 
 import json
 
-from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as cli
 
 
-def test_the_small_reference_memorises_first_and_generalises_later(tmp_path):
-    """The config as it is: about a minute of training on one core."""
-    config = ROOT / "configs" / "separability_grokking_small.yaml"
+def test_the_small_reference_memorises_first_and_generalises_later(workplace):
+    """The config as it is, a minute and a half on one core: the early checks and the late ones are of one run."""
+    folder = workplace / "run"
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-    folder = ["--trainer.default_root_dir", str(tmp_path)]
-    cli.main(["fit", "--config", str(config), "--trainer.accelerator", "cpu", *quiet, *folder])
-    events = EventAccumulator(str(tmp_path)).Reload()
+    options = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder), *quiet]
+    cli.main(["fit", "--config", "configs/separability_grokking_small.yaml", *options])
+    events = EventAccumulator(str(folder)).Reload()
     train, held_out = (
         {point.step: point.value for point in events.Scalars(name)}
         for name in ("train/accuracy", "validation/accuracy")
     )
     memorised = min(step for step, accuracy in train.items() if accuracy == 1)
-    assert memorised <= 300
+    assert memorised <= 200
     assert held_out[memorised] < 0.6
-    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
-    assert metrics["test/accuracy"] >= 0.99
-    reached = min(step for step, accuracy in held_out.items() if accuracy >= 0.99)
-    assert metrics["stability/reached_step"] >= reached >= 3 * memorised
+    generalised = min(step for step, accuracy in held_out.items() if accuracy >= 0.99)
+    assert generalised >= 4 * memorised
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
     assert metrics["train/accuracy"] == 1
+    assert metrics["test/accuracy"] >= 0.99
+    assert generalised <= metrics["stability/reached_step"] <= 2500
+    assert metrics["stability/stable"] == 1
