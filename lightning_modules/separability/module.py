@@ -92,7 +92,7 @@ class Separability(LightningModule):
         self.intervals: dict[str, tuple[float, float]] = {}
         self.counts: dict[str, int] = {}
         self._last_step: tuple[Tensor, Tensor] | None = None
-        self._call = self.call  # compiled at the start of fit, if asked for
+        self._losses = self.losses  # compiled at the start of fit, if asked for
 
     def setup(self, stage: str) -> None:
         """Check the data's sizes, and load the weights of `start` and of the anchor."""
@@ -140,14 +140,18 @@ class Separability(LightningModule):
         if self.compile_step and hooked:
             rank_zero_warn(f"model.compile is ignored: a callback has a hook on {hooked[0]}")
         elif self.compile_step:
-            self._call = torch.compile(self.call)
+            self._losses = torch.compile(self.losses)
             if self.orthogonality:
                 self.orthogonality.train_residual = torch.compile(self.orthogonality.residual)
 
+    def losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each member's cross-entropy, with logits and last residual stream: (loss_S, logits_SBTV, x_SBTD)."""
+        logits_SBTV, x_SBTD = self.call(tokens, labels)
+        return member_losses(logits_SBTV, labels, self.double), logits_SBTV, x_SBTD
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of the members' losses, so that each has the gradient that it would have alone."""
-        logits_SBTV, x_SBTD = self._call(batch["tokens"], batch["labels"])
-        loss_S = member_losses(logits_SBTV, batch["labels"], self.double)
+        loss_S, logits_SBTV, x_SBTD = self._losses(batch["tokens"], batch["labels"])
         self.members["train/loss"] = loss_S.detach()
         self.log("train/loss", loss_S.detach().mean(), batch_size=1, prog_bar=True)
         if self.orthogonality:
