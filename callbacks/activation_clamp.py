@@ -4,23 +4,15 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.activation_reference import IGNORED, first_tensor, fitting_labels, labels_of, read_reference
-from callbacks.hooked import HookedCallback
+from callbacks.activation_reference import IGNORED, fitting_labels, labels_of, read_reference
+from callbacks.hooked import STAGES, HookedCallback, replace_first, step_generator, step_key
 from lightning_modules.ensemble import member_call
 from lightning_modules.members import ensemble_size
 from lightning_modules.sites import match_modules
-
-STAGES = {
-    RunningStage.TRAINING: "fit",
-    RunningStage.SANITY_CHECKING: "validate",
-    RunningStage.VALIDATING: "validate",
-    RunningStage.TESTING: "test",
-}
 
 
 def clamp_radius(x: Tensor, radius: float | Tensor) -> Tensor:
@@ -140,10 +132,7 @@ class ActivationClamp(HookedCallback):
                 return output
             if self.mode == "mean_preserving" and pl_module.training is not self._training_in_step:
                 return output
-            x = first_tensor(output, self.site)
-            at_least_fp32 = x.to(torch.promote_types(x.dtype, torch.float32))
-            clamped = self._clamp(at_least_fp32, index, self._own_target(target, x.device)).to(x.dtype)
-            return clamped if isinstance(output, Tensor) else (clamped, *output[1:])
+            return replace_first(output, self.site, lambda x: self._clamp(x, index, self._own_target(target, x.device)))
 
         return hook
 
@@ -171,8 +160,7 @@ class ActivationClamp(HookedCallback):
                     classes = x.new_zeros(x.shape[:-1], dtype=torch.long) if labels is None else labels.clamp(max=0)
                 return clamp_spread(x, classes, target)
             case "random_direction":
-                # One seed a step and module rather than one stream: a checkpointed backward repeats the forward.
-                generator = torch.Generator(x.device).manual_seed(hash((self.seed, index, *self._step)) % 2**63)
+                generator = step_generator(x, self.seed, index, *self._step)
                 direction = torch.randn(x.shape, generator=generator, device=x.device)
                 displacement = (clamp_radius(x, target) - x).norm(dim=-1, keepdim=True)
                 return x + displacement * nn.functional.normalize(direction, dim=-1)
@@ -185,7 +173,7 @@ class ActivationClamp(HookedCallback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
         self._labels = labels_of(batch, self.labels)
-        self._step = (trainer.global_rank, trainer.global_step, batch_idx, loader)
+        self._step = step_key(trainer, batch_idx, loader)
         # Steps and evaluation by generation inside them are told apart by the mode: the latter switches to eval.
         self._training_in_step = pl_module.training
 

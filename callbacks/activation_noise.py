@@ -7,9 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.activation_clamp import STAGES
-from callbacks.activation_reference import first_tensor
-from callbacks.hooked import HookedCallback
+from callbacks.hooked import STAGES, HookedCallback, replace_first, step_generator, step_key
 from lightning_modules.sites import match_modules
 
 
@@ -79,16 +77,14 @@ class ActivationNoise(HookedCallback):
         def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
             if self.strength == 0 or STAGES.get(trainer.state.stage) not in self.during:
                 return output
-            x = first_tensor(output, self.site)
-            # One seed a step and module rather than one stream: a checkpointed backward repeats the forward.
-            generator = torch.Generator(x.device).manual_seed(hash((self.seed, index, *self._step)) % 2**63)
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            noisy = add_noise(wide, self.strength, self.relative, generator).to(x.dtype)
-            return noisy if isinstance(output, Tensor) else (noisy, *output[1:])
+            return replace_first(output, self.site, noisy)
+
+        def noisy(x: Tensor) -> Tensor:
+            return add_noise(x, self.strength, self.relative, step_generator(x, self.seed, index, *self._step))
 
         return hook
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
-        self._step = (trainer.global_rank, trainer.global_step, batch_idx, loader)
+        self._step = step_key(trainer, batch_idx, loader)
 
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = _begin

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.hooked import HookedCallback
+from callbacks.hooked import HookedCallback, first_tensor
 from lightning_modules.ensemble import observe
 from lightning_modules.members import ensemble_size
 from lightning_modules.sites import match_modules
@@ -31,14 +31,6 @@ def labels_of(batch: Any, key: str) -> Tensor | None:
 def fitting_labels(labels: Tensor | None, x: Tensor) -> Tensor | None:
     """The labels if there is one a position of x `[..., D]`, else None."""
     return labels if labels is not None and labels.shape == x.shape[:-1] else None
-
-
-def first_tensor(output: Any, site: str) -> Tensor:
-    """A module's output, or the first element of the tuple that it returned."""
-    x = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(x, Tensor):
-        raise ValueError(f"Modules at {site!r} must return a tensor or a tuple that begins with one, not {type(x)}.")
-    return x
 
 
 def read_reference(path: str, keys: list[str], members: int = 1) -> list[Tensor]:
@@ -133,7 +125,7 @@ class ActivationReference(HookedCallback):
         self._in_step = False
 
     def _end_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._unhook()
+        self._release()
         if trainer.sanity_checking:
             return
         # Both are collective: every rank takes part before rank zero alone writes.

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.activation_reference import first_tensor
+from callbacks.hooked import first_tensor
 from callbacks.throughput import off_the_clock
 from lightning_modules.diversity import between_input_variance, cosine_matrix, effective_rank, mean_pairwise_cosine
 from lightning_modules.sites import match_modules

@@ -1,25 +1,72 @@
-"""What callbacks with forward hooks have in common."""
+"""What callbacks that reach into a module have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+STAGES = {
+    RunningStage.TRAINING: "fit",
+    RunningStage.SANITY_CHECKING: "validate",
+    RunningStage.VALIDATING: "validate",
+    RunningStage.TESTING: "test",
+}
 
-class HookedCallback(Callback):
+
+class ReleasingCallback(Callback):
+    """A callback that takes back what it did to the module when a run ends or fails."""
+
+    def _release(self) -> None:
+        """Take it back; may be called twice."""
+        raise NotImplementedError
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes it back."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes it back here too: Lightning skips `teardown` when a run fails."""
+        self._release()
+
+
+class HookedCallback(ReleasingCallback):
     """A callback whose forward hooks, kept in `_handles`, come off when a run ends or fails."""
 
     _handles: Sequence[RemovableHandle] = ()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the hooks off."""
-        self._unhook()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes the hooks off here too: Lightning skips `teardown` when a run fails."""
-        self._unhook()
-
-    def _unhook(self) -> None:
+    def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def first_tensor(output: Any, site: str) -> Tensor:
+    """A module's output, or the first element of the tuple that it returned."""
+    x = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(x, Tensor):
+        raise ValueError(f"Modules at {site!r} must return a tensor or a tuple that begins with one, not {type(x)}.")
+    return x
+
+
+def replace_first(output: Any, site: str, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with its first tensor x replaced by `change(x)`, which works in at least fp32."""
+    x = first_tensor(output, site)
+    changed = change(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+    return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+
+def step_key(trainer: Trainer, batch_idx: int, loader: int) -> tuple[int, ...]:
+    """What a step is known by, on this rank: the same in a repeated or resumed run."""
+    return trainer.global_rank, trainer.global_step, batch_idx, loader
+
+
+def step_generator(x: Tensor, *key: int) -> torch.Generator:
+    """Random numbers of a key, on the device of x.
+
+    One seed a step and module rather than one stream, for a checkpointed backward repeats the forward.
+    """
+    return torch.Generator(x.device).manual_seed(hash(key) % 2**63)

@@ -1,12 +1,13 @@
 """Parameters that stop moving, from the start or from a step on."""
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from callbacks.hooked import ReleasingCallback
 from lightning_modules.sites import match_parameters
 
 
-class ParameterFreeze(Callback):
+class ParameterFreeze(ReleasingCallback):
     """Keeps parameters bit-identical from an optimizer step on.
 
     A frozen parameter is left out of the gradient norm, of weight decay and of the optimizer's state: its moments are
@@ -61,15 +62,8 @@ class ParameterFreeze(Callback):
             for parameter in self._matched:
                 parameter.grad = None
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets go of the parameters: after fit they require gradients as before."""
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets go here too: Lightning skips `teardown` when a run fails."""
-        self._release()
-
     def _release(self) -> None:
+        # After fit they require gradients as before
         for parameter in self._to_release:
             parameter.requires_grad_(True)
         self._to_release = []

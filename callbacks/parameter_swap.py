@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_modules.checkpoints import read_state
+from lightning_modules.ensemble import fit_value
 from lightning_modules.members import ensemble_size
 from lightning_modules.sites import match_parameters
 
@@ -106,11 +107,11 @@ def _donated(donor_state: Mapping[str, Tensor], name: str, own: Tensor, members:
     if name not in donor_state:
         nearest = ", ".join(map(repr, get_close_matches(name, donor_state, n=5, cutoff=0.0)))
         raise ValueError(f"The donor has no parameter {name!r}; the nearest names are: {nearest or 'none at all'}.")
-    donated = donor_state[name].detach()
-    if donated.shape != own.shape and not (members > 1 and donated.shape == own.shape[1:]):
-        shapes = f"{tuple(donated.shape)}, the model's {tuple(own.shape)}"
+    donated = fit_value(donor_state[name].detach(), own, members)
+    if donated is None:
+        shapes = f"{tuple(donor_state[name].shape)}, the model's {tuple(own.shape)}"
         raise ValueError(f"The donor's parameter {name!r} does not fit: its shape is {shapes}.")
-    return donated.expand(own.shape)
+    return donated
 
 
 def _rotation(module: nn.Module, donor_state: Mapping[str, Tensor], basis: str, members: int) -> Tensor:
@@ -179,6 +180,7 @@ class ParameterSwap(Callback):
         self.mode = mode
         self.basis = basis
         self.seed = seed
+        self._donor_state: dict[str, Tensor] | None = None
         self._swapped = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -186,14 +188,11 @@ class ParameterSwap(Callback):
         if stage == "fit":
             raise ValueError("ParameterSwap acts on validate, test and predict; take it out of the callbacks of fit.")
         match_parameters(pl_module, self.parameters)
-        if self.donor is None:
-            return
-        read_state(self.donor, DONOR)  # what cannot be read is told before anything runs
+        # Read before anything runs, though used only later: Lightning restores `--ckpt_path` after `setup`
+        self._donor_state = None if self.donor is None else read_state(self.donor, DONOR)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only now: Lightning restores `--ckpt_path` after `setup`.
-        state = None if self.donor is None else read_state(self.donor, DONOR)
-        swap = swap_parameters(pl_module, state, self.parameters, self.mode, self.basis, self.seed)
+        swap = swap_parameters(pl_module, self._donor_state, self.parameters, self.mode, self.basis, self.seed)
         self._swapped.enter_context(swap)
 
     def _end(self, *_: Any) -> None:

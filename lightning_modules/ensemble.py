@@ -109,6 +109,12 @@ def member_state(state: dict[str, Tensor], member: int) -> dict[str, Tensor]:
     return {name: value[member].clone() for name, value in state.items()}
 
 
+def fit_value(given: Tensor, own: Tensor, members: int) -> Tensor | None:
+    """A parameter in the shape of `own`, a single network's for every one of `members`; None if it does not fit."""
+    fits = given.shape == own.shape or (members > 1 and given.shape == own.shape[1:])
+    return given.expand(own.shape) if fits else None
+
+
 def fit_state(state: dict[str, Tensor], own: dict[str, Tensor], members: int, source: str) -> dict[str, Tensor]:
     """A checkpoint's parameters in the shape of `own`: a single network's are given to every one of `members`.
 
@@ -121,9 +127,8 @@ def fit_state(state: dict[str, Tensor], own: dict[str, Tensor], members: int, so
     for name, value in own.items():
         if name not in state:
             raise ValueError(f"{source} has no parameter {name}")
-        given = state[name]
-        if given.shape != value.shape and (members == 1 or given.shape != value.shape[1:]):
-            shapes = f"{tuple(given.shape)} there and {tuple(value.shape)} in the model"
+        fitted[name] = fit_value(state[name], value, members)
+        if fitted[name] is None:
+            shapes = f"{tuple(state[name].shape)} there and {tuple(value.shape)} in the model"
             raise ValueError(f"{source} does not fit the model: {name} is {shapes}")
-        fitted[name] = given.expand(value.shape)
     return fitted

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from lightning_modules.checkpoints import read_state
 from lightning_modules.ensemble import call_members, fit_state, member_state
-from lightning_modules.separability.measures import IGNORED
+from lightning_modules.text import IGNORE
 
 if TYPE_CHECKING:
     from lightning_modules.separability.module import Separability
@@ -77,7 +77,7 @@ class Orthogonality:
     def penalty(self, x_SBTD: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
         """The penalty of each member, [S]."""
         cosine_SBT = self.cosine(x_SBTD, self.train_residual(tokens, labels))
-        asked_SBT = (labels != IGNORED).expand(cosine_SBT.shape)
+        asked_SBT = (labels != IGNORE).expand(cosine_SBT.shape)
         terms_SBT = (cosine_SBT.square() if self.form == "squared" else cosine_SBT) * asked_SBT
         mean_S = terms_SBT.flatten(1).sum(1) / asked_SBT.flatten(1).sum(1)
         return mean_S if self.form == "squared" else mean_S.abs()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_modules.separability.measures import IGNORED
+from lightning_modules.text import IGNORE
 
 if TYPE_CHECKING:
     from lightning_modules.separability.module import Separability
@@ -34,7 +34,7 @@ def write_predictions(module: "Separability", batch: dict[str, Tensor], number: 
     logits_SBTV, patterns = module.activations(tokens_BT, [PATTERN])
     logits_SBTV = logits_SBTV.float()
     log_p_SBTV = logits_SBTV.log_softmax(3)
-    known_SBT = (labels_BT != IGNORED).expand(log_p_SBTV.shape[:3])
+    known_SBT = (labels_BT != IGNORE).expand(log_p_SBTV.shape[:3])
     label_SBT1 = labels_BT.clamp(min=0).expand(known_SBT.shape)[..., None]
     loss_SBT = torch.where(known_SBT, -log_p_SBTV.gather(3, label_SBT1)[..., 0], torch.nan)
     result = {"tokens": tokens_BT, "labels": labels_BT, "logits": logits_SBTV, "loss": loss_SBT}
@@ -76,7 +76,7 @@ def _rows(tokens_BT: Tensor, labels_BT: Tensor, loss_BT: Tensor, p_BTV: Tensor, 
         label = labels_BT[index, position].item()
         best = zip(top_BTK.indices[index, position].tolist(), top_BTK.values[index, position].tolist(), strict=True)
         row = {"input": index, "position": position, "token": text(tokens_BT[index, position].item())}
-        if label != IGNORED:
+        if label != IGNORE:
             row |= {"label": text(label), "loss": round(loss_BT[index, position].item(), 5)}
         rows.append(row | {"likeliest": {text(token): round(p, 5) for token, p in best}})
     return rows

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-IGNORED = -100  # label of positions that nothing is asked of
+from lightning_modules.text import IGNORE
 
 
 def member_losses(logits_SBTV: Tensor, labels: Tensor, double: bool = False) -> Tensor:
@@ -22,9 +22,9 @@ def member_losses(logits_SBTV: Tensor, labels: Tensor, double: bool = False) -> 
     labels_SN = labels.expand(logits_SBTV.shape[:3]).flatten(1)
     logits_NV = logits_SBTV.flatten(0, 2)
     losses = cross_entropy(
-        logits_NV.double() if double else logits_NV.float(), labels_SN.flatten(), ignore_index=IGNORED, reduction="none"
+        logits_NV.double() if double else logits_NV.float(), labels_SN.flatten(), ignore_index=IGNORE, reduction="none"
     )
-    return losses.view(labels_SN.shape).sum(1) / (labels_SN != IGNORED).sum(1)
+    return losses.view(labels_SN.shape).sum(1) / (labels_SN != IGNORE).sum(1)
 
 
 class Separation(Metric):
@@ -63,7 +63,7 @@ class Separation(Metric):
         self, logits_SBTV: Tensor, x_SBTD: Tensor, labels_BT: Tensor, unembed_SVD: Tensor, cosine: Tensor | None = None
     ) -> None:
         """Count a batch, whose labels all members share; `cosine` is that with the anchor, [S, B, T]."""
-        labelled_BT = labels_BT != IGNORED
+        labelled_BT = labels_BT != IGNORE
         label_N = labels_BT[labelled_BT]
         logits_SNV, x_SND = logits_SBTV[:, labelled_BT].float(), x_SBTD[:, labelled_BT].float()
         label_SN1 = label_N.expand(len(x_SND), -1)[..., None]

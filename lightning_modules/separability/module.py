@@ -20,6 +20,7 @@ from lightning_modules.separability.decoder import Decoder
 from lightning_modules.separability.inspection import show_attention, write_predictions
 from lightning_modules.separability.measures import Separation, member_losses, position_overlap
 from lightning_modules.sites import match_modules
+from lightning_modules.text import IGNORE
 from lightning_modules.workload import Workload
 
 
@@ -177,7 +178,7 @@ class Separability(LightningModule):
         """The share of right answers in the last training step, which costs no pass of its own."""
         if self._last_step is not None:
             logits_SBTV, labels = self._last_step
-            labelled, hit = labels != -100, logits_SBTV.argmax(3) == labels
+            labelled, hit = labels != IGNORE, logits_SBTV.argmax(3) == labels
             shares_S = (hit & labelled).flatten(1).sum(1) / labelled.expand(hit.shape).flatten(1).sum(1)
             self.log_members({"train/accuracy": shares_S})
 
