@@ -1,90 +1,16 @@
-"""Clamps hit their statistic, and nothing else; references record what clamps need."""
+"""Clamps hit their statistic, and nothing else."""
 
 from itertools import pairwise
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from toy_classifier import Classifier, loader, trainer, within_class_spread
 
 from callbacks.activation_clamp import ActivationClamp, clamp_radius, clamp_spread
-from callbacks.activation_reference import ActivationReference
 
-N_CLASSES = 5
 REFERENCE = {"radius": 3.0, "spread.target": 0.7, "spread.batch": 2.5}
-
-
-class Sequences(Dataset):
-    def __len__(self):
-        return 24
-
-    def __getitem__(self, i):
-        generator = torch.Generator().manual_seed(i)
-        tokens = torch.randint(7, (6,), generator=generator)
-        return {"tokens": tokens, "labels": (tokens % N_CLASSES).where(torch.arange(6) > 1, -100)}
-
-
-class Pair(nn.Module):
-    """Returns a tuple, as attention does with its cache."""
-
-    def forward(self, x):
-        return x, "cache"
-
-
-class Classifier(LightningModule):
-    def __init__(self, checkpointed=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(7, 8)
-        self.mix = nn.Linear(8, 8)
-        self.residual = nn.Identity()
-        self.pair = Pair()
-        self.final_norm = nn.LayerNorm(8)
-        self.head = nn.Linear(8, N_CLASSES)
-        self.checkpointed = checkpointed
-        self.seen = []  # what the site handed on, by stage
-        self.given = []
-
-    def body(self, x):
-        return self.residual(self.mix(x))
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        x = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
-        self.given.append(self.mix(self.embed(tokens)).detach())
-        x, _ = self.pair(x)
-        self.seen.append((self.trainer.state.stage.value, x.detach()))
-        return self.head(self.final_norm(x))
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self(batch["tokens"]).flatten(0, 1), batch["labels"].flatten())
-
-    validation_step = test_step = training_step
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-
-def loader(batch_size=12):
-    return DataLoader(Sequences(), batch_size=batch_size)
-
-
-def trainer(tmp_path, *callbacks, **flags):
-    flags = {"max_steps": 3, "num_sanity_val_steps": 0, "strategy": "auto", "devices": 1} | flags
-    return Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **flags,
-    )
 
 
 @pytest.fixture
@@ -93,13 +19,6 @@ def reference(tmp_path):
     sites = ("residual", "pair")
     save_file({f"{site}.{key}": torch.tensor(value) for site in sites for key, value in REFERENCE.items()}, path)
     return str(path)
-
-
-def within_class_spread(x, labels):
-    """By one loop over the classes, in fp64."""
-    x, labels = x[labels != -100].double(), labels[labels != -100]
-    squares = sum(((x[labels == c] - x[labels == c].mean(0)) ** 2).sum() for c in labels.unique())
-    return (squares / (len(labels) - len(labels.unique()))).sqrt()
 
 
 # The formulas
@@ -275,58 +194,3 @@ def test_errors_are_one_sentence_and_early(tmp_path, reference):
 
 def test_two_clamps_have_states_of_their_own():
     assert ActivationClamp("mix", "zero").state_key != ActivationClamp("residual", "zero").state_key
-
-
-# The reference
-
-
-def test_reference_records_the_last_pass_for_clamps(tmp_path):
-    module = Classifier()
-    trainer(tmp_path, ActivationReference("residual"), max_steps=4).fit(module, loader(), loader(batch_size=7))
-    path = tmp_path / "reference.safetensors"
-    passes = [x for stage, x in module.seen if stage == "validate"]
-    assert len(passes) == 8
-    x = torch.cat(passes[4:])
-    labels = torch.cat([batch["labels"] for batch in loader()])
-    recorded = load_file(path)
-    expected = {
-        "residual.radius": x[labels != -100].double().norm(dim=-1).mean(),
-        "residual.spread.target": within_class_spread(x, labels),
-        "residual.spread.batch": within_class_spread(x, labels.clamp(max=0)),
-    }
-    assert recorded.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(recorded[key], value, rtol=1e-9, atol=0)
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {"site": "residual", "stage": "validate", "step": "4"}
-
-    assert not module.residual._forward_hooks
-    clamped = Classifier()
-    trainer(tmp_path, ActivationClamp("residual", "naive", str(path))).test(clamped, loader(), verbose=False)
-    torch.testing.assert_close(clamped.seen[0][1].norm(dim=-1).mean().double(), expected["residual.radius"])
-
-
-def test_reference_without_fitting_labels_takes_every_position(tmp_path):
-    module = Classifier()
-    path = tmp_path / "elsewhere" / "r.safetensors"
-    trainer(tmp_path, ActivationReference("residual", str(path), labels="none")).test(module, loader(), verbose=False)
-    recorded = load_file(path)
-    assert recorded.keys() == {"residual.radius", "residual.spread.batch"}
-    x = torch.cat([x for _, x in module.seen])
-    torch.testing.assert_close(recorded["residual.radius"], x.double().norm(dim=-1).mean())
-
-
-def test_reference_is_over_both_processes(tmp_path):
-    paths = [str(tmp_path / f"{n}.safetensors") for n in (1, 2)]
-    strategy = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
-    for path, flags in zip(paths, [{}, {"devices": 2, "strategy": strategy}], strict=True):
-        trainer(tmp_path, ActivationReference("residual", path), **flags).test(Classifier(), loader(4), verbose=False)
-    one, two = map(load_file, paths)
-    assert one.keys() == two.keys()
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-6, atol=0)
-
-
-def test_two_references_may_not_share_a_file(tmp_path):
-    with pytest.raises(ValueError, match="`path`"):
-        trainer(tmp_path, ActivationReference("mix"), ActivationReference("residual")).test(Classifier(), loader())
