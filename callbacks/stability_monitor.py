@@ -128,6 +128,8 @@ class StabilityMonitor(Callback):
         self._events.update(trainer.global_step, values_S)
         measures = {f"stability/{name}": value_S for name, value_S in self._events.measures().items()}
         report_members(trainer, pl_module, measures)
+        if (counts := getattr(pl_module, "counts", None)) is not None:
+            counts["stability/stable"] = 1  # of a share of members, each is one sample
 
     def _begin(self, members: int) -> StabilityEvents:
         return StabilityEvents(members, self.reached, self.collapsed, self.settle)

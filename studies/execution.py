@@ -153,9 +153,7 @@ def _environment(slot: int, at_once: int) -> dict[str, str]:
 
 def _headline(study: Study, run: Run) -> str:
     metrics = run.result["metrics"]
-    shown = [
-        f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in study.measures[:2] if metrics.get(name) is not None
-    ]
+    shown = [f"{name} {metrics[name]:.4g}" for name in study.measures[:2] if metrics.get(name) is not None]
     return ", ".join([*shown, f"{sum(run.result['seconds'].values()):.0f} s"])
 
 

@@ -75,7 +75,8 @@ def mean(series: Series) -> Estimate:
     """Mean over seeds with Student's interval.
 
     A proportion's lies in [0, 1] and is at least Wilson's of all samples together: seeds that agree by chance, such as
-    three zeros, do not make it certain. A single seed has the interval of its run.
+    three zeros, do not make it certain. Where each seed is one sample, it is Wilson's. A single seed has the interval
+    of its run.
     """
     values = _values(series)
     if len(values) == 1:
@@ -85,6 +86,8 @@ def mean(series: Series) -> Estimate:
         return Estimate(only.value, *only.interval, seeds=1, note="one seed: the interval is over its test samples")
     low, high = t_interval(values)
     if pooled := _pooled(series):
+        if all(measured.count == 1 for measured in series.values()):
+            return Estimate(float(values.mean()), *pooled, seeds=len(values), is_rate=True)
         low, high = max(min(low, pooled[0]), 0.0), min(max(high, pooled[1]), 1.0)
     return Estimate(float(values.mean()), low, high, len(values), float(values.std(ddof=1)))
 

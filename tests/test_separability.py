@@ -75,6 +75,14 @@ def test_members_are_measured_and_saved_as_ordinary_models(tmp_path):
     assert together.members["test/a_act"][0] != together.members["test/a_act"][1]
 
 
+def test_what_the_task_lets_accuracy_be_is_told_beside_it(tmp_path):
+    module, data = Separability(**SIZES, ensemble=2), streams()
+    (measured,) = trainer(tmp_path, 1).test(module, datamodule=data, verbose=False)
+    assert measured["test/chance"] == pytest.approx(data.chance)
+    assert measured["test/ceiling"] == data.ceiling == 1
+    assert module.members["test/ceiling"].tolist() == [1, 1]
+
+
 def test_frozen_heads_stay_bit_identical_with_weight_decay(tmp_path):
     for ensemble in (1, 2):
         optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.5)  # noqa: E731

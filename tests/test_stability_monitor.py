@@ -59,7 +59,7 @@ class Scripted(LightningModule):
         self.script_NS = torch.tensor(script_NS)
         self.ensemble = self.script_NS.shape[1]
         if keeps_members:
-            self.members = {}
+            self.members, self.counts = {}, {}
         self.weight = nn.Parameter(torch.zeros(1))
 
     def training_step(self, batch, batch_idx):
@@ -98,6 +98,7 @@ def test_members_are_told_apart_and_the_means_logged(tmp_path):
     assert_measures(measures, [[2.0, 0.0, 0.0, 2.0, 1.0], [1.0, 1.0, 0.0, NAN, 0.0]])
     assert trainer.callback_metrics["stability/reached_step"] == 1.5
     assert trainer.callback_metrics["stability/stable"] == 0.5
+    assert module.counts == {"stability/stable": 1}
 
 
 def test_a_module_without_members_is_measured_by_what_it_logs(tmp_path):

@@ -97,6 +97,12 @@ def test_proportions_that_agree_by_chance_are_not_certain():
     assert mean(series([0.0, 0.0, 0.0])).high == 0  # no proportion: nothing tells how many samples are behind
 
 
+def test_seeds_that_are_one_sample_each_are_counted():
+    found = mean({seed: proportion(int(seed < 3), 1) for seed in range(64)})
+    assert (found.value, found.low, found.high) == (3 / 64, *wilson_interval(3, 64))
+    assert found.is_rate
+
+
 def test_one_seed_has_the_interval_of_its_run():
     one, other = {0: proportion(80, 100)}, {0: proportion(20, 100)}
     assert (mean(one).low, mean(one).high) == wilson_interval(80, 100)

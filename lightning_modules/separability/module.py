@@ -202,11 +202,16 @@ class Separability(LightningModule):
         self._log_separation("validation")
 
     def on_test_epoch_end(self) -> None:
-        """Log the measures and how far positions overlap, and draw where an input is looked at."""
+        """Log the measures, the task's bounds and how far positions overlap; draw where an input is looked at."""
         show_attention(self, self._shown)  # not in a step, where a clamp has the labels of a whole batch
         self._log_separation("test")
         position_STD = self.network.position_embedding.weight.view(self.ensemble, -1, self.width)
-        self.log_members({"test/position_overlap": position_overlap(position_STD)})
+        self.log_members({"test/position_overlap": position_overlap(position_STD)} | self._bounds())
+
+    def _bounds(self) -> dict[str, Tensor]:
+        """What the task lets accuracy be, told beside it: a blind guess's, and the best that is possible, if known."""
+        known = {name: getattr(self.trainer.datamodule, name, None) for name in ("chance", "ceiling")}
+        return {f"test/{name}": torch.full([self.ensemble], x) for name, x in known.items() if x is not None}
 
     def _log_separation(self, stage: str) -> None:
         measured, count = self.separation.compute()
