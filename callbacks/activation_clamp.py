@@ -55,7 +55,9 @@ class ActivationClamp(HookedCallback):
     - `naive`: x r*/|x|, the norm of every position set to the reference's mean radius r*.
     - `mean_preserving`: mu_c + (x - mu_c) s*/s, with mu_c the mean of the position's class in this batch and s the
       within-class spread of this batch, s^2 = sum |x - mu_c|^2 / (N - C), the trace of the pooled within-class
-      covariance; s* is the reference's. Unlabelled positions stay as they are.
+      covariance; s* is the reference's. Unlabelled positions stay as they are. The class is that of the target label,
+      so a model can learn to spread out, be drawn to mu_c, and so be told what its batch knows of the label: its
+      accuracy under the clamp can pass what its inputs allow. `classes: batch` tells nothing.
     - `random_direction`: x + |x r*/|x| - x| u, u uniform on the sphere: the control for the size of the displacement.
     - `zero`: 0. `mean`: at each position, the mean over the batch. `shuffle`: another row's of the batch, so that every
       input gets what belongs to another. `identity`: the same tensor, bit for bit: the control for the machinery.
