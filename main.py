@@ -112,8 +112,8 @@ class CrosstalkCLI(LightningCLI):
         users = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
         added = [self.record]
         if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in users):
-            # In a log file every refresh is a line of its own.
-            added.append(TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 100))
+            # A refresh waits for the device, and in a log file it is a line of its own.
+            added.append(TQDMProgressBar(refresh_rate=10 if sys.stdout.isatty() else 100))
         saves = given.enable_checkpointing is not False and not given.fast_dev_run
         if saves and not any(isinstance(c, Checkpoint) for c in users):
             added.append(LastCheckpoint())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.activation_reference import IGNORED, fitting_labels, labels_of, read_reference
-from callbacks.hooked import STAGES, HookedCallback, replace_first, step_generator, step_key
+from callbacks.hooked import STAGES, HookedCallback, Stages, replace_first, step_generator, step_key
 from lightning_modules.ensemble import member_call
 from lightning_modules.members import ensemble_size
 from lightning_modules.sites import match_modules
@@ -19,6 +19,12 @@ def clamp_radius(x: Tensor, radius: float | Tensor) -> Tensor:
     """x r/|x|: every position's norm set to `radius`; a zero vector has no direction and stays."""
     norm = x.norm(dim=-1, keepdim=True)
     return torch.where(norm > 0, x * (radius / norm.where(norm > 0, 1.0)), x)
+
+
+def clamp_mean_radius(x: Tensor, radius: float | Tensor) -> Tensor:
+    """x r/m, m the mean norm over positions: one factor for all, so that norms keep their ratios; zeros stay."""
+    mean = x.norm(dim=-1).mean()
+    return x * torch.where(mean > 0, radius / mean.where(mean > 0, 1.0), 1.0)
 
 
 def clamp_spread(x: Tensor, classes: Tensor, spread: float | Tensor) -> Tensor:
@@ -57,30 +63,32 @@ class ActivationClamp(HookedCallback):
       within-class spread of this batch, s^2 = sum |x - mu_c|^2 / (N - C), the trace of the pooled within-class
       covariance; s* is the reference's. Unlabelled positions stay as they are. The class is that of the target label,
       so a model can learn to spread out, be drawn to mu_c, and so be told what its batch knows of the label: its
-      accuracy under the clamp can pass what its inputs allow. `classes: batch` tells nothing.
+      accuracy under the clamp can pass what its inputs allow; with `classes: batch` next to nothing is told.
     - `random_direction`: x + |x r*/|x| - x| u, u uniform on the sphere: the control for the size of the displacement.
     - `zero`: 0. `mean`: at each position, the mean over the batch. `shuffle`: another row's of the batch, so that every
       input gets what belongs to another. `identity`: the same tensor, bit for bit: the control for the machinery.
 
     Where the module returns a tuple, its first element is clamped. All modes but `mean_preserving` ignore the labels
-    and act on every forward of their stages, generation included. `mean_preserving` acts in the steps alone: a
-    generation has no labels, and its batches have statistics of their own. Under DDP each rank's batch has its own mu_c
-    and s. Each member of an ensemble is clamped by itself, to its own control if the reference is of an ensemble.
+    and act on every forward of their stages, generation included. `mean_preserving` acts in the steps of fit, validate
+    and test alone: a generation has no labels, and its batches have statistics of their own. Under DDP each rank's
+    batch has its own mu_c and s. Each member of an ensemble is clamped by itself, to its own control if the reference
+    is of an ensemble.
 
     Args:
         site: Name pattern of the modules, see `lightning_modules.sites`.
         mode: What to do to x.
         reference: File that `ActivationReference` wrote in the control run, with this site's r* and s*.
         during: The stages in which the clamp acts; validation inside fit is `validate`. By default all.
-        classes: For `mean_preserving`: `target` as above; `batch` takes all labelled positions (every position, where
-            the batch has no labels for this site) as one class.
+        classes: `target`: as above. `batch`: all positions by one factor; `naive` is x r*/m with m the mean |x| of the
+            batch, `mean_preserving` takes the labelled positions (every position, where the batch has no labels for
+            this site) as one class.
         labels: The batch's key of the target labels, one a position of x.
         seed: Of the random directions, which also depend on step and rank, and are the same in a resumed run.
 
     Raises:
         FileNotFoundError: At `setup`, if the reference does not exist.
-        ValueError: If the mode lacks its reference; at `setup`, if the site matches nothing or the reference does not
-            hold it; in a step, if classes are needed and the batch has no fitting labels.
+        ValueError: If the mode lacks its reference or `during` is empty; at `setup`, if the site matches nothing or the
+            reference does not hold it; in a step, if classes are needed and the batch has no fitting labels.
     """
 
     def __init__(
@@ -88,7 +96,7 @@ class ActivationClamp(HookedCallback):
         site: str,
         mode: Literal["naive", "mean_preserving", "random_direction", "zero", "mean", "shuffle", "identity"],
         reference: str | None = None,
-        during: list[Literal["fit", "validate", "test"]] | None = None,
+        during: Stages | None = None,
         classes: Literal["target", "batch"] = "target",
         labels: str = "labels",
         seed: int = 0,
@@ -101,7 +109,7 @@ class ActivationClamp(HookedCallback):
         self.site = site
         self.mode = mode
         self.reference = reference if uses_reference else None
-        self.during = during or ["fit", "validate", "test"]
+        self.during = self._stages(during, ["fit", "validate", "test", "predict"])
         self.classes = classes
         self.labels = labels
         self.seed = seed
@@ -148,7 +156,7 @@ class ActivationClamp(HookedCallback):
     def _clamp(self, x: Tensor, index: int, target: Tensor | None) -> Tensor:
         match self.mode:
             case "naive":
-                return clamp_radius(x, target)
+                return clamp_radius(x, target) if self.classes == "target" else clamp_mean_radius(x, target)
             case "mean_preserving":
                 call = member_call()
                 labels = fitting_labels(call.labels if call else self._labels, x)
@@ -182,6 +190,12 @@ class ActivationClamp(HookedCallback):
     def _end(self, *_: Any) -> None:
         self._labels = None
         self._training_in_step = None
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Seeds the random directions."""
+        self._step = step_key(trainer, batch_idx, dataloader_idx)
 
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = _begin
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = _end

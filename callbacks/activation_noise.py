@@ -1,13 +1,13 @@
 """Noise added to an activation: how much of it can be drowned before the answers go."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.hooked import STAGES, HookedCallback, replace_first, step_generator, step_key
+from callbacks.hooked import STAGES, HookedCallback, Stages, replace_first, step_generator, step_key
 from lightning_modules.sites import match_modules
 
 
@@ -39,13 +39,12 @@ class ActivationNoise(HookedCallback):
         site: Name pattern of the modules, see `lightning_modules.sites`.
         strength: Length of the noise; 0 leaves x as it is, bit for bit.
         relative: Whether `strength` is a share of the position's own |x|, rather than in the units of x.
-        during: The stages in which the noise is added; validation inside fit is `validate`. By default validate and
-            test.
+        during: The stages in which the noise is added; validation inside fit is `validate`. By default all but fit.
         seed: Of the noise, which also depends on module, rank, step and batch; the same in a repeated or resumed run.
 
     Raises:
-        ValueError: At once, if `strength` is negative; at `setup`, if the site matches nothing; in a step, if the
-            module returns no tensor.
+        ValueError: At once, if `strength` is negative or `during` empty; at `setup`, if the site matches nothing; in a
+            step, if the module returns no tensor.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class ActivationNoise(HookedCallback):
         site: str,
         strength: float,
         relative: bool = True,
-        during: list[Literal["fit", "validate", "test"]] | None = None,
+        during: Stages | None = None,
         seed: int = 0,
     ) -> None:
         if strength < 0:
@@ -61,7 +60,7 @@ class ActivationNoise(HookedCallback):
         self.site = site
         self.strength = strength
         self.relative = relative
-        self.during = during or ["validate", "test"]
+        self.during = self._stages(during, ["validate", "test", "predict"])
         self.seed = seed
         self._handles: list[RemovableHandle] = []
         self._step: tuple[int, ...] = ()
@@ -87,4 +86,4 @@ class ActivationNoise(HookedCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
         self._step = step_key(trainer, batch_idx, loader)
 
-    on_train_batch_start = on_validation_batch_start = on_test_batch_start = _begin
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _begin

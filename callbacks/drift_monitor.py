@@ -59,15 +59,15 @@ class DriftMonitor(Callback):
         patience: Checks in a row that make a freeze.
 
     Raises:
-        ValueError: At once, if there is no group or a number is not positive; at `setup` for fit, if a pattern matches
-            nothing or a parameter of an ensemble lacks the member axis.
+        ValueError: At once, if there is no group, or an empty one, or a number is not positive; at `setup` for fit, if
+            a pattern matches nothing or a parameter of an ensemble lacks the member axis.
     """
 
     def __init__(
         self, groups: dict[str, list[str]], every_n_steps: int = 100, eps: float = 1e-5, patience: int = 3
     ) -> None:
-        if not groups:
-            raise ValueError("DriftMonitor needs at least one group of parameters.")
+        if not groups or not all(groups.values()):
+            raise ValueError("DriftMonitor needs at least one group of parameters, and a name pattern in each.")
         for name, value in (("every_n_steps", every_n_steps), ("eps", eps), ("patience", patience)):
             if value <= 0:
                 raise ValueError(f"DriftMonitor: `{name}` must be positive, got {value}.")
@@ -132,7 +132,7 @@ class DriftMonitor(Callback):
             measures[f"drift/{group}"] = rate_S
             measures[f"drift/{group}_freeze_step"] = freeze_step_S
             measures[f"drift/{group}_frozen"] = (~freeze_step_S.isnan()).float()
-        report_members(trainer, pl_module, measures)
+        report_members(trainer, pl_module, measures, shares=[f"drift/{group}_frozen" for group in self.groups])
 
     def _take(self, step: int) -> None:
         whole = {name: p for group in self._parameters.values() for name, p in group.items()}

@@ -1,7 +1,7 @@
 """What callbacks that reach into a module have in common."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +14,9 @@ STAGES = {
     RunningStage.SANITY_CHECKING: "validate",
     RunningStage.VALIDATING: "validate",
     RunningStage.TESTING: "test",
+    RunningStage.PREDICTING: "predict",
 }
+Stages = list[Literal["fit", "validate", "test", "predict"]]
 
 
 class ReleasingCallback(Callback):
@@ -37,6 +39,11 @@ class HookedCallback(ReleasingCallback):
     """A callback whose forward hooks, kept in `_handles`, come off when a run ends or fails."""
 
     _handles: Sequence[RemovableHandle] = ()
+
+    def _stages(self, during: Stages | None, default: Stages) -> Stages:
+        if during is not None and not during:
+            raise ValueError(f"{type(self).__name__}: `during` names no stage.")
+        return during or default
 
     def _release(self) -> None:
         for handle in self._handles:

@@ -34,4 +34,5 @@ class LastCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def _ends(trainer: Trainer) -> bool:
-        return trainer.should_stop or trainer.global_step == trainer.max_steps
+        stops = trainer.should_stop and trainer.fit_loop._can_stop_early  # else `min_steps` or `min_epochs` go on
+        return stops or trainer.global_step == trainer.max_steps

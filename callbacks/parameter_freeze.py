@@ -26,7 +26,8 @@ class ParameterFreeze(ReleasingCallback):
         at_step: The number of optimizer steps that these parameters take before they freeze.
 
     Raises:
-        ValueError: At `setup`, if a pattern matches nothing; at once, if `at_step` is negative.
+        ValueError: At `setup`, if a pattern matches nothing, or nothing is left to train from step 0 on; at once, if
+            `at_step` is negative.
     """
 
     def __init__(self, parameters: list[str], at_step: int = 0) -> None:
@@ -51,6 +52,8 @@ class ParameterFreeze(ReleasingCallback):
             self._to_release = [parameter for parameter in matched if parameter.requires_grad]
             for parameter in self._to_release:
                 parameter.requires_grad_(False)
+            if not any(parameter.requires_grad for parameter in pl_module.parameters()):
+                raise ValueError(f"ParameterFreeze: {self.parameters} at step 0 leaves nothing to train.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolves again: a sharding strategy may have replaced the parameter objects since `setup`."""

@@ -90,6 +90,8 @@ class RoutingMonitor(Callback):
         """Refuses what could only fail in mid-training."""
         if stage != "fit":
             return
+        if any(isinstance(other, RoutingMonitor) and other is not self for other in trainer.callbacks):
+            raise ValueError("Two RoutingMonitor callbacks would log under one name; keep one.")
         for name in ("every_n_steps", "n_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RoutingMonitor: `{name}` must be at least 1, got {getattr(self, name)}.")

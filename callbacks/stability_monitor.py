@@ -127,9 +127,7 @@ class StabilityMonitor(Callback):
             self._events = self._begin(len(values_S))
         self._events.update(trainer.global_step, values_S)
         measures = {f"stability/{name}": value_S for name, value_S in self._events.measures().items()}
-        report_members(trainer, pl_module, measures)
-        if (counts := getattr(pl_module, "counts", None)) is not None:
-            counts["stability/stable"] = 1  # of a share of members, each is one sample
+        report_members(trainer, pl_module, measures, shares=["stability/stable"])
 
     def _begin(self, members: int) -> StabilityEvents:
         return StabilityEvents(members, self.reached, self.collapsed, self.settle)

@@ -6,11 +6,13 @@ parameters then has a first axis of S, under the name that it has in an ordinary
 Shapes: S members.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+
+from lightning_modules.metrics import wilson_interval
 
 
 def ensemble_size(module: torch.nn.Module) -> int:
@@ -18,7 +20,9 @@ def ensemble_size(module: torch.nn.Module) -> int:
     return getattr(module, "ensemble", 1)
 
 
-def report_members(trainer: Trainer, module: LightningModule, measures: Mapping[str, Tensor]) -> None:
+def report_members(
+    trainer: Trainer, module: LightningModule, measures: Mapping[str, Tensor], shares: Collection[str] = ()
+) -> None:
     """Log the mean over members of each measure, and keep every member's value for the run's record.
 
     Goes to the loggers and to `trainer.callback_metrics` at once, from any hook. The values have to be the same on
@@ -28,6 +32,8 @@ def report_members(trainer: Trainer, module: LightningModule, measures: Mapping[
         trainer: The trainer.
         module: The module; its dictionary `members` takes the values, where it has one.
         measures: Name -> values_S.
+        shares: Those of them that are 0 or 1 for each member, which is one sample of a share: the module's `counts` and
+            `intervals`, where it has them, take that.
     """
     means = {name: values_S.detach().float().nanmean() for name, values_S in measures.items()}
     trainer.callback_metrics.update({name: value.cpu() for name, value in means.items()})
@@ -36,3 +42,7 @@ def report_members(trainer: Trainer, module: LightningModule, measures: Mapping[
         logger.log_metrics({name: value.item() for name, value in means.items()}, step=step)
     if (members := getattr(module, "members", None)) is not None:
         members.update({name: values_S.detach().float().cpu() for name, values_S in measures.items()})
+    if hasattr(module, "counts") and hasattr(module, "intervals"):
+        module.counts.update(dict.fromkeys(shares, 1))
+        if ensemble_size(module) == 1:  # of an ensemble, a study makes each member's
+            module.intervals.update({name: wilson_interval(measures[name].item(), 1) for name in shares})

@@ -73,8 +73,8 @@ class Attempt:
             self.folder.rename(aside)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        for events in aside.glob("events.out.tfevents*"):
-            shutil.copy(events, self.folder)  # so that curves begin where the run began
+        for curves in [*aside.glob("events.out.tfevents*"), *aside.glob("members.jsonl")]:
+            shutil.copy(curves, self.folder)  # so that curves begin where the run began
         return aside / LAST if _is_intact(aside / LAST) else None
 
 

@@ -60,11 +60,11 @@ class Orthogonality:
             self.network.load_state_dict(state)
 
     @torch.no_grad()
-    def residual(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def residual(self, tokens: Tensor) -> Tensor:
         """The anchor's stream x'_SBTD."""
         network = self.network.to(tokens.device)
         if self.members > 1:
-            return call_members(network, self.members, tokens, labels, with_residual=True)[1]
+            return call_members(network, self.members, tokens, with_residual=True)[1]
         return network(tokens, with_residual=True)[1][None]
 
     def cosine(self, x_SBTD: Tensor, anchor_SBTD: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ class Orthogonality:
 
     def penalty(self, x_SBTD: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
         """The penalty of each member, [S]."""
-        cosine_SBT = self.cosine(x_SBTD, self.train_residual(tokens, labels))
+        cosine_SBT = self.cosine(x_SBTD, self.train_residual(tokens))
         asked_SBT = (labels != IGNORE).expand(cosine_SBT.shape)
         terms_SBT = (cosine_SBT.square() if self.form == "squared" else cosine_SBT) * asked_SBT
-        mean_S = terms_SBT.flatten(1).sum(1) / asked_SBT.flatten(1).sum(1)
+        mean_S = terms_SBT.flatten(1).sum(1) / asked_SBT.flatten(1).sum(1).clamp(min=1)
         return mean_S if self.form == "squared" else mean_S.abs()
 
 

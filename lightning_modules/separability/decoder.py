@@ -118,7 +118,8 @@ class Decoder(nn.Module):
         kind = nn.LayerNorm if norm == "layer" else nn.Identity
         self.token_embedding, self.position_embedding = nn.Embedding(vocab_size, width), nn.Embedding(seq_len, width)
         self.embedding = nn.Identity()
-        self.blocks = nn.ModuleList(Block(seq_len, width, heads, mlp_width or 4 * width, kind) for _ in range(depth))
+        mlp_width = 4 * width if mlp_width is None else mlp_width
+        self.blocks = nn.ModuleList(Block(seq_len, width, heads, mlp_width, kind) for _ in range(depth))
         self.final_residual, self.final_norm = nn.Identity(), kind(width)
         self.unembed = nn.Linear(width, vocab_size, bias=False)
         for layer in (self.token_embedding, self.position_embedding, self.unembed):

@@ -12,7 +12,7 @@ from lightning_modules.text import IGNORE
 
 
 def member_losses(logits_SBTV: Tensor, labels: Tensor, double: bool = False) -> Tensor:
-    """Mean cross-entropy over each member's labelled positions, in nats, [S]; in fp32, or in fp64.
+    """Mean cross-entropy over each member's labelled positions, in nats, [S], 0 without any; in fp32 or fp64.
 
     Args:
         logits_SBTV: Logits.
@@ -24,7 +24,7 @@ def member_losses(logits_SBTV: Tensor, labels: Tensor, double: bool = False) -> 
     losses = cross_entropy(
         logits_NV.double() if double else logits_NV.float(), labels_SN.flatten(), ignore_index=IGNORE, reduction="none"
     )
-    return losses.view(labels_SN.shape).sum(1) / (labels_SN != IGNORE).sum(1)
+    return losses.view(labels_SN.shape).sum(1) / (labels_SN != IGNORE).sum(1).clamp(min=1)
 
 
 class Separation(Metric):

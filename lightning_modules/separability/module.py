@@ -76,14 +76,14 @@ class Separability(LightningModule):
     ):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "seq_len": seq_len, "width": width, "depth": depth, "heads": heads}
-        for name, size in {**sizes, "ensemble": ensemble, "mlp_width": mlp_width or 1}.items():
+        for name, size in {**sizes, "ensemble": ensemble, "mlp_width": 1 if mlp_width is None else mlp_width}.items():
             if size < 1:
                 raise ValueError(f"model.{name} must be at least 1, not {size}")
         if width % heads:
             raise ValueError(f"model.heads must divide model.width: {heads} does not divide {width}")
         self.vocab_size, self.seq_len, self.width, self.ensemble = vocab_size, seq_len, width, ensemble
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
-        self.start, self.orthogonality, self.double = start, orthogonality, loss_precision == "fp64"
+        self.start, self.orthogonality, self._double = start, orthogonality, loss_precision == "fp64"
         self.compile_step, self.save_members = compile, save_members
         self.first_seed = torch.initial_seed() if seed is None else seed
         seeds = [self.first_seed + member for member in range(ensemble)]
@@ -96,14 +96,21 @@ class Separability(LightningModule):
         self._losses = self.losses  # compiled at the start of fit, if asked for
 
     def setup(self, stage: str) -> None:
-        """Check the data's sizes, and load the weights of `start` and of the anchor."""
+        """Check precision and the data's sizes, and load the weights of `start` and of the anchor."""
+        if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
+            raise ValueError(f"trainer.precision: {precision} rounds small updates away, use bf16-mixed or 32-true")
         data = self.trainer.datamodule
-        for name in ("vocab_size", "seq_len"):
-            needed, given = getattr(data, name, 0), getattr(self, name)
-            if needed > given:
+        for name in ("vocab_size", "seq_len") if data else ():
+            if (needed := getattr(data, name, None)) is None:
+                raise ValueError(
+                    f"data: {type(data).__name__} has no {name} and gives Separability no sequences of tokens, as "
+                    "InterleavedStreams, ModularArithmetic and TextCorpus do"
+                )
+            if needed > (given := getattr(self, name)):
                 raise ValueError(f"model.{name} is {given} and the data needs {needed}: set --model.{name} {needed}")
-        if self.start and stage == "fit":
+        if self.start and not self.trainer.ckpt_path:  # whose weights are taken otherwise
             self.network.load_state_dict(load_network(self.start, self.network, self.ensemble, "model.start"))
+        self.start = None  # a test after training keeps what was learnt
         if self.orthogonality:
             self.orthogonality.load(self.network, self.ensemble)
 
@@ -148,10 +155,11 @@ class Separability(LightningModule):
     def losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each member's cross-entropy, with logits and last residual stream: (loss_S, logits_SBTV, x_SBTD)."""
         logits_SBTV, x_SBTD = self.call(tokens, labels)
-        return member_losses(logits_SBTV, labels, self.double), logits_SBTV, x_SBTD
+        return member_losses(logits_SBTV, labels, self._double), logits_SBTV, x_SBTD
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of the members' losses, so that each has the gradient that it would have alone."""
+        self._last_step = None  # frees logits before there are new ones
         loss_S, logits_SBTV, x_SBTD = self._losses(batch["tokens"], batch["labels"])
         self.members["train/loss"] = loss_S.detach()
         self.log("train/loss", loss_S.detach().mean(), batch_size=1, prog_bar=True)
@@ -175,12 +183,14 @@ class Separability(LightningModule):
             gradient.mul_(factor_S.view(-1, *[1] * (gradient.dim() - 1)))
 
     def on_validation_epoch_start(self) -> None:
-        """The share of right answers in the last training step, which costs no pass of its own."""
+        """The share of right answers in the last training step, which costs no pass of its own; of all ranks."""
         if self._last_step is not None:
             logits_SBTV, labels = self._last_step
             labelled, hit = labels != IGNORE, logits_SBTV.argmax(3) == labels
-            shares_S = (hit & labelled).flatten(1).sum(1) / labelled.expand(hit.shape).flatten(1).sum(1)
-            self.log_members({"train/accuracy": shares_S})
+            counts_2S = torch.stack([(hit & labelled).flatten(1).sum(1), labelled.expand(hit.shape).flatten(1).sum(1)])
+            hits_S, asked_S = self.trainer.strategy.reduce(counts_2S, reduce_op="sum")
+            self.log_members({"train/accuracy": hits_S / asked_S})
+            self.members["train/loss"] = self.trainer.strategy.reduce(self.members["train/loss"], reduce_op="mean")
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure."""
@@ -188,7 +198,7 @@ class Separability(LightningModule):
         logits_SBTV, x_SBTD = self.call(batch["tokens"], labels)
         cosine_SBT = None
         if self.orthogonality:
-            cosine_SBT = self.orthogonality.cosine(x_SBTD, self.orthogonality.residual(batch["tokens"], labels))
+            cosine_SBT = self.orthogonality.cosine(x_SBTD, self.orthogonality.residual(batch["tokens"]))
         unembed_SVD = self.network.unembed.weight.view(self.ensemble, self.vocab_size, self.width)
         self.separation.update(logits_SBTV, x_SBTD, labels, unembed_SVD, cosine_SBT)
 
@@ -210,8 +220,8 @@ class Separability(LightningModule):
 
     def _bounds(self) -> dict[str, Tensor]:
         """What the task lets accuracy be, told beside it: a blind guess's, and the best that is possible, if known."""
-        known = {name: getattr(self.trainer.datamodule, name, None) for name in ("chance", "ceiling")}
-        return {f"test/{name}": torch.full([self.ensemble], x) for name, x in known.items() if x is not None}
+        told = {f"test/{name}": getattr(self.trainer.datamodule, name, None) for name in ("chance", "ceiling")}
+        return {name: torch.full([self.ensemble], x, device=self.device) for name, x in told.items() if x is not None}
 
     def _log_separation(self, stage: str) -> None:
         measured, count = self.separation.compute()
