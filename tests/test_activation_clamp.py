@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from toy_classifier import Classifier, loader, trainer, within_class_spread
 
-from callbacks.activation_clamp import ActivationClamp, clamp_radius, clamp_spread
+from callbacks.activation_clamp import ActivationClamp, clamp_mean_radius, clamp_radius, clamp_spread
 
 REFERENCE = {"radius": 3.0, "spread.target": 0.7, "spread.batch": 2.5}
 
@@ -33,6 +33,15 @@ def test_radius_is_hit_at_every_position():
     torch.testing.assert_close(norms, torch.full_like(norms, 2.5), rtol=1e-5, atol=0)
     cosine = nn.functional.cosine_similarity(clamped, x, dim=-1).flatten()[1:]
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
+
+
+def test_mean_radius_is_hit_by_one_factor():
+    x = torch.randn(4, 50, 16) * torch.rand(4, 50, 1).mul(5).exp()
+    x[0, 0] = 0
+    clamped = clamp_mean_radius(x, 2.5)
+    torch.testing.assert_close(clamped.norm(dim=-1).mean(), torch.tensor(2.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(clamped, x * (2.5 / x.norm(dim=-1).mean()))
+    assert torch.equal(clamp_mean_radius(torch.zeros(3, 4), 2.5), torch.zeros(3, 4))
 
 
 def test_spread_is_hit_and_class_means_stay():
@@ -93,6 +102,14 @@ def test_naive_sets_the_radius_in_every_stage(site, tmp_path, reference):
     assert {stage for stage, _ in module.seen} == {"train", "validate", "test"}
     for _, x in module.seen:
         torch.testing.assert_close(x.norm(dim=-1), torch.full(x.shape[:2], 3.0), rtol=1e-5, atol=0)
+
+
+def test_naive_over_the_batch_keeps_the_ratios_of_norms(tmp_path, reference):
+    module = Classifier()
+    clamp = ActivationClamp("residual", "naive", reference, classes="batch")
+    trainer(tmp_path, clamp).test(module, loader(), verbose=False)
+    for (_, x), given in zip(module.seen, module.given, strict=True):
+        torch.testing.assert_close(x, given * (3.0 / given.norm(dim=-1).mean()))
 
 
 @pytest.mark.parametrize("classes", ["target", "batch"])
@@ -182,6 +199,8 @@ def test_generation_amid_training_has_no_classes_to_clamp(tmp_path, reference):
 def test_errors_are_one_sentence_and_early(tmp_path, reference):
     with pytest.raises(ValueError, match="needs `reference`"):
         ActivationClamp("residual", "naive")
+    with pytest.raises(ValueError, match="ActivationClamp: `during` names no stage"):
+        ActivationClamp("residual", "zero", during=[])
     with pytest.raises(FileNotFoundError, match="ActivationReference"):
         trainer(tmp_path, ActivationClamp("residual", "naive", "missing.safetensors")).fit(Classifier(), loader())
     with pytest.raises(ValueError, match=r"'residul'.*'residual'"):

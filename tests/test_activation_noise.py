@@ -62,7 +62,9 @@ class Network(nn.Module):
     def forward(self, x):
         x = self.mix(x)
         first = self.residual[0](x)
-        return torch.stack([x, first, self.residual[1](x), self.pair(x)[0]])
+        paired, cache = self.pair(x)
+        assert cache == "cache"
+        return torch.stack([x, first, self.residual[1](x), paired])
 
 
 class Watched(LightningModule):
@@ -74,7 +76,7 @@ class Watched(LightningModule):
         self.ensemble = members
         self.network = Network()
         self.stacked, _ = stack_module_state([self.network] * members)
-        self.seen = {"train": [], "validate": [], "test": [], "sanity_check": []}
+        self.seen = {"train": [], "validate": [], "test": [], "sanity_check": [], "predict": []}
 
     def forward(self, x):
         if self.ensemble == 1:
@@ -90,7 +92,7 @@ class Watched(LightningModule):
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.seen[self.trainer.state.stage.value].append(self(batch))
 
-    test_step = validation_step
+    test_step = predict_step = validation_step
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -156,18 +158,20 @@ def test_strength_zero_changes_no_bit(tmp_path):
     assert torch.equal(first[1], first[0])
 
 
-@pytest.mark.parametrize("during", [None, ["fit"], ["validate"], ["test"]])
+@pytest.mark.parametrize("during", [None, ["fit"], ["validate"], ["test"], ["predict"]])
 def test_only_its_stages_are_touched(during, tmp_path):
     module, noise = Watched(), ActivationNoise("residual.*", 0.1, during=during)
     trainer_of(tmp_path, noise, max_steps=3).fit(module, loader(), loader())
     run_test(module, tmp_path, noise)
+    trainer_of(tmp_path, noise).predict(module, loader())
     noisy = {name: not all(torch.equal(x[1], x[0]) for x in seen) for name, seen in module.seen.items()}
-    stages = during or ["validate", "test"]
+    stages = during or ["validate", "test", "predict"]
     assert noisy == {
         "train": "fit" in stages,
         "validate": "validate" in stages,
         "sanity_check": "validate" in stages,
         "test": "test" in stages,
+        "predict": "predict" in stages,
     }
     clean = run_test(module, tmp_path)  # the hooks are off
     assert all(torch.equal(x[1], x[0]) for x in clean)
@@ -185,5 +189,7 @@ def test_noise_differs_between_steps_of_fit(tmp_path):
 def test_mistakes_are_told(tmp_path):
     with pytest.raises(ValueError, match="`strength` must not be negative, got -1"):
         ActivationNoise("residual.*", -1)
+    with pytest.raises(ValueError, match="ActivationNoise: `during` names no stage"):
+        ActivationNoise("residual.*", 0.1, during=[])
     with pytest.raises(ValueError, match="No module matches 'residul'; the nearest names are"):
         run_test(Watched(), tmp_path, ActivationNoise("residul", 0.1))

@@ -40,19 +40,21 @@ def launch(folder):
         sizes |= {"trainer.strategy": "ddp"} if processes > 1 else {}
         options = [text for key, value in sizes.items() for text in (f"--{key}", str(value))]
         options += [*map(str, args), "--trainer.default_root_dir", where]
-        line = [command, "--config", "configs/telepathy_v15.yaml", *options]
-        if processes == 1:
-            with contextlib.chdir(folder):
-                cli.main(line)
-            return folder / where
-        ours = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
-        others = {name: value for name, value in os.environ.items() if not name.startswith(("CROSSTALK", "PL_"))}
-        program = [sys.executable, str(ROOT / "main.py"), *line]
-        done = subprocess.run(program, cwd=folder, env=others | ours, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run(folder, [command, "--config", "configs/telepathy_v15.yaml", *options], processes)
         return folder / where
 
     return call
+
+
+def run(folder: Path, line: list[str], processes: int) -> None:
+    if processes == 1:
+        with contextlib.chdir(folder):
+            return cli.main(line)
+    ours = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("CROSSTALK", "PL_"))}
+    program = [sys.executable, str(ROOT / "main.py"), *line]
+    done = subprocess.run(program, cwd=folder, env=others | ours, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def series(folder: Path, name: str) -> list[float]:
@@ -97,3 +99,24 @@ def test_a_checkpoint_has_the_same_measures_on_two_processes(launch, two):
         assert sorted(lines[0]) == sorted(lines[1])
     for name in ("test/accuracy", "twin/twin_consistency"):
         assert records[0]["intervals"][name] == pytest.approx(records[1]["intervals"][name])
+
+
+def test_members_have_the_same_measures_on_two_processes(folder):
+    sizes = {"model.vocab_size": 31, "data.vocab_size": 31, "model.seq_len": 12, "data.seq_len": 12, "model.width": 16}
+    sizes |= {"model.heads": 2, "model.ensemble": 2, "model.warmup_steps": 1, "data.validation_size": 16}
+    sizes |= {"data.test_size": 16, "trainer.max_steps": STEPS, "trainer.val_check_interval": STEPS}
+    sizes |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
+    members = []
+    for processes in (1, 2):
+        own = {"data.batch_size": BATCH // processes, "data.eval_batch_size": 8 // processes}
+        own |= {"trainer.devices": processes, "trainer.default_root_dir": f"members_{processes}"}
+        own |= {"trainer.strategy": "ddp"} if processes > 1 else {}
+        options = [text for key, value in (sizes | own).items() for text in (f"--{key}", str(value))]
+        run(folder, ["fit", "--config", "configs/separability_interleaved.yaml", *options], processes)
+        members.append(json.loads((folder / f"members_{processes}" / "results.json").read_text())["members"])
+    alone, shared = members
+    assert set(shared) == set(alone)
+    assert {"train/accuracy", "train/loss", "test/accuracy", "test/sigma2", "test/ceiling"} <= set(alone)
+    for name, values in alone.items():
+        assert shared[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
+    assert len(set(alone["train/loss"])) == 2

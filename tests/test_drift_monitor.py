@@ -140,6 +140,8 @@ def _in(pair, tmp_path):
 def test_mistakes_are_told(tmp_path):
     with pytest.raises(ValueError, match="at least one group"):
         DriftMonitor({})
+    with pytest.raises(ValueError, match="a name pattern in each"):
+        DriftMonitor({"q": []})
     with pytest.raises(ValueError, match="`patience` must be positive, got 0"):
         DriftMonitor(GROUPS, patience=0)
     with pytest.raises(ValueError, match="No parameter matches 'aa'; the nearest names are: 'a'"):

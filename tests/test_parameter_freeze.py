@@ -172,6 +172,8 @@ def test_errors_come_at_once(tmp_path):
         fit(Regression(), tmp_path, [ParameterFreeze(["net.9.weight"], at_step=5)], max_steps=1)
     with pytest.raises(ValueError, match="-1"):
         ParameterFreeze(FROZEN, at_step=-1)
+    with pytest.raises(ValueError, match=r"\['\*'\] at step 0 leaves nothing to train"):
+        fit(Regression(), tmp_path, [ParameterFreeze(["*"])], max_steps=1)
 
 
 def test_two_freezes_have_states_of_their_own():

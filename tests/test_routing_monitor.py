@@ -177,6 +177,10 @@ def test_mistakes_are_told(tmp_path):
         fit(Shifting(), tmp_path, RoutingMonitor(n_samples=0), 1)
     with pytest.raises(ValueError, match="No module matches 'pattrn'; the nearest names are: 'block"):
         fit(Shifting(), tmp_path, RoutingMonitor("pattrn"), 1)
+    with pytest.raises(ValueError, match="Two RoutingMonitor callbacks would log under one name"):
+        Trainer(accelerator="cpu", max_steps=1, callbacks=[RoutingMonitor(), RoutingMonitor()], **QUIET).fit(
+            Shifting(), DataLoader(Sequences())
+        )
     blind = Shifting()
     blind.activations = None
     with pytest.raises(ValueError, match=r"needs `activations\(tokens, sites\)`, which Shifting does not have"):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from callbacks.stability_monitor import StabilityEvents, StabilityMonitor
+from lightning_modules.metrics import wilson_interval
 
 NAN = math.nan
 TRACES = {
@@ -59,7 +60,7 @@ class Scripted(LightningModule):
         self.script_NS = torch.tensor(script_NS)
         self.ensemble = self.script_NS.shape[1]
         if keeps_members:
-            self.members, self.counts = {}, {}
+            self.members, self.counts, self.intervals = {}, {}, {}
         self.weight = nn.Parameter(torch.zeros(1))
 
     def training_step(self, batch, batch_idx):
@@ -105,6 +106,12 @@ def test_a_module_without_members_is_measured_by_what_it_logs(tmp_path):
     module = Scripted([[0.1], [1.0], [0.2], [1.0]], keeps_members=False)
     metrics = fit(module, tmp_path, StabilityMonitor(), 4).callback_metrics
     assert_measures({name: metrics[f"stability/{name}"][None] for name in MEASURES}, [[2.0, 1.0, 1.0, 4.0, 0.0]])
+
+
+def test_one_run_is_one_sample_of_a_share(tmp_path):
+    module = Scripted([[1.0], [1.0], [1.0]])
+    fit(module, tmp_path, StabilityMonitor(settle=1), 3)
+    assert (module.counts, module.intervals) == ({"stability/stable": 1}, {"stability/stable": wilson_interval(1, 1)})
 
 
 def test_sanity_check_and_validation_outside_fit_do_not_count(tmp_path):
