@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+import torch
 from scipy import stats
 
 from studies import report
+from studies.attempt import Attempt
 from studies.claims import judge, parse
 from studies.statistics import Measured
 from studies.study import Run, Study
@@ -55,6 +57,18 @@ def test_each_member_is_a_seed(study):
     values = [measured.value for measured in margins.values()]
     assert values[:5] == [2.0, 2.5, 3.0, 2.25, 2.75]
     assert math.isnan(values[5])  # a member without a value is not passed over
+
+
+def test_curves_of_a_run_that_is_taken_up_again_begin_where_it_began(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save({"global_step": 7}, folder / "checkpoints" / "last.ckpt")
+    for name in ("members.jsonl", "events.out.tfevents.1", "results.json"):
+        (folder / name).write_text(name)
+    checkpoint = Attempt("fit", "", folder)._set_aside()
+    assert torch.load(checkpoint, weights_only=True) == {"global_step": 7}
+    assert sorted(path.name for path in folder.iterdir()) == ["events.out.tfevents.1", "members.jsonl"]
+    assert (folder / "members.jsonl").read_text() == "members.jsonl"
 
 
 def test_an_ordinary_runs_seed_is_its_own(study):
