@@ -176,6 +176,9 @@ class SequenceTask(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Make the held-out rows and tell what scores mean, once."""
+        if hasattr(self._module, "collate"):
+            reader, own = type(self._module).__name__, type(self).__name__
+            raise ValueError(f"data: {own} gives sequences of tokens, and {reader} reads problems in words")
         if self._held_out:
             return
         sizes: dict[Split, int] = {"validation": self.validation_size, "test": self.test_size}

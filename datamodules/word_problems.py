@@ -117,6 +117,10 @@ class WordProblems(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read or make the fixed sets, once."""
+        module = self.trainer and self.trainer.lightning_module
+        if module and not hasattr(module, "collate"):
+            reader, own = type(module).__name__, type(self).__name__
+            raise ValueError(f"data: {own} gives problems in words, and {reader} reads sequences of tokens")
         if self.eval_problems:
             return
         match self.source:

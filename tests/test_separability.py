@@ -183,8 +183,12 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, options, said):
 
 
 def test_data_and_precision_that_do_not_fit_are_told(tmp_path):
-    with pytest.raises(ValueError, match="WordProblems has no vocab_size and gives Separability no sequences"):
+    with pytest.raises(ValueError, match="WordProblems gives problems in words, and Separability reads sequences"):
         trainer(tmp_path, 1).fit(Separability(**SIZES), datamodule=WordProblems())
+    reader = Separability(**SIZES)
+    reader.collate = list
+    with pytest.raises(ValueError, match="InterleavedStreams gives sequences of tokens, and Separability reads"):
+        trainer(tmp_path, 1).fit(reader, datamodule=streams())
     with pytest.raises(ValueError, match="bf16-true rounds small updates away, use bf16-mixed"):
         trainer(tmp_path, 1, precision="bf16-true").fit(Separability(**SIZES), datamodule=streams())
     trainer(tmp_path, 1, precision="64-true").fit(Separability(**SIZES), datamodule=streams())

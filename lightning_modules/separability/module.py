@@ -100,13 +100,9 @@ class Separability(LightningModule):
         if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
             raise ValueError(f"trainer.precision: {precision} rounds small updates away, use bf16-mixed or 32-true")
         data = self.trainer.datamodule
-        for name in ("vocab_size", "seq_len") if data else ():
-            if (needed := getattr(data, name, None)) is None:
-                raise ValueError(
-                    f"data: {type(data).__name__} has no {name} and gives Separability no sequences of tokens, as "
-                    "InterleavedStreams, ModularArithmetic and TextCorpus do"
-                )
-            if needed > (given := getattr(self, name)):
+        for name in ("vocab_size", "seq_len"):
+            needed, given = getattr(data, name, 0), getattr(self, name)
+            if needed > given:
                 raise ValueError(f"model.{name} is {given} and the data needs {needed}: set --model.{name} {needed}")
         if self.start and not self.trainer.ckpt_path:  # whose weights are taken otherwise
             self.network.load_state_dict(load_network(self.start, self.network, self.ensemble, "model.start"))
