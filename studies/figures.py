@@ -4,6 +4,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,18 +106,21 @@ def _grids(study: Study, by_arm: dict[str, Series]) -> dict[str, tuple[list[str]
 
 
 def _logged(run: Run) -> Callable[[str], dict[int, list[float]]]:
-    """What a run logged, read once for all curves: scalar -> step -> its values, one for each member."""
-    events = EventAccumulator(str(run.folder), size_guidance=STEPS).Reload()
+    """What a run logged, read at most once: scalar -> step -> its values, one for each member."""
     path = run.folder / "members.jsonl"
     members = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @cache
+    def events() -> EventAccumulator:
+        return EventAccumulator(str(run.folder), size_guidance=STEPS).Reload()
 
     def of(scalar: str) -> dict[int, list[float]]:
         if any(scalar in line for line in members):
             return {line["step"]: [x for x in line.get(scalar, []) if x is not None] for line in members}
-        if scalar not in events.Tags()["scalars"]:
+        if scalar not in events().Tags()["scalars"]:
             return {}
         # By step, for a run that was broken off may have passed it twice
-        return {event.step: [event.value] for event in events.Scalars(scalar)}
+        return {event.step: [event.value] for event in events().Scalars(scalar)}
 
     return of
 
