@@ -6,13 +6,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from callbacks.activation_reference import IGNORED, fitting_labels, labels_of, read_reference
-from callbacks.hooked import STAGES, HookedCallback, Stages, replace_first, step_generator, step_key
+from callbacks.activation_reference import fitting_labels, labels_of, read_reference
+from callbacks.hooked import StagedCallback, Stages, replace_first
 from lightning_modules.ensemble import member_call
 from lightning_modules.members import ensemble_size
 from lightning_modules.sites import match_modules
+from lightning_modules.text import IGNORE
 
 
 def clamp_radius(x: Tensor, radius: float | Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def clamp_spread(x: Tensor, classes: Tensor, spread: float | Tensor) -> Tensor:
     is_new_N = torch.cat([sorted_N.new_zeros(1), (sorted_N[1:] != sorted_N[:-1]).long()])
     # The classes that occur, renumbered from 0: a table of N rows then holds them, however many labels there are.
     row_N = torch.empty_like(classes_N).scatter_(0, order_N, is_new_N.cumsum(0))
-    weight_N1 = (classes_N != IGNORED).to(x.dtype).unsqueeze(1)
+    weight_N1 = (classes_N != IGNORE).to(x.dtype).unsqueeze(1)
 
     counts_N1 = torch.zeros_like(weight_N1).index_add(0, row_N, weight_N1)
     means_ND = torch.zeros_like(x_ND).index_add(0, row_N, x_ND * weight_N1) / counts_N1.clamp(min=1)
@@ -55,7 +55,7 @@ def clamp_spread(x: Tensor, classes: Tensor, spread: float | Tensor) -> Tensor:
     return (x_ND + (scale - 1) * deviation_ND).view_as(x)
 
 
-class ActivationClamp(HookedCallback):
+class ActivationClamp(StagedCallback):
     """Replaces the output x of every module that matches `site`, differentiably and in at least fp32.
 
     - `naive`: x r*/|x|, the norm of every position set to the reference's mean radius r*.
@@ -106,17 +106,14 @@ class ActivationClamp(HookedCallback):
             raise ValueError(f"ActivationClamp(mode={mode!r}) needs `reference`, a file from ActivationReference.")
         if reference is not None and not uses_reference:
             rank_zero_warn(f"ActivationClamp(mode={mode!r}) ignores `reference`.")
+        super().__init__(during, ["fit", "validate", "test", "predict"], seed)
         self.site = site
         self.mode = mode
         self.reference = reference if uses_reference else None
-        self.during = self._stages(during, ["fit", "validate", "test", "predict"])
         self.classes = classes
         self.labels = labels
-        self.seed = seed
-        self._handles: list[RemovableHandle] = []
         self._labels: Tensor | None = None
         self._targets: dict[Tensor, Tensor] = {}  # of ensembles, on the device
-        self._step: tuple[int, ...] = ()
         self._training_in_step: bool | None = None
 
     @property
@@ -138,7 +135,7 @@ class ActivationClamp(HookedCallback):
         # Compiled modules leave their graph here: the hook depends on the stage and on the step.
         @torch.compiler.disable
         def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
-            if self.mode == "identity" or STAGES.get(trainer.state.stage) not in self.during:
+            if self.mode == "identity" or not self._acts(trainer):
                 return output
             if self.mode == "mean_preserving" and pl_module.training is not self._training_in_step:
                 return output
@@ -170,7 +167,7 @@ class ActivationClamp(HookedCallback):
                     classes = x.new_zeros(x.shape[:-1], dtype=torch.long) if labels is None else labels.clamp(max=0)
                 return clamp_spread(x, classes, target)
             case "random_direction":
-                generator = step_generator(x, self.seed, index, *self._step)
+                generator = self._generator(x, index)
                 direction = torch.randn(x.shape, generator=generator, device=x.device)
                 displacement = (clamp_radius(x, target) - x).norm(dim=-1, keepdim=True)
                 return x + displacement * nn.functional.normalize(direction, dim=-1)
@@ -182,20 +179,14 @@ class ActivationClamp(HookedCallback):
                 return x.roll(1, 0)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
+        super()._begin(trainer, pl_module, batch, batch_idx, loader)
         self._labels = labels_of(batch, self.labels)
-        self._step = step_key(trainer, batch_idx, loader)
         # Steps and evaluation by generation inside them are told apart by the mode: the latter switches to eval.
         self._training_in_step = pl_module.training
 
     def _end(self, *_: Any) -> None:
         self._labels = None
         self._training_in_step = None
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Seeds the random directions."""
-        self._step = step_key(trainer, batch_idx, dataloader_idx)
 
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = _begin
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = _end

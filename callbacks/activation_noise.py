@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from callbacks.hooked import STAGES, HookedCallback, Stages, replace_first, step_generator, step_key
+from callbacks.hooked import StagedCallback, Stages, replace_first
 from lightning_modules.sites import match_modules
 
 
@@ -28,7 +27,7 @@ def add_noise(x: Tensor, strength: float, relative: bool, generator: torch.Gener
     return x + sigma * x.shape[-1] ** -0.5 * noise
 
 
-class ActivationNoise(HookedCallback):
+class ActivationNoise(StagedCallback):
     """Adds Gaussian noise to the output x of every module that matches `site`, in at least fp32.
 
     x + sigma u / sqrt(D), u standard normal in each of D elements, so that the noise has a length of about sigma; sigma
@@ -57,13 +56,10 @@ class ActivationNoise(HookedCallback):
     ) -> None:
         if strength < 0:
             raise ValueError(f"ActivationNoise: `strength` must not be negative, got {strength}.")
+        super().__init__(during, ["validate", "test", "predict"], seed)
         self.site = site
         self.strength = strength
         self.relative = relative
-        self.during = self._stages(during, ["validate", "test", "predict"])
-        self.seed = seed
-        self._handles: list[RemovableHandle] = []
-        self._step: tuple[int, ...] = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the site and hooks on."""
@@ -74,16 +70,11 @@ class ActivationNoise(HookedCallback):
         # Compiled modules leave their graph here: the hook depends on the stage and on the step.
         @torch.compiler.disable
         def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
-            if self.strength == 0 or STAGES.get(trainer.state.stage) not in self.during:
+            if self.strength == 0 or not self._acts(trainer):
                 return output
             return replace_first(output, self.site, noisy)
 
         def noisy(x: Tensor) -> Tensor:
-            return add_noise(x, self.strength, self.relative, step_generator(x, self.seed, index, *self._step))
+            return add_noise(x, self.strength, self.relative, self._generator(x, index))
 
         return hook
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
-        self._step = step_key(trainer, batch_idx, loader)
-
-    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _begin

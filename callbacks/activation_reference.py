@@ -19,8 +19,7 @@ from callbacks.hooked import HookedCallback, first_tensor
 from lightning_modules.ensemble import observe
 from lightning_modules.members import ensemble_size
 from lightning_modules.sites import match_modules
-
-IGNORED = -100
+from lightning_modules.text import IGNORE
 
 
 def labels_of(batch: Any, key: str) -> Tensor | None:
@@ -159,7 +158,7 @@ class _Moments:
     def add(self, x: Tensor, labels: Tensor | None) -> None:
         self.unlabelled |= labels is None
         labels = x.new_zeros(x.shape[:-1], dtype=torch.long) if labels is None else labels
-        x_ND, labels_N = x[labels != IGNORED].double(), labels[labels != IGNORED]
+        x_ND, labels_N = x[labels != IGNORE].double(), labels[labels != IGNORE]
         if not len(labels_N):
             return
         self._grow(int(labels_N.max()) + 1, x_ND.shape[1])

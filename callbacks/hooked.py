@@ -1,5 +1,6 @@
 """What callbacks that reach into a module have in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,12 +20,12 @@ STAGES = {
 Stages = list[Literal["fit", "validate", "test", "predict"]]
 
 
-class ReleasingCallback(Callback):
+class ReleasingCallback(Callback, ABC):
     """A callback that takes back what it did to the module when a run ends or fails."""
 
+    @abstractmethod
     def _release(self) -> None:
         """Take it back; may be called twice."""
-        raise NotImplementedError
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes it back."""
@@ -40,15 +41,43 @@ class HookedCallback(ReleasingCallback):
 
     _handles: Sequence[RemovableHandle] = ()
 
-    def _stages(self, during: Stages | None, default: Stages) -> Stages:
-        if during is not None and not during:
-            raise ValueError(f"{type(self).__name__}: `during` names no stage.")
-        return during or default
-
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+class StagedCallback(HookedCallback):
+    """A callback whose hooks act in some stages, with random numbers of the step in which they act.
+
+    Args:
+        during: The stages; None for those of `default`.
+        default: As above.
+        seed: Of the random numbers.
+
+    Raises:
+        ValueError: If `during` is empty.
+    """
+
+    def __init__(self, during: Stages | None, default: Stages, seed: int) -> None:
+        if during is not None and not during:
+            raise ValueError(f"{type(self).__name__}: `during` names no stage.")
+        self.during = during or default
+        self.seed = seed
+        self._handles: list[RemovableHandle] = []
+        self._step: tuple[int, ...] = ()  # what it is known by: the same in a repeated or resumed run
+
+    def _acts(self, trainer: Trainer) -> bool:
+        return STAGES.get(trainer.state.stage) in self.during
+
+    def _generator(self, x: Tensor, index: int) -> torch.Generator:
+        # One seed a step and module rather than one stream, for a checkpointed backward repeats the forward.
+        return torch.Generator(x.device).manual_seed(hash((self.seed, index, *self._step)) % 2**63)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
+        self._step = (trainer.global_rank, trainer.global_step, batch_idx, loader)
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _begin
 
 
 def first_tensor(output: Any, site: str) -> Tensor:
@@ -64,16 +93,3 @@ def replace_first(output: Any, site: str, change: Callable[[Tensor], Tensor]) ->
     x = first_tensor(output, site)
     changed = change(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
     return changed if isinstance(output, Tensor) else (changed, *output[1:])
-
-
-def step_key(trainer: Trainer, batch_idx: int, loader: int) -> tuple[int, ...]:
-    """What a step is known by, on this rank: the same in a repeated or resumed run."""
-    return trainer.global_rank, trainer.global_step, batch_idx, loader
-
-
-def step_generator(x: Tensor, *key: int) -> torch.Generator:
-    """Random numbers of a key, on the device of x.
-
-    One seed a step and module rather than one stream, for a checkpointed backward repeats the forward.
-    """
-    return torch.Generator(x.device).manual_seed(hash(key) % 2**63)

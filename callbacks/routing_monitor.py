@@ -16,7 +16,7 @@ from torch import Tensor
 
 from callbacks.quick_eval import eval_mode
 from callbacks.throughput import off_the_clock
-from lightning_modules.members import report_members
+from lightning_modules.members import refuse_second, report_members
 from lightning_modules.sites import match_modules
 
 
@@ -90,8 +90,7 @@ class RoutingMonitor(Callback):
         """Refuses what could only fail in mid-training."""
         if stage != "fit":
             return
-        if any(isinstance(other, RoutingMonitor) and other is not self for other in trainer.callbacks):
-            raise ValueError("Two RoutingMonitor callbacks would log under one name; keep one.")
+        refuse_second(trainer, self)
         for name in ("every_n_steps", "n_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RoutingMonitor: `{name}` must be at least 1, got {getattr(self, name)}.")

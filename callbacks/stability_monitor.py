@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_modules.members import report_members
+from lightning_modules.members import refuse_second, report_members
 
 
 class StabilityEvents:
@@ -107,8 +107,7 @@ class StabilityMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier fit."""
-        if any(isinstance(other, StabilityMonitor) and other is not self for other in trainer.callbacks):
-            raise ValueError("Two StabilityMonitor callbacks would log under one name; keep one.")
+        refuse_second(trainer, self)
         if stage == "fit":
             self._events = None
 

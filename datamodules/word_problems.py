@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning import LightningDataModule
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.batches import AsGiven, Batches, BatchLoader, FiniteBatches, StreamBatches
@@ -117,9 +117,8 @@ class WordProblems(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read or make the fixed sets, once."""
-        module = self.trainer and self.trainer.lightning_module
-        if module and not hasattr(module, "collate"):
-            reader, own = type(module).__name__, type(self).__name__
+        if self._module and not hasattr(self._module, "collate"):
+            reader, own = type(self._module).__name__, type(self).__name__
             raise ValueError(f"data: {own} gives problems in words, and {reader} reads sequences of tokens")
         if self.eval_problems:
             return
@@ -206,7 +205,7 @@ class WordProblems(LightningDataModule):
         return batches
 
     def _loader(self, batches: Batches, training: bool) -> BatchLoader:
-        module = self.trainer and self.trainer.lightning_module
+        module = self._module
         collate: Callable[[list[Problem]], Any] = partial(module.collate, training=training) if module else _as_is
         options: dict[str, Any] = {}
         if training and self.num_workers:
@@ -222,6 +221,10 @@ class WordProblems(LightningDataModule):
     @property
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _module(self) -> LightningModule | None:
+        return self.trainer.lightning_module if self.trainer else None
 
 
 def _split(problems: list[Problem], size: int, path: str | None) -> tuple[list[Problem], list[Problem]]:

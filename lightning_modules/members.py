@@ -9,7 +9,7 @@ Shapes: S members.
 from collections.abc import Collection, Mapping
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_modules.metrics import wilson_interval
@@ -43,6 +43,22 @@ def report_members(
     if (members := getattr(module, "members", None)) is not None:
         members.update({name: values_S.detach().float().cpu() for name, values_S in measures.items()})
     if hasattr(module, "counts") and hasattr(module, "intervals"):
-        module.counts.update(dict.fromkeys(shares, 1))
-        if ensemble_size(module) == 1:  # of an ensemble, a study makes each member's
-            module.intervals.update({name: wilson_interval(measures[name].item(), 1) for name in shares})
+        for name in shares:
+            count_samples(module, name, measures[name], 1)
+
+
+def count_samples(module: LightningModule, name: str, share_S: Tensor, count: int) -> None:
+    """Note behind how many samples each member's share stands, and its interval; an ensemble's are made by a study."""
+    module.counts[name] = count
+    if ensemble_size(module) == 1:
+        module.intervals[name] = wilson_interval(share_S.item() * count, count)
+
+
+def refuse_second(trainer: Trainer, callback: Callback) -> None:
+    """Refuse another callback of the kind, whose measures would have the same names.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if any(isinstance(other, type(callback)) and other is not callback for other in trainer.callbacks):
+        raise ValueError(f"Two {type(callback).__name__} callbacks would log under one name; keep one.")

@@ -18,6 +18,7 @@ from studies.study import Run, Study
 if TYPE_CHECKING:
     from studies.report import Values
 
+Logged = Callable[[str], dict[int, list[float]]]  # scalar -> step -> its values, one for each member
 STEPS = {"scalars": 0}  # EventAccumulator keeps a sample unless told to keep all
 
 
@@ -105,8 +106,8 @@ def _grids(study: Study, by_arm: dict[str, Series]) -> dict[str, tuple[list[str]
     return grids
 
 
-def _logged(run: Run) -> Callable[[str], dict[int, list[float]]]:
-    """What a run logged, read at most once: scalar -> step -> its values, one for each member."""
+def _logged(run: Run) -> Logged:
+    """What a run logged, read at most once."""
     path = run.folder / "members.jsonl"
     members = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -125,9 +126,7 @@ def _logged(run: Run) -> Callable[[str], dict[int, list[float]]]:
     return of
 
 
-def _histories(
-    scalar: str, runs: list[tuple[str, Callable[[str], dict[int, list[float]]]]]
-) -> dict[str, dict[int, list[float]]]:
+def _histories(scalar: str, runs: list[tuple[str, Logged]]) -> dict[str, dict[int, list[float]]]:
     """Arm -> step -> the scalar's values over seeds."""
     histories: dict[str, dict[int, list[float]]] = {}
     for arm, logged in runs:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_modules.ensemble import call_members, observe, stack_members
-from lightning_modules.metrics import wilson_interval
+from lightning_modules.members import count_samples
 from lightning_modules.schedule import with_schedule
 from lightning_modules.separability.anchor import Orthogonality, load_network, write_members
 from lightning_modules.separability.decoder import Decoder
@@ -222,10 +222,7 @@ class Separability(LightningModule):
     def _log_separation(self, stage: str) -> None:
         measured, count = self.separation.compute()
         self.log_members({f"{stage}/{name}": values_S for name, values_S in measured.items()})
-        name = f"{stage}/accuracy"
-        self.counts[name] = int(count)
-        if self.ensemble == 1:  # of an ensemble, a study makes each member's
-            self.intervals[name] = wilson_interval(measured["accuracy"].item() * self.counts[name], self.counts[name])
+        count_samples(self, f"{stage}/accuracy", measured["accuracy"], int(count))
         self.separation.reset()
 
     def log_members(self, values: dict[str, Tensor]) -> None:
