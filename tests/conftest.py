@@ -20,6 +20,8 @@ from lightning_modules.telepathy import Telepathy, TokenBridge
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a process for each of two cores: more threads would wait for one another
 
+# Of a trainer that leaves nothing
+QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
 ROOT = Path(__file__).parents[1]
 SMALL = {"batch_size": 8, "epoch_size": 800, "validation_size": 16, "eval_batch_size": 16, "test_sets": {"test": 16}}
 
@@ -76,8 +78,7 @@ def fit(tmp_path) -> Callable[..., Trainer]:
     """Trains a module on word problems without leaving anything, and gives the trainer."""
 
     def train(module: Telepathy, steps: int, data: WordProblems | None = None, **options) -> Trainer:
-        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-        quiet |= {"accelerator": "cpu", "default_root_dir": tmp_path, "limit_val_batches": 0, "max_steps": steps}
+        quiet = QUIET | {"accelerator": "cpu", "default_root_dir": tmp_path, "limit_val_batches": 0, "max_steps": steps}
         trainer = Trainer(**quiet | options)
         trainer.fit(module, datamodule=data or WordProblems(**SMALL))
         return trainer

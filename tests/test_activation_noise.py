@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import DataLoader
 
 from callbacks.activation_noise import ActivationNoise, add_noise
-
-QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 def seeded():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -50,8 +51,7 @@ class Trace(DriftMonitor):
 
 
 def fit(module, tmp_path, monitor, max_steps, ckpt_path=None, **flags):
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    flags = quiet | {"accelerator": "cpu", "max_steps": max_steps, "default_root_dir": tmp_path} | flags
+    flags = QUIET | {"accelerator": "cpu", "max_steps": max_steps, "default_root_dir": tmp_path} | flags
     trainer = Trainer(callbacks=[monitor], **flags)
     trainer.fit(module, DataLoader(torch.zeros(100, 1)), ckpt_path=ckpt_path, weights_only=True)
     return trainer

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from toy_attention import QK, TOKENS, Failing, Model, Sequences, assert_equal, state_of
 
 from callbacks.parameter_swap import ParameterSwap, swap_parameters
-
-QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 def trainer_of(tmp_path, *callbacks, **flags):

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -103,12 +104,8 @@ def fit(tmp_path, *callbacks, module=None, data=None, logger=False, ckpt_path=No
         accelerator="cpu",
         callbacks=list(callbacks),
         default_root_dir=tmp_path,
-        logger=logger,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         log_every_n_steps=1,
-        **flags,
+        **QUIET | {"logger": logger} | flags,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trainer, module, data

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks.routing_monitor import RoutingMonitor, js_divergence, routing_stability
-
-QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 def distribution(*values):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUIET
 from lightning import Trainer
 
 from callbacks import ActivationClamp, ActivationReference, ParameterFreeze
@@ -21,9 +22,8 @@ def streams(**options) -> InterleavedStreams:
 
 
 def trainer(folder: Path, steps: int, **options) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     options = {"accelerator": "cpu", "max_steps": steps, "limit_val_batches": 0, "default_root_dir": folder} | options
-    return Trainer(**quiet | options)
+    return Trainer(**QUIET | options)
 
 
 class Losses(torch.nn.Module):

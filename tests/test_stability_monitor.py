@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -27,7 +28,6 @@ TRACES = {
     "unmeasured": ([NAN, 1.0, NAN, 1.0, NAN], (20, 0, 0, 20, 1)),
 }
 MEASURES = ("reached_step", "collapses", "recoveries", "escape_step", "stable")
-QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 def assert_measures(measures, expected_SM):

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
@@ -80,11 +81,7 @@ def fit(module, tmp_path, *callbacks, n=10, wait_s=0.0, logger=False, ckpt_path=
         devices=1,
         callbacks=list(callbacks),
         default_root_dir=tmp_path,
-        logger=logger,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **flags,
+        **QUIET | {"logger": logger} | flags,
     )
     data = DataLoader(Sequences(n, wait_s), batch_size=BATCH)
     trainer.fit(module, data, DataLoader(Sequences(2), batch_size=BATCH), ckpt_path=ckpt_path)

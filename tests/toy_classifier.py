@@ -1,6 +1,7 @@
 """A classifier of positions over fixed sequences, with sites to clamp and to record."""
 
 import torch
+from conftest import QUIET
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -66,16 +67,7 @@ def loader(batch_size=12):
 
 def trainer(tmp_path, *callbacks, **flags):
     flags = {"max_steps": 3, "num_sanity_val_steps": 0, "strategy": "auto", "devices": 1} | flags
-    return Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **flags,
-    )
+    return Trainer(accelerator="cpu", callbacks=list(callbacks), default_root_dir=tmp_path, **QUIET | flags)
 
 
 def within_class_spread(x, labels):
