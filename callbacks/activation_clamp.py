@@ -8,11 +8,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.activation_reference import fitting_labels, labels_of, read_reference
-from callbacks.hooked import StagedCallback, Stages, replace_first
-from lightning_modules.ensemble import member_call
-from lightning_modules.members import ensemble_size
-from lightning_modules.sites import match_modules
-from lightning_modules.text import IGNORE
+from callbacks.base import StagedCallback, Stages, replace_first
+from datamodules.batch import IGNORE
+from datamodules.errors import UserError
+from lightning_modules.core.ensemble import member_call
+from lightning_modules.core.reporting import ensemble_size
+from lightning_modules.core.sites import match_modules
 
 
 def clamp_radius(x: Tensor, radius: float | Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class ActivationClamp(StagedCallback):
     is of an ensemble.
 
     Args:
-        site: Name pattern of the modules, see `lightning_modules.sites`.
+        site: Name pattern of the modules, see `lightning_modules.core.sites`.
         mode: What to do to x.
         reference: File that `ActivationReference` wrote in the control run, with this site's r* and s*.
         during: The stages in which the clamp acts; validation inside fit is `validate`. By default all.
@@ -86,8 +87,8 @@ class ActivationClamp(StagedCallback):
         seed: Of the random directions, which also depend on step and rank, and are the same in a resumed run.
 
     Raises:
-        FileNotFoundError: At `setup`, if the reference does not exist.
-        ValueError: If the mode lacks its reference or `during` is empty; at `setup`, if the site matches nothing or the
+        UserError: At `setup`, if the reference does not exist.
+        UserError: If the mode lacks its reference or `during` is empty; at `setup`, if the site matches nothing or the
             reference does not hold it; in a step, if classes are needed and the batch has no fitting labels.
     """
 
@@ -103,7 +104,7 @@ class ActivationClamp(StagedCallback):
     ) -> None:
         uses_reference = mode in ("naive", "mean_preserving", "random_direction")
         if uses_reference and reference is None:
-            raise ValueError(f"ActivationClamp(mode={mode!r}) needs `reference`, a file from ActivationReference.")
+            raise UserError(f"ActivationClamp(mode={mode!r}) needs `reference`, a file from ActivationReference.")
         if reference is not None and not uses_reference:
             rank_zero_warn(f"ActivationClamp(mode={mode!r}) ignores `reference`.")
         super().__init__(during, ["fit", "validate", "test", "predict"], seed)
@@ -158,7 +159,7 @@ class ActivationClamp(StagedCallback):
                 call = member_call()
                 labels = fitting_labels(call.labels if call else self._labels, x)
                 if self.classes == "target" and labels is None:
-                    raise ValueError(
+                    raise UserError(
                         f"ActivationClamp at {self.site!r} needs the class of every position, but the batch has no "
                         f"{self.labels!r} of shape {tuple(x.shape[:-1])}."
                     )

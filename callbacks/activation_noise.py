@@ -6,8 +6,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks.hooked import StagedCallback, Stages, replace_first
-from lightning_modules.sites import match_modules
+from callbacks.base import StagedCallback, Stages, replace_first
+from datamodules.errors import UserError
+from lightning_modules.core.sites import match_modules
 
 
 def add_noise(x: Tensor, strength: float, relative: bool, generator: torch.Generator) -> Tensor:
@@ -35,14 +36,14 @@ class ActivationNoise(StagedCallback):
     the noise. It acts on every forward of its stages, generation included.
 
     Args:
-        site: Name pattern of the modules, see `lightning_modules.sites`.
+        site: Name pattern of the modules, see `lightning_modules.core.sites`.
         strength: Length of the noise; 0 leaves x as it is, bit for bit.
         relative: Whether `strength` is a share of the position's own |x|, rather than in the units of x.
         during: The stages in which the noise is added; validation inside fit is `validate`. By default all but fit.
         seed: Of the noise, which also depends on module, rank, step and batch; the same in a repeated or resumed run.
 
     Raises:
-        ValueError: At once, if `strength` is negative or `during` empty; at `setup`, if the site matches nothing; in a
+        UserError: At once, if `strength` is negative or `during` empty; at `setup`, if the site matches nothing; in a
             step, if the module returns no tensor.
     """
 
@@ -55,7 +56,7 @@ class ActivationNoise(StagedCallback):
         seed: int = 0,
     ) -> None:
         if strength < 0:
-            raise ValueError(f"ActivationNoise: `strength` must not be negative, got {strength}.")
+            raise UserError(f"ActivationNoise: `strength` must not be negative, got {strength}.")
         super().__init__(during, ["validate", "test", "predict"], seed)
         self.site = site
         self.strength = strength

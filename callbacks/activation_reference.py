@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.hooked import HookedCallback, first_tensor
-from lightning_modules.ensemble import observe
-from lightning_modules.members import ensemble_size
-from lightning_modules.sites import match_modules
-from lightning_modules.text import IGNORE
+from callbacks.base import HookedCallback, first_tensor
+from datamodules.batch import IGNORE
+from datamodules.errors import UserError
+from lightning_modules.core.ensemble import observe
+from lightning_modules.core.reporting import ensemble_size
+from lightning_modules.core.sites import match_modules
 
 
 def labels_of(batch: Any, key: str) -> Tensor | None:
@@ -36,19 +37,19 @@ def read_reference(path: str, keys: list[str], members: int = 1) -> list[Tensor]
     """The statistics of those names, from a file that `ActivationReference` wrote: scalars, or [S] of an ensemble.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It lacks one of the names, or is of an ensemble of another size than `members`.
+        UserError: There is no such file.
+        UserError: It lacks one of the names, or is of an ensemble of another size than `members`.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no reference {path!r}; a run with an ActivationReference writes one.")
+        raise UserError(f"There is no reference {path!r}; a run with an ActivationReference writes one.")
     statistics = load_file(path)
     for key in keys:
         if key not in statistics:
             nearest = ", ".join(map(repr, get_close_matches(key, statistics, n=5, cutoff=0.0)))
-            raise ValueError(f"The reference {path!r} has no {key!r}; the nearest that it has are {nearest}.")
+            raise UserError(f"The reference {path!r} has no {key!r}; the nearest that it has are {nearest}.")
     for key in keys:
         if statistics[key].dim() and len(statistics[key]) != members:
-            raise ValueError(f"The reference {path!r} has {len(statistics[key])} members, and the model {members}.")
+            raise UserError(f"The reference {path!r} has {len(statistics[key])} members, and the model {members}.")
     return [statistics[key] for key in keys]
 
 
@@ -66,12 +67,12 @@ class ActivationReference(HookedCallback):
     file: the last one counts, so `test` after `fit` records the test set.
 
     Args:
-        site: Name pattern of the modules, see `lightning_modules.sites`.
+        site: Name pattern of the modules, see `lightning_modules.core.sites`.
         path: Where to write; by default `reference.safetensors` in the run's folder.
         labels: The batch's key of the target labels, one a position of x.
 
     Raises:
-        ValueError: At `setup`, if the site matches nothing, or if two of these callbacks would write one file.
+        UserError: At `setup`, if the site matches nothing, or if two of these callbacks would write one file.
     """
 
     def __init__(self, site: str, path: str | None = None, labels: str = "labels") -> None:
@@ -92,7 +93,7 @@ class ActivationReference(HookedCallback):
         """Finds the site."""
         writers = [callback for callback in trainer.callbacks if isinstance(callback, ActivationReference)]
         if any(other is not self and other.path == self.path for other in writers):
-            raise ValueError("Two ActivationReference callbacks write one file; give each a `path` of its own.")
+            raise UserError("Two ActivationReference callbacks write one file; give each a `path` of its own.")
         match_modules(pl_module, self.site)
 
     def _hook(self, name: str) -> Any:

@@ -9,10 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.hooked import first_tensor
+from callbacks.base import first_tensor
 from callbacks.throughput import off_the_clock
-from lightning_modules.diversity import between_input_variance, cosine_matrix, effective_rank, mean_pairwise_cosine
-from lightning_modules.sites import match_modules
+from datamodules.errors import UserError
+from lightning_modules.core.diversity import between_input_variance, cosine_matrix, effective_rank, mean_pairwise_cosine
+from lightning_modules.core.sites import match_modules
 
 SHOWN = 64  # inputs in the figure
 
@@ -26,12 +27,12 @@ class DiversityMonitor(Callback):
     - `diversity/distinct`: share of different generated texts, where `QuickEval` found one;
     - a figure of the cosine matrix, at each end of validation and at the end of training, in loggers that take one.
 
-    See `lightning_modules.diversity` for the formulas. Under DDP each rank measures its own batch, and numbers are
+    See `lightning_modules.core.diversity` for the formulas. Under DDP each rank measures its own batch, and numbers are
     means over ranks. Outputs have collapsed when the cosine is above `max_cosine` or the variance below
     `min_variance`, at `patience` checks in a row. Other steps are not slowed: nothing is kept or synchronised there.
 
     Args:
-        site: Name pattern of the module, see `lightning_modules.sites`. It returns a tensor [B, ...], with the width
+        site: Name pattern of the module, see `lightning_modules.core.sites`. It returns a tensor [B, ...], with the width
             last, or a tuple that begins with one; a boolean mask [B, K] in second place says which positions of
             [B, K, D] are real. Positions that are zero throughout are taken for padding, too.
         every_n_steps: Optimizer steps between checks.
@@ -41,7 +42,7 @@ class DiversityMonitor(Callback):
         patience: Checks in a row that make a collapse.
 
     Raises:
-        ValueError: At `setup` for fit, if a number is not positive or the site is not one module; in a step, if the
+        UserError: At `setup` for fit, if a number is not positive or the site is not one module; in a step, if the
             module returns something else.
     """
 
@@ -78,11 +79,11 @@ class DiversityMonitor(Callback):
             return
         for name in ("every_n_steps", "patience"):
             if getattr(self, name) < 1:
-                raise ValueError(f"DiversityMonitor: `{name}` must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"DiversityMonitor: `{name}` must be at least 1, got {getattr(self, name)}.")
         modules = match_modules(pl_module, self.site)
         if len(modules) > 1:
             names = ", ".join(map(repr, modules))
-            raise ValueError(f"DiversityMonitor watches one module, but {self.site!r} matches {names}.")
+            raise UserError(f"DiversityMonitor watches one module, but {self.site!r} matches {names}.")
         (module,) = modules.values()
 
         # On every step, though most need none: a compiled module does not notice a hook that comes later.

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_modules.members import ensemble_size, report_members
-from lightning_modules.sites import match_parameters
+from datamodules.errors import UserError
+from lightning_modules.core.reporting import ensemble_size, report_members
+from lightning_modules.core.sites import match_parameters
 
 
 def drift_rate(now: Sequence[Tensor], before: Sequence[Tensor], steps: int, members: int = 1) -> Tensor:
@@ -53,13 +54,13 @@ class DriftMonitor(Callback):
     whole on every rank.
 
     Args:
-        groups: Name of the group -> name patterns of its parameters, see `lightning_modules.sites`. Groups may overlap.
+        groups: Name of the group -> name patterns of its parameters, see `lightning_modules.core.sites`. Groups may overlap.
         every_n_steps: tau, optimizer steps between checks.
         eps: The drift, per step, below which a group counts as at rest.
         patience: Checks in a row that make a freeze.
 
     Raises:
-        ValueError: At once, if there is no group, or an empty one, or a number is not positive; at `setup` for fit, if
+        UserError: At once, if there is no group, or an empty one, or a number is not positive; at `setup` for fit, if
             a pattern matches nothing or a parameter of an ensemble lacks the member axis.
     """
 
@@ -67,10 +68,10 @@ class DriftMonitor(Callback):
         self, groups: dict[str, list[str]], every_n_steps: int = 100, eps: float = 1e-5, patience: int = 3
     ) -> None:
         if not groups or not all(groups.values()):
-            raise ValueError("DriftMonitor needs at least one group of parameters, and a name pattern in each.")
+            raise UserError("DriftMonitor needs at least one group of parameters, and a name pattern in each.")
         for name, value in (("every_n_steps", every_n_steps), ("eps", eps), ("patience", patience)):
             if value <= 0:
-                raise ValueError(f"DriftMonitor: `{name}` must be positive, got {value}.")
+                raise UserError(f"DriftMonitor: `{name}` must be positive, got {value}.")
         self.groups = groups
         self.every_n_steps = every_n_steps
         self.eps = eps
@@ -94,7 +95,7 @@ class DriftMonitor(Callback):
             for name, parameter in match_parameters(pl_module, patterns).items():
                 if members > 1 and parameter.shape[:1] != (members,):
                     shape = tuple(parameter.shape)
-                    raise ValueError(f"DriftMonitor: {name} of {group!r} has no axis of {members} members: {shape}.")
+                    raise UserError(f"DriftMonitor: {name} of {group!r} has no axis of {members} members: {shape}.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the parameters that the first check compares with, unless a checkpoint brought them."""

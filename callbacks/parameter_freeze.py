@@ -3,8 +3,9 @@
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from callbacks.hooked import ReleasingCallback
-from lightning_modules.sites import match_parameters
+from callbacks.base import ReleasingCallback
+from datamodules.errors import UserError
+from lightning_modules.core.sites import match_parameters
 
 
 class ParameterFreeze(ReleasingCallback):
@@ -22,17 +23,17 @@ class ParameterFreeze(ReleasingCallback):
     An average of the weights (EMA) of a parameter frozen later converges to its value; it is not frozen itself.
 
     Args:
-        parameters: Name patterns, see `lightning_modules.sites`; whole parameters only.
+        parameters: Name patterns, see `lightning_modules.core.sites`; whole parameters only.
         at_step: The number of optimizer steps that these parameters take before they freeze.
 
     Raises:
-        ValueError: At `setup`, if a pattern matches nothing, or nothing is left to train from step 0 on; at once, if
+        UserError: At `setup`, if a pattern matches nothing, or nothing is left to train from step 0 on; at once, if
             `at_step` is negative.
     """
 
     def __init__(self, parameters: list[str], at_step: int = 0) -> None:
         if at_step < 0:
-            raise ValueError(f"`at_step` counts optimizer steps from 0, got {at_step}.")
+            raise UserError(f"`at_step` counts optimizer steps from 0, got {at_step}.")
         self.parameters = parameters
         self.at_step = at_step
         self._matched: list[nn.Parameter] = []
@@ -53,7 +54,7 @@ class ParameterFreeze(ReleasingCallback):
             for parameter in self._to_release:
                 parameter.requires_grad_(False)
             if not any(parameter.requires_grad for parameter in pl_module.parameters()):
-                raise ValueError(f"ParameterFreeze: {self.parameters} at step 0 leaves nothing to train.")
+                raise UserError(f"ParameterFreeze: {self.parameters} at step 0 leaves nothing to train.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolves again: a sharding strategy may have replaced the parameter objects since `setup`."""

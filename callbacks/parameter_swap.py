@@ -13,10 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_modules.checkpoints import read_state
-from lightning_modules.ensemble import fit_value
-from lightning_modules.members import ensemble_size
-from lightning_modules.sites import match_parameters
+from datamodules.errors import UserError
+from lightning_modules.core.checkpoints import read_state
+from lightning_modules.core.ensemble import fit_value
+from lightning_modules.core.reporting import ensemble_size
+from lightning_modules.core.sites import match_parameters
 
 SwapMode = Literal["copy", "procrustes", "random"]
 DONOR = "ParameterSwap's donor"
@@ -60,7 +61,7 @@ def swap_parameters(
     Args:
         module: The model.
         donor_state: The donor's state dict, on any device; may be None for `random`.
-        patterns: Name patterns of whole parameters, see `lightning_modules.sites`. For `procrustes`, of what reads from
+        patterns: Name patterns of whole parameters, see `lightning_modules.core.sites`. For `procrustes`, of what reads from
             the residual stream.
         mode: As above.
         basis: For `procrustes`, name pattern of the token embeddings [V, D].
@@ -70,7 +71,7 @@ def swap_parameters(
         The names of the swapped parameters.
 
     Raises:
-        ValueError: If a pattern matches nothing, the donor lacks a parameter or has another shape, `basis` is not one
+        UserError: If a pattern matches nothing, the donor lacks a parameter or has another shape, `basis` is not one
             matrix, or a matrix to be turned does not end in D. Nothing has changed then.
     """
     matched = match_parameters(module, patterns)
@@ -106,18 +107,18 @@ def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 def _donated(donor_state: Mapping[str, Tensor], name: str, own: Tensor, members: int) -> Tensor:
     if name not in donor_state:
         nearest = ", ".join(map(repr, get_close_matches(name, donor_state, n=5, cutoff=0.0)))
-        raise ValueError(f"The donor has no parameter {name!r}; the nearest names are: {nearest or 'none at all'}.")
+        raise UserError(f"The donor has no parameter {name!r}; the nearest names are: {nearest or 'none at all'}.")
     donated = fit_value(donor_state[name].detach(), own, members)
     if donated is None:
         shapes = f"{tuple(donor_state[name].shape)}, the model's {tuple(own.shape)}"
-        raise ValueError(f"The donor's parameter {name!r} does not fit: its shape is {shapes}.")
+        raise UserError(f"The donor's parameter {name!r} does not fit: its shape is {shapes}.")
     return donated
 
 
 def _rotation(module: nn.Module, donor_state: Mapping[str, Tensor], basis: str, members: int) -> Tensor:
     (name, own), *others = match_parameters(module, basis).items()
     if others or own.ndim - (members > 1) != 2:
-        raise ValueError(f"ParameterSwap: `basis` must be one matrix of token embeddings [V, D], unlike {basis!r}.")
+        raise UserError(f"ParameterSwap: `basis` must be one matrix of token embeddings [V, D], unlike {basis!r}.")
     own_VD = own.detach().cpu()
     rows, width = own_VD.shape[-2:]
     if rows < width:
@@ -130,7 +131,7 @@ def _rotated(name: str, donated: Tensor, rotation: Tensor, members: int) -> Tens
         return donated
     if donated.shape[-1] != rotation.shape[-1]:
         width, shape = rotation.shape[-1], tuple(donated.shape)
-        raise ValueError(f"ParameterSwap: {name!r} of shape {shape} does not read from a residual stream of {width}.")
+        raise UserError(f"ParameterSwap: {name!r} of shape {shape} does not read from a residual stream of {width}.")
     if members > 1:  # [S, ..., K, D] @ [S, ..., D, D]
         rotation = rotation.view(members, *[1] * (donated.ndim - 3), *rotation.shape[-2:])
     return (donated.cpu().double() @ rotation).to(donated.dtype)
@@ -152,14 +153,14 @@ class ParameterSwap(Callback):
 
     Args:
         donor: Checkpoint of a run of the same architecture; `copy` and `procrustes` need it.
-        parameters: Name patterns, see `lightning_modules.sites`.
+        parameters: Name patterns, see `lightning_modules.core.sites`.
         mode: `copy` the donor's, `procrustes` turn them into the model's residual basis first, or `random`.
         basis: For `procrustes`, name pattern of the token embeddings.
         seed: Of `random`.
 
     Raises:
-        FileNotFoundError: At `setup`, if the donor does not exist.
-        ValueError: At once, if the mode lacks its donor; at `setup`, for fit, and if a pattern matches nothing or the
+        UserError: At `setup`, if the donor does not exist.
+        UserError: At once, if the mode lacks its donor; at `setup`, for fit, and if a pattern matches nothing or the
             donor is damaged; at the start of the evaluation, if the donor does not fit.
     """
 
@@ -174,7 +175,7 @@ class ParameterSwap(Callback):
         if mode == "random" and donor is not None:
             rank_zero_warn("ParameterSwap(mode='random') ignores `donor`.")
         if mode != "random" and donor is None:
-            raise ValueError(f"ParameterSwap(mode={mode!r}) needs `donor`, the checkpoint of another run.")
+            raise UserError(f"ParameterSwap(mode={mode!r}) needs `donor`, the checkpoint of another run.")
         self.donor = donor if mode != "random" else None
         self.parameters = list(parameters)
         self.mode = mode
@@ -186,7 +187,7 @@ class ParameterSwap(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses training, names that match nothing, and a donor that cannot be read."""
         if stage == "fit":
-            raise ValueError("ParameterSwap acts on validate, test and predict; take it out of the callbacks of fit.")
+            raise UserError("ParameterSwap acts on validate, test and predict; take it out of the callbacks of fit.")
         match_parameters(pl_module, self.parameters)
         # Read before anything runs, though used only later: Lightning restores `--ckpt_path` after `setup`
         self._donor_state = None if self.donor is None else read_state(self.donor, DONOR)

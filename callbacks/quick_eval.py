@@ -14,9 +14,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from callbacks.throughput import off_the_clock
-from lightning_modules.diversity import distinct, distinct_n
-from lightning_modules.evaluation import EvalSample, gather_objects, text_table, write_jsonl
-from lightning_modules.metrics import wilson_interval
+from datamodules.errors import UserError
+from lightning_modules.core.diversity import distinct, distinct_n
+from lightning_modules.core.metrics import wilson_interval
+from lightning_modules.core.samples import EvalSample, gather_objects, text_table, write_jsonl
 
 
 class QuickEval(Callback):
@@ -42,7 +43,7 @@ class QuickEval(Callback):
         n_shown: Samples in the text table, spread evenly, for loaders may sort by length.
 
     Raises:
-        ValueError: At `setup` for fit, if a number is not positive or the module has no `sample_eval`; at the first
+        UserError: At `setup` for fit, if a number is not positive or the module has no `sample_eval`; at the first
             evaluation, if there is no held-out data.
     """
 
@@ -60,9 +61,9 @@ class QuickEval(Callback):
             return
         for name in ("every_n_steps", "n_samples", "n_shown"):
             if getattr(self, name) < 1:
-                raise ValueError(f"QuickEval: `{name}` must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"QuickEval: `{name}` must be at least 1, got {getattr(self, name)}.")
         if not callable(getattr(pl_module, "sample_eval", None)):
-            raise ValueError(f"QuickEval needs `sample_eval(batch)`, which {type(pl_module).__name__} does not have.")
+            raise UserError(f"QuickEval needs `sample_eval(batch)`, which {type(pl_module).__name__} does not have.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts on from where a resumed run stands, so that its last step is not evaluated twice."""
@@ -107,7 +108,7 @@ class QuickEval(Callback):
             return owner.sample_dataloader(self.n_samples)
         loaders = owner.val_dataloader() if is_overridden("val_dataloader", owner) else trainer.val_dataloaders
         if loaders is None:
-            raise ValueError("QuickEval found no held-out data: neither `sample_dataloader` nor validation data.")
+            raise UserError("QuickEval found no held-out data: neither `sample_dataloader` nor validation data.")
         self._share = len(range(trainer.global_rank, self.n_samples, trainer.world_size))
         return CombinedLoader(loaders, "sequential").flattened[0]
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from callbacks.quick_eval import eval_mode
 from callbacks.throughput import off_the_clock
-from lightning_modules.members import refuse_second, report_members
-from lightning_modules.sites import match_modules
+from datamodules.errors import UserError
+from lightning_modules.core.reporting import refuse_second, report_members
+from lightning_modules.core.sites import match_modules
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -68,12 +69,12 @@ class RoutingMonitor(Callback):
 
     Args:
         site: Name pattern of the modules whose outputs are attention weights [B, H, T, T] with rows that sum to 1, see
-            `lightning_modules.sites`.
+            `lightning_modules.core.sites`.
         every_n_steps: tau, optimizer steps between checks.
         n_samples: B, at most a held-out batch.
 
     Raises:
-        ValueError: At `setup` for fit, if a number is not positive, the module cannot be looked into, or the site
+        UserError: At `setup` for fit, if a number is not positive, the module cannot be looked into, or the site
             matches nothing; at the first check, if there is no held-out data, its batches have no `tokens`, or the site
             gives something else than attention weights.
     """
@@ -93,9 +94,9 @@ class RoutingMonitor(Callback):
         refuse_second(trainer, self)
         for name in ("every_n_steps", "n_samples"):
             if getattr(self, name) < 1:
-                raise ValueError(f"RoutingMonitor: `{name}` must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"RoutingMonitor: `{name}` must be at least 1, got {getattr(self, name)}.")
         if not callable(getattr(pl_module, "activations", None)):
-            raise ValueError(
+            raise UserError(
                 f"RoutingMonitor needs `activations(tokens, sites)`, which {type(pl_module).__name__} does not have."
             )
         match_modules(pl_module, self.site)
@@ -125,9 +126,7 @@ class RoutingMonitor(Callback):
             for name, attention in now.items():
                 if attention.ndim != 5 or attention.shape[-1] != attention.shape[-2]:
                     shape = tuple(attention.shape)
-                    raise ValueError(
-                        f"RoutingMonitor: {name!r} gives no attention weights [S, B, H, T, T] but {shape}."
-                    )
+                    raise UserError(f"RoutingMonitor: {name!r} gives no attention weights [S, B, H, T, T] but {shape}.")
             before, self._before = self._before, {name: attention.detach() for name, attention in now.items()}
             if before is None:
                 return
@@ -139,9 +138,9 @@ class RoutingMonitor(Callback):
         loaders = owner.val_dataloader() if is_overridden("val_dataloader", owner) else trainer.val_dataloaders
         batch = None if loaders is None else next(iter(CombinedLoader(loaders, "sequential").flattened[0]), None)
         if batch is None:
-            raise ValueError("RoutingMonitor found no held-out data: it looks at the first validation batch.")
+            raise UserError("RoutingMonitor found no held-out data: it looks at the first validation batch.")
         if not isinstance(batch, Mapping) or "tokens" not in batch:
-            raise ValueError("RoutingMonitor needs validation batches that are dictionaries with `tokens`.")
+            raise UserError("RoutingMonitor needs validation batches that are dictionaries with `tokens`.")
         return batch["tokens"][..., : self.n_samples, :]  # [B, T], or [S, B, T] where members have data of their own
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_modules.members import ensemble_size
+from lightning_modules.core.reporting import ensemble_size
 
 PACKAGES = ("lightning", "torch", "triton", "transformers", "datasets", "torchmetrics", "jsonargparse", "numpy")
 CHECKOUT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_modules.members import refuse_second, report_members
+from datamodules.errors import UserError
+from lightning_modules.core.reporting import refuse_second, report_members
 
 
 class StabilityEvents:
@@ -88,7 +89,7 @@ class StabilityMonitor(Callback):
         settle: Checks after coming up that make it stable.
 
     Raises:
-        ValueError: At once, if `collapsed` is above `reached` or `settle` is negative; at `setup`, if there are two of
+        UserError: At once, if `collapsed` is above `reached` or `settle` is negative; at `setup`, if there are two of
             these; at the end of a validation that has not logged the metric.
     """
 
@@ -96,9 +97,9 @@ class StabilityMonitor(Callback):
         self, metric: str = "validation/accuracy", reached: float = 0.99, collapsed: float = 0.9, settle: int = 5
     ) -> None:
         if collapsed > reached:
-            raise ValueError(f"StabilityMonitor: `collapsed` ({collapsed}) must not be above `reached` ({reached}).")
+            raise UserError(f"StabilityMonitor: `collapsed` ({collapsed}) must not be above `reached` ({reached}).")
         if settle < 0:
-            raise ValueError(f"StabilityMonitor: `settle` counts checks from 0, got {settle}.")
+            raise UserError(f"StabilityMonitor: `settle` counts checks from 0, got {settle}.")
         self.metric = metric
         self.reached = reached
         self.collapsed = collapsed
@@ -120,7 +121,7 @@ class StabilityMonitor(Callback):
         if self.metric not in known:
             nearest = ", ".join(map(repr, get_close_matches(self.metric, {*members, *known}, n=5, cutoff=0.0)))
             nearest = nearest or "none at all"
-            raise ValueError(f"StabilityMonitor: validation logs no {self.metric!r}; the nearest names are: {nearest}.")
+            raise UserError(f"StabilityMonitor: validation logs no {self.metric!r}; the nearest names are: {nearest}.")
         values_S = known[self.metric].detach().float().reshape(-1).cpu()
         if self._events is None:
             self._events = self._begin(len(values_S))

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dt
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_modules.workload import Workload
+from datamodules.errors import UserError
+from lightning_modules.core.contracts import Workload
 
 
 @contextmanager
@@ -71,12 +72,12 @@ class Throughput(Callback):
             not know every device: "NVIDIA H200" is one that it warns about.
 
     Raises:
-        ValueError: If `every_n_steps` is not positive.
+        UserError: If `every_n_steps` is not positive.
     """
 
     def __init__(self, every_n_steps: int | None = None, peak_flops: float | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be positive, got {every_n_steps}.")
+            raise UserError(f"`every_n_steps` must be positive, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
         self.peak_flops = peak_flops
         self._peak: float | None = None

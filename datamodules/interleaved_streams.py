@@ -9,8 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from datamodules.batch import IGNORE
+from datamodules.errors import UserError
 from datamodules.modular_arithmetic import is_prime
-from datamodules.sequence_task import IGNORED, TASK, SequenceTask, held_out_stream, label_next, stream
+from datamodules.sequence_task import TASK, SequenceTask, held_out_stream, label_next, stream
 
 PERIODS = (2, 7)  # of `repeat`, both included
 BLOCK = 512  # rows that are made together
@@ -58,16 +60,16 @@ class InterleavedStreams(SequenceTask):
     ):
         super().__init__(**common)
         if n_streams < 1:
-            raise ValueError(f"data.n_streams must be at least 1, not {n_streams}")
+            raise UserError(f"data.n_streams must be at least 1, not {n_streams}")
         if interleave == "random" and shared_vocab and n_streams > 1:
-            raise ValueError(
+            raise UserError(
                 "data.interleave 'random' needs data.shared_vocab false: the stream of a token could not be told else"
             )
         share = vocab_size if shared_vocab else vocab_size // n_streams
         if share < (least := PERIODS[1] if rule == "repeat" else 2):
-            raise ValueError(f"data.vocab_size {vocab_size} gives a stream {share} tokens, and '{rule}' needs {least}")
+            raise UserError(f"data.vocab_size {vocab_size} gives a stream {share} tokens, and '{rule}' needs {least}")
         if seq_len < (least := max(n_streams * KNOWN_AFTER[rule], 1)):
-            raise ValueError(f"data.seq_len {seq_len} is too short: '{rule}' with {n_streams} streams needs {least}")
+            raise UserError(f"data.seq_len {seq_len} is too short: '{rule}' with {n_streams} streams needs {least}")
         self.n_streams, self.rule, self.vocab_size, self.seq_len = n_streams, rule, vocab_size, seq_len
         self.interleave = interleave
         self.size = next(n for n in range(share, 1, -1) if is_prime(n)) if rule == "affine" else share
@@ -149,7 +151,7 @@ class InterleavedStreams(SequenceTask):
         except ValueError:
             tokens = [-1]
         if not all(0 <= token < self.vocab_size for token in tokens):
-            raise ValueError(f"data.inputs: '{text}' is no row of numbers from 0 to {self.vocab_size - 1}")
+            raise UserError(f"data.inputs: '{text}' is no row of numbers from 0 to {self.vocab_size - 1}")
         return tokens
 
     def _run(self, law: tuple[np.ndarray, ...] | list[np.ndarray], length: int) -> np.ndarray:
@@ -203,7 +205,7 @@ class InterleavedStreams(SequenceTask):
         candidates_BT = np.zeros((len(owner_BU), self.seq_len), int)
         for n in range(self.n_streams):
             candidates_BT += (owner_BU[:, :-1] == n).cumsum(1) >= known_after_BN[:, n, None]
-        labelled_BT = self.rows(*drawn)[:, 1] != IGNORED
+        labelled_BT = self.rows(*drawn)[:, 1] != IGNORE
         return float((1 / candidates_BT[labelled_BT]).mean())
 
 

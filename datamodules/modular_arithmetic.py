@@ -10,8 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from datamodules.batch import IGNORE
 from datamodules.batches import Batches
-from datamodules.sequence_task import IGNORED, TASK, TRAINING, SequenceTask, Split, by_member, stream
+from datamodules.errors import UserError
+from datamodules.sequence_task import TASK, TRAINING, SequenceTask, Split, by_member, stream
 
 EPOCH = 1000  # steps, about: what is done between epochs then takes no time to speak of
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "square_sum": "+"}
@@ -87,9 +89,9 @@ class ModularArithmetic(SequenceTask):
         **common: Any,
     ):
         if p < 2:
-            raise ValueError(f"data.p must be at least 2, not {p}")
+            raise UserError(f"data.p must be at least 2, not {p}")
         if op == "div" and not is_prime(p):
-            raise ValueError(f"data.p must be prime for data.op 'div', and {p} is not: some numbers have no inverse")
+            raise UserError(f"data.p must be prime for data.op 'div', and {p} is not: some numbers have no inverse")
         self.p, self.op, self.seq_len, self.vocab_size = p, op, 3, p + 1
         a_P, b_P = np.divmod(np.arange(p * p), p)
         pairs_P2 = np.stack([a_P, b_P], axis=1)[b_P > 0 if op == "div" else slice(None)]
@@ -98,15 +100,15 @@ class ModularArithmetic(SequenceTask):
         self.chance, self.ceiling = np.bincount(self.answer(*pairs_P2.T)).max().item() / len(pairs_P2), 1.0
         train = round(train_fraction * len(pairs_P2))
         if not 0 < train < len(pairs_P2):
-            raise ValueError(
+            raise UserError(
                 f"data.train_fraction {train_fraction} leaves no pair to train on or to hold out, of {len(pairs_P2)}"
             )
         self.train_rows_P2T, self.held_out_rows_P2T = self._rows(pairs_P2[:train]), self._rows(pairs_P2[train:])
         held_out = len(pairs_P2) - train
         if validation_size is not None and validation_size > held_out:
-            raise ValueError(f"data.validation_size ({validation_size}) is more than the {held_out} held-out pairs")
+            raise UserError(f"data.validation_size ({validation_size}) is more than the {held_out} held-out pairs")
         if batch_size is not None and batch_size > train:
-            raise ValueError(f"data.batch_size ({batch_size}) is more than the {train} training pairs")
+            raise UserError(f"data.batch_size ({batch_size}) is more than the {train} training pairs")
         self.full_batch = batch_size is None
         super().__init__(
             batch_size=train if batch_size is None else batch_size,
@@ -136,7 +138,7 @@ class ModularArithmetic(SequenceTask):
                 return (a * a + b * b) % self.p
 
     def _rows(self, pairs_P2: np.ndarray) -> np.ndarray:
-        rows_2PT = np.full((2, len(pairs_P2), 3), IGNORED)
+        rows_2PT = np.full((2, len(pairs_P2), 3), IGNORE)
         rows_2PT[0, :, :2], rows_2PT[0, :, 2] = pairs_P2, self.p
         rows_2PT[1, :, 2] = self.answer(*pairs_P2.T)
         return rows_2PT.swapaxes(0, 1)
@@ -159,21 +161,19 @@ class ModularArithmetic(SequenceTask):
             return _SameBatch(self.train_rows_P2T)
         if size > len(self.train_rows_P2T):
             pairs = len(self.train_rows_P2T)
-            raise ValueError(
-                f"data.batch_size: a batch of all devices ({size}) is more than the {pairs} training pairs"
-            )
+            raise UserError(f"data.batch_size: a batch of all devices ({size}) is more than the {pairs} training pairs")
         return _ShuffledBatches(self.train_rows_P2T, self.seed, members, size)
 
     def parse(self, text: str) -> list[int]:
         """Read two numbers with the operation's sign or a space between them, as `3 + 5`."""
         sign = SYMBOLS[self.op]
         if not (found := re.fullmatch(rf"\s*(\d+)(?:\s*{re.escape(sign)}\s*|\s+)(\d+)\s*=?\s*", text)):
-            raise ValueError(f"data.inputs: '{text}' is not of the form '3 {sign} 5'")
+            raise UserError(f"data.inputs: '{text}' is not of the form '3 {sign} 5'")
         a, b = map(int, found.groups())
         if max(a, b) >= self.p:
-            raise ValueError(f"data.inputs: '{text}' has a number that is not below data.p ({self.p})")
+            raise UserError(f"data.inputs: '{text}' has a number that is not below data.p ({self.p})")
         if self.op == "div" and b == 0:
-            raise ValueError(f"data.inputs: '{text}' divides by zero")
+            raise UserError(f"data.inputs: '{text}' divides by zero")
         return [a, b, self.p]
 
     def input_labels(self, tokens: list[int]) -> list[int]:

@@ -14,9 +14,10 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from datamodules.batch import IGNORE
 from datamodules.batches import AsGiven, Batches, BatchLoader
+from datamodules.errors import UserError
 
-IGNORED = -100  # the label of a position where nothing is asked
 SHOWN = 8  # test rows that `predict` takes where no inputs are given
 TRAINING, HELD_OUT, TASK = range(3)  # streams of random numbers that never meet
 
@@ -34,7 +35,7 @@ def label_next(tokens_BU: np.ndarray, asked_BT: np.ndarray | None = None) -> np.
     rows_2BT = np.empty((2, len(tokens_BU), tokens_BU.shape[1] - 1), np.int64)
     rows_2BT[0], rows_2BT[1] = tokens_BU[:, :-1], tokens_BU[:, 1:]
     if asked_BT is not None:
-        np.copyto(rows_2BT[1], IGNORED, where=~asked_BT)
+        np.copyto(rows_2BT[1], IGNORE, where=~asked_BT)
     return rows_2BT.swapaxes(0, 1)
 
 
@@ -127,15 +128,15 @@ class SequenceTask(LightningDataModule):
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
         for name, size in {**sizes, "validation_size": validation_size, "test_size": test_size}.items():
             if size < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {size}")
+                raise UserError(f"data.{name} must be at least 1, not {size}")
         if num_workers not in (0, 1, 2, 4, 8):
-            raise ValueError(f"data.num_workers must be 0, 1, 2, 4 or 8, not {num_workers}")
+            raise UserError(f"data.num_workers must be 0, 1, 2, 4 or 8, not {num_workers}")
         if epoch_size < batch_size:
-            raise ValueError(f"data.epoch_size ({epoch_size}) is smaller than data.batch_size ({batch_size})")
+            raise UserError(f"data.epoch_size ({epoch_size}) is smaller than data.batch_size ({batch_size})")
         if seed is not None and seed < 0:
-            raise ValueError(f"data.seed must be at least 0, not {seed}")
+            raise UserError(f"data.seed must be at least 0, not {seed}")
         if inputs is not None and not inputs:
-            raise ValueError("data.inputs is empty: give at least one, or leave it out")
+            raise UserError("data.inputs is empty: give at least one, or leave it out")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.epoch_size, self.validation_size, self.test_size = epoch_size, validation_size, test_size
         self.seed = torch.initial_seed() if seed is None else seed
@@ -164,7 +165,7 @@ class SequenceTask(LightningDataModule):
 
     def input_labels(self, tokens: list[int]) -> list[int]:
         """Return the labels of an input: the next token, as far as it is given."""
-        return [*tokens[1:], IGNORED]
+        return [*tokens[1:], IGNORE]
 
     def token_text(self, token: int) -> str:
         """Return one token as text, for pictures and tables."""
@@ -178,7 +179,7 @@ class SequenceTask(LightningDataModule):
         """Make the held-out rows and tell what scores mean, once."""
         if hasattr(self._module, "collate"):
             reader, own = type(self._module).__name__, type(self).__name__
-            raise ValueError(f"data: {own} gives sequences of tokens, and {reader} reads problems in words")
+            raise UserError(f"data: {own} gives sequences of tokens, and {reader} reads problems in words")
         if self._held_out:
             return
         sizes: dict[Split, int] = {"validation": self.validation_size, "test": self.test_size}
@@ -189,7 +190,7 @@ class SequenceTask(LightningDataModule):
     def train_batches(self, members: int, size: int) -> Batches:
         """Return the global training batches, of `size` rows a member."""
         if self.epoch_size < size:
-            raise ValueError(f"data.epoch_size ({self.epoch_size}) is smaller than a batch of all devices ({size})")
+            raise UserError(f"data.epoch_size ({self.epoch_size}) is smaller than a batch of all devices ({size})")
         return _DrawnBatches(self, members, size)
 
     def train_dataloader(self) -> BatchLoader:
@@ -217,9 +218,9 @@ class SequenceTask(LightningDataModule):
         parsed = [self.parse(text) for text in self.inputs]
         for text, tokens in zip(self.inputs, parsed, strict=True):
             if not 0 < len(tokens) <= self.seq_len:
-                raise ValueError(f"data.inputs: '{text}' has {len(tokens)} tokens, where 1 to {self.seq_len} may be")
+                raise UserError(f"data.inputs: '{text}' has {len(tokens)} tokens, where 1 to {self.seq_len} may be")
         rows_B2T = np.zeros((len(parsed), 2, max(map(len, parsed))), np.int64)
-        rows_B2T[:, 1] = IGNORED
+        rows_B2T[:, 1] = IGNORE
         for row_2T, tokens in zip(rows_B2T, parsed, strict=True):
             row_2T[:, : len(tokens)] = tokens, self.input_labels(tokens)
         return AsGiven(self._eval_loader("predict", rows_B2T, len(rows_B2T)))
@@ -227,7 +228,7 @@ class SequenceTask(LightningDataModule):
     def _eval_loader(self, name: str, rows_B2T: np.ndarray, size: int | None = None) -> BatchLoader:
         batches = _FixedBatches(rows_B2T, size or self.eval_batch_size * self._world)
         if len(rows_B2T) // len(batches) < self._world:
-            raise ValueError(
+            raise UserError(
                 f"data: {len(rows_B2T)} {name} rows in {len(batches)} batches leave some of {self._world} devices "
                 "without any: use more rows, larger batches or fewer devices"
             )

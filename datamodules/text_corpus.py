@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from datamodules.errors import UserError
 from datamodules.sequence_task import SequenceTask, Split, label_next
 
 HELD_OUT_SHARE = 20  # one part in 20 is the test text, another one before it the validation text
@@ -53,13 +54,13 @@ class TextCorpus(SequenceTask):
     ):
         super().__init__(**common)
         if (path is None) != (source == "docs"):
-            raise ValueError("data.path goes with data.source 'file' or 'hub', which need it, and not with 'docs'")
+            raise UserError("data.path goes with data.source 'file' or 'hub', which need it, and not with 'docs'")
         if seq_len < 1:
-            raise ValueError(f"data.seq_len must be at least 1, not {seq_len}")
+            raise UserError(f"data.seq_len must be at least 1, not {seq_len}")
         if max_size is not None and max_size < 1:
-            raise ValueError(f"data.max_size must be at least 1, not {max_size}")
+            raise UserError(f"data.max_size must be at least 1, not {max_size}")
         if bpe_vocab < 256:
-            raise ValueError(f"data.bpe_vocab must be at least 256, the number of bytes, not {bpe_vocab}")
+            raise UserError(f"data.bpe_vocab must be at least 256, the number of bytes, not {bpe_vocab}")
         self.source, self.path, self.text_column, self.max_size = source, path, text_column, max_size
         self.level, self.bpe_vocab, self.seq_len = level, bpe_vocab, seq_len
 
@@ -142,12 +143,12 @@ class TextCorpus(SequenceTask):
         if isinstance(text, str) and self.level == "byte":
             text = text.encode()
         if not text:
-            raise ValueError(f"'{self.path}' is empty: there is no text to train on")
+            raise UserError(f"'{self.path}' is empty: there is no text to train on")
         return text[: self.max_size]
 
     def _read_file(self) -> str | bytes:
         if not Path(self.path).is_file():
-            raise FileNotFoundError(f"no text file at '{self.path}' (data.path)")
+            raise UserError(f"no text file at '{self.path}' (data.path)")
         if self.level == "byte":
             with open(self.path, "rb") as file:
                 return file.read(-1 if self.max_size is None else self.max_size)
@@ -156,7 +157,7 @@ class TextCorpus(SequenceTask):
                 return file.read(self.max_size)
         except UnicodeDecodeError as error:
             reason = f"'{self.path}' is not a text in UTF-8 ({error.reason}); data.level 'byte' takes any file"
-            raise ValueError(reason) from None
+            raise UserError(reason) from None
 
     def _hub_texts(self) -> Iterator[str]:
         from datasets import load_dataset  # the import takes seconds, and only the hub needs it
@@ -164,7 +165,7 @@ class TextCorpus(SequenceTask):
         size, streaming = 0, self.max_size is not None  # streamed, a part of it does not need all of it
         for row in load_dataset(self.path, split="train", streaming=streaming):
             if not isinstance(row.get(self.text_column), str):
-                raise ValueError(f"'{self.path}' has no text in data.text_column '{self.text_column}': it has {[*row]}")
+                raise UserError(f"'{self.path}' has no text in data.text_column '{self.text_column}': it has {[*row]}")
             yield row[self.text_column]
             size += len(row[self.text_column])
             if streaming and size >= self.max_size:
@@ -176,7 +177,7 @@ class TextCorpus(SequenceTask):
         tokens = {part: self._encode(text) for part, text in self._texts.items()}
         for part, part_tokens in tokens.items():
             if len(part_tokens) <= self.seq_len:
-                raise ValueError(
+                raise UserError(
                     f"the text is too short: its {part} part has {len(part_tokens)} tokens, and a row of data.seq_len "
                     f"{self.seq_len} needs {self.seq_len + 1}"
                 )

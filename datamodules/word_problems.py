@@ -10,6 +10,7 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.batches import AsGiven, Batches, BatchLoader, FiniteBatches, StreamBatches
+from datamodules.errors import UserError
 from datamodules.problems import Problem, final_answer, generate, generate_passkey, generate_twins, read_entities
 
 FIXED = 2000  # problems in the fixed validation and test sets of the generated source
@@ -21,11 +22,11 @@ def read_jsonl(path: str | Path) -> list[Problem]:
     Lines that cannot be used are skipped, and one warning counts them and names the first.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No line can be used.
+        UserError: There is no such file.
+        UserError: No line can be used.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no data file at '{path}'")
+        raise UserError(f"no data file at '{path}'")
     problems, broken = [], []
     with open(path, "rb") as lines:  # bytes, so that a wrong encoding spoils its line only
         for number, line in enumerate(lines, 1):
@@ -36,7 +37,7 @@ def read_jsonl(path: str | Path) -> list[Problem]:
             except ValueError as error:
                 broken.append(f"line {number} ({error})")
     if not problems:
-        raise ValueError(f"'{path}' holds no problem: " + (f"first {broken[0]}" if broken else "it is empty"))
+        raise UserError(f"'{path}' holds no problem: " + (f"first {broken[0]}" if broken else "it is empty"))
     if broken:
         rank_zero_warn(f"'{path}': skipped {len(broken)} of {len(broken) + len(problems)} lines, first {broken[0]}")
     return problems
@@ -44,9 +45,9 @@ def read_jsonl(path: str | Path) -> list[Problem]:
 
 def _problem(row: dict[str, str]) -> Problem:
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-        raise ValueError("needs the texts 'question' and 'answer'")
+        raise UserError("needs the texts 'question' and 'answer'")
     if final_answer(row["answer"]) is None:
-        raise ValueError("the answer has no '####'")
+        raise UserError("the answer has no '####'")
     return Problem(row["question"], row["answer"], read_entities(row["question"], row["answer"]))
 
 
@@ -88,30 +89,30 @@ class WordProblems(LightningDataModule):
     ):
         super().__init__()
         if source == "jsonl" and path is None:
-            raise ValueError("data.source 'jsonl' needs data.path, a file with one problem a line")
+            raise UserError("data.source 'jsonl' needs data.path, a file with one problem a line")
         if source != "jsonl" and test_path is not None:
-            raise ValueError(f"data.test_path is read with data.source 'jsonl' only, not with '{source}'")
+            raise UserError(f"data.test_path is read with data.source 'jsonl' only, not with '{source}'")
         if source == "generated" and path is not None:
-            raise ValueError("data.path is not read with data.source 'generated': say 'jsonl' or 'hub'")
+            raise UserError("data.path is not read with data.source 'generated': say 'jsonl' or 'hub'")
         self.test_sets = {"test": 1000} if test_sets is None else test_sets
         sizes = {"validation_size": validation_size} | {f"test_sets.{n}": size for n, size in self.test_sets.items()}
         for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, **sizes}.items():
             if size < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {size}")
+                raise UserError(f"data.{name} must be at least 1, not {size}")
         for name, size in sizes.items() if source == "generated" else ():
             if size > FIXED:
-                raise ValueError(f"data.{name} must be at most {FIXED}, the size of the generated set, not {size}")
+                raise UserError(f"data.{name} must be at most {FIXED}, the size of the generated set, not {size}")
         if num_workers not in (0, 1, 2, 4, 8):
-            raise ValueError(f"data.num_workers must be 0, 1, 2, 4 or 8, not {num_workers}")
+            raise UserError(f"data.num_workers must be 0, 1, 2, 4 or 8, not {num_workers}")
         if epoch_size < batch_size:
-            raise ValueError(f"data.epoch_size ({epoch_size}) is smaller than data.batch_size ({batch_size})")
+            raise UserError(f"data.epoch_size ({epoch_size}) is smaller than data.batch_size ({batch_size})")
         self.source, self.path, self.test_path, self.seed = source, path, test_path, seed
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.epoch_size, self.validation_size, self.passkey_fraction = epoch_size, validation_size, passkey_fraction
         known = ["test", "heldout", "twin", "passkey"] if source == "generated" else ["test"]
         for name in self.test_sets:
             if name not in known:
-                raise ValueError(f"data.test_sets has no set '{name}' with source '{source}': one of {known}")
+                raise UserError(f"data.test_sets has no set '{name}' with source '{source}': one of {known}")
         self.train_problems: list[Problem] = []
         self.eval_problems: dict[str, list[Problem]] = {}
 
@@ -119,7 +120,7 @@ class WordProblems(LightningDataModule):
         """Read or make the fixed sets, once."""
         if self._module and not hasattr(self._module, "collate"):
             reader, own = type(self._module).__name__, type(self).__name__
-            raise ValueError(f"data: {own} gives problems in words, and {reader} reads sequences of tokens")
+            raise UserError(f"data: {own} gives problems in words, and {reader} reads sequences of tokens")
         if self.eval_problems:
             return
         match self.source:
@@ -171,7 +172,7 @@ class WordProblems(LightningDataModule):
         if self.source != "generated":
             return self._loader(self._finite("training", self.train_problems, size), training=True)
         if self.epoch_size < size:
-            raise ValueError(f"data.epoch_size ({self.epoch_size}) is smaller than a batch of all devices ({size})")
+            raise UserError(f"data.epoch_size ({self.epoch_size}) is smaller than a batch of all devices ({size})")
         return self._loader(StreamBatches(self.train_problem, self.epoch_size, size, _length), training=True)
 
     def val_dataloader(self) -> BatchLoader:
@@ -198,7 +199,7 @@ class WordProblems(LightningDataModule):
         training = name == "training"
         batches = FiniteBatches(problems, size, _length, self.seed if training else 0, drop_last=training)
         if batches.smallest < self._world:
-            raise ValueError(
+            raise UserError(
                 f"data: {len(problems)} {name} problems in {len(batches)} batches leave some of {self._world} devices "
                 "without any: use more problems, larger batches or fewer devices"
             )
@@ -230,7 +231,7 @@ class WordProblems(LightningDataModule):
 def _split(problems: list[Problem], size: int, path: str | None) -> tuple[list[Problem], list[Problem]]:
     """Cut the last `size` problems off."""
     if len(problems) <= size:
-        raise ValueError(f"'{path}' holds too few problems ({len(problems)} to set {size} apart and train on the rest)")
+        raise UserError(f"'{path}' holds too few problems ({len(problems)} to set {size} apart and train on the rest)")
     return problems[:-size], problems[-size:]
 
 

@@ -14,7 +14,7 @@ from lightning import Trainer
 import main as cli
 from datamodules import WordProblems
 from datamodules.problems import Problem, generate
-from lightning_modules.pretrained import Pretrained
+from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.telepathy import Telepathy, TokenBridge
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from lightning_modules.checkpoints import read_state
-from lightning_modules.ensemble import call_members, fit_state, member_state
-from lightning_modules.text import IGNORE
+from datamodules.batch import IGNORE
+from datamodules.errors import UserError
+from lightning_modules.core.checkpoints import read_state
+from lightning_modules.core.ensemble import call_members, fit_state, member_state
 
 if TYPE_CHECKING:
     from lightning_modules.separability.module import Separability
@@ -23,8 +24,8 @@ def load_network(path: str, network: nn.Module, members: int, key: str) -> dict[
     """The network's parameters in a checkpoint; a single model's are given to every member.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or does not fit; names `key`, the config's.
+        UserError: There is no such file.
+        UserError: The file is damaged or does not fit; names `key`, the config's.
     """
     state = read_state(path, key)
     own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
@@ -47,7 +48,7 @@ class Orthogonality:
 
     def __init__(self, anchor: str, weight: float = 1.0, form: Literal["squared", "seed"] = "squared"):
         if weight < 0:
-            raise ValueError(f"model.orthogonality.weight must be at least 0, not {weight}")
+            raise UserError(f"model.orthogonality.weight must be at least 0, not {weight}")
         self.anchor, self.weight, self.form = anchor, weight, form
         self.network: nn.Module | None = None
         self.train_residual = self.residual  # compiled with the step

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from lightning_modules.text import IGNORE
+from datamodules.batch import IGNORE
 
 
 def member_losses(logits_SBTV: Tensor, labels: Tensor, double: bool = False) -> Tensor:

@@ -12,16 +12,17 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_modules.ensemble import call_members, observe, stack_members
-from lightning_modules.members import count_samples
-from lightning_modules.schedule import with_schedule
+from datamodules.batch import IGNORE
+from datamodules.errors import UserError
+from lightning_modules.core.contracts import Workload
+from lightning_modules.core.decoder import Decoder
+from lightning_modules.core.ensemble import call_members, observe, stack_members
+from lightning_modules.core.predictions import show_attention, write_predictions
+from lightning_modules.core.reporting import count_samples
+from lightning_modules.core.schedule import with_schedule
+from lightning_modules.core.sites import match_modules
 from lightning_modules.separability.anchor import Orthogonality, load_network, write_members
-from lightning_modules.separability.decoder import Decoder
-from lightning_modules.separability.inspection import show_attention, write_predictions
 from lightning_modules.separability.measures import Separation, member_losses, position_overlap
-from lightning_modules.sites import match_modules
-from lightning_modules.text import IGNORE
-from lightning_modules.workload import Workload
 
 
 class Separability(LightningModule):
@@ -51,7 +52,7 @@ class Separability(LightningModule):
         save_members: Write each member's weights after fit, as checkpoints of ordinary models, to `members/`.
 
     Raises:
-        ValueError: A number that does not fit; at `setup`, a checkpoint or data that does not.
+        UserError: A number that does not fit; at `setup`, a checkpoint or data that does not.
     """
 
     def __init__(
@@ -78,9 +79,9 @@ class Separability(LightningModule):
         sizes = {"vocab_size": vocab_size, "seq_len": seq_len, "width": width, "depth": depth, "heads": heads}
         for name, size in {**sizes, "ensemble": ensemble, "mlp_width": 1 if mlp_width is None else mlp_width}.items():
             if size < 1:
-                raise ValueError(f"model.{name} must be at least 1, not {size}")
+                raise UserError(f"model.{name} must be at least 1, not {size}")
         if width % heads:
-            raise ValueError(f"model.heads must divide model.width: {heads} does not divide {width}")
+            raise UserError(f"model.heads must divide model.width: {heads} does not divide {width}")
         self.vocab_size, self.seq_len, self.width, self.ensemble = vocab_size, seq_len, width, ensemble
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         self.start, self.orthogonality, self._double = start, orthogonality, loss_precision == "fp64"
@@ -98,12 +99,12 @@ class Separability(LightningModule):
     def setup(self, stage: str) -> None:
         """Check precision and the data's sizes, and load the weights of `start` and of the anchor."""
         if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
-            raise ValueError(f"trainer.precision: {precision} rounds small updates away, use bf16-mixed or 32-true")
+            raise UserError(f"trainer.precision: {precision} rounds small updates away, use bf16-mixed or 32-true")
         data = self.trainer.datamodule
         for name in ("vocab_size", "seq_len"):
             needed, given = getattr(data, name, 0), getattr(self, name)
             if needed > given:
-                raise ValueError(f"model.{name} is {given} and the data needs {needed}: set --model.{name} {needed}")
+                raise UserError(f"model.{name} is {given} and the data needs {needed}: set --model.{name} {needed}")
         if self.start and not self.trainer.ckpt_path:  # whose weights are taken otherwise
             self.network.load_state_dict(load_network(self.start, self.network, self.ensemble, "model.start"))
         self.start = None  # a test after training keeps what was learnt

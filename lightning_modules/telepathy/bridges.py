@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from datamodules.errors import UserError
+
 
 class Bridge(nn.Module, ABC):
     """What every bridge is: `forward(states_BSC, mask_BS) -> soft_BKD`, and `soft_mask` for which of them are real."""
@@ -64,11 +66,11 @@ class PerceiverBridge(Bridge):
         super().__init__()
         width = width or target_dim
         if soft_tokens < 1 or depth < 1:
-            raise ValueError(f"a bridge needs at least 1 soft token and 1 layer, not {soft_tokens} and {depth}")
+            raise UserError(f"a bridge needs at least 1 soft token and 1 layer, not {soft_tokens} and {depth}")
         if width % heads:
-            raise ValueError(f"the bridge's width {width} is not divisible by its {heads} heads")
+            raise UserError(f"the bridge's width {width} is not divisible by its {heads} heads")
         if tokens_per_query < 1 or soft_tokens % tokens_per_query:
-            raise ValueError(f"{soft_tokens} soft tokens cannot be made {tokens_per_query} a query")
+            raise UserError(f"{soft_tokens} soft tokens cannot be made {tokens_per_query} a query")
         queries = soft_tokens // tokens_per_query
         self.soft_tokens, self.tokens_per_query, self.heads = soft_tokens, tokens_per_query, heads
         self.project = nn.Linear(source_dim, width, bias=not key_norm)  # before a norm, a bias would drown small states
@@ -141,7 +143,7 @@ class TokenBridge(Bridge):
     ):
         super().__init__()
         if tokens_per_source < 1:
-            raise ValueError(f"a bridge needs at least 1 soft token a source token, not {tokens_per_source}")
+            raise UserError(f"a bridge needs at least 1 soft token a source token, not {tokens_per_source}")
         self.tokens_per_source, self.target_dim = tokens_per_source, target_dim
         self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
         out = tokens_per_source * target_dim

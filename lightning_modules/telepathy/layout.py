@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_modules.text import Prompt, pad
+from lightning_modules.pretrained.prompts import Prompt, pad
 
 
 @dataclass

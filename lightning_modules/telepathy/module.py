@@ -14,9 +14,12 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_modules.evaluation import EvalSample, gather_objects, write_jsonl
-from lightning_modules.pretrained import Pretrained
-from lightning_modules.schedule import with_schedule
+from datamodules.errors import UserError
+from lightning_modules.core.contracts import Workload
+from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
+from lightning_modules.core.schedule import with_schedule
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.prompts import Prompt, pad
 from lightning_modules.telepathy import objectives as objective
 from lightning_modules.telepathy.bridges import BridgeFactory, OutputScale
 from lightning_modules.telepathy.frozen import Frozen
@@ -25,8 +28,6 @@ from lightning_modules.telepathy.normalizer import StatisticalNormalizer
 from lightning_modules.telepathy.objectives import Objective
 from lightning_modules.telepathy.report import Examination
 from lightning_modules.telepathy.target import Target
-from lightning_modules.text import Prompt, pad
-from lightning_modules.workload import Workload
 
 Flaw = Literal["key_scale", "bos_behind"]
 NOTES_SCALE = 0.003  # root mean square that the notes recoloured source states to, that of Mistral 7B's embeddings
@@ -75,12 +76,12 @@ class Telepathy(LightningModule):
         self.layers = [source_layer] if isinstance(source_layer, int) else source_layer
         self.objectives = {"lm": 1.0} if objectives is None else objectives
         if not self.layers or min(self.layers) < 1:
-            raise ValueError(f"model.source_layer {source_layer} names no layer: they count from 1")
+            raise UserError(f"model.source_layer {source_layer} names no layer: they count from 1")
         for name in self.objectives:
             if name not in get_args(Objective):
-                raise ValueError(f"model.objectives has no '{name}': choose among {', '.join(get_args(Objective))}")
+                raise UserError(f"model.objectives has no '{name}': choose among {', '.join(get_args(Objective))}")
         if not any(self.objectives.values()):
-            raise ValueError("model.objectives is empty: give at least one objective a weight, such as {lm: 1.0}")
+            raise UserError("model.objectives is empty: give at least one objective a weight, such as {lm: 1.0}")
         self.optimizer, self.warmup_steps, self.max_new_tokens = optimizer, warmup_steps, max_new_tokens
         flaws = faithful if isinstance(faithful, list) else get_args(Flaw) if faithful else ()
         notes_scale = "key_scale" in flaws
@@ -245,7 +246,7 @@ class Telepathy(LightningModule):
         given, own = checkpoint["state_dict"].keys(), self.state_dict().keys()
         for name in sorted(given ^ own):
             who = "does not have" if name in own else "has"
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint {who} '{name}': it holds another kind of bridge, give its run's own config"
             )
 

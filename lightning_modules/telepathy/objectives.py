@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.diversity import mean_pairwise_cosine
+from lightning_modules.core.diversity import mean_pairwise_cosine
 
 Objective = Literal["lm", "batch_diversity", "contrastive", "kl_text"]
 

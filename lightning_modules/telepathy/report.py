@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.diversity import (
+from lightning_modules.core.diversity import (
     between_input_variance,
     distinct,
     distinct_n,
     effective_rank,
     mean_pairwise_cosine,
 )
-from lightning_modules.evaluation import EvalSample, gather_objects, text_table, write_jsonl
-from lightning_modules.metrics import wilson_interval
+from lightning_modules.core.metrics import wilson_interval
+from lightning_modules.core.samples import EvalSample, gather_objects, text_table, write_jsonl
 from lightning_modules.telepathy.figures import loss_by_position, soft_token_map
 
 GROUP = 8  # candidates of the retrieval measure

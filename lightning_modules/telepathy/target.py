@@ -11,11 +11,11 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
-from lightning_modules.generation import generate
-from lightning_modules.pretrained import Pretrained
+from lightning_modules.pretrained.generation import generate
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.prompts import Prompt
 from lightning_modules.telepathy.frozen import Frozen
 from lightning_modules.telepathy.layout import Packing, cut, pack
-from lightning_modules.text import Prompt
 
 
 @dataclass

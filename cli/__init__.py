@@ -1,0 +1,1 @@
+"""The command line: parsing, error messages and the folders of runs."""

@@ -1,0 +1,1 @@
+"""What the lines of research share; imports none of them."""

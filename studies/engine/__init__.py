@@ -1,0 +1,1 @@
+"""Runs a study's arms over seeds, and weighs its claims."""

@@ -1,0 +1,216 @@
+"""Clamps hit their statistic, and nothing else."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from toy_classifier import Classifier, loader, trainer, within_class_spread
+
+from callbacks.activation_clamp import ActivationClamp, clamp_mean_radius, clamp_radius, clamp_spread
+from datamodules.errors import UserError
+
+REFERENCE = {"radius": 3.0, "spread.target": 0.7, "spread.batch": 2.5}
+
+
+@pytest.fixture
+def reference(tmp_path):
+    path = tmp_path / "reference.safetensors"
+    sites = ("residual", "pair")
+    save_file({f"{site}.{key}": torch.tensor(value) for site in sites for key, value in REFERENCE.items()}, path)
+    return str(path)
+
+
+# The formulas
+
+
+def test_radius_is_hit_at_every_position():
+    x = torch.randn(4, 50, 16) * torch.rand(4, 50, 1).mul(5).exp()
+    x[0, 0] = 0
+    clamped = clamp_radius(x, 2.5)
+    assert torch.equal(clamped[0, 0], x[0, 0])
+    norms = clamped.flatten(0, 1)[1:].norm(dim=-1)
+    torch.testing.assert_close(norms, torch.full_like(norms, 2.5), rtol=1e-5, atol=0)
+    cosine = nn.functional.cosine_similarity(clamped, x, dim=-1).flatten()[1:]
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+
+
+def test_mean_radius_is_hit_by_one_factor():
+    x = torch.randn(4, 50, 16) * torch.rand(4, 50, 1).mul(5).exp()
+    x[0, 0] = 0
+    clamped = clamp_mean_radius(x, 2.5)
+    torch.testing.assert_close(clamped.norm(dim=-1).mean(), torch.tensor(2.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(clamped, x * (2.5 / x.norm(dim=-1).mean()))
+    assert torch.equal(clamp_mean_radius(torch.zeros(3, 4), 2.5), torch.zeros(3, 4))
+
+
+def test_spread_is_hit_and_class_means_stay():
+    x = torch.randn(4, 50, 16) * 3 + 1
+    labels = torch.randint(100, 107, (4, 50))
+    labels[:, ::3] = -100
+    clamped = clamp_spread(x, labels, 0.4)
+    torch.testing.assert_close(within_class_spread(clamped, labels), torch.tensor(0.4).double(), rtol=1e-5, atol=0)
+    assert torch.equal(clamped[labels == -100], x[labels == -100])
+    for c in range(100, 107):
+        torch.testing.assert_close(clamped[labels == c].mean(0), x[labels == c].mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_spread_of_single_positions_has_nothing_to_scale():
+    x = torch.randn(6, 8, requires_grad=True)
+    clamped = clamp_spread(x, torch.arange(6), 2.0)
+    assert torch.equal(clamped, x)
+    clamped.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_gradients_are_those_of_the_formulas():
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 0, 4, 4, 4, -100, 2])
+    assert torch.autograd.gradcheck(lambda x: clamp_spread(x, labels, 0.5), x)
+    assert torch.autograd.gradcheck(lambda x: clamp_radius(x, 0.5), x)
+
+
+# The callback
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_identity_changes_no_bit(checkpointed, tmp_path):
+    plain, clamped = Classifier(checkpointed), Classifier(checkpointed)
+    trainer(tmp_path).fit(plain, loader(), loader())
+    trainer(tmp_path, ActivationClamp("*", "identity")).fit(clamped, loader(), loader())
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, clamped.get_parameter(name)), name
+    for (_, x), (_, y) in zip(plain.seen, clamped.seen, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_identity_returns_the_same_tensor(tmp_path):
+    module = Classifier()
+    clamp = ActivationClamp("mix", "identity")
+    clamp.setup(trainer(tmp_path), module, "fit")
+    outputs = []
+    module.mix.register_forward_hook(lambda module, args, output: outputs.append(output))
+    assert module.mix(torch.randn(2, 8)) is outputs[0]
+
+
+@pytest.mark.parametrize("site", ["residual", "pair"])
+def test_naive_sets_the_radius_in_every_stage(site, tmp_path, reference):
+    module = Classifier()
+    run = trainer(tmp_path, ActivationClamp(site, "naive", reference))
+    run.fit(module, loader(), loader())
+    run.test(module, loader(), verbose=False)
+    assert {stage for stage, _ in module.seen} == {"train", "validate", "test"}
+    for _, x in module.seen:
+        torch.testing.assert_close(x.norm(dim=-1), torch.full(x.shape[:2], 3.0), rtol=1e-5, atol=0)
+
+
+def test_naive_over_the_batch_keeps_the_ratios_of_norms(tmp_path, reference):
+    module = Classifier()
+    clamp = ActivationClamp("residual", "naive", reference, classes="batch")
+    trainer(tmp_path, clamp).test(module, loader(), verbose=False)
+    for (_, x), given in zip(module.seen, module.given, strict=True):
+        torch.testing.assert_close(x, given * (3.0 / given.norm(dim=-1).mean()))
+
+
+@pytest.mark.parametrize("classes", ["target", "batch"])
+def test_mean_preserving_sets_the_spread_of_labelled_positions(classes, tmp_path, reference):
+    module = Classifier()
+    trainer(tmp_path, ActivationClamp("residual", "mean_preserving", reference, classes=classes)).test(
+        module, loader(), verbose=False
+    )
+    target = torch.tensor(REFERENCE[f"spread.{classes}"]).double()
+    for batch, (_, x), given in zip(loader(), module.seen, module.given, strict=True):
+        labels = batch["labels"] if classes == "target" else batch["labels"].clamp(max=0)
+        torch.testing.assert_close(within_class_spread(x, labels), target, rtol=1e-5, atol=0)
+        assert torch.equal(x[labels == -100], given[labels == -100])
+        assert not torch.isclose(x[labels != -100], given[labels != -100]).all()
+
+
+@pytest.mark.parametrize("site", ["residual", "pair"])
+def test_the_modes_that_take_the_input_away(site, tmp_path):
+    def seen(mode):
+        module = Classifier()
+        trainer(tmp_path, ActivationClamp(site, mode)).test(module, loader(), verbose=False)
+        return zip((x for _, x in module.seen), module.given, strict=True)
+
+    for x, given in seen("zero"):
+        assert not x.any()
+        assert given.any()
+    for x, given in seen("mean"):
+        torch.testing.assert_close(x, torch.stack([given.sum(0) / len(given)] * len(given)))
+    for x, given in seen("shuffle"):
+        assert torch.equal(x[0], given[-1])
+        assert torch.equal(x[1:], given[:-1])
+
+
+def test_random_direction_moves_as_far_as_naive_elsewhere(tmp_path, reference):
+    module = Classifier()
+    trainer(tmp_path, ActivationClamp("residual", "random_direction", reference)).test(module, loader(), verbose=False)
+    moves = []
+    for (_, x), given in zip(module.seen, module.given, strict=True):
+        moves.append(x - given)
+        naive = clamp_radius(given, 3.0) - given
+        torch.testing.assert_close(moves[-1].norm(dim=-1), naive.norm(dim=-1), rtol=1e-4, atol=1e-5)
+        assert nn.functional.cosine_similarity(moves[-1], naive, dim=-1).abs().mean() < 0.6
+    directions = [nn.functional.normalize(move, dim=-1) for move in moves]
+    assert not any(torch.allclose(a, b, atol=0.1) for a, b in pairwise(directions))
+
+
+@pytest.mark.parametrize("mode", ["naive", "mean_preserving", "random_direction"])
+def test_training_is_the_same_with_activation_checkpointing(mode, tmp_path, reference):
+    modules = [Classifier(checkpointed=False), Classifier(checkpointed=True)]
+    for module in modules:
+        trainer(tmp_path, ActivationClamp("residual", mode, reference)).fit(module, loader(), loader())
+        assert module.embed.weight.grad.abs().sum() > 0
+    for parameter, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0, atol=0)
+
+
+def test_acts_only_during_its_stages_and_is_gone_afterwards(tmp_path):
+    module = Classifier()
+    run = trainer(tmp_path, ActivationClamp("residual", "zero", during=["validate"]))
+    run.fit(module, loader(), loader())
+    run.test(module, loader(), verbose=False)
+    zero = {stage: not x.any() for stage, x in module.seen}
+    assert zero == {"train": False, "validate": True, "test": False}
+    assert not module.residual._forward_hooks
+
+
+def test_hooks_go_when_a_run_fails(tmp_path, reference):
+    module = Classifier()
+    clamp = ActivationClamp("residual", "mean_preserving", reference, labels="targets")
+    with pytest.raises(ValueError, match=r"'targets' of shape \(12, 6\)"):
+        trainer(tmp_path, clamp).fit(module, loader())
+    assert not module.residual._forward_hooks
+
+
+def test_generation_amid_training_has_no_classes_to_clamp(tmp_path, reference):
+    class Generating(Classifier):
+        def on_train_batch_end(self, *_):
+            self.eval()
+            self.generated = self(torch.zeros(2, 3, dtype=torch.long))
+            self.train()
+
+    module = Generating()
+    trainer(tmp_path, ActivationClamp("residual", "mean_preserving", reference)).fit(module, loader())
+    assert torch.equal(module.seen[-1][1], module.given[-1])
+
+
+def test_errors_are_one_sentence_and_early(tmp_path, reference):
+    with pytest.raises(ValueError, match="needs `reference`"):
+        ActivationClamp("residual", "naive")
+    with pytest.raises(ValueError, match="ActivationClamp: `during` names no stage"):
+        ActivationClamp("residual", "zero", during=[])
+    with pytest.raises(UserError, match="ActivationReference"):
+        trainer(tmp_path, ActivationClamp("residual", "naive", "missing.safetensors")).fit(Classifier(), loader())
+    with pytest.raises(ValueError, match=r"'residul'.*'residual'"):
+        trainer(tmp_path, ActivationClamp("residul", "naive", reference)).fit(Classifier(), loader())
+    with pytest.raises(ValueError, match=r"'final_norm.radius'.*'residual.radius'"):
+        trainer(tmp_path, ActivationClamp("final_norm", "naive", reference)).fit(Classifier(), loader())
+    with pytest.warns(UserWarning, match="ignores `reference`"):
+        ActivationClamp("residual", "zero", reference)
+
+
+def test_two_clamps_have_states_of_their_own():
+    assert ActivationClamp("mix", "zero").state_key != ActivationClamp("residual", "zero").state_key

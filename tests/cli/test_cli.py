@@ -1,0 +1,260 @@
+"""The command line: what a run leaves behind, and how mistakes are told."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+import main as cli
+from cli import user_errors
+
+
+class CliHead(torch.nn.Module):
+    def __init__(self, soft_tokens: int = 2):
+        super().__init__()
+
+
+class CliModel(BoringModel):
+    def __init__(
+        self,
+        width: int = 2,
+        output: str = "rms",
+        layers: int | list[int] = 1,
+        head: CliHead | None = None,
+        optimizer: OptimizerCallable = torch.optim.SGD,
+    ):
+        super().__init__()
+        if width < 1:
+            raise ValueError("width: expected at least 1")
+        self.save_hyperparameters(ignore=["head", "optimizer"])
+        self.layer = torch.nn.Linear(32, width)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/accuracy", 0.5)
+
+
+class CliData(BoringDataModule):
+    def __init__(self, source: str = "generated", fault: str = ""):
+        super().__init__()
+        self.fault = fault
+        self.source = source
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.fault == "user":
+            raise ValueError("data.fault: expected nothing")
+        if self.fault == "bug":
+            int("not a number")
+
+
+class CliWatcher(Callback):
+    def __init__(self, every_n_steps: int = 1):
+        pass
+
+
+BASE = {
+    "model": {"class_path": "CliModel"},
+    "data": {"class_path": "CliData"},
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": 2,
+        "limit_val_batches": 1,
+        "limit_test_batches": 1,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "callbacks": [{"class_path": "CliWatcher"}],
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs `main` in an empty folder that holds `base.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    monkeypatch.setattr(user_errors, "OWN_PACKAGES", user_errors.OWN_PACKAGES | {__name__})
+    Path("base.yaml").write_text(yaml.safe_dump(BASE))
+    return lambda command, *args: cli.main([command, "--config", "base.yaml", *args])
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """Runs a command that must end in one sentence, and gives the sentence and the hint after it."""
+
+    def check(*args: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run(*args)
+        assert ended.value.code == 2
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        assert "usage:" not in errors
+        told = errors[errors.index("error: ") :].splitlines()
+        assert len(told) <= 2
+        return "\n".join(told)
+
+    return check
+
+
+def overlay(content: dict, name: str = "overlay.yaml") -> str:
+    Path(name).write_text(yaml.safe_dump(content))
+    return name
+
+
+WRONG_KEYS = {
+    "cli": (["--model.init_args.outptu", "rms"], "CliModel has no argument 'outptu'", "'output'"),
+    "cli short": (["--data.sorce", "x"], "CliData has no argument 'sorce' (data.sorce)", "'source'"),
+    "trainer, no abbreviation": (["--trainer.max_step", "3"], "there is no key 'trainer.max_step'", "max_steps"),
+    "nested": (["--model.head", "CliHead", "--model.head.soft_tokn", "1"], "(model.head.soft_tokn)", "'soft_tokens'"),
+    "model": (["--model", "CliModl"], "there is no LightningModule 'CliModl'", "'CliModel'"),
+    "callback": (["--trainer.callbacks+", "CliWacher"], "there is no Callback 'CliWacher'", "'CliWatcher'"),
+    "optimizer": (["--model.optimizer", "AdamWW"], "model.optimizer: there is no Optimizer 'AdamWW'", "'AdamW'"),
+    "optimizer argument": (
+        ["--model.optimizer", "AdamW", "--model.optimizer.wieght_decay", "1"],
+        "AdamW has no argument 'wieght_decay' (model.optimizer.wieght_decay)",
+        "'weight_decay'",
+    ),
+    "required": (["--trainer.callbacks", "EarlyStopping"], "EarlyStopping needs a value for monitor", ""),
+    "trainer flag": (["--trainer.strategy", "dpp"], "trainer: You selected an invalid strategy name", ""),
+    "type": (["--model.width", "wide"], "model.width: expected int, got 'wide'", ""),
+    "union": (["--model.layers", "x"], "model.layers: expected int or list[int], got 'x'", ""),
+    "no config": (["--config", "bse.yaml"], "there is no file bse.yaml", "base.yaml"),
+    "no checkpoint": (["--ckpt_path", "bse.yaml"], "there is no file bse.yaml", "base.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_KEYS)
+def test_a_config_error_is_one_sentence_with_the_near_miss(refused, case):
+    args, said, near = WRONG_KEYS[case]
+    told = refused("fit", *args)
+    assert said in told
+    assert not near or f"did you mean {near}" in told or f"did you mean 'trainer.{near}'" in told
+    assert not list(Path().rglob("results.json"))
+
+
+WRONG_YAML = {
+    "model argument": ({"model": {"init_args": {"outptu": "rms"}}}, "(model.outptu); did you mean 'output'?"),
+    "top level": ({"modle": {"class_path": "CliModel"}}, "there is no key 'modle'; did you mean 'model'?"),
+    "class": ({"data": {"class_path": "CliDta"}}, "there is no LightningDataModule 'CliDta'; did you mean 'CliData'?"),
+    "callback argument": (
+        {"trainer": {"callbacks+": [{"class_path": "CliWatcher", "init_args": {"every_steps": 1}}]}},
+        "CliWatcher has no argument 'every_steps' (trainer.callbacks.every_steps); did you mean 'every_n_steps'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_YAML)
+def test_a_typo_in_yaml_is_found_at_any_depth(refused, run, case):
+    content, said = WRONG_YAML[case]
+    assert said in refused("fit", "--config", overlay(content))
+
+
+def test_a_wrong_command_names_the_nearest(run, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fti"])
+    assert "no command 'fti'; did you mean 'fit'?" in capsys.readouterr().err
+
+
+def test_unreadable_yaml_says_where(refused, run):
+    Path("broken.yaml").write_text("model: [unclosed\n")
+    assert "not valid YAML near line" in refused("fit", "--config", "broken.yaml")
+
+
+def test_overlays_add_callbacks_and_short_keys_reach_init_args(run):
+    added = {"trainer": {"callbacks+": [{"class_path": "LearningRateMonitor"}]}}
+    done = run("fit", "--config", overlay(added), "--data.source", "jsonl")
+    names = [type(callback).__name__ for callback in done.trainer.callbacks]
+    assert {"CliWatcher", "LearningRateMonitor", "RunRecord"} <= set(names)
+    assert done.datamodule.source == "jsonl"
+
+
+def test_a_run_has_its_folder_and_tests_after_fit(run):
+    first, second = run("fit"), run("fit")
+    assert first.run_dir != second.run_dir
+    assert first.run_dir.parent == Path("runs/base")
+    files = {str(file.relative_to(first.run_dir)) for file in first.run_dir.rglob("*")}
+    assert {"config.yaml", "results.json", "checkpoints/last.ckpt"} <= files
+    assert any(name.startswith("events.out") for name in files)
+    record = yaml.safe_load((first.run_dir / "results.json").read_text())
+    assert set(record["seconds"]) == {"fit", "test"}
+    assert record["metrics"]["test/accuracy"] == 0.5
+    again = cli.main(["fit", "--config", str(first.run_dir / "config.yaml"), "--test_after_fit", "false"])
+    assert again.run_dir.parent == Path("runs/base")
+    assert "test" not in again.record.record["seconds"]
+
+
+def test_a_given_folder_is_used_and_never_shared(run, refused):
+    assert run("fit", "--trainer.default_root_dir", "mine").run_dir is None
+    assert Path("mine/results.json").exists()
+    assert Path("mine/checkpoints/last.ckpt").exists()
+    assert "mine already holds a run" in refused("fit", "--trainer.default_root_dir", "mine")
+
+
+def test_a_fast_dev_run_leaves_nothing(run):
+    run("fit", "--trainer.fast_dev_run", "true")
+    assert not Path("runs").exists()
+
+
+@pytest.fixture
+def checkpoint(run):
+    return run("fit", "--model.output", "none").run_dir / "checkpoints" / "last.ckpt"
+
+
+def test_the_users_config_wins_over_the_checkpoints(run, checkpoint):
+    done = run("fit", "--ckpt_path", str(checkpoint), "--trainer.max_steps", "3")
+    assert done.model.hparams.output == "rms"
+    assert done.trainer.global_step == 3
+
+
+def test_a_checkpoint_of_another_width_is_refused_in_words(run, refused, checkpoint):
+    before = list(Path("runs/base").iterdir())
+    told = refused("test", "--ckpt_path", str(checkpoint), "--model.width", "3")
+    assert "layer.weight is [2, 32] there and [3, 32] in the model" in told
+    assert list(Path("runs/base").iterdir()) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_refused_naming_the_intact_one(refused, checkpoint, damage):
+    content = bytearray(checkpoint.read_bytes())
+    middle = content.index(b"state_dict")
+    content[middle] ^= 0xFF
+    damaged = checkpoint.with_name("newer.ckpt")
+    damaged.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    shutil.copy(checkpoint, checkpoint.with_name("newest.ckpt"))
+    told = refused("fit", "--ckpt_path", str(damaged))
+    assert "newer.ckpt is damaged" in told
+    assert "newest intact one beside it is" in told
+    assert "newest.ckpt" in told
+
+
+def test_a_checkpoint_that_may_run_code_needs_consent(run, refused, checkpoint):
+    torch.save(torch.load(checkpoint, weights_only=True) | {"extra": CliHead()}, checkpoint)
+    assert "--weights_only false" in refused("fit", "--ckpt_path", str(checkpoint))
+    options = ["--trainer.max_steps", "3", "--weights_only", "false"]
+    assert run("fit", "--ckpt_path", str(checkpoint), *options).trainer.global_step == 3
+
+
+@pytest.mark.parametrize("args", [["--data.fault", "user"], ["--model.width", "0"]], ids=["setup", "init"])
+def test_a_mistake_found_at_run_time_leaves_no_folder(refused, args):
+    assert refused("fit", *args).count(": expected") == 1
+    assert not list(Path("runs").rglob("*.*"))
+
+
+def test_a_bug_keeps_its_stack_trace(run):
+    with pytest.raises(ValueError, match="invalid literal"):
+        run("fit", "--data.fault", "bug")
+    (record,) = Path("runs").rglob("results.json")
+    assert yaml.safe_load(record.read_text())["status"] == "failed"
+
+
+def test_help_begins_with_the_commands(run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", "--help"])
+    assert ended.value.code == 0
+    assert "python main.py fit --config configs/X.yaml" in "\n".join(capsys.readouterr().out.splitlines()[:8])

@@ -1,0 +1,165 @@
+"""The TextCorpus datamodule: sources, levels, the parts of the text, windows, mistakes."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+
+from datamodules import TextCorpus
+from datamodules.batch import IGNORE
+from datamodules.errors import UserError
+
+SMALL = {"seq_len": 8, "batch_size": 4, "epoch_size": 40, "validation_size": 6, "test_size": 6, "seed": 1}
+
+
+def numbered(count):
+    return "".join(f"{i:05d}," for i in range(count))  # every window of it occurs once
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(numbered(1000), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("level", ["byte", "char", "bpe"])
+def test_windows_of_each_part_lie_in_it_and_held_out_ones_do_not_overlap(file, level):
+    data = TextCorpus("file", file, level=level, bpe_vocab=300, **SMALL)
+    data.setup("fit")
+    text = numbered(1000)
+    rows = {"train": data.draw(np.random.default_rng(0), 50), "validation": data.fixed("validation", 6)}
+    rows["test"] = data.fixed("test", 6)
+    bounds = {"train": (0, 5400), "validation": (5400, 5700), "test": (5700, 6000)}
+    for part, (start, end) in bounds.items():
+        tokens, labels = rows[part].swapaxes(0, 1)
+        assert np.array_equal(tokens[:, 1:], labels[:, :-1])
+        assert labels.min() >= 0
+        assert max(tokens.max(), labels.max()) < data.vocab_size
+        windows = [data.decode([*row, label[-1]]) for row, label in zip(tokens, labels, strict=True)]
+        places = [text.index(window) if text.count(window) == 1 else None for window in windows]
+        assert None not in places or part == "train" or level == "bpe"
+        for window, place in zip(windows, places, strict=True):
+            assert window in text[start:end]
+            assert place is None or start <= place <= end - len(window)
+        if part != "train" and level != "bpe":
+            assert len(windows) == 6
+            assert all(b - a >= len(windows[0]) for a, b in pairwise(places))
+            assert places[0] == start
+            assert places[-1] > end - 60  # spread over the part
+    assert data.decode(data.parse("00012,")) == "00012,"
+
+
+def test_chance_is_the_most_frequent_token(file):
+    data = TextCorpus("file", file, **SMALL)
+    train = numbered(1000)[:5400]
+    assert data.chance == max(train.count(c) for c in set(train)) / 5400
+    assert data.ceiling is None
+
+
+def test_characters_that_training_does_not_have(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abé\r\n" * 72 + "abö" * 10, encoding="utf-8")
+    data = TextCorpus("file", str(path), level="char", **SMALL)
+    assert data.vocab_size == 6  # a b é \r \n, and one for all others
+    assert data.parse("aböé") == [2, 3, 5, 4]
+    assert data.decode([2, 3, 5, 4]) == "ab�é"
+    assert [data.token_text(token) for token in range(6)] == ["\\n", "\\r", "a", "b", "é", "�"]
+
+
+def test_docs_need_no_download_and_bytes_no_text():
+    data = TextCorpus(**SMALL | {"seq_len": 64})
+    assert data.vocab_size == 256
+    assert "_texts" not in vars(data)
+    data.setup("fit")
+    assert sum(map(len, data._texts.values())) > 400_000
+    assert [data.token_text(token) for token in (65, 10, 200)] == ["A", "\\n", "\\xc8"]
+    assert 0.1 < data.chance < 0.3
+
+
+def test_bpe_says_much_in_few_tokens_and_is_the_same_each_time():
+    one, other = (TextCorpus(level="bpe", bpe_vocab=400, max_size=40_000, **SMALL) for _ in range(2))
+    assert one.vocab_size == 400
+    assert one._tokenizer.get_vocab() == other._tokenizer.get_vocab()
+    assert len(one._tokens["train"]) < 0.7 * len(one._texts["train"])
+    assert one.decode(one._tokens["test"]) == one._texts["test"]
+    assert one.token_text(one.parse("\n")[0]) == "\\n"
+
+
+@pytest.mark.parametrize("max_size", [None, 60])
+def test_a_hub_data_set(monkeypatch, max_size):
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        return ({"story": f"story {i} " * 4} for i in range(100))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = TextCorpus("hub", "roneneldan/TinyStories", text_column="story", max_size=max_size, **SMALL | {"seq_len": 1})
+    assert "story 0 story 0 story 0 story 0 \n\nstory 1 ".startswith(data._texts["train"].decode()[:42])
+    assert asked == [("roneneldan/TinyStories", {"split": "train", "streaming": max_size is not None})]
+    assert sum(map(len, data._texts.values())) == (max_size or 3758)
+    with pytest.raises(ValueError, match=r"has no text in data.text_column 'text': it has \['story'\]"):
+        TextCorpus("hub", "x", **SMALL).setup("fit")
+
+
+def test_inputs_are_the_text_to_go_on_with(file):
+    data = TextCorpus("file", file, inputs=["0001", "é"], **SMALL)
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert batch["tokens"].tolist() == [[48, 48, 48, 49], [0xC3, 0xA9, 0, 0]]
+    assert batch["labels"].tolist() == [[48, 48, 49, IGNORE], [0xA9, IGNORE, IGNORE, IGNORE]]
+    data = TextCorpus("file", file, inputs=["000123456"], **SMALL)
+    data.setup("predict")
+    with pytest.raises(ValueError, match="'000123456' has 9 tokens, where 1 to 8 may be"):
+        data.predict_dataloader()
+
+
+def test_an_ensemble_has_a_crop_for_each_member(file):
+    data = TextCorpus("file", file, **SMALL)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, lightning_module=SimpleNamespace(ensemble=3))
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch["tokens"].shape == batch["labels"].shape == (3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "level", "reason"),
+    [
+        (b"", "byte", "is empty"),
+        (b"", "char", "is empty"),
+        (b"ab\xff" * 100, "char", "is not a text in UTF-8 .*data.level 'byte' takes any file"),
+        (b"abc" * 20, "byte", "its validation part has 3 tokens, and a row of data.seq_len 8 needs 9"),
+    ],
+)
+def test_texts_that_cannot_be_used(tmp_path, content, level, reason):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as caught:
+        TextCorpus("file", str(path), level=level, **SMALL).setup("fit")
+    assert "\n" not in str(caught.value)
+    if b"\xff" in content:
+        TextCorpus("file", str(path), **SMALL).setup("fit")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="no text file at"):
+        TextCorpus("file", str(tmp_path / "none.txt")).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"source": "file"}, "data.path goes with data.source 'file' or 'hub'"),
+        ({"path": "a.txt"}, "and not with 'docs'"),
+        ({"seq_len": 0}, "data.seq_len must be at least 1"),
+        ({"max_size": 0}, "data.max_size must be at least 1"),
+        ({"bpe_vocab": 255}, "data.bpe_vocab must be at least 256"),
+        ({"batch_size": 0}, "data.batch_size"),
+    ],
+)
+def test_mistakes_are_told(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        TextCorpus(**options)

@@ -1,0 +1,212 @@
+"""The language-model line: causality, batches, generation, training, and what the embedded pair can do."""
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer, seed_everything
+
+from datamodules import WordProblems
+from datamodules.batch import IGNORE
+from datamodules.problems import generate, generate_passkey
+from lightning_modules.core.schedule import with_schedule
+from lightning_modules.pretrained.generation import generate as generate_tokens
+from lightning_modules.pretrained.generation import left_pad
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.prompts import Prompt, pad
+from lightning_modules.question_answering import LanguageModel
+from lightning_modules.question_answering.tokenizer import ByteLevelBPE
+
+PAIR = Path(__file__).parents[2] / "assets" / "pair"
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
+
+
+def of_pair(which: str, **options) -> LanguageModel:
+    return LanguageModel(Pretrained(str(PAIR / which)), **options).eval()
+
+
+def trainer(path: Path, **options) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(accelerator="cpu", default_root_dir=path, enable_checkpointing=False, **quiet, **options)
+
+
+@pytest.fixture(scope="module")
+def problems() -> list:
+    return [generate(5, "train", i) for i in range(12)] + [generate_passkey(5, "train", i) for i in range(2)]
+
+
+@pytest.mark.parametrize("which", ["source", "target"])
+def test_no_logit_depends_on_what_comes_after(which):
+    model = of_pair(which).model
+    torch.manual_seed(0)
+    embeds_BTD = model.get_input_embeddings()(torch.randint(3, 500, (2, 16))).detach().requires_grad_()
+    logits_BTV = model(inputs_embeds=embeds_BTD).logits
+    for t in (0, 7, 14):
+        (grad_BTD,) = torch.autograd.grad(logits_BTV[:, t].square().sum(), embeds_BTD, retain_graph=True)
+        assert (grad_BTD[:, t + 1 :] == 0).all()
+        assert (grad_BTD[:, : t + 1].abs().amax(dim=(0, 2)) > 0).all()
+
+
+def test_the_target_answers_what_it_reads_and_nothing_blindly(tmp_path):
+    module = of_pair("target")
+    data = WordProblems(test_sets={"test": 200, "passkey": 20}, validation_size=1, eval_batch_size=100)
+    (metrics, *_) = trainer(tmp_path).test(module, data, verbose=False)
+    assert metrics["test/accuracy"] >= 0.9
+    assert metrics["test/blind_accuracy"] <= 0.05
+    assert metrics["passkey/accuracy"] >= 0.9
+    low, high = module.intervals["test/accuracy"]
+    assert low < metrics["test/accuracy"] <= high
+    assert module.counts == {name: 200 if name.startswith("test") else 20 for name in metrics}
+
+
+def test_left_padding_changes_no_answer(problems):
+    module = of_pair("target")
+    batch = module.collate(problems, training=False)
+    together = module._answers(batch["prompt"], batch["prompt_mask"])
+    assert len(set(batch["prompt_mask"].sum(1).tolist())) > 3
+    for row, mask, output in zip(batch["prompt"], batch["prompt_mask"], together, strict=True):
+        assert module._answers(row[mask][None], mask[mask][None]) == [output]
+
+
+def test_left_pad_keeps_the_order_of_what_is_real():
+    embeds_BTD = torch.arange(8.0).view(2, 4, 1)
+    mask_BT = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    moved_BTD, moved_BT = left_pad(embeds_BTD, mask_BT)
+    assert moved_BT.tolist() == [[False, False, True, True], [True] * 4]
+    assert moved_BTD[0, 2:, 0].tolist() == [0.0, 2.0]
+    assert moved_BTD[1, :, 0].tolist() == [4.0, 5.0, 6.0, 7.0]
+
+
+def test_generation_stops_at_the_end_token_and_at_the_limit(problems):
+    module = of_pair("target", max_new_tokens=3)
+    batch = module.collate(problems[:2], training=False)
+    embeds_BTD = module.model.get_input_embeddings()(batch["prompt"])
+    rows = generate_tokens(module.model, embeds_BTD, batch["prompt_mask"], 3, 2, 0)
+    assert [len(row) for row in rows] == [3, 3]
+    rows = generate_tokens(module.model, embeds_BTD, batch["prompt_mask"], 100, 2, 0)
+    assert all(2 not in row and 0 not in row for row in rows)
+
+
+@pytest.mark.parametrize("answer_only", [False, True])
+def test_labels(problems, answer_only):
+    module = of_pair("target", answer_only=answer_only)
+    batch = module.collate(problems, training=True)
+    assert set(batch) == {"tokens", "labels"}
+    for tokens_T, labels_T, problem in zip(batch["tokens"], batch["labels"], problems, strict=True):
+        asked = labels_T != IGNORE
+        assert torch.equal(labels_T[asked], tokens_T[asked])
+        text = module.tokenizer.decode(labels_T[asked])
+        whole = f" {problem.answer}</s>"
+        assert text == (whole if answer_only else f"<s>Question: {problem.question}\nAnswer:{whole}")
+
+
+def test_a_share_of_the_training_problems_repeats_the_question():
+    module = of_pair("target", repeat_fraction=0.2)
+    problems = [generate(6, "train", i) for i in range(2000)]
+    texts = module.tokenizer.batch_decode(module.collate(problems, training=True)["tokens"], skip_special_tokens=True)
+    repeats = [i for i, text in enumerate(texts) if "\nRepeat:" in text]
+    assert len(repeats) / 2000 == pytest.approx(0.2, abs=0.03)
+    question = problems[repeats[0]].question
+    assert texts[repeats[0]] == f"Question: {question}\nRepeat: {question}"
+    shown = module.collate(problems[:200], training=False)["tokens"]
+    assert not any("\nRepeat:" in text for text in module.tokenizer.batch_decode(shown))
+
+
+def test_samples_for_evaluation_in_passing(problems):
+    module = of_pair("target")
+    samples = module.sample_eval(module.collate(problems, training=False))
+    for sample, problem in zip(samples, problems, strict=True):
+        assert (sample.prompt, sample.reference) == (problem.question, problem.answer)
+        assert sample.scores == {"accuracy": float(problem.is_correct(sample.output))}
+
+
+def test_training_lowers_the_loss_and_saves_what_loads_again(tmp_path, capfd):
+    seed_everything(0, verbose=False)
+    optimizer = partial(torch.optim.AdamW, lr=1e-2)
+    made = tmp_path / "made" / "model"
+    module = LanguageModel(config=TINY, tokenizer=ByteLevelBPE(300, True, 300), optimizer=optimizer, save_to=str(made))
+    losses = []
+    module.on_train_batch_end = lambda outputs, *_: losses.append(outputs["loss"].item())
+    data = WordProblems(batch_size=32, epoch_size=32 * 100, validation_size=10, test_sets={"test": 1})
+    trainer(tmp_path, max_steps=40, limit_val_batches=0).fit(module, data)
+    assert losses[0] > 5
+    assert sum(losses[-5:]) / 5 < losses[0] - 2
+    assert "shards" not in capfd.readouterr().err
+
+    again, whole = LanguageModel(Pretrained(str(made))).eval(), module.eval()
+    batch = again.collate(data.eval_problems["validation"], training=False)
+    assert torch.equal(batch["tokens"], whole.collate(data.eval_problems["validation"], training=False)["tokens"])
+    assert torch.equal(again(batch["tokens"]), whole(batch["tokens"]))
+    assert again.model.config.bos_token_id == again.tokenizer.bos_token_id == 1
+
+
+def test_a_new_model_takes_its_special_tokens_from_the_tokenizers_folder():
+    module = LanguageModel(config=TINY, tokenizer=str(PAIR / "target"))
+    config, tokenizer = module.model.config, module.tokenizer
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+    assert config.vocab_size == len(tokenizer) == 512
+
+
+def test_tokenizers_cut_numbers_as_asked():
+    texts = [f"{p.question} {p.answer}" for p in (generate(0, "train", i) for i in range(200))]
+    text = "Zoë has 123 cups: #### 123\n"
+    for single_digits in (True, False):
+        tokenizer = ByteLevelBPE(400, single_digits).train(texts)
+        assert len(tokenizer) <= 400
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(tokens) == text
+        assert single_digits == all(not (t.isdigit() and len(t) > 1) for t in tokenizer.get_vocab())
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>"]) == [0, 1, 2]
+
+
+def test_mistakes_are_told():
+    with pytest.raises(ValueError, match="either 'pretrained' or 'config'"):
+        LanguageModel()
+    with pytest.raises(ValueError, match=r"model.config needs model.tokenizer"):
+        LanguageModel(config=TINY)
+    with pytest.raises(ValueError, match=r"model_type must be .* not 'lama'"):
+        LanguageModel(config=TINY | {"model_type": "lama"}, tokenizer=ByteLevelBPE(300, True))
+    with pytest.raises(ValueError, match="repeat_fraction must be between 0 and 1"):
+        of_pair("target", repeat_fraction=20)
+    with pytest.raises(ValueError, match="vocab_size must be at least 259"):
+        ByteLevelBPE(100, True)
+    with pytest.raises(ValueError, match=r"needs one '{question}'"):
+        Prompt("Question:")
+
+
+def test_prompts_and_padding():
+    prompt = Prompt("Q: {question}\nA:")
+    assert prompt.fill("How {many}?") == "Q: How {many}?\nA:"
+    tokens_BT, mask_BT = pad([[1, 2, 3], [4]], 9)
+    assert tokens_BT.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert mask_BT.tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_the_schedule_rises_then_falls_to_zero():
+    module = LightningModule()
+    module.layer = torch.nn.Linear(1, 1)
+    module.layer.bias.requires_grad_(False)
+    module.trainer = SimpleNamespace(max_steps=20)
+    made = with_schedule(module, partial(torch.optim.SGD, lr=1.0), warmup_steps=4)
+    rates = []
+    for _ in range(20):
+        rates.append(made["lr_scheduler"]["scheduler"].get_last_lr()[0])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    assert rates[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert made["lr_scheduler"]["scheduler"].get_last_lr()[0] == pytest.approx(0.0, abs=1e-9)
+    assert [p.requires_grad for g in made["optimizer"].param_groups for p in g["params"]] == [True]
+    module.trainer = SimpleNamespace(max_steps=-1)
+    with pytest.raises(ValueError, match=r"trainer.max_steps must say how long"):
+        with_schedule(module, torch.optim.SGD, 4)

@@ -1,0 +1,144 @@
+"""A study's file: arms become runs, in waves; mistakes are told before anything runs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import main as cli
+from studies.engine.study import StudyFile, load
+
+BASE = {
+    "base": ["configs/telepathy_v15.yaml"],
+    "seeds": 2,
+    "arms": {
+        "control": {},
+        "small": {"set": {"data.batch_size": 4}},
+        "clamped": {
+            "command": "test",
+            "set": {
+                "ckpt_path": "{arms.control.checkpoint}",
+                "trainer.callbacks": [{"class_path": "ActivationClamp", "init_args": {"site": "x", "mode": "zero"}}],
+            },
+        },
+    },
+    "measures": ["test/accuracy"],
+    "claims": {"one": "difference(control, small) > 0"},
+}
+
+
+@pytest.fixture
+def study(workplace):
+    """Loads a study of given keys over a base one."""
+
+    def make(**keys):
+        Path("question.yaml").write_text(yaml.safe_dump(BASE | keys, sort_keys=False))
+        return load("question.yaml", lambda line: cli.Resolver(line).resolved)
+
+    return make
+
+
+def test_arms_by_seeds_in_waves(study):
+    made = study()
+    assert (made.name, made.arms) == ("question", ["control", "small", "clamped"])
+    assert [(run.arm, run.seed, run.wave) for run in made.runs] == [
+        ("control", 0, 0), ("control", 1, 0), ("small", 0, 0), ("small", 1, 0), ("clamped", 0, 1), ("clamped", 1, 1),
+    ]  # fmt: skip
+    configs = [yaml.safe_load(run.config) for run in made.runs]
+    assert [config["seed_everything"] for config in configs] == [0, 1] * 3
+    assert [config["data"]["init_args"]["batch_size"] for config in configs] == [16, 16, 4, 4, 16, 16]
+    for run, config in zip(made.runs[4:], configs[4:], strict=True):
+        control = next(other for other in made.runs if (other.arm, other.seed) == ("control", run.seed))
+        assert config["ckpt_path"] == str(control.folder / "checkpoints" / "last.ckpt")
+        assert run.needs == {"control"}
+        assert [callback["class_path"] for callback in config["trainer"]["callbacks"]] == ["callbacks.ActivationClamp"]
+
+
+def test_a_run_is_known_by_its_whole_config(study):
+    first, again = study(), study()
+    assert [run.folder for run in first.runs] == [run.folder for run in again.runs]
+    Path("overlay.yaml").write_text("trainer: {max_steps: 77}")
+    overlaid = study(
+        set={"trainer.max_steps": 5}, arms={"control": None, "long": {"configs": ["overlay.yaml"]}}, claims={}
+    )
+    assert [yaml.safe_load(run.config)["trainer"]["max_steps"] for run in overlaid.runs] == [5, 5, 77, 77]
+    other = study(set={"trainer.max_steps": 7})
+    assert not {run.folder for run in first.runs} & {run.folder for run in other.runs}
+    assert all(yaml.safe_load(run.config)["trainer"]["max_steps"] == 7 for run in other.runs)
+    Path("configs/telepathy_v15.yaml").write_text(
+        Path("configs/telepathy_v15.yaml").read_text().replace("lr: 3.0e-3", "lr: 1.0e-3")
+    )
+    assert not {run.folder for run in first.runs} & {run.folder for run in study().runs}
+
+
+def test_an_argument_of_a_callback_is_set_by_its_name(study):
+    Path("clamp.yaml").write_text(
+        "trainer: {callbacks+: {class_path: ActivationClamp, init_args: {site: x, mode: naive, reference: none}}}"
+    )
+    arms = {"control": {}, "naive": {"configs": ["clamp.yaml"], "set": {"clamp.reference": "{arms.control.reference}"}}}
+    control, naive = study(arms=arms, claims={}, seeds=1).runs
+    *kept, clamp = yaml.safe_load(naive.config)["trainer"]["callbacks"]
+    assert clamp["init_args"]["reference"] == str(control.folder / "reference.safetensors")
+    assert kept == yaml.safe_load(control.config)["trainer"]["callbacks"]
+    assert naive.wave == 1
+
+
+def test_sweeps_are_written_out(study):
+    arms = {"control": {}, "grid": {"sweep": {"data.batch_size": [4, 8], "model.optimizer.lr": [0.1, 1.0e-4]}}}
+    made = study(arms=arms, claims={"one": "grid_4_0p1 > 0"}, seeds=[3])
+    assert made.arms == ["control", "grid_4_0p1", "grid_4_0p0001", "grid_8_0p1", "grid_8_0p0001"]
+    assert made.factors["grid_8_0p1"] == ("grid", {"data.batch_size": 8, "model.optimizer.lr": 0.1})
+    config = yaml.safe_load(made.runs[3].config)
+    assert config["seed_everything"] == 3
+    assert config["data"]["init_args"]["batch_size"] == 8
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"arms": {"a": {"set": {"data.batch_sise": 4}}}}, "did you mean 'batch_size'"),
+        ({"arms": {"a": {"configs": ["missing.yaml"]}}}, "missing.yaml"),
+        ({"arms": {"a": {"command": "train"}}}, "command"),
+        ({"arms": {"a": {"comand": "fit"}}}, "did you mean 'command'"),
+        ({"arms": {}}, "at least one of arms"),
+        ({"arms": {"a-b": {}}}, "use letters, digits and _"),
+        ({"arms": {"a": {"set": {"ckpt_path": "{arms.b.checkpoint}"}}}}, "arms.a: there is no arm b"),
+        ({"arms": {"a": {}, "b": {"set": {"ckpt_path": "{arms.a.chekpoint}"}}}}, "did you mean checkpoint?"),
+        (
+            {"arms": {"a": {"set": {"ckpt_path": "{arms.b.folder}"}}, "b": {"set": {"ckpt_path": "{arms.a.folder}"}}}},
+            "in a circle",
+        ),
+        ({"arms": {"a": {"set": {"ckpt_path": "{arm.b.checkpoint}"}}}}, "{arm.b.checkpoint} names nothing"),
+        ({"arms": {"a": {"set": {"clamp.reference": "x"}}}}, "the callbacks are QuickEval, DiversityMonitor"),
+        ({"arms": {"a": {"set": {"throughput.every": 3}}}}, "Throughput has no 'every'"),
+        ({"arms": {"a": {"sweep": {"data.batch_size": []}}}}, "arms.a.sweep: a key has no values"),
+        ({"arms": {1: {}}}, "arms.1: use letters"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"measure": ["x"]}, "did you mean 'measures'"),
+        ({"claims": {"one": "control >> 2"}}, "claims.one: expected a number, not >"),
+        ({"claims": {"one": "contrl > 2"}}, "did you mean control?"),
+    ],
+)
+def test_a_mistake_is_told_in_words_before_anything_runs(workplace, capsys, keys, told):
+    Path("question.yaml").write_text(yaml.safe_dump(BASE | {"claims": {}} | keys, sort_keys=False))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["study", "question.yaml"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "studies").glob("*.yaml") if path.stem != "ledger")
+)
+def test_every_study_in_the_repository_is_sound(workplace, name):
+    path = ROOT / "studies" / f"{name}.yaml"
+    assert path.read_text().startswith(f"# python main.py study studies/{name}.yaml")
+    made = load(str(path), lambda line: cli.Resolver(line).resolved)
+    assert made.claims
+    assert set(yaml.safe_load(path.read_text())) <= set(StudyFile.__dataclass_fields__)

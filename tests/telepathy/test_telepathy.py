@@ -1,0 +1,206 @@
+"""The Telepathy module: what is trained, what stays as it was, what is read, and that it learns."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from lightning.pytorch.callbacks import Callback
+
+from datamodules import WordProblems
+from datamodules.batches import FiniteBatches
+from datamodules.problems import generate
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.telepathy import PerceiverBridge, TokenBridge
+from lightning_modules.telepathy.frozen import Frozen
+
+ALL = {"lm": 1.0, "batch_diversity": 0.1, "contrastive": 0.1, "kl_text": 0.1}
+SOURCE = Pretrained(str(ROOT / "assets" / "pair" / "source"))
+LAST = SOURCE.load_config().num_hidden_layers
+
+
+class Watch(Callback):
+    """Notes, at each step of training, which frozen modules are not in eval mode."""
+
+    def __init__(self):
+        self.steps, self.wrong = 0, []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        assert module.bridge.training
+        self.steps += 1
+        self.wrong += [
+            name for f in (module.source, module.target) for name, m in f.model.named_modules() if m.training
+        ]
+
+
+def frozen_weights(module) -> dict[str, torch.Tensor]:
+    parts = {"source": module.source.model, "target": module.target.model}
+    return {f"{which}.{name}": value for which, part in parts.items() for name, value in part.state_dict().items()}
+
+
+def test_only_the_bridge_and_the_scale_get_gradients(telepathy, problems):
+    module = telepathy(PerceiverBridge, objectives={"lm": 1.0})
+    batch = module.collate(problems, True)
+    logits_NV = module.target.logits(module.target.soft_frame, module(batch), batch["soft_tail"], batch["soft_packing"])
+    logits_NV.square().mean().backward()
+    trained = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+    own = {
+        f"{part}.{name}" for part in ("bridge", "soft_tokens") for name, _ in getattr(module, part).named_parameters()
+    }
+    assert trained == own == {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert set(module.state_dict()) == own
+
+
+@pytest.mark.parametrize("bridge", [PerceiverBridge, TokenBridge])
+def test_frozen_models_stay_bit_identical_and_in_eval_mode(telepathy, fit, bridge):
+    module, watch = telepathy(bridge, objectives=ALL), Watch()
+    before = {name: value.clone() for name, value in frozen_weights(module).items()}
+    bridge_before = [parameter.clone() for parameter in module.bridge.parameters()]
+    fit(module, 3, callbacks=[watch], limit_val_batches=1, val_check_interval=2)
+    assert (watch.steps, watch.wrong) == (3, [])
+    after = frozen_weights(module)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    changed = [not torch.equal(a, b) for a, b in zip(bridge_before, module.bridge.parameters(), strict=True)]
+    assert sum(changed) > len(changed) // 2
+    module.train()
+    assert not any(m.training for f in (module.source, module.target) for m in f.model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, LAST - 1, LAST, [1, 3], [3, 2, LAST]])
+def test_what_is_read_is_the_hidden_states_of_the_whole_model(telepathy, problems, layers):
+    module, whole = telepathy(source_layer=layers), SOURCE.load_causal_lm()
+    listed = [layers] if isinstance(layers, int) else layers
+    names = [name for name, _ in module.source.named_parameters()]
+    assert len({name.split("layers.")[1].split(".")[0] for name in names if "layers." in name}) == max(listed)
+    assert not any("lm_head" in name for name in names)
+    assert type(module.source.model).__name__ == "LlamaModel"
+    batch = module.collate(problems, True)
+    states_BSC = module.read(batch)
+    assert states_BSC.shape == (*batch["source_mask"].shape, whole.config.hidden_size * len(listed))
+    tokenizer = module.source_tokenizer
+    for problem, states_SC, mask_S in zip(problems, states_BSC, batch["source_mask"], strict=True):
+        head = tokenizer("Question:", add_special_tokens=False)["input_ids"]
+        body = tokenizer(f" {problem.question}", add_special_tokens=False)["input_ids"]
+        tokens_BT = torch.tensor([[tokenizer.bos_token_id, *head, *body]])
+        states = whole(tokens_BT, output_hidden_states=True).hidden_states
+        wanted_SC = torch.cat([states[layer][0, 1 + len(head) :] for layer in listed], dim=-1)
+        torch.testing.assert_close(states_SC[mask_S], wanted_SC, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [99, [1, LAST + 1]])
+def test_a_layer_that_the_source_does_not_have(telepathy, layers):
+    most = layers if isinstance(layers, int) else layers[-1]
+    with pytest.raises(ValueError, match=rf"source_layer {most} does not exist: '.*source' has layers 1 to {LAST}$"):
+        telepathy(source_layer=layers)
+
+
+@pytest.mark.parametrize("layers", [0, [], [2, 0], -1])
+def test_a_layer_that_no_model_has(telepathy, layers):
+    with pytest.raises(ValueError, match="they count from 1"):
+        telepathy(source_layer=layers)
+
+
+def test_no_logit_depends_on_embeddings_that_come_after(telepathy, problems):
+    module = telepathy(objectives={"lm": 1.0, "kl_text": 1.0})
+    target, batch = module.target, module.collate(problems[:1], True)
+    packing, head = batch["text_packing"], len(module.target.text_frame.head)
+    body_BQD = target.embedding(batch["text"]).detach().requires_grad_()
+    # The body again as its own tail: a row whose every logit is asked for, in a packing of no moves
+    size = body_BQD.shape[1]
+    packing.order_BT, packing.predict_N = torch.arange(head + size)[None], torch.arange(head + size)
+    logits_NV = target.logits(target.text_frame, body_BQD, batch["text_tail"][:, :0], packing)
+    for t in (0, size // 2, size - 2):
+        (grad_BQD,) = torch.autograd.grad(logits_NV[head + t].square().sum(), body_BQD, retain_graph=True)
+        assert (grad_BQD[:, t + 1 :] == 0).all()
+        assert (grad_BQD[:, : t + 1].abs().amax(dim=-1) > 0).all()
+
+
+def test_no_state_depends_on_source_tokens_that_come_after(telepathy, problems):
+    module = telepathy(source_layer=3)
+    model, batch = module.source.model, module.collate(problems[:2], True)
+    embeds_BTD = model.get_input_embeddings()(batch["source"]).detach().requires_grad_()
+    states_BTC = model(inputs_embeds=embeds_BTD).last_hidden_state
+    for t in (0, 9, 20):
+        (grad_BTD,) = torch.autograd.grad(states_BTC[:, t].square().sum(), embeds_BTD, retain_graph=True)
+        assert (grad_BTD[:, t + 1 :] == 0).all()
+        assert (grad_BTD[:, : t + 1].abs().amax(dim=(0, 2)) > 0).all()
+
+
+@torch.no_grad()
+def test_soft_tokens_of_a_sample_do_not_depend_on_its_batch(telepathy, problems):
+    for bridge in (PerceiverBridge, partial(TokenBridge, hidden=64)):
+        module = telepathy(bridge, source_layer=[1, 2], normalizer="layer_norm").eval()
+        batch = module.collate(problems, False)
+        soft_BKD, losses = module(batch), None
+        losses = module.target.answer_losses(module.target.soft_frame, soft_BKD, batch["soft_mask"], batch["answers"])
+        for i, problem in enumerate(problems):
+            alone = module.collate([problem], False)
+            soft_1KD = module(alone)
+            torch.testing.assert_close(soft_BKD[i][batch["soft_mask"][i]], soft_1KD[0], atol=1e-4, rtol=1e-4)
+            (own,) = module.target.answer_losses(
+                module.target.soft_frame, soft_1KD, alone["soft_mask"], alone["answers"]
+            )
+            assert losses[i] == pytest.approx(own, abs=1e-3)
+
+
+@torch.no_grad()
+def test_soft_tokens_start_at_the_scale_of_the_embeddings(telepathy, problems):
+    module = telepathy()
+    batch = module.collate(problems, False)
+    rms = module(batch)[batch["soft_mask"]].square().mean(-1).sqrt()
+    torch.testing.assert_close(rms, module.target.embedding.weight.square().mean().sqrt().expand_as(rms))
+
+
+@torch.no_grad()
+def test_the_faithful_bridge_reads_states_at_embedding_scale_without_norm(telepathy, problems, fit):
+    module = telepathy(PerceiverBridge, faithful=True)
+    fit(module, 1)
+    assert type(module.bridge.norm) is torch.nn.Identity
+    batch = module.collate(problems, False)
+    states_NC = module.normalizer(module.read(batch))[batch["source_mask"]]
+    assert states_NC.square().mean().sqrt().item() == pytest.approx(0.003, rel=0.1)  # as the notes' target has it
+    for sound in (telepathy(PerceiverBridge), telepathy(PerceiverBridge, faithful=["bos_behind"])):
+        assert not isinstance(sound.bridge.norm, torch.nn.Identity)
+        assert isinstance(sound.normalizer, torch.nn.Identity)
+    assert type(telepathy(PerceiverBridge, faithful=["key_scale"]).bridge.norm) is torch.nn.Identity
+
+
+def test_sixteen_problems_are_learned_by_heart(telepathy, problems, fit):
+    optimizer = partial(torch.optim.AdamW, lr=6e-3)
+    module = telepathy(partial(TokenBridge, hidden=512), optimizer=optimizer, warmup_steps=5, max_new_tokens=100)
+    data = WordProblems(**SMALL | {"batch_size": 16, "epoch_size": 16})
+    data.train_dataloader = lambda: data._loader(
+        FiniteBatches(problems, 16, lambda p: len(p.question), 0, True), training=True
+    )
+    trainer = fit(module, 70, data, gradient_clip_val=1.0)
+    assert trainer.callback_metrics["train/loss"].item() < 0.1
+    samples = module.eval().sample_eval(module.collate(problems, False))
+    assert [sample.output for sample in samples] == [problem.answer for problem in problems]
+    assert all(value == 1 for sample in samples for value in sample.scores.values())
+
+
+def test_frozen_models_are_outside_state_dicts_and_shared_by_copies():
+    frozen = Frozen(torch.nn.Linear(2, 2))
+    whole = torch.nn.ModuleDict({"inner": torch.nn.ModuleDict({"frozen": frozen}), "own": torch.nn.Linear(2, 2)})
+    assert set(whole.state_dict()) == {"own.weight", "own.bias"}
+    averaged = torch.optim.swa_utils.AveragedModel(whole)
+    assert averaged.module["inner"]["frozen"] is frozen
+    assert averaged.module["own"] is not whole["own"]
+    assert set(averaged.state_dict()) == {"n_averaged", "module.own.weight", "module.own.bias"}
+    weight = frozen.model.weight.clone()
+    averaged.load_state_dict(averaged.state_dict())  # strictly, as EMAWeightAveraging does at a resume
+    whole.load_state_dict(whole.state_dict())
+    assert torch.equal(frozen.model.weight, weight)
+    with pytest.raises(RuntimeError, match=r"own\.bias"):
+        whole.load_state_dict({"own.weight": whole["own"].weight})
+
+
+def test_predict_writes_every_answer_in_its_order(run, workplace):
+    run("predict", "telepathy_v16", "--trainer.default_root_dir", "mine")
+    rows = [json.loads(line) for line in Path("mine/samples/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 16
+    assert {"prompt", "reference", "output"} <= set(rows[0])
+    assert sorted(row["prompt"] for row in rows) == sorted(generate(0, "test", i).question for i in range(16))
