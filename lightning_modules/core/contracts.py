@@ -1,21 +1,109 @@
-"""How much work one batch is, told by the module that does it."""
+"""What lines, datamodules and callbacks expect of each other.
 
+Batches and what a datamodule asks of a module are in `datamodules.batch`, for data imports nothing of the lines.
+
+Shapes: S ensemble members, B batch, T positions, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lightning_modules.core.samples import EvalSample
 
 
 @dataclass(frozen=True)
 class Workload:
     """The size of one batch on one rank, from host-side shapes alone (no device synchronisation).
 
-    A LightningModule may implement `workload(batch) -> Workload`; the `Throughput` callback then reports its rates.
-
     Attributes:
         samples: Sequences, problems or images in the batch.
         tokens: Positions that the trained network processes; 0 where the word has no meaning.
-        flops: Model floating-point operations of forward and backward together (a multiply-add counts two), without
+        flops: Floating-point operations of forward and backward together (a multiply-add counts two), without
             recomputation; None where the module does not know.
     """
 
     samples: int
     tokens: int = 0
     flops: int | None = None
+
+
+@runtime_checkable
+class SupportsWorkload(Protocol):
+    """A module that knows the size of a batch; the `Throughput` callback reports its rates."""
+
+    def workload(self, batch: Any) -> Workload:
+        """Return the size of one training batch."""
+        ...
+
+
+@runtime_checkable
+class SupportsSampleEval(Protocol):
+    """A module that is evaluated by generation; the `QuickEval` callback calls it."""
+
+    def sample_eval(self, batch: Any) -> list[EvalSample]:
+        """Answer every sample of a batch and score the answers."""
+        ...
+
+
+@runtime_checkable
+class SupportsActivations(Protocol):
+    """A module whose activations can be read by site."""
+
+    def activations(self, tokens: Tensor, sites: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits_SBTV, and for each module that matches `sites` its output with a first axis of S."""
+        ...
+
+
+@runtime_checkable
+class HasMembers(Protocol):
+    """A module that keeps the value of each measure for each ensemble member: name -> values_S."""
+
+    members: dict[str, Tensor]
+
+
+@runtime_checkable
+class HasCounts(Protocol):
+    """A module that keeps what stands behind its measures, by metric name; `RunRecord` writes it to `results.json`.
+
+    Attributes:
+        counts: Samples behind a measure (of each ensemble member).
+        hits: Of a proportion, how many of these samples are hits: one number per ensemble member.
+        intervals: 95 % intervals, (low, high).
+    """
+
+    counts: dict[str, int]
+    hits: dict[str, list[int]]
+    intervals: dict[str, tuple[float, float]]
+
+
+@runtime_checkable
+class HasVocabulary(Protocol):
+    """A datamodule of token sequences: its sizes, and what accuracies mean.
+
+    Attributes:
+        vocab_size: Tokens that the task knows.
+        seq_len: Longest row.
+        chance: Accuracy of the best guess that sees no input.
+        ceiling: Best possible accuracy on the labelled positions of the test set; None where unknown.
+    """
+
+    vocab_size: int
+    seq_len: int
+    chance: float
+    ceiling: float | None
+
+    def token_text(self, token: int) -> str:
+        """Return one token as text."""
+        ...
+
+
+@runtime_checkable
+class SupportsSampleDataloader(Protocol):
+    """A datamodule that gives a few held-out samples for evaluation amid training."""
+
+    def sample_dataloader(self, count: int) -> Iterable[Any]:
+        """Return batches of the first `count` validation samples."""
+        ...
