@@ -81,22 +81,49 @@ class HasCounts(Protocol):
 
 @runtime_checkable
 class HasVocabulary(Protocol):
-    """A datamodule of token sequences: its sizes, and what accuracies mean.
+    """A datamodule of token sequences.
 
     Attributes:
         vocab_size: Tokens that the task knows.
         seq_len: Longest row.
-        chance: Accuracy of the best guess that sees no input.
-        ceiling: Best possible accuracy on the labelled positions of the test set; None where unknown.
     """
 
     vocab_size: int
     seq_len: int
+
+
+@runtime_checkable
+class HasBounds(Protocol):
+    """A datamodule that knows what accuracies mean.
+
+    Attributes:
+        chance: Accuracy of the best guess that sees no input.
+        ceiling: Best possible accuracy on the labelled positions of the test set; None where unknown.
+    """
+
     chance: float
     ceiling: float | None
 
+
+@runtime_checkable
+class SupportsTokenText(Protocol):
+    """A datamodule whose tokens can be read."""
+
     def token_text(self, token: int) -> str:
         """Return one token as text."""
+        ...
+
+
+@runtime_checkable
+class StatefulNetwork(Protocol):
+    """A network that also runs one position at a time, carrying a state; generation uses it."""
+
+    def init_state(self, batch: int) -> Any:
+        """Return the state before the first position of `batch` rows."""
+        ...
+
+    def step(self, token_B: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return logits_BV at the next position, and the state after it."""
         ...
 
 

@@ -1,66 +1,52 @@
-"""A small decoder-only transformer in which everything that one may intervene on has a name.
+"""The decoder that the lines share: embeddings, blocks of a mixer and an MLP, norms, and an unembedding.
 
-Shapes: B batch, T positions, V vocabulary, D width, H heads, K head width, M MLP width.
+A mixer is what moves information between positions: attention, a recurrence, a convolution. The decoder takes mixers
+as factories and asks nothing of them but the `Mixer` protocol.
+
+Shapes: B batch, T positions, V vocabulary, D width, M MLP width.
 """
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from datamodules.errors import UserError
 
-class Heads(nn.Module):
-    """One matrix a head, each a parameter named by the head's number, so that heads can be frozen and swapped apart."""
-
-    def __init__(self, heads: int, rows: int, columns: int):
-        super().__init__()
-        self.names = [str(head) for head in range(heads)]
-        for name in self.names:
-            self.register_parameter(name, nn.Parameter(torch.randn(rows, columns) * columns**-0.5))
-
-    def forward(self) -> list[Tensor]:
-        """The matrices, in order; torch.compile reads no ParameterList in torch 2.11."""
-        return [getattr(self, name) for name in self.names]
+Factory = Callable[[], nn.Module]
 
 
-class Attention(nn.Module):
-    """Causal multi-head attention; every head's query, key, value and output map is a parameter of its own.
+class Mixer(Protocol):
+    """The part of a block that moves information between positions.
 
-    o_T = sum_h O_h sum_s softmax_s(<Q_h x_t, K_h x_s> / sqrt(K)) V_h x_s over s <= t. The weights are the output of the
-    site `pattern`, [B, H, T, T]; that they pass through memory is what makes them a site.
-
-    Args:
-        seq_len: Longest sequence.
-        width: D.
-        heads: H; K = D / H.
+    Attributes:
+        site: The name of the mixer inside its block, such as `attn` in `blocks.0.attn`.
     """
 
-    def __init__(self, seq_len: int, width: int, heads: int):
-        super().__init__()
-        shape = width // heads, width
-        self.q_proj, self.k_proj, self.v_proj = (Heads(heads, *shape) for _ in range(3))
-        self.o_proj = Heads(heads, *shape[::-1])
-        self.pattern = nn.Identity()
-        self.heads = heads
-        self.scale = (width // heads) ** -0.5
-        self.register_buffer("hidden_TT", torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1), persistent=False)
+    site: str
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return what attention adds to the residual stream, [B, T, D]."""
-        batch, length, _ = x_BTD.shape
-        # One product for all heads and for q, k and v: three times H small ones would wait for their launches
-        weight = torch.cat([*self.q_proj(), *self.k_proj(), *self.v_proj()])
-        qkv_3BHTK = (x_BTD @ weight.mT).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q_BHTK, k_BHTK, v_BHTK = qkv_3BHTK.unbind()
-        score_BHTT = (q_BHTK @ k_BHTK.mT) * self.scale
-        hidden_TT = self.hidden_TT[:length, :length]
-        pattern_BHTT = self.pattern(score_BHTT.masked_fill(hidden_TT, -torch.inf).softmax(-1))
-        read_BTD = (pattern_BHTT.to(v_BHTK.dtype) @ v_BHTK).transpose(1, 2).flatten(2)
-        return read_BTD @ torch.cat(self.o_proj(), dim=1).mT
+        """Return the mixer's contribution to the residual stream, [B, T, D]; causal."""
+        ...
+
+
+@runtime_checkable
+class StatefulMixer(Protocol):
+    """A mixer that can also run one position at a time."""
+
+    def init_state(self, batch: int) -> Any:
+        """Return the state before the first position."""
+        ...
+
+    def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return the output at the next position, [B, D], and the state after it."""
+        ...
 
 
 class MLP(nn.Module):
-    """D -> M -> D with a ReLU."""
+    """D -> M -> D with a ReLU. Weights begin as N(0, 1 / fan-in), biases as zero."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -70,67 +56,159 @@ class MLP(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return what the MLP adds to the residual stream."""
-        return self.down(self.up(x_BTD).relu())
+        """Return the MLP's contribution to the residual stream."""
+        return cast(Tensor, self.down(self.up(x_BTD).relu()))
 
 
 class Block(nn.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x)); `mid_residual` and `residual` are the stream after each."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, seq_len: int, width: int, heads: int, mlp_width: int, norm: type[nn.Module]):
+    Sites: the mixer under its own name, `mid_residual` (the stream after the mixer), `mlp`, and `residual` (the stream
+    after the MLP).
+
+    Args:
+        width: D.
+        mixer: Makes the mixer.
+        mlp: Makes the MLP; the block ends after the mixer if None.
+        norm: Makes a norm of a given width.
+    """
+
+    def __init__(self, width: int, mixer: Factory, mlp: Factory | None, norm: Callable[[int], nn.Module]):
         super().__init__()
-        self.attn_norm, self.attn, self.mid_residual = norm(width), Attention(seq_len, width, heads), nn.Identity()
-        self.mlp_norm, self.mlp, self.residual = norm(width), MLP(width, mlp_width), nn.Identity()
+        mixer_norm, made = norm(width), mixer()
+        self.site = cast(Mixer, made).site
+        self.add_module(f"{self.site}_norm", mixer_norm)
+        self.add_module(self.site, made)
+        self.mid_residual = nn.Identity()
+        self.has_mlp = mlp is not None
+        if mlp is not None:
+            self.mlp_norm, self.mlp = norm(width), mlp()
+        self.residual = nn.Identity()
+
+    @property
+    def mixer(self) -> nn.Module:
+        """The mixer."""
+        return cast(nn.Module, getattr(self, self.site))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the stream after the block."""
-        x_BTD = self.mid_residual(x_BTD + self.attn(self.attn_norm(x_BTD)))
-        return self.residual(x_BTD + self.mlp(self.mlp_norm(x_BTD)))
+        """Return the residual stream after the block."""
+        return self._after_mixer(x_BTD, self.mixer(self._mixer_input(x_BTD)))
+
+    def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return the residual stream after the block at the next position, and the mixer's state after it."""
+        mixed_BD, state = cast(StatefulMixer, self.mixer).step(self._mixer_input(x_BD), state)
+        return self._after_mixer(x_BD, mixed_BD), state
+
+    def _mixer_input(self, x: Tensor) -> Tensor:
+        return cast(Tensor, getattr(self, f"{self.site}_norm")(x))
+
+    def _after_mixer(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = self.mid_residual(x + mixed)
+        return cast(Tensor, self.residual(x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x))
+
+
+@dataclass
+class DecoderState:
+    """The state of a decoder between two positions.
+
+    Attributes:
+        position: Positions that the decoder has seen.
+        mixers: The state of each block's mixer.
+    """
+
+    position: int
+    mixers: list[Any]
 
 
 class Decoder(nn.Module):
-    """Token and position embeddings, blocks, a final norm, and an unembedding that is not tied.
+    """Token embedding, optional learned positions, blocks, a final norm, and an unembedding that is not tied.
 
-    Sites: `embedding`, `blocks.<i>.{attn.pattern, attn, mid_residual, mlp, residual}`, `final_residual` (the stream
-    that the final norm reads) and `final_norm`. Weights begin as N(0, 1 / fan-in), embeddings as N(0, 1 / D).
+    Sites: `embedding`, `blocks.<i>.{<mixer>, mid_residual, mlp, residual}`, `final_residual` (the stream that the final
+    norm reads) and `final_norm`. Embeddings and unembedding begin as N(0, 1 / D).
 
     Args:
         vocab_size: V.
-        seq_len: Longest sequence, for which there are positions.
         width: D.
-        depth: Blocks.
-        heads: H, a divisor of D.
-        mlp_width: M, 4 D if None.
-        norm: `layer` for pre-LN; `none` for no norm anywhere, as grokking was first taken apart.
+        mixers: One factory per block.
+        mlp: Makes the MLP of a block; None for blocks without one.
+        norm: Makes a norm of a given width; `nn.Identity` for a decoder without norms.
+        positions: Length of the learned position embedding, the longest row; None for a decoder without positions.
     """
 
     def __init__(
         self,
         vocab_size: int,
-        seq_len: int,
         width: int,
-        depth: int,
-        heads: int,
-        mlp_width: int | None = None,
-        norm: Literal["layer", "none"] = "layer",
+        mixers: Sequence[Factory],
+        mlp: Factory | None,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        positions: int | None = None,
     ):
         super().__init__()
-        kind = nn.LayerNorm if norm == "layer" else nn.Identity
-        self.token_embedding, self.position_embedding = nn.Embedding(vocab_size, width), nn.Embedding(seq_len, width)
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = None if positions is None else nn.Embedding(positions, width)
         self.embedding = nn.Identity()
-        mlp_width = 4 * width if mlp_width is None else mlp_width
-        self.blocks = nn.ModuleList(Block(seq_len, width, heads, mlp_width, kind) for _ in range(depth))
-        self.final_residual, self.final_norm = nn.Identity(), kind(width)
+        self.blocks = nn.ModuleList(Block(width, mixer, mlp, norm) for mixer in mixers)
+        self.final_residual, self.final_norm = nn.Identity(), norm(width)
         self.unembed = nn.Linear(width, vocab_size, bias=False)
         for layer in (self.token_embedding, self.position_embedding, self.unembed):
-            nn.init.normal_(layer.weight, std=width**-0.5)
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=width**-0.5)
 
     def forward(self, tokens_BT: Tensor, with_residual: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits_BTV, and with them, if asked for, the stream at `final_residual`, [B, T, D]."""
-        position_TD = self.position_embedding.weight[: tokens_BT.shape[1]]
-        x_BTD = self.embedding(self.token_embedding(tokens_BT) + position_TD)
+        """Return logits_BTV; with `with_residual` also the stream at `final_residual`, [B, T, D]."""
+        x_BTD = self.token_embedding(tokens_BT)
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding.weight[: tokens_BT.shape[1]]
+        x_BTD = self.embedding(x_BTD)
         for block in self.blocks:
             x_BTD = block(x_BTD)
         x_BTD = self.final_residual(x_BTD)
-        logits_BTV = self.unembed(self.final_norm(x_BTD))
+        logits_BTV: Tensor = self.unembed(self.final_norm(x_BTD))
         return (logits_BTV, x_BTD) if with_residual else logits_BTV
+
+    def init_state(self, batch: int) -> DecoderState:
+        """Return the state before the first position.
+
+        Raises:
+            UserError: A mixer cannot run one position at a time.
+        """
+        states = []
+        for block in self._blocks():
+            if not isinstance(block.mixer, StatefulMixer):
+                raise UserError(f"the mixer {type(block.mixer).__name__} cannot generate: it has no `step`")
+            states.append(block.mixer.init_state(batch))
+        return DecoderState(0, states)
+
+    def step(self, token_B: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Return logits_BV at the next position, and the state after it.
+
+        Raises:
+            UserError: The position embedding ends before this position.
+        """
+        x_BD = self.token_embedding(token_B)
+        if self.position_embedding is not None:
+            if state.position >= self.position_embedding.num_embeddings:
+                longest = self.position_embedding.num_embeddings
+                raise UserError(f"the model has positions for {longest} tokens (model.seq_len): generate fewer")
+            x_BD = x_BD + self.position_embedding.weight[state.position]
+        x_BD = self.embedding(x_BD)
+        mixers = []
+        for block, before in zip(self._blocks(), state.mixers, strict=True):
+            x_BD, after = block.step(x_BD, before)
+            mixers.append(after)
+        logits_BV: Tensor = self.unembed(self.final_norm(self.final_residual(x_BD)))
+        return logits_BV, DecoderState(state.position + 1, mixers)
+
+    def _blocks(self) -> list[Block]:
+        return [cast(Block, block) for block in self.blocks]
+
+
+def count_weights(network: nn.Module) -> int:
+    """Return the number of parameters that each token is multiplied with: all but those of embeddings."""
+    return sum(value.numel() for name, value in network.named_parameters() if "embedding" not in name)
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """Return the mask [T, T] that is True where position t must not read position s, s > t."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)

@@ -1,17 +1,16 @@
-"""Many seeds of one network trained as one program: parameters stacked, the forward vmapped.
+"""Several seeds of one network trained as one program: parameters are stacked and the forward is vmapped.
 
-Launches are shared by all members, so a small network costs little more for S seeds than for one. Parameters keep their
-names and gain a first axis; AdamW treats each element alone, so the stacked update is the members' own.
+All members share the launches, so a small network costs little more for S seeds than for one. Parameters keep their
+names and gain a first axis. AdamW treats each element alone, so the stacked update equals the updates of S runs.
 
-Hooks on submodules run inside the vmap, once for all members, on tensors without their member axis. What such a hook
-needs of its member it asks `member_call`; what it only looks at it hands to `observe`.
+Hooks on submodules run inside the vmap, once for all members, on tensors without a member axis. A hook asks
+`member_call` for the index and the labels of its member, and hands tensors that it only reads to `observe`.
 
-Shapes: S members, the rest as a single member has it.
+Shapes: S members; other axes as in a single network.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +21,12 @@ from datamodules.errors import UserError
 
 @dataclass
 class MemberCall:
-    """The call that a hook runs in, seen from one member.
+    """The forward that a hook runs in, seen from one member.
 
     Attributes:
-        index: Which member, a scalar tensor.
-        labels: Its labels, or None.
-        observed: What hooks handed to `observe`.
+        index: Index of the member, a scalar tensor.
+        labels: Labels of the member, or None.
+        observed: Tensors that hooks handed to `observe`, with their receivers.
     """
 
     index: Tensor
@@ -39,27 +38,27 @@ _current: MemberCall | None = None
 
 
 def member_call() -> MemberCall | None:
-    """The call of an ensemble that is under way, or None in an ordinary forward."""
+    """Return the forward of an ensemble that is running, or None in an ordinary forward."""
     return _current
 
 
-def observe(x: Tensor, note: Callable[[Tensor], None]) -> None:
-    """Pass x to `note`: at once in an ordinary forward; else after the ensemble's, which x may not leave, as x_S..."""
+def observe(x: Tensor, receive: Callable[[Tensor], None]) -> None:
+    """Pass x to `receive`: at once in an ordinary forward; after the forward of an ensemble, with a first axis of S."""
     if _current is None:
-        note(x)
+        receive(x)
     else:
-        _current.observed.append((note, x))
+        _current.observed.append((receive, x))
 
 
 def stack_members(make: Callable[[], nn.Module], seeds: Sequence[int]) -> nn.Module:
-    """A network whose parameters are those of `make()` under each seed, stacked; of one seed, the network itself.
+    """Return a network whose parameters are those of `make()` under each seed, stacked; for one seed, the network.
 
-    The random state is left as it was.
+    The global random state stays as it was.
     """
     networks = []
     with torch.random.fork_rng(devices=[]):
         for seed in seeds:
-            torch.default_generator.manual_seed(seed)  # the CPU's, where networks are made
+            torch.default_generator.manual_seed(seed)  # networks are made on the CPU
             networks.append(make())
     if len(networks) > 1:
         stacked, _ = stack_module_state(networks)
@@ -70,36 +69,43 @@ def stack_members(make: Callable[[], nn.Module], seeds: Sequence[int]) -> nn.Mod
 
 
 def call_members(
-    network: nn.Module, members: int, tokens: Tensor, labels: Tensor | None = None, **options: Any
+    network: nn.Module, members: int, tokens: Tensor, labels: Tensor | None = None, **options: bool
 ) -> tuple[Tensor, ...]:
-    """Run every member: each output of the network with a first axis of S, in a tuple.
+    """Run every member and return each output of the network with a first axis of S, in a tuple.
 
     Args:
-        network: As `stack_members` made it.
+        network: A network from `stack_members`.
         members: S.
-        tokens: [S, B, T], or [B, T] for all members the same.
+        tokens: [S, B, T], or [B, T] where all members share them.
         labels: Likewise; for hooks that ask for them.
         **options: Passed on to the network.
     """
-    notes: list[Callable[[Tensor], None]] = []
+    receivers: list[Callable[[Tensor], None]] = []
 
-    def member(parameters: dict[str, Tensor], index: Tensor, tokens: Tensor, labels: Tensor | None) -> tuple:
+    def call_member(
+        parameters: dict[str, Tensor], index: Tensor, tokens: Tensor, labels: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         global _current
         _current = call = MemberCall(index, labels)
         try:
             outputs = functional_call(network, parameters, (tokens,), options)
         finally:
             _current = None
-        notes[:] = [note for note, _ in call.observed]
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return outputs, tuple(x for _, x in call.observed)
+        receivers[:] = [receive for receive, _ in call.observed]
+        return as_tuple(outputs), tuple(x for _, x in call.observed)
 
-    inputs = dict(network.named_parameters()), torch.arange(members, device=tokens.device), tokens, labels
+    parameters: dict[str, Tensor] = dict(network.named_parameters())
+    inputs = parameters, torch.arange(members, device=tokens.device), tokens, labels
     in_dims = 0, 0, _member_axis(tokens), _member_axis(labels)
-    outputs, observed = vmap(member, in_dims, randomness="different")(*inputs)
-    for note, x in zip(notes, observed, strict=True):
-        note(x)
+    outputs, observed = vmap(call_member, in_dims, randomness="different")(*inputs)
+    for receive, x in zip(receivers, observed, strict=True):
+        receive(x)
     return outputs
+
+
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the outputs of a network as a tuple."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _member_axis(x: Tensor | None) -> int | None:
@@ -107,30 +113,34 @@ def _member_axis(x: Tensor | None) -> int | None:
 
 
 def member_state(state: dict[str, Tensor], member: int) -> dict[str, Tensor]:
-    """The parameters of one member, as those of an ordinary network; a copy of its own."""
+    """Return a copy of one member's parameters, as those of an ordinary network."""
     return {name: value[member].clone() for name, value in state.items()}
 
 
-def fit_value(given: Tensor, own: Tensor, members: int) -> Tensor | None:
-    """A parameter in the shape of `own`, a single network's for every one of `members`; None if it does not fit."""
-    fits = given.shape == own.shape or (members > 1 and given.shape == own.shape[1:])
-    return given.expand(own.shape) if fits else None
+def fit_value(donor: Tensor, target: Tensor, members: int) -> Tensor | None:
+    """Return a parameter in the shape of `target`, repeated for every member if it has no member axis.
+
+    None if the shapes do not fit.
+    """
+    fits = donor.shape == target.shape or (members > 1 and donor.shape == target.shape[1:])
+    return donor.expand(target.shape) if fits else None
 
 
-def fit_state(state: dict[str, Tensor], own: dict[str, Tensor], members: int, source: str) -> dict[str, Tensor]:
-    """A checkpoint's parameters in the shape of `own`: a single network's are given to every one of `members`.
+def fit_state(state: dict[str, Tensor], target: dict[str, Tensor], members: int, source: str) -> dict[str, Tensor]:
+    """Return a checkpoint's parameters in the shapes of `target`; a single network's are given to every member.
 
     Raises:
-        UserError: A parameter is missing, of another shape, or one too many; names it and `source`.
+        UserError: A parameter is missing, of another shape, or unknown; names it and `source`.
     """
-    if more := sorted(state.keys() - own.keys()):
-        raise UserError(f"{source} does not fit the model: it has a parameter that the model has not, {more[0]}")
+    if unknown := sorted(state.keys() - target.keys()):
+        raise UserError(f"{source} does not fit the model: it has a parameter that the model has not, {unknown[0]}")
     fitted = {}
-    for name, value in own.items():
+    for name, value in target.items():
         if name not in state:
             raise UserError(f"{source} has no parameter {name}")
-        fitted[name] = fit_value(state[name], value, members)
-        if fitted[name] is None:
+        donor = fit_value(state[name], value, members)
+        if donor is None:
             shapes = f"{tuple(state[name].shape)} there and {tuple(value.shape)} in the model"
             raise UserError(f"{source} does not fit the model: {name} is {shapes}")
+        fitted[name] = donor
     return fitted

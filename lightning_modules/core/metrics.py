@@ -1,31 +1,25 @@
-"""Proportions with their uncertainty."""
+"""Proportions with their uncertainty, and the measures that every sequence model has.
+
+Shapes: S ensemble members, B batch, T positions, N labelled positions, V vocabulary.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-
-
-def wilson_interval(hits: float, count: float) -> tuple[float, float]:
-    """Return the Wilson score interval at 95 % of `hits` out of `count` (Wilson 1927).
-
-    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n); (0, 1) where there is nothing to count.
-    """
-    if count == 0:
-        return 0.0, 1.0
-    p, z2 = hits / count, Z95**2
-    middle, spread = p + z2 / (2 * count), Z95 * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
-    low, high = (middle - spread) / (1 + z2 / count), (middle + spread) / (1 + z2 / count)
-    return low if hits else 0.0, high if hits < count else 1.0  # exact where rounding is not
+from datamodules.batch import IGNORE
+from lightning_modules.core.intervals import wilson_interval
 
 
 class Proportion(Metric):
-    """The share of hits among all that were seen, over all ranks, with its Wilson interval."""
+    """The share of hits among all samples, over all ranks, with its Wilson interval."""
 
     full_state_update = False
+    hits: Tensor
+    total: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +27,7 @@ class Proportion(Metric):
         self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, hits: Tensor | float, count: Tensor | int = 1) -> None:
-        """Count `hits` among `count`."""
+        """Add `count` samples, `hits` of which are hits."""
         self.hits += hits
         self.total += count
 
@@ -42,3 +36,68 @@ class Proportion(Metric):
         hits, total = self.hits.item(), self.total.item()
         share = hits / total if total else math.nan
         return torch.tensor([share, *wilson_interval(hits, total), total], device=self.hits.device)
+
+
+class TokenScores(NamedTuple):
+    """The logits at the labelled positions, reduced to what measures need.
+
+    Attributes:
+        label_N: The labels.
+        own_SN: Logit of the label.
+        best_SN: Largest logit of the other tokens.
+        other_SN: The token with that logit.
+    """
+
+    label_N: Tensor
+    own_SN: Tensor
+    best_SN: Tensor
+    other_SN: Tensor
+
+
+class TokenMeasures(Metric):
+    """Accuracy and loss of next-token prediction over the labelled positions, for each ensemble member.
+
+    - `accuracy`: share of positions whose label has the strictly largest logit.
+    - `loss`: mean cross-entropy in nats.
+
+    Sums are in fp64 and over all ranks.
+
+    Args:
+        members: S.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    accuracy: Tensor
+    loss: Tensor
+    count: Tensor
+
+    def __init__(self, members: int):
+        super().__init__()
+        for name, shape in {"accuracy": (members,), "loss": (members,), "count": ()}.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits_SBTV: Tensor, labels_BT: Tensor) -> None:
+        """Add a batch whose labels all members share."""
+        self.add_scores(logits_SBTV, labels_BT)
+
+    def add_scores(self, logits_SBTV: Tensor, labels_BT: Tensor) -> TokenScores:
+        """Add a batch to accuracy and loss, and return the scores from which they are computed."""
+        labelled_BT = labels_BT != IGNORE
+        label_N = labels_BT[labelled_BT]
+        logits_SNV = logits_SBTV[:, labelled_BT].float()
+        label_SN1 = label_N.expand(len(logits_SNV), -1)[..., None]
+        own_SN = logits_SNV.gather(2, label_SN1)[..., 0]
+        self.loss += (logits_SNV.logsumexp(2) - own_SN).sum(1, dtype=torch.float64)
+        best_SN, other_SN = logits_SNV.scatter(2, label_SN1, -torch.inf).max(2)
+        self.accuracy += (own_SN > best_SN).sum(1)
+        self.count += len(label_N)
+        return TokenScores(label_N, own_SN, best_SN, other_SN)
+
+    def compute(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Return measure -> values_S, proportion -> hits_S, and the number of labelled positions.
+
+        Values are NaN without labelled positions.
+        """
+        means = {"accuracy": self.accuracy / self.count, "loss": self.loss / self.count}
+        return means, {"accuracy": self.accuracy.clone()}, self.count

@@ -1,102 +1,132 @@
-"""What a model says to given inputs, and where it looks: files and pictures for a person to read.
+"""Predictions for a person to read: files with logits and probabilities, and pictures of attention.
 
-Shapes: S members, B inputs, T positions, V vocabulary, H heads.
+Shapes: S ensemble members, B inputs, T positions, V vocabulary, H heads.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from safetensors.torch import save_file
-from torch import Tensor
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
 
-from datamodules.batch import IGNORE
+from datamodules.batch import IGNORE, TokenBatch
+from lightning_modules.core.reporting import add_figure, is_dry_run
 
 if TYPE_CHECKING:
-    from lightning_modules.separability.module import Separability
+    from matplotlib.figure import Figure
 
-TOP = 5  # tokens told for each position
-PATTERN = "*.attn.pattern"
+TOP = 5  # most likely tokens listed for each position
+MOST_LABELS = 24  # more tick labels than this cannot be read
 
 
-def write_predictions(module: "Separability", batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
-    """Write a batch's predictions into `predictions/` of the run's folder; return logits and losses.
+def write_predictions(
+    folder: Path, number: int, batch: TokenBatch, logits_SBTV: Tensor, token_text: Callable[[int], str]
+) -> dict[str, Tensor]:
+    """Write the predictions of a batch and return its logits and losses.
 
-    - `logits-<batch>.safetensors`: `tokens`, `labels`, `logits` [S, B, T, V], `loss` [S, B, T] (NaN without a label).
-    - `positions-<batch>.jsonl`: by input and position, its token, the label, the loss, and the likeliest tokens with
-      their probabilities; of an ensemble's first member.
-    - `attention-<batch>-<input>.png`: every head of every block, of the first member; also to TensorBoard.
+    - `logits-<number>.safetensors`: `tokens`, `labels`, `logits` [S, B, T, V], `loss` [S, B, T] (NaN without a label).
+    - `positions-<number>.jsonl`: one line per input and position with its token, label, loss, and the most likely
+      tokens with their probabilities, for the first ensemble member.
+
+    Args:
+        folder: The folder, made if it does not exist.
+        number: Number of the batch.
+        batch: Tokens and labels, [B, T].
+        logits_SBTV: Logits.
+        token_text: Gives a token as text.
     """
+    from safetensors.torch import save_file
+
     tokens_BT, labels_BT = batch["tokens"], batch["labels"]
-    logits_SBTV, patterns = module.activations(tokens_BT, [PATTERN])
     logits_SBTV = logits_SBTV.float()
     log_p_SBTV = logits_SBTV.log_softmax(3)
-    known_SBT = (labels_BT != IGNORE).expand(log_p_SBTV.shape[:3])
-    label_SBT1 = labels_BT.clamp(min=0).expand(known_SBT.shape)[..., None]
-    loss_SBT = torch.where(known_SBT, -log_p_SBTV.gather(3, label_SBT1)[..., 0], torch.nan)
-    result = {"tokens": tokens_BT, "labels": labels_BT, "logits": logits_SBTV, "loss": loss_SBT}
-    trainer = module.trainer
-    folder = Path(trainer.log_dir or trainer.default_root_dir, "predictions")  # a collective: asked for on all ranks
-    if trainer.world_size > 1:
-        folder = folder / f"rank-{trainer.global_rank}"
+    labelled_SBT = (labels_BT != IGNORE).expand(log_p_SBTV.shape[:3])
+    label_SBT1 = labels_BT.clamp(min=0).expand(labelled_SBT.shape)[..., None]
+    loss_SBT = torch.where(labelled_SBT, -log_p_SBTV.gather(3, label_SBT1)[..., 0], torch.nan)
+    tensors = {"tokens": tokens_BT, "labels": labels_BT, "logits": logits_SBTV, "loss": loss_SBT}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.cpu().contiguous() for key, value in result.items()}, folder / f"logits-{number}.safetensors")
-    text = getattr(trainer.datamodule, "token_text", str)
-    rows = _rows(tokens_BT, labels_BT, loss_SBT[0], log_p_SBTV[0].exp(), text)
-    (folder / f"positions-{number}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    for index, row_T in enumerate(tokens_BT.tolist()):
-        figure = attention_figure({name: x[0, index] for name, x in patterns.items()}, [text(token) for token in row_T])
-        figure.savefig(folder / f"attention-{number}-{index}.png", dpi=110)
-        _show(module, f"predict/attention-{number}-{index}", figure)
-    return {key: result[key] for key in ("logits", "loss")}
+    save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, folder / f"logits-{number}.safetensors")
+    lines = _lines(tokens_BT, labels_BT, loss_SBT[0], log_p_SBTV[0].exp(), token_text)
+    (folder / f"positions-{number}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return {"logits": logits_SBTV, "loss": loss_SBT}
 
 
-def show_attention(module: "Separability", tokens_BT: Tensor) -> None:
-    """Draw one input's attention, of an ensemble's first member, into loggers that take figures."""
-    if module.trainer.loggers and not module.trainer.fast_dev_run:
-        _, patterns = module.activations(tokens_BT, [PATTERN])
-        text = getattr(module.trainer.datamodule, "token_text", str)
-        words = [text(token) for token in tokens_BT[0].tolist()]
-        _show(module, "test/attention", attention_figure({name: x[0, 0] for name, x in patterns.items()}, words))
-
-
-def _show(module: "Separability", name: str, figure: Figure) -> None:
-    for logger in module.trainer.loggers:
-        if add_figure := getattr(logger.experiment, "add_figure", None):
-            add_figure(name, figure, module.trainer.global_step)
-
-
-def _rows(tokens_BT: Tensor, labels_BT: Tensor, loss_BT: Tensor, p_BTV: Tensor, text) -> list[dict]:
-    top_BTK = p_BTV.topk(min(TOP, p_BTV.shape[2]))
-    rows = []
-    for index, position in np.ndindex(tokens_BT.shape):
-        label = labels_BT[index, position].item()
-        best = zip(top_BTK.indices[index, position].tolist(), top_BTK.values[index, position].tolist(), strict=True)
-        row = {"input": index, "position": position, "token": text(tokens_BT[index, position].item())}
+def _lines(
+    tokens_BT: Tensor, labels_BT: Tensor, loss_BT: Tensor, p_BTV: Tensor, token_text: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    top = p_BTV.topk(min(TOP, p_BTV.shape[2]))
+    lines: list[dict[str, Any]] = []
+    for index, position in np.ndindex(*tokens_BT.shape):
+        label = int(labels_BT[index, position])
+        best = zip(top.indices[index, position].tolist(), top.values[index, position].tolist(), strict=True)
+        line: dict[str, Any] = {"input": index, "position": position}
+        line["token"] = token_text(int(tokens_BT[index, position]))
         if label != IGNORE:
-            row |= {"label": text(label), "loss": round(loss_BT[index, position].item(), 5)}
-        rows.append(row | {"likeliest": {text(token): round(p, 5) for token, p in best}})
-    return rows
+            line |= {"label": token_text(label), "loss": round(loss_BT[index, position].item(), 5)}
+        lines.append(line | {"likeliest": {token_text(token): round(p, 5) for token, p in best}})
+    return lines
 
 
-def attention_figure(patterns: dict[str, Tensor], tokens: list[str]) -> Figure:
-    """Attention of one input: a row of pictures for each block, one for each head.
+def pattern_sites(network: nn.Module) -> list[str]:
+    """Return the names of the modules called `pattern`, whose outputs are attention weights."""
+    return [f"*.{name}" for name, _ in network.named_modules() if name.rpartition(".")[2] == "pattern"]
+
+
+def show_attention(
+    trainer: Trainer,
+    name: str,
+    patterns: Mapping[str, Tensor],
+    tokens_BT: Tensor,
+    token_text: Callable[[int], str],
+    path: Path | None = None,
+) -> None:
+    """Draw the attention of each input, for the first ensemble member, into loggers that take figures.
+
+    Args:
+        trainer: The trainer.
+        name: Name of the picture, to which the number of the input is added if there are several.
+        patterns: Site -> weights [S, B, H, T, T].
+        tokens_BT: The inputs.
+        token_text: Gives a token as text.
+        path: Also write `<path>-<input>.png`.
+    """
+    if not patterns or (path is None and not trainer.loggers) or is_dry_run(trainer):
+        return
+    for index, row_T in enumerate(tokens_BT.tolist()):
+        first = {site: weights[0, index] for site, weights in patterns.items()}
+        figure = attention_figure(first, [token_text(token) for token in row_T])
+        if path is not None:
+            figure.savefig(f"{path}-{index}.png", dpi=110)
+        add_figure(trainer, name if path is None else f"{name}-{index}", figure)
+
+
+def attention_figure(patterns: Mapping[str, Tensor], tokens: list[str]) -> "Figure":
+    """Draw the attention of one input: one row of pictures per block, one picture per head.
 
     Args:
         patterns: Site -> weights [H, T, T].
-        tokens: The input's tokens, as text.
+        tokens: The tokens of the input, as text.
     """
+    from matplotlib.figure import Figure
+
     heads = len(next(iter(patterns.values())))
-    figure = Figure(figsize=(2.2 * heads + 0.6, 2.3 * len(patterns) + 0.3), layout="constrained")
+    figure = Figure(figsize=(2.4 * heads + 0.8, 2.6 * len(patterns) + 0.4), layout="constrained")
     grid = figure.subplots(len(patterns), heads, squeeze=False)
-    few = len(tokens) <= 24  # more labels than that cannot be read
+    labelled = len(tokens) <= MOST_LABELS
     for row, (name, pattern_HTT) in zip(grid, patterns.items(), strict=True):
         for head, (axes, pattern_TT) in enumerate(zip(row, pattern_HTT, strict=True)):
-            axes.imshow(pattern_TT.float().cpu().numpy(), vmin=0, vmax=1, cmap="Blues")
-            axes.set_title(f"{name.removeprefix('network.').removesuffix('.attn.pattern')}, head {head}", fontsize=7)
-            axes.set_xticks(range(len(tokens)) if few else [], tokens if few else [], rotation=90, fontsize=6)
-            axes.set_yticks(range(len(tokens)) if few else [], tokens if few else [], fontsize=6)
+            image = axes.imshow(pattern_TT.float().cpu().numpy(), vmin=0, vmax=1, cmap="Blues")
+            axes.set_title(f"{name.removeprefix('network.').removesuffix('.pattern')}\nhead {head}", fontsize=10)
+            if labelled:
+                axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=9)
+                axes.set_yticks(range(len(tokens)), tokens, fontsize=9)
+            else:
+                axes.tick_params(labelsize=9)
+    figure.colorbar(image, ax=grid, shrink=0.8, label="attention weight")
+    figure.supxlabel("position read", fontsize=10)
+    figure.supylabel("position that reads", fontsize=10)
     return figure

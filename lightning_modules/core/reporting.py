@@ -1,65 +1,124 @@
-"""Measures of an ensemble: one value for each member, told together.
+"""Recording the measures of a module: one value per ensemble member, with the samples behind each proportion.
 
-A module that trains S seeds as one program says so by `ensemble: int` (1 for an ordinary module); each of its trained
-parameters then has a first axis of S, under the name that it has in an ordinary module.
+A module that trains S seeds as one program has the attribute `ensemble: int` (1 for an ordinary module). Each of its
+trained parameters then has a first axis of S, under the name that the parameter has in an ordinary module.
 
-Shapes: S members.
+Shapes: S ensemble members.
 """
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from datamodules.batch import HasEnsemble
 from datamodules.errors import UserError
-from lightning_modules.core.metrics import wilson_interval
+from lightning_modules.core.contracts import HasCounts, HasMembers
+from lightning_modules.core.intervals import wilson_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Writer = TypeVar("Writer")
+
+
+@runtime_checkable
+class TakesFigures(Protocol):
+    """A logger's writer that takes figures, such as that of TensorBoard."""
+
+    def add_figure(self, tag: str, figure: "Figure", global_step: int) -> None:
+        """Add a figure."""
+        ...
+
+
+@runtime_checkable
+class TakesTexts(Protocol):
+    """A logger's writer that takes texts, such as that of TensorBoard."""
+
+    def add_text(self, tag: str, text_string: str, global_step: int) -> None:
+        """Add a markdown text."""
+        ...
 
 
 def ensemble_size(module: torch.nn.Module) -> int:
-    """How many members a module trains at once; 1 for an ordinary one."""
-    return getattr(module, "ensemble", 1)
+    """Return the number of members that a module trains at once; 1 for an ordinary module."""
+    return module.ensemble if isinstance(module, HasEnsemble) else 1
 
 
 def report_members(
     trainer: Trainer, module: LightningModule, measures: Mapping[str, Tensor], shares: Collection[str] = ()
 ) -> None:
-    """Log the mean over members of each measure, and keep every member's value for the run's record.
+    """Log the mean over members of each measure, and keep the value of every member for the run's record.
 
-    Goes to the loggers and to `trainer.callback_metrics` at once, from any hook. The values have to be the same on
-    every rank already. NaN stands for a member that has no value; means leave it out.
+    The means go to the loggers and to `trainer.callback_metrics` at once, from any hook. The values must be the same on
+    every rank already. NaN stands for a member without a value; means leave it out.
 
     Args:
         trainer: The trainer.
-        module: The module; its dictionary `members` takes the values, where it has one.
+        module: The module; its `members` takes the values, if it has that attribute.
         measures: Name -> values_S.
-        shares: Those of them that are 0 or 1 for each member, which is one sample of a share: the module's `counts` and
-            `intervals`, where it has them, take that.
+        shares: Names of the measures that are 0 or 1 for each member. Each is one sample of a proportion, which the
+            module's `counts`, `hits` and `intervals` record, if it has them.
     """
     means = {name: values_S.detach().float().nanmean() for name, values_S in measures.items()}
     trainer.callback_metrics.update({name: value.cpu() for name, value in means.items()})
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning's own scalars are logged at
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step at which Lightning logs its own scalars
     for logger in trainer.loggers:
         logger.log_metrics({name: value.item() for name, value in means.items()}, step=step)
-    if (members := getattr(module, "members", None)) is not None:
-        members.update({name: values_S.detach().float().cpu() for name, values_S in measures.items()})
-    if hasattr(module, "counts") and hasattr(module, "intervals"):
+    if isinstance(module, HasMembers):
+        module.members.update({name: values_S.detach().float().cpu() for name, values_S in measures.items()})
+    if isinstance(module, HasCounts):
         for name in shares:
-            count_samples(module, name, measures[name], 1)
+            record_proportion(module, name, measures[name], 1)
 
 
-def count_samples(module: LightningModule, name: str, share_S: Tensor, count: int) -> None:
-    """Note behind how many samples each member's share stands, and its interval; an ensemble's are made by a study."""
-    module.counts[name] = count
-    if ensemble_size(module) == 1:
-        module.intervals[name] = wilson_interval(share_S.item() * count, count)
+def record_proportion(module: HasCounts, name: str, hits_S: Tensor, count: int) -> None:
+    """Record the hits of each member's proportion, the number of samples, and the Wilson interval of a single module.
+
+    Intervals over the members of an ensemble are made by studies.
+    """
+    hits = [0 if hit != hit else round(hit) for hit in hits_S.double().tolist()]  # NaN: the member has no sample
+    module.counts[name], module.hits[name] = count, hits
+    if len(hits) == 1:
+        module.intervals[name] = wilson_interval(hits[0], count)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the folder of the run. Under DDP every rank must call it, for `log_dir` is a collective."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def is_dry_run(trainer: Trainer) -> bool:
+    """Return whether the trainer only tries a few batches (`fast_dev_run`) and must leave no files."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning, not declared
+
+
+def add_figure(trainer: Trainer, name: str, figure: "Figure", step: int | None = None) -> None:
+    """Add a figure to every logger that takes figures, at the trainer's step if `step` is None."""
+    for writer in _writers(trainer, TakesFigures):
+        writer.add_figure(name, figure, trainer.global_step if step is None else step)
+
+
+def add_text(trainer: Trainer, name: str, markdown: str, step: int | None = None) -> None:
+    """Add a markdown text to every logger that takes texts, at the trainer's step if `step` is None."""
+    for writer in _writers(trainer, TakesTexts):
+        writer.add_text(name, markdown, trainer.global_step if step is None else step)
+
+
+def _writers(trainer: Trainer, kind: type[Writer]) -> list[Writer]:
+    writers = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [writer for writer in writers if isinstance(writer, kind)]
 
 
 def refuse_second(trainer: Trainer, callback: Callback) -> None:
-    """Refuse another callback of the kind, whose measures would have the same names.
+    """Refuse a second callback of one class, whose measures would have the same names.
 
     Raises:
-        UserError: There is one.
+        UserError: The trainer has two.
     """
-    if any(isinstance(other, type(callback)) and other is not callback for other in trainer.callbacks):
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
+    if any(isinstance(other, type(callback)) and other is not callback for other in callbacks):
         raise UserError(f"Two {type(callback).__name__} callbacks would log under one name; keep one.")

@@ -1,33 +1,54 @@
 """The learning-rate schedules that the lines share."""
 
-from typing import Any, Literal
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch.optim.lr_scheduler import LambdaLR
 
 from datamodules.errors import UserError
 
+Schedule = Literal["cosine", "constant"]
+
+
+def warmup(step: int, warmup_steps: int) -> float:
+    """Return the factor of a linear warm-up, step / warmup_steps, and 1 after it."""
+    return step / max(1, warmup_steps) if step < warmup_steps else 1.0
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Return the factor of a linear warm-up and then half a cosine that ends at 0: (1 + cos(pi p)) / 2.
+
+    p is the share of the steps after the warm-up that have passed.
+    """
+    if step < warmup_steps:
+        return warmup(step, warmup_steps)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
 
 def with_schedule(
-    module: LightningModule,
-    optimizer: OptimizerCallable,
-    warmup_steps: int,
-    kind: Literal["cosine", "constant"] = "cosine",
-) -> dict[str, Any]:
-    """Make what `configure_optimizers` returns: a linear warm-up, then a cosine to zero or a constant.
+    module: LightningModule, optimizer: OptimizerCallable, warmup_steps: int, schedule: Schedule = "cosine"
+) -> OptimizerLRSchedulerConfig:
+    """Return what `configure_optimizers` returns: the optimizer of all trained parameters, with a schedule per step.
 
-    The cosine's length is `trainer.max_steps`, so that a run made shorter on the command line still ends its schedule.
+    The cosine's length is `trainer.max_steps`, so a run that is made shorter on the command line still ends its
+    schedule.
 
     Raises:
-        UserError: A cosine is asked for, and the trainer has no `max_steps`.
+        UserError: A cosine without `trainer.max_steps`.
     """
     made = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
-    if kind == "constant":
-        schedule = get_constant_schedule_with_warmup(made, warmup_steps)
+    factor: Callable[[int], float]
+    if schedule == "constant":
+        factor = partial(warmup, warmup_steps=warmup_steps)
     else:
         total = module.trainer.max_steps
         if total < 1:
-            raise UserError("trainer.max_steps must say how long to train: the learning rate falls to zero there")
-        schedule = get_cosine_schedule_with_warmup(made, min(warmup_steps, total // 2), total)
-    return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            raise UserError("trainer.max_steps must be set: the learning rate falls to zero at that step")
+        factor = partial(warmup_cosine, warmup_steps=min(warmup_steps, total // 2), total_steps=total)
+    return {"optimizer": made, "lr_scheduler": {"scheduler": LambdaLR(made, factor), "interval": "step"}}

@@ -1,18 +1,21 @@
 """An ensemble is S ordinary networks: same outputs, same gradients, same hooks."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_modules.core.decoder import Decoder
+from lightning_modules.core.decoder import MLP, Decoder
 from lightning_modules.core.ensemble import call_members, fit_state, member_call, member_state, observe, stack_members
+from lightning_modules.separability.attention import Attention
 
 SEEDS = [5, 6, 7]
-SIZES = {"vocab_size": 11, "seq_len": 6, "width": 8, "depth": 1, "heads": 2}
+VOCAB, LENGTH, WIDTH = 11, 6, 8
 
 
 def make() -> Decoder:
-    return Decoder(**SIZES)
+    return Decoder(VOCAB, WIDTH, [partial(Attention, WIDTH, heads=2)], partial(MLP, WIDTH, 32), positions=LENGTH)
 
 
 def alone(seed: int) -> Decoder:

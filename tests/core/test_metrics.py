@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lightning_modules.core.metrics import Proportion, wilson_interval
+from lightning_modules.core.intervals import wilson_interval
+from lightning_modules.core.metrics import Proportion
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_a_clamped_step_is_not_compiled(tmp_path):
     clamp = ActivationClamp("final_residual", "identity")
     with pytest.warns(UserWarning, match="model.compile is ignored: a callback has a hook on final_residual"):
         trainer(tmp_path, 1, callbacks=[clamp]).fit(module, datamodule=streams())
-    assert module._losses == module.losses
+    assert module._step_losses == module.losses
 
 
 def test_a_compiled_step_gives_the_same_losses_and_is_not_disturbed_by_a_reference(tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_compiled_step_gives_the_same_losses_and_is_not_disturbed_by_a_referen
         options = {"callbacks": [reference], "limit_val_batches": 1, "val_check_interval": 2}
         trainer(tmp_path, 4, **options).fit(module, datamodule=streams())
         seen[compiled] = torch.stack(losses.seen)
-        assert (module._losses == module.losses) is not compiled
+        assert (module._step_losses == module.losses) is not compiled
     torch.testing.assert_close(seen[True], seen[False], rtol=1e-4, atol=1e-5)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, one_hot
 
-from lightning_modules.separability.measures import Separation, member_losses, position_overlap
+from lightning_modules.core.losses import member_losses
+from lightning_modules.separability.measures import Separation, position_overlap
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 MEASURES = {
@@ -20,8 +21,10 @@ def measure(logits, x, labels, unembed=None, anchor=None) -> dict[str, float]:
     separation = Separation(1, logits.shape[-1], x.shape[-1])
     cosine = None if anchor is None else cosine_similarity(x, anchor, dim=2)[None]
     separation.update(logits[None], x[None], labels, unembed[None], cosine)
-    measured, count = separation.compute()
+    measured, hits, count = separation.compute()
     assert count == (labels != -100).sum()
+    if count:
+        assert hits["accuracy"] / count == measured["accuracy"]
     return {name: values_S.item() for name, values_S in measured.items()}
 
 
@@ -139,7 +142,7 @@ def test_every_measure_is_what_a_loop_finds_over_two_batches_as_over_one():
             separation.update(
                 one["logits"], one["x"], one["labels"], unembed, cosine_similarity(one["x"], one["anchor"], dim=3)
             )
-        found[kind], _ = separation.compute()
+        found[kind], _, _ = separation.compute()
         assert found[kind].keys() == MEASURES
     for name in MEASURES:
         torch.testing.assert_close(found["together"][name], found["whole"][name], **EXACT)

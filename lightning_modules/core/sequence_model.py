@@ -1,0 +1,238 @@
+"""The LightningModule of every autoregressive line of research.
+
+Shapes: S ensemble members, B batch, T positions, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from datamodules.batch import IGNORE, TokenBatch
+from datamodules.errors import UserError
+from lightning_modules.core.checkpoints import load_network, write_members
+from lightning_modules.core.contracts import HasBounds, HasVocabulary, SupportsTokenText, Workload
+from lightning_modules.core.decoder import count_weights
+from lightning_modules.core.ensemble_module import EnsembleModule
+from lightning_modules.core.losses import member_losses
+from lightning_modules.core.metrics import TokenMeasures
+from lightning_modules.core.predictions import pattern_sites, show_attention, write_predictions
+from lightning_modules.core.reporting import is_dry_run, record_proportion, run_folder
+from lightning_modules.core.schedule import Schedule, with_schedule
+
+Penalties = dict[str, tuple[float, Tensor]]  # name -> (weight, value_S)
+
+
+class SequenceModel(EnsembleModule, ABC):
+    """A network that is trained to predict what comes next, alone or as an ensemble of S seeds in one program.
+
+    Batches are `TokenBatch`: `labels` are aligned with the logits, and `IGNORE` where nothing is asked. The network
+    maps tokens_BT to logits_BTV, or to a tuple that begins with logits_BTV. Nothing is assumed about its parts.
+
+    A line of research writes `make_network`, and may write `make_measures` and `update_measures` (its own measures),
+    `penalties` (terms added to the loss) and `test_measures` (measures of the parameters). It stores the options that
+    `make_network` reads before it calls `super().__init__`.
+
+    With `ensemble: S` each member has the initial weights, the order of data and the gradient clipping of an ordinary
+    run with seed + s. Every parameter then has a first axis of S.
+
+    Args:
+        vocab_size: Tokens of the data.
+        seq_len: Longest sequence of the data.
+        optimizer: The optimizer, without its parameters.
+        schedule: The learning rate after the warm-up: a cosine to zero at `trainer.max_steps`, or constant.
+        warmup_steps: Steps of the linear warm-up.
+        ensemble: S, the number of seeds trained at once.
+        seed: Seed of the initial weights; the run's seed if None.
+        start: Checkpoint of the same line to start from, instead of random weights.
+        loss_precision: Precision of the cross-entropy; fp32 rounds losses below about 1e-7 to zero.
+        compile: Compile the training step. Ignored, with a warning, if a callback has a hook on the network.
+        save_members: Write the weights of each member after fit to `members/`, as checkpoints of ordinary models.
+
+    Raises:
+        UserError: A size is below 1; at `setup`, the precision is unsuitable, or a checkpoint or the data does not fit.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        seq_len: int,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule = "cosine",
+        warmup_steps: int = 100,
+        ensemble: int = 1,
+        seed: int | None = None,
+        start: str | None = None,
+        loss_precision: Literal["fp32", "fp64"] = "fp32",
+        compile: bool = False,
+        save_members: bool = False,
+    ):
+        check_sizes(vocab_size=vocab_size, seq_len=seq_len, ensemble=ensemble)
+        self.vocab_size, self.seq_len = vocab_size, seq_len
+        first = torch.initial_seed() if seed is None else seed
+        super().__init__(self.make_network, [first + member for member in range(ensemble)])
+        self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
+        self.start, self.double_loss = start, loss_precision == "fp64"
+        self.compile_step, self.save_members = compile, save_members
+        self.measures = self.make_measures()
+        self._last_step: tuple[Tensor, Tensor] | None = None  # logits and labels
+        self._shown: Tensor | None = None  # the input whose attention the test draws
+        self._step_losses: Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]] = self.losses
+
+    # What a line writes
+
+    @abstractmethod
+    def make_network(self) -> nn.Module:
+        """Return one network with random weights; called once per seed, with that seed set."""
+
+    def make_measures(self) -> TokenMeasures:
+        """Return the measures of validation and test."""
+        return TokenMeasures(self.ensemble)
+
+    def update_measures(self, outputs: tuple[Tensor, ...], batch: TokenBatch) -> None:
+        """Add a held-out batch to `self.measures`, given the outputs of `call`."""
+        self.measures.update(outputs[0], batch["labels"])
+
+    def penalties(self, outputs: tuple[Tensor, ...], batch: TokenBatch) -> Penalties:
+        """Return the terms that are added to the loss of each member, with their weights."""
+        return {}
+
+    def test_measures(self) -> dict[str, Tensor]:
+        """Return measures of the trained parameters, name -> values_S, logged after a test."""
+        return {}
+
+    # Training
+
+    def setup(self, stage: str) -> None:
+        """Check the precision and the sizes of the data, and load the weights of `start`."""
+        if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
+            raise UserError(f"trainer.precision: {precision} rounds small updates away, use bf16-mixed or 32-true")
+        data = self._data
+        if isinstance(data, HasVocabulary):
+            for name, needed in {"vocab_size": data.vocab_size, "seq_len": data.seq_len}.items():
+                if needed > (size := getattr(self, name)):
+                    raise UserError(f"model.{name} is {size} and the data needs {needed}: set --model.{name} {needed}")
+        if self.start and not self.trainer.ckpt_path:  # a checkpoint of the run itself comes first
+            self.network.load_state_dict(load_network(self.start, self.network, self.ensemble, "model.start"))
+        self.start = None  # a test after training keeps the trained weights
+
+    def on_fit_start(self) -> None:
+        """Compile the step, unless a callback has a hook on the network, which a compiled step would leave out."""
+        hooked = [name for name, module in self.network.named_modules() if module._forward_hooks]
+        if self.compile_step and hooked:
+            rank_zero_warn(f"model.compile is ignored: a callback has a hook on {hooked[0]}")
+        elif self.compile_step:
+            self._step_losses = torch.compile(self.losses)
+
+    def losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the cross-entropy of each member, loss_S, and the outputs of the network."""
+        outputs = self.call(tokens, labels)
+        return member_losses(outputs[0], labels, self.double_loss), outputs
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Return the sum of the members' losses, so that each member has the gradient of a run of its own."""
+        self._last_step = None  # frees the logits before there are new ones
+        loss_S, outputs = self._step_losses(batch["tokens"], batch["labels"])
+        self.members["train/loss"] = loss_S.detach()
+        self.log("train/loss", loss_S.detach().mean(), batch_size=1, prog_bar=True)
+        for name, (weight, value_S) in self.penalties(outputs, batch).items():
+            self.log(f"train/{name}", value_S.detach().mean(), batch_size=1)
+            loss_S = loss_S + weight * value_S
+        self._last_step = outputs[0].detach(), batch["labels"]
+        return loss_S.sum()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return the optimizer and its schedule."""
+        return with_schedule(self, self.optimizer, self.warmup_steps, self.schedule)
+
+    def on_fit_end(self) -> None:
+        """Write the checkpoints of the members, if `save_members` is set."""
+        folder = run_folder(self.trainer) / "members"
+        if self.save_members and self.trainer.is_global_zero and not is_dry_run(self.trainer):
+            write_members(folder, self.network, self.seeds, self.current_epoch, self.global_step)
+
+    def workload(self, batch: TokenBatch) -> Workload:
+        """Return sequences, tokens and flops of a training step over all members: 6 flops per weight and token."""
+        members = 1 if batch["tokens"].dim() == 3 else self.ensemble
+        rows, tokens = members * batch["tokens"][..., 0].numel(), members * batch["tokens"].numel()
+        return Workload(rows, tokens, 6 * tokens * count_weights(self.network) // self.ensemble)
+
+    # Validation, test and predict
+
+    def on_validation_epoch_start(self) -> None:
+        """Log the accuracy of the last training step, over all ranks; it costs no forward of its own."""
+        if self._last_step is None:
+            return
+        logits_SBTV, labels = self._last_step
+        labelled, hit = labels != IGNORE, logits_SBTV.argmax(3) == labels
+        counts_2S = torch.stack([(hit & labelled).flatten(1).sum(1), labelled.expand(hit.shape).flatten(1).sum(1)])
+        hits_S, count_S = cast(Tensor, self.trainer.strategy.reduce(counts_2S, reduce_op="sum"))
+        self.log_members({"train/accuracy": hits_S / count_S})
+        loss_S = self.trainer.strategy.reduce(self.members["train/loss"], reduce_op="mean")
+        self.members["train/loss"] = cast(Tensor, loss_S)
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        """Measure a held-out batch."""
+        self.update_measures(self.call(batch["tokens"], batch["labels"]), batch)
+
+    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        """Measure a test batch, and keep an input to draw."""
+        self.validation_step(batch, batch_idx)
+        self._shown = batch["tokens"][:1]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measures."""
+        self._log_measures("validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the measures and the bounds of the task, and draw the attention of one input."""
+        if self._shown is not None:  # drawn here, since in a step a clamp has the labels of a whole batch
+            _, patterns = self.activations(self._shown, pattern_sites(self.network))
+            show_attention(self.trainer, "test/attention", patterns, self._shown, self._token_text)
+        self._log_measures("test")
+        self.log_members({f"test/{name}": values_S for name, values_S in self.test_measures().items()})
+        if isinstance(data := self._data, HasBounds):
+            bounds = {"test/chance": data.chance, "test/ceiling": data.ceiling}
+            known = {name: bound for name, bound in bounds.items() if bound is not None}
+            self.log_members({name: torch.full([self.ensemble], x, device=self.device) for name, x in known.items()})
+
+    def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Write logits, probabilities and attention of the inputs into `predictions/` of the run's folder."""
+        folder = run_folder(self.trainer) / "predictions"
+        if self.trainer.world_size > 1:
+            folder = folder / f"rank-{self.trainer.global_rank}"
+        logits_SBTV, patterns = self.activations(batch["tokens"], pattern_sites(self.network))
+        name = f"attention-{batch_idx}"
+        predictions = write_predictions(folder, batch_idx, batch, logits_SBTV, self._token_text)
+        show_attention(self.trainer, f"predict/{name}", patterns, batch["tokens"], self._token_text, folder / name)
+        return predictions
+
+    def _log_measures(self, stage: str) -> None:
+        values, hits, count = self.measures.compute()
+        self.log_members({f"{stage}/{name}": values_S for name, values_S in values.items()})
+        for name, hits_S in hits.items():
+            record_proportion(self, f"{stage}/{name}", hits_S, int(count))
+        self.measures.reset()
+
+    @property
+    def _data(self) -> object:
+        return cast(object, self.trainer.datamodule)  # type: ignore[attr-defined]  # set by Lightning, not declared
+
+    def _token_text(self, token: int) -> str:
+        return self._data.token_text(token) if isinstance(self._data, SupportsTokenText) else str(token)
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse sizes below 1; None stands for a default.
+
+    Raises:
+        UserError: A size is below 1; names `model.<size>`.
+    """
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"model.{name} must be at least 1, not {size}")
