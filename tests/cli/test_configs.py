@@ -1,6 +1,6 @@
-"""Every config in the repository runs: parsed, built, and one step of training, validation and test of each."""
+"""Every config and preset of the repository runs: parsed, built, trained for a few steps, validated and tested."""
 
-import shutil
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,33 +10,48 @@ import yaml
 from conftest import ROOT
 
 import main as cli
+from cli.app import CrosstalkCLI, Resolver
 
-RUNNABLE = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
-PRESETS = sorted(path.stem for path in (ROOT / "configs" / "presets").glob("*.yaml"))
-# What a config is meant for and a test machine does not have: time, GPUs, bf16 worth its name, cores for workers
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+PRESETS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs" / "presets").rglob("*.yaml"))
+# Replaced because a test machine lacks it: time, GPUs, fast bf16, cores for loader workers
 SIZES = {"batch_size": 8, "epoch_size": 800, "validation_size": 8, "eval_batch_size": 8, "num_workers": 0}
 TRAINER = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 TRAINER |= {"enable_progress_bar": False, "enable_model_summary": False}
+SIX_STEPS = {"max_steps": 6, "limit_val_batches": 0, "strategy": "auto"}
 
 
-def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+def read(path: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / path).read_text())
 
 
-def tame_data(data: dict[str, Any]) -> dict[str, Any]:
+def first_line(path: str) -> str:
+    return (ROOT / path).read_text().splitlines()[0]
+
+
+def commands_of(preset: str) -> list[list[str]]:
+    """The arguments of every command on a preset's first line; the last command is the one that uses the preset."""
+    mark, _, line = first_line(preset).partition("# Overlay: ")
+    commands = [shlex.split(command) for command in line.split(" && ")]
+    assert mark == ""
+    assert all(command[:2] == ["python", "main.py"] for command in commands)
+    return [command[2:] for command in commands]
+
+
+def small_data(data: dict[str, Any]) -> dict[str, Any]:
     match data["class_path"]:
         case "ModularArithmetic":
-            return {"num_workers": 0}  # in full batch the sizes follow from p, and are small
+            return {"num_workers": 0}  # the sizes of a full batch follow from p and are small
         case "InterleavedStreams" | "TextCorpus":
             return SIZES | {"test_size": 8}
         case "WordProblems":
             return SIZES | {"test_sets": dict.fromkeys(data.get("init_args", {}).get("test_sets", ["test"]), 8)}
-    raise AssertionError(f"sizes for {data['class_path']} are missing here")
+    raise AssertionError(f"this test has no sizes for {data['class_path']}")
 
 
-def tame_model(model: dict[str, Any]) -> dict[str, Any]:
+def small_model(model: dict[str, Any]) -> dict[str, Any]:
     match model["class_path"]:
-        case "LanguageModel":
+        case "QuestionAnswering" | "LanguageModel":
             return {"tokenizer": {"texts": 300}, "save_to": "made"}
         case "Separability":
             return {"ensemble": min(model["init_args"].get("ensemble", 1), 2), "compile": False}
@@ -44,66 +59,96 @@ def tame_model(model: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def launch(workplace) -> Callable[..., cli.CrosstalkCLI]:
-    """Runs a command on a config with its overlays, all sizes small."""
+def launch(workplace) -> Callable[..., CrosstalkCLI]:
+    """Runs a command line as it is, except that one overlay more makes all sizes small."""
 
-    def call(command: str, name: str, *overlays: str, ckpt_path: Path | None = None, **trainer) -> cli.CrosstalkCLI:
-        config = read(name)
-        tame = {part: {"init_args": by(config[part])} for part, by in (("data", tame_data), ("model", tame_model))}
-        Path("tame.yaml").write_text(yaml.safe_dump(tame | {"trainer": TRAINER | trainer}))
-        files = [f"configs/{name}.yaml", *(f"configs/presets/{overlay}.yaml" for overlay in overlays), "tame.yaml"]
-        checkpoint = ["--ckpt_path", str(ckpt_path)] if ckpt_path else []
-        return cli.main([command, *(text for file in files for text in ("--config", file)), *checkpoint])
+    def call(line: list[str], **trainer: Any) -> CrosstalkCLI:
+        config = read(line[2])
+        small = {part: {"init_args": by(config[part])} for part, by in (("data", small_data), ("model", small_model))}
+        Path("small.yaml").write_text(yaml.safe_dump(small | {"trainer": TRAINER | trainer}))
+        return cli.main([*line, "--config", "small.yaml"])
 
     return call
 
 
 def test_there_are_configs():
-    assert {"telepathy_v15", "telepathy_v16", "pair_source", "pair_target"} <= set(RUNNABLE)
-    assert {f"separability_{task}" for task in ("interleaved", "grokking", "grokking_small", "text")} <= set(RUNNABLE)
-    assert {"ddp", "debug", "profile", "reference", "clamp_naive", "noise", "freeze_routing"} <= set(PRESETS)
+    assert {"telepathy_v15", "telepathy_v16", "pair_source", "pair_target"} <= set(CONFIGS)
+    assert {f"separability_{task}" for task in ("interleaved", "grokking", "grokking_small", "text")} <= set(CONFIGS)
+    of_separability = ("reference", "clamp_naive", "clamp_mean_preserving", "noise", "freeze_routing")
+    names = ["ddp", "debug", "profile", *(f"separability/{name}" for name in of_separability)]
+    assert {f"configs/presets/{name}.yaml" for name in names} <= set(PRESETS)
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_runs_as_it_is(launch, name):
-    done = launch("fit", name, fast_dev_run=True)
+    done = launch(["fit", "--config", f"configs/{name}.yaml"], fast_dev_run=True)
     assert done.trainer.global_step == 1
     assert any(metric.startswith("test/") for metric in done.trainer.callback_metrics)
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_says_how_it_is_run_and_for_how_long(name):
-    text = (ROOT / "configs" / f"{name}.yaml").read_text()
-    assert text.startswith(f"# python main.py fit --config configs/{name}.yaml")
-    assert read(name)["trainer"]["max_steps"] > 0
+    path = f"configs/{name}.yaml"
+    assert first_line(path) == f"# python main.py fit --config {path}"
+    assert read(path)["trainer"]["max_steps"] > 0
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_runs_over_the_config_that_its_first_line_names(launch, name):
-    first_line = (ROOT / "configs" / "presets" / f"{name}.yaml").read_text().splitlines()[0]
-    told, _, line = first_line.partition(" main.py ")
-    command, *options = line.split()
-    assert told == "# Overlay: python"
-    assert options[0::2] == ["--config", "--config", "--ckpt_path"][: len(options) // 2]
-    assert options[3] == f"configs/presets/{name}.yaml"
-    config, preset = Path(options[1]).stem, read(f"presets/{name}")
-    small = {"max_steps": 6, "limit_val_batches": 0, "strategy": "auto"}
-    given = {}
-    if "CHECKPOINT" in options:
-        given["ckpt_path"] = launch("fit", config, **small).run_dir / "checkpoints" / "last.ckpt"
-    if "reference.safetensors" in str(preset):
-        shutil.copy(launch("fit", config, "reference", **small).run_dir / "reference.safetensors", ".")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_first_line_of_a_preset_resolves_as_it_is_written(workplace, preset):
+    for line in commands_of(preset):
+        resolved = Resolver(line).resolved
+        assert resolved["trainer"]["callbacks"]
+        assert resolved["data"]
+    assert preset in line
 
-    done = launch(command, config, name, **given, **small)
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_runs_over_the_config_that_its_first_line_names(launch, preset):
+    *preparations, line = commands_of(preset)
+    command, *options = line
+    assert options[0::2] == ["--config", "--config"]
+    assert options[3] == preset
+    for preparation in preparations:
+        launch(preparation, **SIX_STEPS)
+
+    overlay = read(preset)
+    done = launch(line, **SIX_STEPS)
     assert done.trainer.global_step == (6 if command == "fit" else 0)
     tested = any(metric.startswith("test/") for metric in done.trainer.callback_metrics)
-    assert tested == preset.get("test_after_fit", True)
-    kept = [type(callback).__name__ for callback in done.trainer.callbacks]
+    assert tested == overlay.get("test_after_fit", True)
+    present = [type(callback).__name__ for callback in done.trainer.callbacks]
     # An overlay adds callbacks and replaces none
-    added = preset["trainer"].pop("callbacks+", [])
-    assert {callback["class_path"] for callback in read(config)["trainer"]["callbacks"] + added} < set(kept)
-    for key, value in preset["trainer"].items():
+    added = overlay["trainer"].pop("callbacks+", [])
+    assert {callback["class_path"] for callback in read(options[1])["trainer"]["callbacks"] + added} < set(present)
+    for key, value in overlay["trainer"].items():
         set_to = done.config[command]["trainer"][key]
-        if key not in {*small, "devices", "precision"}:
+        if key not in {*SIX_STEPS, "devices", "precision"}:
             assert set_to["class_path"].endswith(value["class_path"]) if isinstance(value, dict) else set_to == value
+
+
+def test_a_clamp_reads_the_file_that_the_reference_preset_writes():
+    folder = "configs/presets/separability"
+    (recorder,) = read(f"{folder}/reference.yaml")["trainer"]["callbacks+"]
+    for name in ("clamp_naive", "clamp_mean_preserving"):
+        (clamp,) = read(f"{folder}/{name}.yaml")["trainer"]["callbacks+"]
+        assert clamp["init_args"]["reference"] == recorder["init_args"]["path"]
+        assert commands_of(f"{folder}/{name}.yaml")[0] == commands_of(f"{folder}/reference.yaml")[0]
+
+
+def test_a_finished_run_is_tested_under_noise(launch):
+    config = ["--config", "configs/separability_interleaved.yaml"]
+    trained = launch(["fit", *config], **SIX_STEPS)
+    checkpoint = trained.run_dir / "checkpoints" / "last.ckpt"
+    noise = ["--config", "configs/presets/separability/noise.yaml", "--ckpt_path", str(checkpoint)]
+    noisy = launch(["test", *config, *noise], **SIX_STEPS)
+    assert noisy.trainer.global_step == 0
+    length = "test/a_act"
+    assert noisy.trainer.callback_metrics[length] > trained.trainer.callback_metrics[length]
+
+
+def test_presets_of_a_line_go_with_configs_of_that_line():
+    for preset in PRESETS:
+        folder = Path(preset).parent.name
+        for command in commands_of(preset):
+            assert folder == "presets" or Path(command[2]).stem.startswith(f"{folder}_")
