@@ -1,4 +1,4 @@
-"""Tasks: one LightningDataModule a file; none knows a line of research."""
+"""Tasks: one LightningDataModule per file; none depends on a line of research."""
 
 from datamodules.interleaved_streams import InterleavedStreams
 from datamodules.modular_arithmetic import ModularArithmetic

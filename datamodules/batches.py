@@ -1,7 +1,7 @@
-"""Length-bucketed batches that any rank, worker or resumed run can name by number.
+"""Batches that any rank, any worker and any resumed run can name by number.
 
-A batch is a function of (epoch, number), not of who asked before. Hence ranks share a global batch without talking,
-workers need no state, and a run resumed in mid-epoch goes on with the very next batch.
+A batch is a function of (epoch, number) and of nothing else. Ranks therefore share a global batch without
+communication, workers need no state, and a run that resumes within an epoch continues with the next batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,49 +12,69 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+POOL = 16  # batches per pool; samples are sorted by length within a pool: little padding, and the order stays random
+LANES = 8  # pools that are open at a time, so that up to 8 workers each make pools of their own
+
 T = TypeVar("T")
 
-POOL = 16  # batches that are sorted by length together: padding falls to a few percent, order stays random
-LANES = 8  # pools open at a time, so that up to 8 workers each make pools of their own
 
-
-class Batches(Protocol[T]):
-    """Something that names its batches by (epoch, number)."""
+class Sliceable(Protocol):
+    """The samples of a batch, such as a list or an array."""
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of samples."""
         ...
 
-    def batch(self, epoch: int, number: int) -> list[T]:
-        """Return one global batch."""
+    def __getitem__(self, key: slice, /) -> Any:
+        """Return some of the samples, of the same type."""
+        ...
+
+
+SamplesT = TypeVar("SamplesT", bound=Sliceable)
+SamplesT_co = TypeVar("SamplesT_co", bound=Sliceable, covariant=True)
+BatchT = TypeVar("BatchT")
+
+
+class Batches(Protocol[SamplesT_co]):
+    """The global batches of a data set, each named by (epoch, number)."""
+
+    def __len__(self) -> int:
+        """Return the number of batches per epoch."""
+        ...
+
+    def batch(self, epoch: int, number: int) -> SamplesT_co:
+        """Return the samples of one global batch."""
         ...
 
 
 def _cut(samples: Sequence[T], count: int) -> list[list[T]]:
-    """Cut samples into `count` runs of even size."""
+    """Cut samples into `count` lists whose sizes differ by at most 1."""
     bounds = [i * len(samples) // count for i in range(count + 1)]
     return [list(samples[start:end]) for start, end in pairwise(bounds)]
 
 
 def _bucket(samples: Sequence[T], count: int, length: Callable[[T], int], rng: Random) -> list[list[T]]:
-    """Cut samples into `count` batches of like length, in random order."""
+    """Cut samples into `count` batches of samples of similar length, in random order."""
     batches = _cut(sorted(samples, key=length), count)
     rng.shuffle(batches)
     return batches
 
 
 class FiniteBatches(Generic[T]):
-    """A fixed list of samples: every one once an epoch, in an order of the epoch's own.
+    """Batches of a fixed list of samples: each sample once per epoch, in an order that depends on the epoch.
 
-    Without `drop_last`, batches are of even size instead of the last one being small: each then has a share for every
-    rank, unless there are more ranks than `smallest`.
+    Without `drop_last`, all batches have the same size up to 1, and no small last batch is left over. Each batch then
+    has samples for every rank, unless there are more ranks than `smallest`.
 
     Args:
         samples: The samples.
         size: Largest global batch, over all ranks.
-        length: What to bucket by.
-        seed: Order of the samples.
-        drop_last: Leave out, each epoch, the samples that do not fill a batch.
+        length: The length of a sample; batches hold samples of similar length.
+        seed: Seed of the order.
+        drop_last: Leave out, in each epoch, the samples that do not fill a batch.
+
+    Attributes:
+        smallest: Size of the smallest batch.
     """
 
     def __init__(self, samples: Sequence[T], size: int, length: Callable[[T], int], seed: int, drop_last: bool):
@@ -67,7 +87,7 @@ class FiniteBatches(Generic[T]):
         self._epoch = lru_cache(maxsize=1)(self._make_epoch)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of batches per epoch."""
         return self.batches
 
     def _make_epoch(self, epoch: int) -> list[list[T]]:
@@ -82,22 +102,22 @@ class FiniteBatches(Generic[T]):
         ]
 
     def batch(self, epoch: int, number: int) -> list[T]:
-        """Return one global batch."""
+        """Return the samples of one global batch."""
         return self._epoch(epoch)[number]
 
 
 class StreamBatches(Generic[T]):
-    """Samples made on the fly, never the same one twice.
+    """Batches of samples that are generated when needed; no sample is used twice.
 
-    Batch numbers deal round-robin over `LANES` pools, so that `n` workers (a divisor of `LANES`), who take every n-th
-    batch, share no pool. Where an epoch ends within a block of lanes, workers change lanes and make up to `LANES` pools
-    again; that costs time, never a sample.
+    Consecutive batches come from `LANES` different pools in turn. With n workers, where n divides `LANES`, worker w
+    takes the batches w, w + n, ..., so that no two workers need the same pool. Where an epoch ends within a block of
+    lanes, workers change lanes and generate up to `LANES` pools a second time, which costs time only.
 
     Args:
-        make: Makes sample number i.
-        samples: Samples in an epoch.
+        make: Generates the sample with a given number.
+        samples: Samples per epoch.
         size: Global batch size, over all ranks.
-        length: What to bucket by.
+        length: The length of a sample; batches hold samples of similar length.
     """
 
     def __init__(self, make: Callable[[int], T], samples: int, size: int, length: Callable[[T], int]):
@@ -106,7 +126,7 @@ class StreamBatches(Generic[T]):
         self._pool = lru_cache(maxsize=LANES)(self._make_pool)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of batches per epoch."""
         return self.batches
 
     def _make_pool(self, pool: int) -> list[list[T]]:
@@ -115,90 +135,101 @@ class StreamBatches(Generic[T]):
         return _bucket(samples, POOL, self.length, Random(pool))
 
     def batch(self, epoch: int, number: int) -> list[T]:
-        """Return one global batch."""
+        """Return the samples of one global batch."""
         block, within = divmod(epoch * self.batches + number, LANES * POOL)
         slot, lane = divmod(within, LANES)
         return self._pool(block * LANES + lane)[slot]
 
 
-class _RankShare(Dataset):
-    """This rank's share of each global batch: every world-th sample, so that lengths are even over ranks."""
+class _RankShare(Dataset[SamplesT]):
+    """One rank's part of each global batch: every world-th sample, so that all ranks get similar lengths."""
 
-    def __init__(self, batches: Batches, rank: int, world: int):
+    def __init__(self, batches: Batches[SamplesT], rank: int, world: int):
         self.batches, self.rank, self.world = batches, rank, world
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, key: tuple[int, int]) -> list:
-        return self.batches.batch(*key)[self.rank :: self.world]
+    def __getitem__(self, key: tuple[int, int]) -> SamplesT:
+        share: SamplesT = self.batches.batch(*key)[self.rank :: self.world]
+        return share
 
 
-class _Numbers(DistributedSampler):
-    """Batch numbers of an epoch, from where a resumed run left off.
+class _BatchNumbers(DistributedSampler[tuple[int, int]]):
+    """The (epoch, number) of each batch of an epoch, from `start` on.
 
-    A `DistributedSampler` by type, for that is how Lightning is told that ranks are taken care of.
+    It is a `DistributedSampler` because Lightning replaces any other sampler when there are several ranks, and because
+    Lightning calls `set_epoch` of samplers of this class.
     """
 
-    def __init__(self, dataset: _RankShare):
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
-        self.start = 0
+    def __init__(self, share: _RankShare[Any]):
+        super().__init__(share, num_replicas=1, rank=0, shuffle=False)
+        self.share, self.start = share, 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        # A generator, so that the start is used up when read: a DataLoader with workers asks for two iterators
+        # A generator, so that `start` is reset at the first `next`: a DataLoader with workers makes two iterators
         start, self.start = self.start, 0
         epoch = self.epoch
-        for number in range(start, len(self.dataset)):
+        for number in range(start, len(self.share)):
             yield epoch, number
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.share)
 
 
-class BatchLoader(DataLoader):
-    """A DataLoader over numbered batches that can be saved and resumed in mid-epoch.
+class BatchLoader(DataLoader[Any], Generic[BatchT]):
+    """A DataLoader over numbered batches; its state can be saved and loaded within an epoch.
 
     Args:
         batches: The global batches.
-        collate: Makes a rank's list of samples a batch of tensors.
-        rank: This process.
-        world: How many processes.
-        **options: `num_workers` and the like, as in DataLoader.
+        collate: Makes a batch of tensors from a rank's samples.
+        rank: Index of this process.
+        world: Number of processes.
+        **options: Options of DataLoader, such as `num_workers`.
     """
 
-    def __init__(self, batches: Batches, collate: Callable[[list], Any], rank: int = 0, world: int = 1, **options: Any):
+    def __init__(
+        self,
+        batches: Batches[SamplesT],
+        collate: Callable[[SamplesT], BatchT],
+        rank: int = 0,
+        world: int = 1,
+        **options: Any,
+    ):
         share = _RankShare(batches, rank, world)
-        super().__init__(share, batch_size=None, sampler=_Numbers(share), collate_fn=collate, **options)
-        self.done = 0
+        numbers = _BatchNumbers(share)
+        collate_fn: Callable[[Any], BatchT] = collate  # DataLoader's annotation expects a list of samples
+        super().__init__(share, batch_size=None, sampler=numbers, collate_fn=collate_fn, **options)
+        self.numbers, self.done = numbers, 0
 
-    def __iter__(self) -> Iterator[Any]:
-        """Iterate over the rest of the epoch, counting what was handed out."""
-        self.done = self.sampler.start
+    def __iter__(self) -> Iterator[BatchT]:  # type: ignore[override]  # torch's annotation is a private class
+        """Iterate over the rest of the epoch and count the batches."""
+        self.done = self.numbers.start
         for batch in super().__iter__():
             self.done += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were handed out."""
+        """Return how many batches of the epoch have been yielded."""
         return {"done": self.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after them at the next iteration."""
-        self.sampler.start = state["done"] % len(self)
+        """Make the next iteration start after the batches that `state` counts."""
+        self.numbers.start = state["done"] % len(self)
 
 
-class AsGiven:
-    """A loader that Lightning takes as it is; for predict it would build a DataLoader anew, to keep samples' indices.
+class UnchangedLoader(Generic[BatchT]):
+    """Wraps a loader for `predict`, where Lightning would rebuild a DataLoader in order to track sample indices.
 
     Args:
         loader: The loader.
     """
 
-    def __init__(self, loader: BatchLoader):
+    def __init__(self, loader: BatchLoader[BatchT]):
         self.loader = loader
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[BatchT]:
         return iter(self.loader)

@@ -1,4 +1,4 @@
-"""The error of a user's mistake."""
+"""The exception for mistakes of the user."""
 
 
 class UserError(ValueError):

@@ -1,6 +1,6 @@
-"""Interleaved streams: several sequences, each with a law of its own, dealt into one.
+"""Interleaved streams: one row of tokens holds several sequences, each of which follows a rule.
 
-Shapes: B rows, N streams, J tokens of a stream, V tokens that a stream may have, T positions, U = T + 1.
+Shapes: B rows, N streams, J tokens of a stream, V tokens of a stream's vocabulary, T positions, U = T + 1.
 """
 
 from itertools import pairwise
@@ -9,42 +9,50 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from datamodules.batch import IGNORE
+from datamodules.batch import IGNORE, HasWidth, Integers
 from datamodules.errors import UserError
 from datamodules.modular_arithmetic import is_prime
 from datamodules.sequence_task import TASK, SequenceTask, held_out_stream, label_next, stream
 
-PERIODS = (2, 7)  # of `repeat`, both included
-BLOCK = 512  # rows that are made together
-KNOWN_AFTER = {"permutation": 1, "repeat": PERIODS[0] + 1, "affine": 3, "iid": 0}  # tokens of a stream, at the least
+PERIODS = (2, 7)  # shortest and longest motif of `repeat`
+BLOCK = 512  # rows per block; intermediate arrays of a block fit in the cache, which halves the time
+KNOWN_AFTER = {"permutation": 1, "repeat": PERIODS[0] + 1, "affine": 3, "iid": 0}  # fewest tokens before a label
 
 
 class InterleavedStreams(SequenceTask):
-    """Streams A, B, ... interleaved as A1 B1 A2 B2 ...; asked is the next token of the whole, where it can be known.
+    """Streams A, B, ... are interleaved as A1 B1 A2 B2 ...; each label is the next token, if it is predictable.
 
-    How a stream goes on is its `rule`:
+    The `rule` determines how each stream continues:
 
-    - `permutation`: x_{t+1} = pi(x_t), with one random permutation a stream, the same in all rows, splits and seeds;
-      asked after one token of the stream;
-    - `repeat`: a motif of 2 to 7 different tokens, drawn for each row and stream, again and again; asked once its first
-      token has come back;
-    - `affine`: x_{t+1} = a x_t + b mod p, with a in 1..p-1 and b drawn for each row and stream, and p the largest prime
-      among the stream's tokens; asked after three tokens, which determine it (two that are equal are a fixed point);
-    - `iid`: random tokens, the negative control; asked everywhere, known nowhere.
+    - `permutation`: x_{t+1} = pi(x_t), with one random permutation per stream, the same in all rows, splits and seeds.
+      Labels begin after one token of the stream.
+    - `repeat`: a motif of 2 to 7 different tokens, drawn per row and stream, is repeated. Labels begin once the first
+      token of the motif has returned.
+    - `affine`: x_{t+1} = a x_t + b mod p, with a in 1..p-1 and b drawn per row and stream, and p the largest prime up
+      to V. Labels begin after three tokens, which determine the sequence (two equal tokens are a fixed point).
+    - `iid`: random tokens, the negative control. Every position has a label and none is predictable.
 
-    Where positions are dealt at random, nothing tells whose turn it is. With k streams whose next token would be asked
-    and is known, each has the next turn with 1 / k, given that the position is asked: `ceiling` is the mean of 1 / k
-    over the labelled positions of the test set.
+    Two streams under `permutation` with `vocab_size` 10 and separate vocabularies, A of tokens 0 to 4 and B of tokens 5
+    to 9; `-` is IGNORE::
+
+        stream  A  B  A  B  A  B  A  B
+        tokens  4  8  3  6  2  7  4  9
+        labels  -  3  6  2  7  4  9  3
+
+    With `interleave: random` no token tells which stream comes next. If k streams have a predictable next token at a
+    labelled position, each of them comes next with probability 1 / k, so `ceiling` is the mean of 1 / k over the
+    labelled positions of the test set.
 
     Args:
         n_streams: N.
-        rule: How a stream goes on.
-        vocab_size: Tokens in all.
+        rule: How each stream continues.
+        vocab_size: Tokens in total.
         seq_len: T, the tokens of a row over all streams.
-        shared_vocab: Every stream has all tokens; else each has a share of its own, of `vocab_size // n_streams`.
-        interleave: `round_robin` deals in turn; `random` gives each position to any stream, and needs shares.
-        task_seed: Which permutations; the same for every `seed`.
-        **common: As in `SequenceTask`.
+        shared_vocab: All streams use all tokens; if false, each stream has `vocab_size // n_streams` separate tokens.
+        interleave: `round_robin` alternates between the streams; `random` draws the stream of each position, and needs
+            separate vocabularies.
+        task_seed: Seed of the permutations, independent of `seed`.
+        **common: Arguments of `SequenceTask`.
     """
 
     def __init__(
@@ -63,7 +71,7 @@ class InterleavedStreams(SequenceTask):
             raise UserError(f"data.n_streams must be at least 1, not {n_streams}")
         if interleave == "random" and shared_vocab and n_streams > 1:
             raise UserError(
-                "data.interleave 'random' needs data.shared_vocab false: the stream of a token could not be told else"
+                "data.interleave 'random' needs data.shared_vocab false: a shared token does not tell its stream"
             )
         share = vocab_size if shared_vocab else vocab_size // n_streams
         if share < (least := PERIODS[1] if rule == "repeat" else 2):
@@ -75,30 +83,31 @@ class InterleavedStreams(SequenceTask):
         self.size = next(n for n in range(share, 1, -1) if is_prime(n)) if rule == "affine" else share
         self.offsets_N = np.zeros(n_streams, int) if shared_vocab else np.arange(n_streams) * share
         self.chance = 1 / (self.size if shared_vocab else self.size * n_streams)
-        self._places = seq_len + 1 if interleave == "random" else -(-(seq_len + 1) // n_streams)  # J at the most
+        longest = seq_len + 1 if interleave == "random" else -(-(seq_len + 1) // n_streams)  # bound on J
         if rule == "permutation":
-            self._line, self._where_NV = _unroll(stream(task_seed, TASK), n_streams, self.size, self._places)
+            self._line, self._where_NV = _unroll(stream(task_seed, TASK), n_streams, self.size, longest)
         if interleave == "round_robin":
             self.ceiling = 1 / self.size if rule == "iid" else 1.0
         else:
             self.ceiling = self.chance if rule == "iid" else self._random_ceiling()
 
     def setup(self, stage: str) -> None:
-        """Make the held-out rows, and tell what scores mean and whether streams have to share the medium, once."""
+        """Make the held-out rows, and report once whether the streams compete for the module's width."""
         first = not self._held_out
         super().setup(stage)
-        if not first or (width := getattr(self._module, "width", None)) is None:
+        if not first or not isinstance(self._module, HasWidth):
             return
-        tokens, length = self.vocab_size / width, self.seq_len / width
+        tokens, length = self.vocab_size / self._module.width, self.seq_len / self._module.width
         rank_zero_info(f"InterleavedStreams: n/d (tokens over width) is {tokens:.3g}, L/d (positions) {length:.3g}")
         if tokens < 10:
             rank_zero_warn(f"no superposition: n/d, data.vocab_size over the model's width, is {tokens:.3g}, below 10")
         if length < 1.5:
             rank_zero_warn(f"no crowding: L/d, data.seq_len over the model's width, is {length:.3g}, below 1.5")
 
-    def randomness(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, ...]:
-        """Draw the first tokens, the laws that rows have of their own, and whose turn it is where that is random."""
+    def randomness(self, rng: np.random.Generator, count: int) -> tuple[Integers, ...]:
+        """Draw first tokens, the rule's parameters per row, and the stream of each position if that is random."""
         shape = count, self.n_streams
+        drawn: tuple[Integers, ...]
         match self.rule:
             case "permutation":
                 drawn = (rng.integers(self.size, size=shape),)
@@ -114,24 +123,24 @@ class InterleavedStreams(SequenceTask):
             return *drawn, rng.integers(self.n_streams, size=(count, self.seq_len + 1), dtype=np.int16)
         return drawn
 
-    def rows(self, *drawn: np.ndarray) -> np.ndarray:
-        """Let the streams run and deal them into rows_B2T."""
+    def rows(self, *drawn: Integers) -> Integers:
+        """Generate the streams and interleave them into rows_B2T."""
         rows_2BT = np.empty((2, len(drawn[0]), self.seq_len), np.int64)
-        for start in range(0, len(drawn[0]), BLOCK):  # half the time of all at once: what is made between stays cached
+        for start in range(0, len(drawn[0]), BLOCK):
             block = slice(start, start + BLOCK)
             rows_2BT[:, block] = self._block(*(part[block] for part in drawn)).swapaxes(0, 1)
         return rows_2BT.swapaxes(0, 1)
 
-    def _block(self, *drawn: np.ndarray) -> np.ndarray:
+    def _block(self, *drawn: Integers) -> Integers:
         count, length = len(drawn[0]), self.seq_len + 1
         if self.interleave == "random":
-            *law, owner_BU = drawn
+            law, owner_BU = drawn[:-1], drawn[-1]
             place_BU = self._places_of(owner_BU)
         else:
             law = drawn
             place_BU, owner_BU = np.divmod(np.arange(length)[None], self.n_streams)
         if self.rule == "iid":
-            return label_next(law[0] + self._dealt(self.offsets_N[None], owner_BU))
+            return label_next(law[0] + self._of_owner(self.offsets_N[None], owner_BU))
         stream_JBN = self._run(law, int(place_BU.max()) + 1)
         if self.interleave == "random":
             which_BU = np.multiply(place_BU, count * self.n_streams, dtype=int)
@@ -140,22 +149,22 @@ class InterleavedStreams(SequenceTask):
             token_BU = stream_JBN.reshape(-1).take(which_BU)
         else:
             token_BU = stream_JBN.swapaxes(0, 1).reshape(count, -1)[:, :length]
-        token_BU += self._dealt(self.offsets_N[None], owner_BU)
-        known_BU = place_BU >= self._dealt(self._known_after(law), owner_BU)
+        token_BU += self._of_owner(self.offsets_N[None], owner_BU)
+        known_BU = place_BU >= self._of_owner(self._known_after(law), owner_BU)
         return label_next(token_BU, known_BU[:, 1:])
 
     def parse(self, text: str) -> list[int]:
-        """Read tokens, as numbers with spaces between them."""
+        """Return the tokens of a text of numbers separated by spaces."""
         try:
             tokens = [int(word) for word in text.split()]
         except ValueError:
             tokens = [-1]
         if not all(0 <= token < self.vocab_size for token in tokens):
-            raise UserError(f"data.inputs: '{text}' is no row of numbers from 0 to {self.vocab_size - 1}")
+            raise UserError(f"data.inputs: '{text}' is not a row of numbers from 0 to {self.vocab_size - 1}")
         return tokens
 
-    def _run(self, law: tuple[np.ndarray, ...] | list[np.ndarray], length: int) -> np.ndarray:
-        """Return the first tokens of each stream by itself, stream_JBN."""
+    def _run(self, law: tuple[Integers, ...], length: int) -> Integers:
+        """Return the first `length` tokens of each stream, stream_JBN, without the vocabulary offsets."""
         place_J11 = np.arange(length)[:, None, None]
         match self.rule:
             case "permutation":
@@ -175,23 +184,25 @@ class InterleavedStreams(SequenceTask):
             after_BN -= after_BN // self.size * self.size  # several times faster than %
         return stream_JBN
 
-    def _known_after(self, law: tuple[np.ndarray, ...] | list[np.ndarray]) -> np.ndarray:
-        """Return after how many tokens of a stream its next one is asked, [B, N], or [1, 1] for all."""
+    def _known_after(self, law: tuple[Integers, ...]) -> Integers:
+        """Return the number of tokens of a stream before its first label, [B, N], or [1, 1] if all are equal."""
         if self.rule == "repeat":
-            return law[0] + 1  # up to the motif's first token come back, the next one might have been new
+            return law[0] + 1  # until the first token of the motif returns, a new token could follow
         return np.full((1, 1), KNOWN_AFTER[self.rule])
 
-    def _dealt(self, value_BN: np.ndarray, owner_BU: np.ndarray) -> np.ndarray:
-        """Return a value of streams at each of their tokens."""
+    def _of_owner(self, value_BN: Integers, owner_BU: Integers) -> Integers:
+        """Return the value of each token's stream."""
         if value_BN.size == 1:
             return value_BN
         if len(owner_BU) == 1:
-            return value_BN.take(owner_BU[0], axis=1)
+            owner_U: Integers = owner_BU[0]
+            return value_BN.take(owner_U, axis=1)
         starts_B = np.arange(0, value_BN.size, self.n_streams) if len(value_BN) > 1 else np.zeros(1, int)
-        return value_BN.reshape(-1).take(owner_BU + starts_B[:, None])
+        value_BU: Integers = value_BN.reshape(-1).take(owner_BU + starts_B[:, None])
+        return value_BU
 
-    def _places_of(self, owner_BU: np.ndarray) -> np.ndarray:
-        """Return how many tokens of its stream came before each token."""
+    def _places_of(self, owner_BU: Integers) -> Integers:
+        """Return the number of earlier tokens of the same stream, for each token."""
         place_BU = np.zeros(owner_BU.shape, np.int32)
         for n in range(self.n_streams):
             mine_BU = owner_BU == n
@@ -200,7 +211,7 @@ class InterleavedStreams(SequenceTask):
 
     def _random_ceiling(self) -> float:
         drawn = self.randomness(held_out_stream("test"), self.test_size)
-        *law, owner_BU = drawn
+        law, owner_BU = drawn[:-1], drawn[-1]
         known_after_BN = np.broadcast_to(self._known_after(law), (len(owner_BU), self.n_streams))
         candidates_BT = np.zeros((len(owner_BU), self.seq_len), int)
         for n in range(self.n_streams):
@@ -209,13 +220,14 @@ class InterleavedStreams(SequenceTask):
         return float((1 / candidates_BT[labelled_BT]).mean())
 
 
-def _unroll(rng: np.random.Generator, n_streams: int, size: int, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw permutations, and lay their cycles on a line: pi_n^k(x) is line[where_NV[n, x] + k], for k < reach."""
-    line, where_NV = [], np.empty((n_streams, size), int)
+def _unroll(rng: np.random.Generator, n_streams: int, size: int, reach: int) -> tuple[Integers, Integers]:
+    """Draw permutations and write their cycles into one array: pi_n^k(x) is line[where_NV[n, x] + k], for k < reach."""
+    line: list[int] = []
+    where_NV = np.empty((n_streams, size), int)
     for where_V in where_NV:
         after, unseen = rng.permutation(size).tolist(), set(range(size))
         for first in range(size):
-            token, cycle = first, []
+            token, cycle = first, list[int]()
             while token in unseen:
                 unseen.remove(token)
                 cycle.append(token)
@@ -225,8 +237,8 @@ def _unroll(rng: np.random.Generator, n_streams: int, size: int, reach: int) -> 
     return np.array(line), where_NV
 
 
-def _distinct(choices_BNP: np.ndarray) -> np.ndarray:
-    """Make draws without replacement: choice i, below size - i, counts the numbers that are still to be had."""
+def _distinct(choices_BNP: Integers) -> Integers:
+    """Turn choices into draws without replacement: choice i, below size - i, indexes the numbers not yet chosen."""
     chosen_BNP = np.empty_like(choices_BNP)
     for i in range(choices_BNP.shape[2]):
         number_BN = choices_BNP[..., i].copy()

@@ -1,6 +1,6 @@
-"""Arithmetic modulo p, learnt from some of all pairs: the task of grokking.
+"""Arithmetic modulo p, trained on a part of all pairs of numbers: the task of the grokking experiments.
 
-Shapes: B rows, P pairs of numbers, S members of an ensemble, T = 3 positions.
+Shapes: B rows, P pairs of numbers, S ensemble members, T = 3 positions.
 """
 
 import re
@@ -10,71 +10,78 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from datamodules.batch import IGNORE
+from datamodules.batch import IGNORE, Integers
 from datamodules.batches import Batches
 from datamodules.errors import UserError
 from datamodules.sequence_task import TASK, TRAINING, SequenceTask, Split, by_member, stream
 
-EPOCH = 1000  # steps, about: what is done between epochs then takes no time to speak of
+EPOCH = 1000  # approximate steps per epoch, so that the work between epochs takes a negligible part of the time
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "square_sum": "+"}
 
 
 def is_prime(number: int) -> bool:
-    """Say whether a number is prime."""
+    """Return whether a number is prime."""
     return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
 class _SameBatch:
-    """One batch for every step."""
+    """The same batch in every step."""
 
-    def __init__(self, rows_P2T: np.ndarray):
+    def __init__(self, rows_P2T: Integers):
         self.rows_P2T = rows_P2T
 
     def __len__(self) -> int:
         return EPOCH
 
-    def batch(self, epoch: int, number: int) -> np.ndarray:
+    def batch(self, epoch: int, number: int) -> Integers:
         return self.rows_P2T
 
 
 class _ShuffledBatches:
-    """Pass after pass over the rows, but for those that do not fill a batch, each in an order of its own."""
+    """Passes over the rows, each in a new random order; a pass leaves out the rows that do not fill a batch."""
 
-    def __init__(self, rows_P2T: np.ndarray, seed: int, members: int, size: int):
+    def __init__(self, rows_P2T: Integers, seed: int, members: int, size: int):
         self.rows_P2T, self.seed, self.members, self.size = rows_P2T, seed, members, size
-        self.in_a_pass = len(rows_P2T) // size
+        self.per_pass = len(rows_P2T) // size
         self._orders_SP = lru_cache(maxsize=1)(self._make_orders)
 
     def __len__(self) -> int:
-        return max(EPOCH // self.in_a_pass, 1) * self.in_a_pass
+        return max(EPOCH // self.per_pass, 1) * self.per_pass
 
-    def _make_orders(self, number: int) -> np.ndarray:
+    def _make_orders(self, number: int) -> Integers:
         seeds = range(self.seed, self.seed + self.members)
         return np.stack([stream(seed, TRAINING, number).permutation(len(self.rows_P2T)) for seed in seeds])
 
-    def batch(self, epoch: int, number: int) -> np.ndarray:
-        number_of_pass, within = divmod(epoch * len(self) + number, self.in_a_pass)
+    def batch(self, epoch: int, number: int) -> Integers:
+        number_of_pass, within = divmod(epoch * len(self) + number, self.per_pass)
         chosen_SB = self._orders_SP(number_of_pass)[:, within * self.size : (within + 1) * self.size]
         return by_member(self.rows_P2T[chosen_SB.ravel()], self.members)
 
 
 class ModularArithmetic(SequenceTask):
-    """Rows `[a, b, =]` with one label, at the last position: a op b modulo p (Power et al. 2022, arXiv:2201.02177).
+    """Rows `[a, b, =]` with one label, a op b modulo p, at the last position (Power et al. 2022, arXiv:2201.02177).
 
-    All pairs are set apart once, by `task_seed`: the first `train_fraction` of them train, the others are held out.
-    The tokens are the numbers below p, and `=` is p. Mini-batches pass over the training pairs again and again, leaving
-    out of each pass those that do not fill a batch. In full batch all members of an ensemble share one batch of [B, T],
-    whose tensors are the same memory at each step. An epoch is about 1000 steps, however many passes these are.
+    The tokens are the numbers below p, and `=` is token p. A row with p = 113 and op `add`, where `-` is IGNORE::
+
+        text     60  70    =
+        tokens   60  70  113
+        labels    -   -   17
+
+    A permutation of all pairs, drawn with `task_seed`, is split: the first `train_fraction` of the pairs train, the
+    others are held out. Mini-batches are passes over the training pairs, each in a new order; a pass leaves out the
+    pairs that do not fill a batch. In full batch all ensemble members share one batch [B, T], whose tensors are the
+    same memory in every step. An epoch is about 1000 steps, whatever the number of passes.
 
     Args:
         p: The modulus.
         op: `add` a + b, `sub` a - b, `mul` a b, `div` a / b (b is not 0, p is prime), `square_sum` a^2 + b^2.
-        train_fraction: Share of the pairs that training sees.
-        task_seed: Which pairs these are; the same for every `seed`.
-        batch_size: Pairs a device and step (and member); None for all training pairs in every step, over all devices.
-        eval_batch_size: Pairs a device and step of validation, test and predict.
-        validation_size: How many of the held-out pairs are for validation; None for all. The test set is all of them.
-        **common: As in `SequenceTask`.
+        train_fraction: Proportion of the pairs that train.
+        task_seed: Seed of the split, independent of `seed`.
+        batch_size: Pairs per device and step (and ensemble member); None for all training pairs in every step, shared
+            by all devices.
+        eval_batch_size: Pairs per device and step in validation, test and predict.
+        validation_size: Number of held-out pairs in the validation set; None for all. The test set is all of them.
+        **common: Arguments of `SequenceTask`.
     """
 
     def __init__(
@@ -96,12 +103,12 @@ class ModularArithmetic(SequenceTask):
         a_P, b_P = np.divmod(np.arange(p * p), p)
         pairs_P2 = np.stack([a_P, b_P], axis=1)[b_P > 0 if op == "div" else slice(None)]
         pairs_P2 = stream(task_seed, TASK).permutation(pairs_P2)
-        # The commonest answer's share: more than 1 / p where answers differ in number, as products do
+        # The proportion of the most frequent answer; above 1 / p where answers are not equally frequent, as in products
         self.chance, self.ceiling = np.bincount(self.answer(*pairs_P2.T)).max().item() / len(pairs_P2), 1.0
         train = round(train_fraction * len(pairs_P2))
         if not 0 < train < len(pairs_P2):
             raise UserError(
-                f"data.train_fraction {train_fraction} leaves no pair to train on or to hold out, of {len(pairs_P2)}"
+                f"data.train_fraction {train_fraction} leaves no pair for training or none held out, of {len(pairs_P2)}"
             )
         self.train_rows_P2T, self.held_out_rows_P2T = self._rows(pairs_P2[:train]), self._rows(pairs_P2[train:])
         held_out = len(pairs_P2) - train
@@ -122,41 +129,42 @@ class ModularArithmetic(SequenceTask):
             rank_zero_warn("data.num_workers is ignored in full batch: the batch is the same in every step")
             self.num_workers = 0
 
-    def answer(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def answer(self, a: Integers, b: Integers) -> Integers:
         """Return a op b modulo p."""
+        value: Integers
         match self.op:
             case "add":
-                return (a + b) % self.p
+                value = a + b
             case "sub":
-                return (a - b) % self.p
+                value = a - b
             case "mul":
-                return a * b % self.p
+                value = a * b
             case "div":
-                inverse = np.array([0, *(pow(number, -1, self.p) for number in range(1, self.p))])
-                return a * inverse[b] % self.p
+                value = a * np.array([0, *(pow(number, -1, self.p) for number in range(1, self.p))])[b]
             case "square_sum":
-                return (a * a + b * b) % self.p
+                value = a * a + b * b
+        return value % self.p
 
-    def _rows(self, pairs_P2: np.ndarray) -> np.ndarray:
+    def _rows(self, pairs_P2: Integers) -> Integers:
         rows_2PT = np.full((2, len(pairs_P2), 3), IGNORE)
         rows_2PT[0, :, :2], rows_2PT[0, :, 2] = pairs_P2, self.p
         rows_2PT[1, :, 2] = self.answer(*pairs_P2.T)
         return rows_2PT.swapaxes(0, 1)
 
-    def randomness(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, ...]:
+    def randomness(self, rng: np.random.Generator, count: int) -> tuple[Integers, ...]:
         """Draw training pairs, with replacement."""
         return (rng.integers(len(self.train_rows_P2T), size=count),)
 
-    def rows(self, *drawn: np.ndarray) -> np.ndarray:
-        """Return the rows_B2T of the drawn training pairs."""
+    def rows(self, *drawn: Integers) -> Integers:
+        """Return the rows of the drawn training pairs, rows_B2T."""
         return self.train_rows_P2T[drawn[0]]
 
-    def fixed(self, split: Split, count: int) -> np.ndarray:
-        """Return the first `count` held-out pairs, as rows_B2T."""
+    def fixed(self, split: Split, count: int) -> Integers:
+        """Return the rows of the first `count` held-out pairs, rows_B2T."""
         return self.held_out_rows_P2T[:count]
 
-    def train_batches(self, members: int, size: int) -> Batches:
-        """Return the global training batches, of `size` pairs a member."""
+    def train_batches(self, members: int, size: int) -> Batches[Integers]:
+        """Return the global training batches, of `size` pairs per ensemble member."""
         if self.full_batch:
             return _SameBatch(self.train_rows_P2T)
         if size > len(self.train_rows_P2T):
@@ -165,7 +173,7 @@ class ModularArithmetic(SequenceTask):
         return _ShuffledBatches(self.train_rows_P2T, self.seed, members, size)
 
     def parse(self, text: str) -> list[int]:
-        """Read two numbers with the operation's sign or a space between them, as `3 + 5`."""
+        """Return the tokens of two numbers that the operation's sign or a space separates, such as `3 + 5`."""
         sign = SYMBOLS[self.op]
         if not (found := re.fullmatch(rf"\s*(\d+)(?:\s*{re.escape(sign)}\s*|\s+)(\d+)\s*=?\s*", text)):
             raise UserError(f"data.inputs: '{text}' is not of the form '3 {sign} 5'")
@@ -177,8 +185,9 @@ class ModularArithmetic(SequenceTask):
         return [a, b, self.p]
 
     def input_labels(self, tokens: list[int]) -> list[int]:
-        """Return the answer at the last position."""
-        return self._rows(np.array([tokens[:2]]))[0, 1].tolist()
+        """Return IGNORE at the first two positions and the answer at the last."""
+        labels: list[int] = self._rows(np.array([tokens[:2]]))[0, 1].tolist()
+        return labels
 
     def token_text(self, token: int) -> str:
         """Return a number, or `=`."""

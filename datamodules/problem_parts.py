@@ -1,4 +1,4 @@
-"""What generated word problems are made of: who, what, how many, and the form of a template."""
+"""Parts of generated word problems: names, objects, numbers, and the template type."""
 
 import operator
 from collections.abc import Callable
@@ -35,13 +35,14 @@ OBJECTS = tuple(_OBJECTS.split())
 
 @dataclass(frozen=True)
 class Template:
-    """One shape of problem.
+    """The text of one kind of problem, with fields for names, objects and numbers.
 
     Attributes:
-        name: Its name, for results by template.
+        name: Name of the template, for results by template.
         draw: Draws the numbers from a random generator.
         questions: Paraphrases of the question.
-        steps: `(sentence, expression, result name)` of the answer; the last result is the final answer.
+        steps: The steps of the answer, each (sentence, expression, name of the result). An expression is two names of
+            numbers with a sign between them, such as `a+b`. The last result is the final answer.
     """
 
     name: str
@@ -50,14 +51,16 @@ class Template:
     steps: tuple[tuple[str, str, str], ...]
 
     def work(self, numbers: Numbers) -> Numbers | None:
-        """Return the numbers with all results; None where they make no sense.
+        """Return the numbers with all results, or None if the numbers do not make a sensible problem.
 
-        They do if every number and result is at least 2 (nobody gives away what they lack) and divisions are exact.
+        They do if every number and result is at least 2, so that nobody gives away more than they have, and all
+        divisions are exact.
         """
         if min(numbers.values()) < 2:
             return None
         values = dict(numbers)
-        for _, (left, sign, right), result in self.steps:
+        for _, expression, result in self.steps:
+            left, sign, right = tuple(expression)
             if sign == "/" and values[left] % values[right]:
                 return None
             values[result] = OPERATIONS[sign](values[left], values[right])
@@ -67,12 +70,12 @@ class Template:
 
 
 def between(**bounds: tuple[int, int]) -> Callable[[Random], Numbers]:
-    """Draw every number between its bounds, both included."""
+    """Return a function that draws each number between its bounds, both included."""
     return lambda rng: {name: rng.randint(low, high) for name, (low, high) in bounds.items()}
 
 
 def multiple(**bounds: tuple[int, int]) -> Callable[[Random], Numbers]:
-    """Draw like `between`, with `a` turned into that multiple of `b`, so that a / b is exact."""
+    """Return a function that draws like `between` and then multiplies `a` by `b`, so that a / b is exact."""
     draw_factors = between(**bounds)
 
     def draw(rng: Random) -> Numbers:
@@ -83,14 +86,14 @@ def multiple(**bounds: tuple[int, int]) -> Callable[[Random], Numbers]:
 
 
 def sum_divides(rng: Random) -> Numbers:
-    """Draw a, b, c with (a + b) / c exact."""
+    """Draw a, b and c such that (a + b) / c is exact."""
     c, share = rng.randint(2, 9), rng.randint(12, 90)
     a = rng.randint(5, c * share - 5)
     return {"a": a, "b": c * share - a, "c": c}
 
 
 def boxes_shared(rng: Random) -> Numbers:
-    """Draw a to d with (a * b - c) / d exact."""
+    """Draw a, b, c and d such that (a * b - c) / d is exact."""
     while True:
         a, b, d, share = rng.randint(3, 9), rng.randint(20, 60), rng.randint(2, 6), rng.randint(10, 80)
         if (c := a * b - d * share) >= 3:

@@ -1,10 +1,10 @@
 """The sentences of generated word problems: nineteen templates of one to three steps.
 
-A template draws its numbers and lists paraphrases of the question and the steps of the answer. A step is
+A template draws numbers and lists paraphrases of the question and the steps of the answer. A step is
 `(sentence, expression, result)`: `{=}` in the sentence becomes the worked expression in GSM8K's form,
-`<<12+30=42>>42`, and later steps may use the result by its name.
+`<<12+30=42>>42`, and later steps can use the result by its name.
 
-Fields: {n} and {m} two people, {k} a third, {o} an object, {p} another object, {a} to {d} numbers, {x} to {z} results.
+Fields: {n}, {m} and {k} are people, {o} and {p} objects, {a} to {d} numbers, and x, y, z the names of results.
 """
 
 from datamodules.problem_parts import Template, between, boxes_shared, multiple, sum_divides

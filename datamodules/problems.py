@@ -1,4 +1,4 @@
-"""Word problems of GSM8K's shape: the sample type, how an answer is scored, and the generator."""
+"""Word problems in GSM8K's form: the sample type, the scoring of answers, and the generator."""
 
 import re
 from dataclasses import dataclass, field
@@ -15,9 +15,10 @@ _WORD = re.compile(r"[^\W\d_]+|\d+(?:\.\d+)?")
 
 
 def final_answer(text: str) -> str | None:
-    """Return what stands after the last `####`, as GSM8K writes it: commas, `$`, `%` and a final stop stripped.
+    """Return the word after the last `####`, GSM8K's mark of the final answer, or None if there is no such word.
 
-    Numbers come back in one spelling (`18.0` and `18` are the same answer), however large. None where there is none.
+    Commas, `$`, `%` and a final full stop are removed. Numbers of any size are normalised, so that `18.0` and `18` are
+    the same answer.
     """
     _, mark, tail = text.rpartition("####")
     words = tail.translate(_NO_MARKS).split() if mark else []
@@ -34,10 +35,10 @@ class Problem:
 
     Attributes:
         question: The question.
-        answer: The worked answer, ending in `#### result`.
-        entities: Type -> words of the answer that only the question can tell (name, object, number).
-        template: What shape it has; the source's name for problems that were not generated.
-        pair: A number that twins share, to tell which two belong together; None where there is no twin.
+        answer: The worked answer, which ends in `#### result`.
+        entities: Kind (name, object, number, key) -> words of the answer that can only be known from the question.
+        template: Name of the template; `gsm8k` for problems that were not generated.
+        pair: A number that identifies a pair of twins; None for a problem without a twin.
     """
 
     question: str
@@ -47,12 +48,12 @@ class Problem:
     pair: int | None = None
 
     def is_correct(self, output: str) -> bool:
-        """Whether the output's final answer is this problem's."""
-        given = final_answer(output)
-        return given is not None and given == final_answer(self.answer)
+        """Return whether the final answer of `output` is this problem's final answer."""
+        answer = final_answer(output)
+        return answer is not None and answer == final_answer(self.answer)
 
     def entity_hits(self, output: str) -> dict[str, list[bool]]:
-        """Type -> whether each of its entities stands in the output as a whole word."""
+        """Return, for each kind of entity, whether each entity occurs in `output` as a whole word."""
         words = set(_WORD.findall(output))
         return {kind: [entity in words for entity in entities] for kind, entities in self.entities.items()}
 
@@ -62,11 +63,11 @@ def _held_out(*key: object) -> bool:
 
 
 def split_of(question: str) -> str:
-    """Return the split a generated question belongs to, by hash: 2 % validation, 2 % test, the rest train."""
+    """Return the split of a generated question, by its hash: 2 % validation, 2 % test, the rest train."""
     return {0: "validation", 1: "test"}.get(crc32(question.encode()) % 50, "train")
 
 
-Drawn = tuple[Template, Numbers, dict[str, str], int]  # the template, what fills it, and which paraphrase
+Drawn = tuple[Template, Numbers, dict[str, str], int]  # template, numbers, words, index of the paraphrase
 
 
 def _question(template: Template, numbers: Numbers, words: dict[str, str], paraphrase: int) -> str:
@@ -76,17 +77,20 @@ def _question(template: Template, numbers: Numbers, words: dict[str, str], parap
 def _fill(
     template: Template, numbers: Numbers, words: dict[str, str], paraphrase: int, pair: int | None = None
 ) -> Problem:
-    values, lines = template.work(numbers), []
-    for sentence, (left, sign, right), result in template.steps:
+    values, lines = template.work(numbers), list[str]()
+    assert values is not None  # callers have drawn numbers that make a sensible problem
+    for sentence, expression, result in template.steps:
+        left, sign, right = tuple(expression)
         worked = f"<<{values[left]}{sign}{values[right]}={values[result]}>>{values[result]}"
         lines.append(sentence.replace("{=}", worked).format(**words))
     answer = "\n".join([*lines, f"#### {values[result]}"])
     question = _question(template, numbers, words, paraphrase)
-    asked, told = set(_WORD.findall(question)), set(_WORD.findall(answer))
+    in_question, in_answer = set(_WORD.findall(question)), set(_WORD.findall(answer))
+    names = dict.fromkeys(words[field] for field in "nmk")
     entities = {
-        "name": tuple(w for w in dict.fromkeys(words[f] for f in "nmk") if w in asked and w in told),
-        "object": (words["o"],) if words["o"] in told else (),
-        "number": tuple(dict.fromkeys(n for n in map(str, numbers.values()) if n in told)),
+        "name": tuple(name for name in names if name in in_question and name in in_answer),
+        "object": (words["o"],) if words["o"] in in_answer else (),
+        "number": tuple(dict.fromkeys(n for n in map(str, numbers.values()) if n in in_answer)),
     }
     return Problem(question, answer, entities, template.name, pair)
 
@@ -107,13 +111,13 @@ def _draw(rng: Random, held_out: bool) -> Drawn:
 
 
 def generate(seed: int, split: str, index: int, held_out: bool = False) -> Problem:
-    """Return problem `index` of a split, always the same one for the same arguments.
+    """Return problem `index` of a split; the result depends on the arguments only.
 
     Args:
-        seed: Which stream.
-        split: `train`, `validation` or `test`; the question's own hash decides, so that splits never overlap.
+        seed: Seed of the stream of problems.
+        split: `train`, `validation` or `test`. The hash of a question determines its split, so splits never overlap.
         index: Position in the stream.
-        held_out: Draw from the tenth of (name, object) and number pairs that all other problems avoid.
+        held_out: Use the tenth of the (name, object) pairs and number pairs that no other problem uses.
     """
     rng = Random(f"{seed}/{split}/{index}/{held_out}")
     while True:
@@ -123,22 +127,23 @@ def generate(seed: int, split: str, index: int, held_out: bool = False) -> Probl
 
 
 def generate_twins(seed: int, split: str, index: int) -> tuple[Problem, Problem]:
-    """Return two problems that differ in one number only; the first belongs to `split`."""
+    """Return two problems that differ in exactly one number; the first belongs to `split`."""
     rng = Random(f"{seed}/{split}/{index}/twin")
     while True:
         template, numbers, words, paraphrase = _draw(rng, False)
         which, by = rng.choice(list(numbers)), rng.choice([-9, -6, -4, -3, -2, -1, 1, 2, 3, 4, 6, 9])
         changed = numbers | {which: numbers[which] + by}
         if split_of(_question(template, numbers, words, paraphrase)) == split and template.work(changed):
-            first, second = (_fill(template, given, words, paraphrase, index) for given in (numbers, changed))
+            first, second = (_fill(template, values, words, paraphrase, index) for values in (numbers, changed))
             if second.answer != first.answer:
                 return first, second
 
 
 def generate_passkey(seed: int, split: str, index: int) -> Problem:
-    """Return a problem whose answer is copied: five digits, or a nonce word that no vocabulary holds.
+    """Return a problem whose answer is copied from the question: five digits, or a word that does not exist.
 
-    Splits are streams of their own here, not disjoint sets: about one test key in a hundred meets its name in training.
+    Splits are independent streams here, not disjoint sets: about one in a hundred test keys occurs in training with the
+    same name.
     """
     rng = Random(f"{seed}/{split}/{index}/passkey")
     name = rng.choice(NAMES)
@@ -152,14 +157,14 @@ def generate_passkey(seed: int, split: str, index: int) -> Problem:
 
 
 def read_entities(question: str, answer: str) -> dict[str, tuple[str, ...]]:
-    """Find the words of a free text that an answer can only have from its question.
+    """Find the names and numbers of a free-text answer that can only be known from the question.
 
-    Numbers by their digits; names as capitalised words that never stand at the start of a sentence alone, that is,
-    that the question also writes in mid-sentence or with a possessive.
+    Numbers are digits that occur in both. Names are capitalised words that the question uses within a sentence or with
+    a possessive, not only at the start of a sentence.
     """
-    asked, told = set(_WORD.findall(question)), _WORD.findall(answer)
+    in_question, in_answer = set(_WORD.findall(question)), dict.fromkeys(_WORD.findall(answer))
     names = set(re.findall(r"(?<![.?!] )(?<!^)\b[A-Z][a-z]{2,}\b|\b[A-Z][a-z]{2,}(?=[’']s\b)", question))
     return {
-        "name": tuple(w for w in dict.fromkeys(told) if w in names),
-        "number": tuple(w for w in dict.fromkeys(told) if w in asked and w[0].isdigit()),
+        "name": tuple(word for word in in_answer if word in names),
+        "number": tuple(word for word in in_answer if word in in_question and word[0].isdigit()),
     }

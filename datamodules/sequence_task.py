@@ -1,59 +1,63 @@
-"""Tasks whose samples are rows of tokens, with what to say after each of them.
+"""Base class of the tasks whose samples are rows of tokens with a label at each position.
 
-Shapes: B rows, S members of an ensemble, T positions, U = T + 1 tokens of a row and the one after it; an axis of 2
-holds tokens and labels.
+Shapes: B rows, S ensemble members, T positions, U = T + 1 tokens of a row with the token that follows. An axis of
+length 2 holds tokens and labels; rows_B2T is an integer array [B, 2, T].
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
-from datamodules.batch import IGNORE
-from datamodules.batches import AsGiven, Batches, BatchLoader
+from datamodules.batch import IGNORE, HasEnsemble, Integers, SupportsCollate, TaskDataModule, TokenBatch
+from datamodules.batches import Batches, BatchLoader, UnchangedLoader
 from datamodules.errors import UserError
 
-SHOWN = 8  # test rows that `predict` takes where no inputs are given
-TRAINING, HELD_OUT, TASK = range(3)  # streams of random numbers that never meet
+SHOWN = 8  # test rows that `predict` takes without inputs
+TRAINING, HELD_OUT, TASK = range(3)  # first keys of independent random streams
 
 Split = Literal["validation", "test"]
 
 
 def stream(seed: int, *key: int) -> np.random.Generator:
-    """Return the random numbers of a seed and a key; those of another key have nothing in common with them."""
+    """Return the random generator of a seed and a key; generators with different keys are independent."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def label_next(tokens_BU: np.ndarray, asked_BT: np.ndarray | None = None) -> np.ndarray:
-    """Return rows_B2T whose label is the next token, where `asked` (None: everywhere)."""
-    # Tokens and labels apart in memory, so that tensors are made of them without a copy
+def held_out_stream(split: Split) -> np.random.Generator:
+    """Return the random generator of a held-out split, which does not depend on the data's seed."""
+    return stream(0, HELD_OUT, ("validation", "test").index(split))
+
+
+def label_next(tokens_BU: Integers, labelled_BT: npt.NDArray[np.bool_] | None = None) -> Integers:
+    """Return rows_B2T with the next token as label where `labelled_BT` (None: everywhere), and IGNORE elsewhere."""
+    # Tokens and labels are separate in memory, so that tensors are made of them without a copy
     rows_2BT = np.empty((2, len(tokens_BU), tokens_BU.shape[1] - 1), np.int64)
     rows_2BT[0], rows_2BT[1] = tokens_BU[:, :-1], tokens_BU[:, 1:]
-    if asked_BT is not None:
-        np.copyto(rows_2BT[1], IGNORE, where=~asked_BT)
+    if labelled_BT is not None:
+        np.copyto(rows_2BT[1], IGNORE, where=~labelled_BT)
     return rows_2BT.swapaxes(0, 1)
 
 
-def by_member(rows_R2T: np.ndarray, members: int) -> np.ndarray:
-    """Return rows_BS2T of member after member's rows; rows_B2T for a single one."""
-    # Rows stay in front, where ranks take their shares; `collate` moves members there
+def by_member(rows_R2T: Integers, members: int) -> Integers:
+    """Split rows, which are in the order of the members, into rows_BS2T; rows_B2T for a single member."""
+    # The row axis stays in front, where ranks take their part; `collate` moves the member axis there
     return rows_R2T if members == 1 else rows_R2T.reshape(members, -1, *rows_R2T.shape[1:]).swapaxes(0, 1)
 
 
-def collate(rows: np.ndarray) -> dict[str, Tensor]:
-    """Make a batch of rows_B2T, or of an ensemble's rows_BS2T: tokens and labels, [B, T] or [S, B, T]."""
+def collate(rows: Integers) -> TokenBatch:
+    """Make a batch of rows_B2T, [B, T], or of an ensemble's rows_BS2T, [S, B, T]."""
     tensor = torch.from_numpy(rows)
     tokens, labels = (tensor if rows.ndim == 3 else tensor.movedim(1, 0)).unbind(-2)
     return {"tokens": tokens.contiguous(), "labels": labels.contiguous()}
 
 
 class _DrawnBatches:
-    """Batches drawn on the fly: each is a function of the seed and of its number, counted over all epochs."""
+    """Training batches drawn at random; each is a function of the seed and of its number, counted over all epochs."""
 
     def __init__(self, task: "SequenceTask", members: int, size: int):
         self.task, self.members, self.size = task, members, size
@@ -61,7 +65,7 @@ class _DrawnBatches:
     def __len__(self) -> int:
         return self.task.epoch_size // self.size
 
-    def batch(self, epoch: int, number: int) -> np.ndarray:
+    def batch(self, epoch: int, number: int) -> Integers:
         number += epoch * len(self)
         rngs = [stream(self.task.seed + member, TRAINING, number) for member in range(self.members)]
         drawn = zip(*(self.task.randomness(rng, self.size) for rng in rngs), strict=True)
@@ -69,43 +73,44 @@ class _DrawnBatches:
 
 
 class _FixedBatches:
-    """Rows in their order, in batches of even size, so that each has a share for every rank."""
+    """Batches of fixed rows in order; their sizes differ by at most 1, so that each has rows for every rank."""
 
-    def __init__(self, rows_B2T: np.ndarray, size: int):
+    def __init__(self, rows_B2T: Integers, size: int):
         self.rows_B2T, self.count = rows_B2T, -(-len(rows_B2T) // size)
 
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, epoch: int, number: int) -> np.ndarray:
+    def batch(self, epoch: int, number: int) -> Integers:
         start, end = (i * len(self.rows_B2T) // self.count for i in (number, number + 1))
         return self.rows_B2T[start:end]
 
 
-class SequenceTask(LightningDataModule):
-    """Base of tasks on rows of tokens; a batch is `{"tokens": [B, T], "labels": [B, T]}`, integers.
+class SequenceTask(TaskDataModule):
+    """Base of tasks on rows of tokens; its batches are `TokenBatch`.
 
-    The label at position t is what comes after token t, so it stands beside the logits at t; it is -100 where nothing
-    is asked. A module that trains S members at once (`ensemble: int`) gets training batches of [S, B, T]: member s has
-    the rows of an ordinary run with `seed + s`. Held-out batches are [B, T] in any case, and the same for every seed.
+    The label at position t is the token that follows token t, so it is aligned with the logits at t; it is `IGNORE`
+    where there is no target. A module that trains S members at once (`HasEnsemble`) gets training batches [S, B, T]:
+    member s has the rows of an ordinary run with `seed + s`. Held-out batches are always [B, T], and the same for every
+    seed.
 
-    A subclass sets `vocab_size`, `seq_len`, `chance` and `ceiling`, and writes `randomness`, `rows` and `parse`.
+    A subclass sets `vocab_size`, `seq_len`, `chance` and `ceiling`, and implements `randomness`, `rows` and `parse`.
 
     Args:
-        batch_size: Rows a device and step (and member).
-        eval_batch_size: Rows a device and step of validation, test and predict.
-        num_workers: Processes that prepare training batches; 0, 1, 2, 4 or 8.
-        epoch_size: Rows that count as one epoch; each epoch draws new ones.
+        batch_size: Rows per device and step (and ensemble member).
+        eval_batch_size: Rows per device and step in validation, test and predict.
+        num_workers: Processes that prepare training batches: 0, 1, 2, 4 or 8.
+        epoch_size: Rows per epoch; each epoch draws new ones.
         validation_size: Rows of the validation set.
         test_size: Rows of the test set.
-        seed: Which training rows are drawn; None for the run's seed (`seed_everything`).
-        inputs: What `predict` is given, as text of the task; None for the first test rows.
+        seed: Seed of the training rows; None for the run's seed (`seed_everything`).
+        inputs: Inputs of `predict`, as text; None for the first test rows.
 
     Attributes:
-        vocab_size: Tokens that the task knows; a module has as many logits.
-        seq_len: T.
+        vocab_size: Tokens of the task, which are the numbers from 0 to vocab_size - 1; a module has as many logits.
+        seq_len: T, the longest row.
         chance: Accuracy of the best guess that sees no input.
-        ceiling: Best accuracy on the labelled positions of the test set that is possible; None where nobody knows it.
+        ceiling: Best possible accuracy on the labelled positions of the test set; None where unknown.
     """
 
     vocab_size: int
@@ -124,47 +129,39 @@ class SequenceTask(LightningDataModule):
         seed: int | None = None,
         inputs: list[str] | None = None,
     ):
-        super().__init__()
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        for name, size in {**sizes, "validation_size": validation_size, "test_size": test_size}.items():
-            if size < 1:
-                raise UserError(f"data.{name} must be at least 1, not {size}")
-        if num_workers not in (0, 1, 2, 4, 8):
-            raise UserError(f"data.num_workers must be 0, 1, 2, 4 or 8, not {num_workers}")
-        if epoch_size < batch_size:
-            raise UserError(f"data.epoch_size ({epoch_size}) is smaller than data.batch_size ({batch_size})")
+        sizes = {"validation_size": validation_size, "test_size": test_size}
+        super().__init__(batch_size, eval_batch_size, num_workers, epoch_size, sizes)
         if seed is not None and seed < 0:
             raise UserError(f"data.seed must be at least 0, not {seed}")
         if inputs is not None and not inputs:
-            raise UserError("data.inputs is empty: give at least one, or leave it out")
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.epoch_size, self.validation_size, self.test_size = epoch_size, validation_size, test_size
+            raise UserError("data.inputs is empty: give at least one input, or leave the key out")
+        self.validation_size, self.test_size = validation_size, test_size
         self.seed = torch.initial_seed() if seed is None else seed
         self.inputs = inputs
-        self._held_out: dict[str, np.ndarray] = {}
+        self._held_out: dict[Split, Integers] = {}
 
     @abstractmethod
-    def randomness(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, ...]:
-        """Draw what is random in `count` rows, as arrays whose first axis is `count`."""
+    def randomness(self, rng: np.random.Generator, count: int) -> tuple[Integers, ...]:
+        """Draw everything that is random in `count` rows, as arrays whose first axis has length `count`."""
 
     @abstractmethod
-    def rows(self, *drawn: np.ndarray) -> np.ndarray:
-        """Make rows_B2T of what `randomness` drew; asked once for all members of an ensemble."""
+    def rows(self, *drawn: Integers) -> Integers:
+        """Make rows_B2T of the arrays of `randomness`, concatenated over the members of an ensemble."""
 
     @abstractmethod
     def parse(self, text: str) -> list[int]:
-        """Read the tokens of an input; raises ValueError, in a sentence, where it is none."""
+        """Return the tokens of an input; raise UserError if the text is not an input of the task."""
 
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Draw `count` rows_B2T."""
+    def draw(self, rng: np.random.Generator, count: int) -> Integers:
+        """Draw `count` rows, rows_B2T."""
         return self.rows(*self.randomness(rng, count))
 
-    def fixed(self, split: Split, count: int) -> np.ndarray:
-        """Return the held-out rows_B2T of a split: at most `count`, and the same for every `seed`."""
+    def fixed(self, split: Split, count: int) -> Integers:
+        """Return at most `count` rows_B2T of a held-out split, the same ones for every `seed`."""
         return self.draw(held_out_stream(split), count)
 
     def input_labels(self, tokens: list[int]) -> list[int]:
-        """Return the labels of an input: the next token, as far as it is given."""
+        """Return the labels of an input: the next token, and IGNORE at the last position."""
         return [*tokens[1:], IGNORE]
 
     def token_text(self, token: int) -> str:
@@ -176,10 +173,10 @@ class SequenceTask(LightningDataModule):
         return " ".join(map(self.token_text, tokens))
 
     def setup(self, stage: str) -> None:
-        """Make the held-out rows and tell what scores mean, once."""
-        if hasattr(self._module, "collate"):
-            reader, own = type(self._module).__name__, type(self).__name__
-            raise UserError(f"data: {own} gives sequences of tokens, and {reader} reads problems in words")
+        """Make the held-out rows and report chance and ceiling, once."""
+        if isinstance(self._module, SupportsCollate):
+            module, task = type(self._module).__name__, type(self).__name__
+            raise UserError(f"data: {task} gives sequences of tokens, and {module} reads problems in words")
         if self._held_out:
             return
         sizes: dict[Split, int] = {"validation": self.validation_size, "test": self.test_size}
@@ -187,66 +184,39 @@ class SequenceTask(LightningDataModule):
         ceiling = "unknown" if self.ceiling is None else f"{self.ceiling:.4g}"
         rank_zero_info(f"{type(self).__name__}: chance is {self.chance:.4g}, the best possible accuracy {ceiling}")
 
-    def train_batches(self, members: int, size: int) -> Batches:
-        """Return the global training batches, of `size` rows a member."""
-        if self.epoch_size < size:
-            raise UserError(f"data.epoch_size ({self.epoch_size}) is smaller than a batch of all devices ({size})")
+    def train_batches(self, members: int, size: int) -> Batches[Integers]:
+        """Return the global training batches, of `size` rows per ensemble member."""
+        self._check_epoch(size)
         return _DrawnBatches(self, members, size)
 
-    def train_dataloader(self) -> BatchLoader:
-        """Training batches, the same global batch whatever the number of ranks."""
-        options: dict[str, Any] = {}
-        if self.num_workers:
-            # Forked, since tables are shared as they are and a datamodule with its trainer cannot be pickled
-            options = {"num_workers": self.num_workers, "prefetch_factor": 4, "multiprocessing_context": "fork"}
-            options["persistent_workers"] = True
-        members = getattr(self._module, "ensemble", 1)
-        return self._loader(self.train_batches(members, self.batch_size * self._world), **options)
+    def train_dataloader(self) -> BatchLoader[TokenBatch]:
+        """Return the training batches, the same global batches for any number of ranks."""
+        members = self._module.ensemble if isinstance(self._module, HasEnsemble) else 1
+        return self._loader(self.train_batches(members, self.batch_size * self._world), collate, self.num_workers)
 
-    def val_dataloader(self) -> BatchLoader:
-        """The validation set."""
+    def val_dataloader(self) -> BatchLoader[TokenBatch]:
+        """Return the validation set."""
         return self._eval_loader("validation", self._held_out["validation"])
 
-    def test_dataloader(self) -> BatchLoader:
-        """The test set."""
+    def test_dataloader(self) -> BatchLoader[TokenBatch]:
+        """Return the test set."""
         return self._eval_loader("test", self._held_out["test"])
 
-    def predict_dataloader(self) -> AsGiven:
-        """The given inputs as one batch, padded on the right; without any, the first test rows."""
+    def predict_dataloader(self) -> UnchangedLoader[TokenBatch]:
+        """Return `inputs` as one batch, padded on the right, or the first test rows if there are none."""
         if self.inputs is None:
-            return AsGiven(self._eval_loader("test", self._held_out["test"][:SHOWN]))
+            return UnchangedLoader(self._eval_loader("test", self._held_out["test"][:SHOWN]))
         parsed = [self.parse(text) for text in self.inputs]
         for text, tokens in zip(self.inputs, parsed, strict=True):
             if not 0 < len(tokens) <= self.seq_len:
-                raise UserError(f"data.inputs: '{text}' has {len(tokens)} tokens, where 1 to {self.seq_len} may be")
+                raise UserError(f"data.inputs: '{text}' has {len(tokens)} tokens, not 1 to {self.seq_len}")
         rows_B2T = np.zeros((len(parsed), 2, max(map(len, parsed))), np.int64)
         rows_B2T[:, 1] = IGNORE
         for row_2T, tokens in zip(rows_B2T, parsed, strict=True):
             row_2T[:, : len(tokens)] = tokens, self.input_labels(tokens)
-        return AsGiven(self._eval_loader("predict", rows_B2T, len(rows_B2T)))
+        return UnchangedLoader(self._eval_loader("predict", rows_B2T, len(rows_B2T)))
 
-    def _eval_loader(self, name: str, rows_B2T: np.ndarray, size: int | None = None) -> BatchLoader:
+    def _eval_loader(self, name: str, rows_B2T: Integers, size: int | None = None) -> BatchLoader[TokenBatch]:
         batches = _FixedBatches(rows_B2T, size or self.eval_batch_size * self._world)
-        if len(rows_B2T) // len(batches) < self._world:
-            raise UserError(
-                f"data: {len(rows_B2T)} {name} rows in {len(batches)} batches leave some of {self._world} devices "
-                "without any: use more rows, larger batches or fewer devices"
-            )
-        return self._loader(batches)
-
-    def _loader(self, batches: Batches, **options: Any) -> BatchLoader:
-        rank = self.trainer.global_rank if self.trainer else 0
-        return BatchLoader(batches, collate, rank, self._world, **options)
-
-    @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
-    @property
-    def _module(self) -> torch.nn.Module | None:
-        return self.trainer.lightning_module if self.trainer else None
-
-
-def held_out_stream(split: Split) -> np.random.Generator:
-    """Return the random numbers of a held-out split, which no seed changes."""
-    return stream(0, HELD_OUT, ("validation", "test").index(split))
+        self._check_shares(f"{len(rows_B2T)} {name} rows", len(batches), len(rows_B2T) // len(batches))
+        return self._loader(batches, collate)

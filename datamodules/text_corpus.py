@@ -1,42 +1,53 @@
-"""The next token of running text: bytes, characters or pieces of words.
+"""Language modelling on a text: the next byte, character or byte-pair token.
 
-Shapes: B rows, T positions, U = T + 1 tokens of a window.
+Shapes: B rows, W windows, T positions, U = T + 1 tokens of a window.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
+from datamodules.batch import Integers
 from datamodules.errors import UserError
 from datamodules.sequence_task import SequenceTask, Split, label_next
+from datamodules.sources import hub_rows, reading
 
-HELD_OUT_SHARE = 20  # one part in 20 is the test text, another one before it the validation text
-PIECE = 100_000  # characters that the tokenizer is given at a time
+if TYPE_CHECKING:
+    from tokenizers import ByteLevelBPETokenizer
+
+HELD_OUT_PARTS = 20  # the last of 20 parts of the text is the test text, the one before it the validation text
+PIECE = 100_000  # characters per call of the tokenizer
 UNKNOWN = "�"
 
 
 class TextCorpus(SequenceTask):
-    """Windows of a text, each token with the next one as its label.
+    """Windows of a text; the label of each token is the next one.
 
-    The last 5 % of the text are for testing, and the 5 % before for validation. Training rows begin anywhere in the
-    rest; held-out rows are windows that do not overlap, spread evenly, as many as asked for or as there are. `chance`
-    is the frequency of the most frequent token in the training text; `ceiling` is None, for nobody knows it.
+    A row with `level` `char` and `seq_len` 8, shown as text::
+
+        tokens  t h e _ c a t _
+        labels  h e _ c a t _ s
+
+    The last 5 % of the text are for testing, and the 5 % before them for validation. Training rows begin anywhere in
+    the rest. Held-out rows are windows that do not overlap, spread evenly; there are fewer than `validation_size` or
+    `test_size` of them if the text is short. `chance` is the frequency of the most frequent token in the training text;
+    `ceiling` is None, because it is unknown.
 
     Args:
-        source: `docs`, the help texts that come with Python (`pydoc_data.topics`, some 460 kB that differ a little
-            between versions of Python); `file`, a local text in UTF-8; `hub`, the part `train` of a hub data set.
-        path: The file, or the data set's name on the hub (`roneneldan/TinyStories`).
-        text_column: Where the data set has its texts; they are joined with an empty line between.
-        max_size: How many characters (`byte`: bytes) of the text are used, from its beginning; None for all.
-        level: What a token is: a `byte`, a `char` of the training text (with one token for all others), or a piece of
-            a word, of a byte-level `bpe` that is trained on the training text.
-        bpe_vocab: Tokens of the `bpe`, at the most; 256 of them are the bytes.
+        source: `docs`, the help texts that come with Python (`pydoc_data.topics`, about 460 kB, slightly different in
+            each version of Python); `file`, a local text in UTF-8; `hub`, the split `train` of a hub data set.
+        path: The file, or the name of the hub data set (`roneneldan/TinyStories`).
+        text_column: The column of the data set with the texts, which are joined by an empty line.
+        max_size: Characters (`byte`: bytes) of the text to use, from its start; None for all.
+        level: `byte`; `char`, the characters of the training text with one token for all others; or `bpe`, the tokens
+            of a byte-level byte-pair encoding that is trained on the training text.
+        bpe_vocab: Largest vocabulary of `bpe`, of which 256 tokens are the bytes.
         seq_len: T.
-        **common: As in `SequenceTask`.
+        **common: Arguments of `SequenceTask`.
     """
 
     ceiling = None
@@ -61,46 +72,47 @@ class TextCorpus(SequenceTask):
             raise UserError(f"data.max_size must be at least 1, not {max_size}")
         if bpe_vocab < 256:
             raise UserError(f"data.bpe_vocab must be at least 256, the number of bytes, not {bpe_vocab}")
-        self.source, self.path, self.text_column, self.max_size = source, path, text_column, max_size
+        self.source, self.path, self.text_column, self.max_size = source, path or "", text_column, max_size
         self.level, self.bpe_vocab, self.seq_len = level, bpe_vocab, seq_len
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that the task knows; reads the text unless tokens are bytes."""
+    @cached_property
+    def vocab_size(self) -> int:  # type: ignore[override]  # computed from the text when it is first read
+        """Tokens of the task; reads the text unless tokens are bytes."""
         match self.level:
             case "byte":
                 return 256
             case "char":
                 return len(self._characters) + 1
             case "bpe":
-                return self._tokenizer.get_vocab_size()
+                return int(self._tokenizer.get_vocab_size())
 
-    @property
-    def chance(self) -> float:
+    @cached_property
+    def chance(self) -> float:  # type: ignore[override]  # likewise
         """Frequency of the most frequent token in the training text."""
         train = self._tokens["train"]
         return float(np.bincount(train).max() / len(train))
 
-    def randomness(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, ...]:
-        """Draw where windows of the training text begin."""
+    def randomness(self, rng: np.random.Generator, count: int) -> tuple[Integers, ...]:
+        """Draw the first position of windows of the training text."""
         return (rng.integers(len(self._tokens["train"]) - self.seq_len, size=count),)
 
-    def rows(self, *drawn: np.ndarray) -> np.ndarray:
-        """Cut windows out of the training text, as rows_B2T."""
+    def rows(self, *drawn: Integers) -> Integers:
+        """Cut windows out of the training text, rows_B2T."""
         return self._windows("train", drawn[0])
 
-    def fixed(self, split: Split, count: int) -> np.ndarray:
-        """Cut at most `count` windows out of a held-out text, as rows_B2T."""
+    def fixed(self, split: Split, count: int) -> Integers:
+        """Cut at most `count` windows out of a held-out text, rows_B2T."""
         length = len(self._tokens[split])
         count = min(count, length // (self.seq_len + 1))
         return self._windows(split, np.arange(count) * length // count)
 
     def parse(self, text: str) -> list[int]:
-        """Make tokens of a text."""
-        return self._encode(text.encode() if self.level == "byte" else text).tolist()
+        """Return the tokens of a text."""
+        tokens: list[int] = self._encode(self._as_level(text)).tolist()
+        return tokens
 
     def token_text(self, token: int) -> str:
-        """Return one token as text, without line breaks and the like: these as in `repr`."""
+        """Return one token as text; characters that cannot be printed are escaped, as in `repr`."""
         if self.level == "byte" and token > 127:
             return f"\\x{token:02x}"
         text = self.decode([token])
@@ -114,17 +126,17 @@ class TextCorpus(SequenceTask):
             case "char":
                 return "".join([*map(chr, self._characters), UNKNOWN][token] for token in tokens)
             case "bpe":
-                return self._tokenizer.decode(list(tokens))
+                return str(self._tokenizer.decode(list(tokens)))
 
-    def _windows(self, part: str, start_B: np.ndarray) -> np.ndarray:
+    def _windows(self, part: str, start_B: Integers) -> Integers:
         window_WU = np.lib.stride_tricks.sliding_window_view(self._tokens[part], self.seq_len + 1)
         return label_next(window_WU[start_B])
 
     @cached_property
     def _texts(self) -> dict[str, str | bytes]:
-        """Part -> its text; bytes where tokens are bytes."""
+        """Part -> its text; bytes if tokens are bytes."""
         text = self._read()
-        held_out = len(text) // HELD_OUT_SHARE
+        held_out = len(text) // HELD_OUT_PARTS
         bounds = 0, len(text) - 2 * held_out, len(text) - held_out, len(text)
         parts = zip(("train", "validation", "test"), pairwise(bounds), strict=True)
         return {part: text[start:end] for part, (start, end) in parts}
@@ -140,39 +152,41 @@ class TextCorpus(SequenceTask):
                 text = self._read_file()
             case "hub":
                 text = "\n\n".join(self._hub_texts())
-        if isinstance(text, str) and self.level == "byte":
-            text = text.encode()
         if not text:
-            raise UserError(f"'{self.path}' is empty: there is no text to train on")
-        return text[: self.max_size]
+            raise UserError(f"'{self.path}' (data.path) is empty: there is no text to train on")
+        return self._as_level(text)[: self.max_size]
+
+    def _as_level(self, text: str | bytes) -> str | bytes:
+        return text.encode() if isinstance(text, str) and self.level == "byte" else text
 
     def _read_file(self) -> str | bytes:
-        if not Path(self.path).is_file():
-            raise UserError(f"no text file at '{self.path}' (data.path)")
-        if self.level == "byte":
-            with open(self.path, "rb") as file:
-                return file.read(-1 if self.max_size is None else self.max_size)
-        try:
-            with open(self.path, encoding="utf-8", newline="") as file:
-                return file.read(self.max_size)
-        except UnicodeDecodeError as error:
-            reason = f"'{self.path}' is not a text in UTF-8 ({error.reason}); data.level 'byte' takes any file"
-            raise UserError(reason) from None
+        size = -1 if self.max_size is None else self.max_size
+        with reading(self.path, "data.path"):
+            if self.level == "byte":
+                with open(self.path, "rb") as file:
+                    return file.read(size)
+            try:
+                with open(self.path, encoding="utf-8", newline="") as text_file:
+                    return text_file.read(size)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"'{self.path}' (data.path) is not a text in UTF-8 ({error.reason}); "
+                    "data.level 'byte' takes any file"
+                ) from error
 
     def _hub_texts(self) -> Iterator[str]:
-        from datasets import load_dataset  # the import takes seconds, and only the hub needs it
-
-        size, streaming = 0, self.max_size is not None  # streamed, a part of it does not need all of it
-        for row in load_dataset(self.path, split="train", streaming=streaming):
-            if not isinstance(row.get(self.text_column), str):
+        size, streaming = 0, self.max_size is not None  # streaming downloads the part that is used
+        for row in hub_rows(self.path, split="train", streaming=streaming, local_source="file"):
+            text = row.get(self.text_column)
+            if not isinstance(text, str):
                 raise UserError(f"'{self.path}' has no text in data.text_column '{self.text_column}': it has {[*row]}")
-            yield row[self.text_column]
-            size += len(row[self.text_column])
-            if streaming and size >= self.max_size:
+            yield text
+            size += len(text)
+            if self.max_size is not None and size >= self.max_size:
                 return
 
     @cached_property
-    def _tokens(self) -> dict[str, np.ndarray]:
+    def _tokens(self) -> dict[str, Integers]:
         """Part -> its tokens."""
         tokens = {part: self._encode(text) for part, text in self._texts.items()}
         for part, part_tokens in tokens.items():
@@ -183,34 +197,38 @@ class TextCorpus(SequenceTask):
                 )
         return tokens
 
-    def _encode(self, text: str | bytes) -> np.ndarray:
-        match self.level:
-            case "byte":
-                return np.frombuffer(text, np.uint8)
-            case "char":
-                codes, unknown = _codes(text), len(self._characters)
-                tokens = np.searchsorted(self._characters, codes).clip(max=unknown - 1)
-                return np.where(self._characters[tokens] == codes, tokens, unknown).astype(np.int32)
-            case "bpe":
-                encoded = self._tokenizer.encode_batch(_pieces(text))
-                return np.concatenate([np.array(piece.ids, np.int32) for piece in encoded])
+    def _encode(self, text: str | bytes) -> Integers:
+        if isinstance(text, bytes):
+            return np.frombuffer(text, np.uint8)
+        if self.level == "char":
+            codes, unknown = _codes(text), len(self._characters)
+            tokens = np.searchsorted(self._characters, codes).clip(max=unknown - 1)
+            return np.where(self._characters[tokens] == codes, tokens, unknown).astype(np.int32)
+        encoded = self._tokenizer.encode_batch(_pieces(text))
+        return np.concatenate([np.array(piece.ids, np.int32) for piece in encoded])
 
     @cached_property
-    def _characters(self) -> np.ndarray:
-        """Code points of the training text's characters, sorted."""
-        return np.unique(_codes(self._texts["train"]))
+    def _characters(self) -> npt.NDArray[np.uint32]:
+        """Code points of the characters in the training text, sorted."""
+        return np.unique(_codes(self._train_text))
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        from tokenizers import ByteLevelBPETokenizer  # only this level needs it
+    def _tokenizer(self) -> "ByteLevelBPETokenizer":
+        from tokenizers import ByteLevelBPETokenizer
 
         tokenizer = ByteLevelBPETokenizer()
-        pieces = _pieces(self._texts["train"])
+        pieces = _pieces(self._train_text)
         tokenizer.train_from_iterator(pieces, vocab_size=self.bpe_vocab, show_progress=False)
         return tokenizer
 
+    @property
+    def _train_text(self) -> str:
+        text = self._texts["train"]
+        assert isinstance(text, str)  # only a text of bytes is not, and it needs no vocabulary
+        return text
 
-def _codes(text: str) -> np.ndarray:
+
+def _codes(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 

@@ -1,4 +1,4 @@
-"""GSM8K-shaped word problems: generated on the fly, from a local jsonl file, or GSM8K itself from the hub."""
+"""GSM8K-shaped word problems: generated on the fly, from a local jsonl file, or from a data set on the hub."""
 
 import json
 from collections.abc import Callable
@@ -6,29 +6,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from datamodules.batches import AsGiven, Batches, BatchLoader, FiniteBatches, StreamBatches
+from datamodules.batch import SupportsCollate, TaskDataModule
+from datamodules.batches import Batches, BatchLoader, FiniteBatches, StreamBatches, UnchangedLoader
 from datamodules.errors import UserError
 from datamodules.problems import Problem, final_answer, generate, generate_passkey, generate_twins, read_entities
+from datamodules.sources import hub_rows, reading
 
-FIXED = 2000  # problems in the fixed validation and test sets of the generated source
+HUB_DEFAULT = "openai/gsm8k"
+FIXED = 2000  # problems in each fixed set of the generated source
+GENERATORS: dict[str, Callable[[int], Problem]] = {
+    "validation": lambda i: generate(0, "validation", i),
+    "test": lambda i: generate(0, "test", i),
+    "heldout": lambda i: generate(0, "test", i, held_out=True),
+    "twin": lambda i: generate_twins(0, "test", i // 2)[i % 2],
+    "passkey": lambda i: generate_passkey(0, "test", i),
+}
 
 
-def read_jsonl(path: str | Path) -> list[Problem]:
-    """Read problems of GSM8K's form, one `{"question": ..., "answer": ...}` a line.
+def read_jsonl(path: str | Path, key: str = "data.path") -> list[Problem]:
+    """Read problems in GSM8K's form, one `{"question": ..., "answer": ...}` per line.
 
-    Lines that cannot be used are skipped, and one warning counts them and names the first.
+    Unusable lines are skipped; one warning counts them and describes the first.
+
+    Args:
+        path: The file.
+        key: The setting that names the file, for error messages.
 
     Raises:
-        UserError: There is no such file.
-        UserError: No line can be used.
+        UserError: The file cannot be read, or no line is usable.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no data file at '{path}'")
-    problems, broken = [], []
-    with open(path, "rb") as lines:  # bytes, so that a wrong encoding spoils its line only
+    problems: list[Problem] = []
+    broken: list[str] = []
+    with reading(path, key), open(path, "rb") as lines:  # bytes, so that a wrong encoding spoils one line only
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -37,13 +48,14 @@ def read_jsonl(path: str | Path) -> list[Problem]:
             except ValueError as error:
                 broken.append(f"line {number} ({error})")
     if not problems:
-        raise UserError(f"'{path}' holds no problem: " + (f"first {broken[0]}" if broken else "it is empty"))
+        reason = f"first {broken[0]}" if broken else "it is empty"
+        raise UserError(f"'{path}' ({key}) holds no problem: {reason}")
     if broken:
         rank_zero_warn(f"'{path}': skipped {len(broken)} of {len(broken) + len(problems)} lines, first {broken[0]}")
     return problems
 
 
-def _problem(row: dict[str, str]) -> Problem:
+def _problem(row: Any) -> Problem:
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
         raise UserError("needs the texts 'question' and 'answer'")
     if final_answer(row["answer"]) is None:
@@ -51,26 +63,33 @@ def _problem(row: dict[str, str]) -> Problem:
     return Problem(row["question"], row["answer"], read_entities(row["question"], row["answer"]))
 
 
-class WordProblems(LightningDataModule):
-    """Word problems with worked answers; batches are made by the module's own `collate`.
+class WordProblems(TaskDataModule):
+    """Word problems with worked answers; the module's `collate` makes the batches.
 
-    The module that is trained says how text becomes tensors: `collate(problems, training) -> batch`. Without one the
-    batches are lists of `Problem`.
+    A sample is a `Problem`. The module that is trained turns text into tensors: `collate(problems, training)` returns
+    the batch (`SupportsCollate`). Without a module, batches are lists of `Problem`. A generated sample::
+
+        question  Oscar has 25 beads and 9 crates of 97 apples. 11 apples break. How many apples are whole?
+        answer    Oscar got <<9*97=873>>873 apples.
+                  Oscar has <<873-11=862>>862 whole apples.
+                  #### 862
+        entities  name: Oscar; object: apples; number: 9, 97, 11
 
     Args:
-        source: `generated` on the fly; `jsonl` from `path`; `hub` for a hub data set of GSM8K's form.
-        path: The training file for `jsonl`, or the data set's name on the hub (`openai/gsm8k`).
-        test_path: The test file for `jsonl`; without it, the last tenth of the training file is kept for testing.
-        batch_size: Problems a device and step.
-        epoch_size: Generated problems that count as one epoch; each epoch draws new ones.
-        validation_size: Problems of the validation set: at most 2000 when generated, else at most the last tenth of the
-            training file.
-        test_sets: Test set -> problems. Generated: `test`, `heldout` (name-object and number pairs that training
-            never sees), `twin` (pairs that differ in one number) and `passkey` (a string to copy). Else `test` only.
-        passkey_fraction: Share of passkey problems among those generated for training.
-        eval_batch_size: Problems a device and step of validation and test.
-        num_workers: Processes that prepare training batches; 0, 1, 2, 4 or 8.
-        seed: Which stream of generated problems, and the order of those from files.
+        source: `generated` on the fly; `jsonl` from `path`; `hub` for a hub data set in GSM8K's form.
+        path: The training file of `jsonl`, or the name of the hub data set; None for `openai/gsm8k`.
+        test_path: The test file of `jsonl`; None keeps the last tenth of the training file for testing.
+        batch_size: Problems per device and step.
+        epoch_size: Generated problems per epoch; each epoch draws new ones.
+        validation_size: Problems of the validation set: at most 2000 if generated, else at most a tenth of the training
+            file, from its end.
+        test_sets: Test set -> number of problems. Generated: `test`, `heldout` (name-object and number pairs that
+            training never sees), `twin` (pairs that differ in one number) and `passkey` (a string to copy). Other
+            sources: `test` only.
+        passkey_fraction: Proportion of passkey problems in the generated training stream.
+        eval_batch_size: Problems per device and step in validation and test.
+        num_workers: Processes that prepare training batches: 0, 1, 2, 4 or 8.
+        seed: Seed of the generated training stream, and of the order of problems from files.
     """
 
     def __init__(
@@ -87,157 +106,128 @@ class WordProblems(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ):
-        super().__init__()
+        test_sets = {"test": 1000} if test_sets is None else test_sets
+        sizes = {"validation_size": validation_size} | {f"test_sets.{name}": n for name, n in test_sets.items()}
+        super().__init__(batch_size, eval_batch_size, num_workers, epoch_size, sizes)
         if source == "jsonl" and path is None:
-            raise UserError("data.source 'jsonl' needs data.path, a file with one problem a line")
+            raise UserError("data.source 'jsonl' needs data.path, a file with one problem per line")
         if source != "jsonl" and test_path is not None:
             raise UserError(f"data.test_path is read with data.source 'jsonl' only, not with '{source}'")
         if source == "generated" and path is not None:
-            raise UserError("data.path is not read with data.source 'generated': say 'jsonl' or 'hub'")
-        self.test_sets = {"test": 1000} if test_sets is None else test_sets
-        sizes = {"validation_size": validation_size} | {f"test_sets.{n}": size for n, size in self.test_sets.items()}
-        for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, **sizes}.items():
-            if size < 1:
-                raise UserError(f"data.{name} must be at least 1, not {size}")
+            raise UserError("data.path is not read with data.source 'generated': set data.source to 'jsonl' or 'hub'")
         for name, size in sizes.items() if source == "generated" else ():
             if size > FIXED:
                 raise UserError(f"data.{name} must be at most {FIXED}, the size of the generated set, not {size}")
-        if num_workers not in (0, 1, 2, 4, 8):
-            raise UserError(f"data.num_workers must be 0, 1, 2, 4 or 8, not {num_workers}")
-        if epoch_size < batch_size:
-            raise UserError(f"data.epoch_size ({epoch_size}) is smaller than data.batch_size ({batch_size})")
-        self.source, self.path, self.test_path, self.seed = source, path, test_path, seed
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.epoch_size, self.validation_size, self.passkey_fraction = epoch_size, validation_size, passkey_fraction
-        known = ["test", "heldout", "twin", "passkey"] if source == "generated" else ["test"]
-        for name in self.test_sets:
+        known = [name for name in GENERATORS if name != "validation"] if source == "generated" else ["test"]
+        for name in test_sets:
             if name not in known:
-                raise UserError(f"data.test_sets has no set '{name}' with source '{source}': one of {known}")
+                raise UserError(f"data.test_sets has no set '{name}' with data.source '{source}': use one of {known}")
+        self.source, self.path, self.test_path, self.seed = source, path, test_path, seed
+        self.validation_size, self.test_sets, self.passkey_fraction = validation_size, test_sets, passkey_fraction
         self.train_problems: list[Problem] = []
         self.eval_problems: dict[str, list[Problem]] = {}
 
     def setup(self, stage: str) -> None:
-        """Read or make the fixed sets, once."""
-        if self._module and not hasattr(self._module, "collate"):
-            reader, own = type(self._module).__name__, type(self).__name__
-            raise UserError(f"data: {own} gives problems in words, and {reader} reads sequences of tokens")
+        """Read or generate the fixed sets, once."""
+        if self._module is not None and not isinstance(self._module, SupportsCollate):
+            module, task = type(self._module).__name__, type(self).__name__
+            raise UserError(f"data: {task} gives problems in words, and {module} reads sequences of tokens")
         if self.eval_problems:
             return
         match self.source:
             case "generated":
-                make = {
-                    "validation": lambda i: generate(0, "validation", i),
-                    "test": lambda i: generate(0, "test", i),
-                    "heldout": lambda i: generate(0, "test", i, held_out=True),
-                    "twin": lambda i: generate_twins(0, "test", i // 2)[i % 2],
-                    "passkey": lambda i: generate_passkey(0, "test", i),
-                }
                 sizes = {"validation": self.validation_size, **self.test_sets}
-                self.eval_problems = {name: [make[name](i) for i in range(size)] for name, size in sizes.items()}
+                self.eval_problems = {name: [GENERATORS[name](i) for i in range(n)] for name, n in sizes.items()}
             case "jsonl":
-                train, test = read_jsonl(self.path), self.test_path and read_jsonl(self.test_path)
-                if not test:
+                assert self.path is not None  # checked by __init__
+                train = read_jsonl(self.path)
+                if self.test_path:
+                    test = read_jsonl(self.test_path, "data.test_path")
+                else:
                     train, test = _split(train, max(len(train) // 10, 1), self.path)
                 self._keep(train, test)
             case "hub":
-                from datasets import load_dataset  # the import takes seconds, and only the hub needs it
+                self._keep(self._read_hub("train"), self._read_hub("test"))
 
-                rows = load_dataset(self.path or "openai/gsm8k", "main")
-                self._keep(*([_problem(row) for row in rows[part]] for part in ("train", "test")))
+    def _read_hub(self, split: str) -> list[Problem]:
+        name, problems = self.path or HUB_DEFAULT, []
+        for number, row in enumerate(hub_rows(name, "main", split=split, local_source="jsonl"), 1):
+            try:
+                problems.append(_problem(row))
+            except UserError as error:
+                raise UserError(f"data.path: row {number} of '{name}', part '{split}': {error}") from error
+        return problems
 
     def _keep(self, train: list[Problem], test: list[Problem]) -> None:
-        """Set a file's problems apart: validation is the end of the training file, never part of the test file."""
+        """Take the validation set from the end of the training problems, and the test set from the test problems."""
         size = max(min(self.validation_size, len(train) // 10), 1)
-        self.train_problems, validation = _split(train, size, self.path)
+        self.train_problems, validation = _split(train, size, self.path or HUB_DEFAULT)
         self.eval_problems = {"validation": validation}
         self.eval_problems |= {name: test[:size] for name, size in self.test_sets.items()}
 
     def train_problem(self, index: int) -> Problem:
-        """Return problem `index` of the endless training stream (generated source)."""
+        """Return problem `index` of the endless generated training stream."""
         if self.passkey_fraction and (index * 2654435761 % 2**32) / 2**32 < self.passkey_fraction:
             return generate_passkey(self.seed, "train", index)
         return generate(self.seed, "train", index)
 
     def texts(self, count: int) -> list[str]:
-        """Return training texts, for instance to train a tokenizer on."""
+        """Return up to `count` training texts, for instance to train a tokenizer."""
         if self.source == "generated":
             problems = [self.train_problem(i) for i in range(count)]
         else:
             problems = self.train_problems[:count]
         return [f"{problem.question} {problem.answer}" for problem in problems]
 
-    def train_dataloader(self) -> BatchLoader:
-        """Length-bucketed batches, the same global batch whatever the number of ranks."""
+    def train_dataloader(self) -> BatchLoader[Any]:
+        """Return length-bucketed training batches, the same global batches for any number of ranks."""
         size = self.batch_size * self._world
         if self.source != "generated":
-            return self._loader(self._finite("training", self.train_problems, size), training=True)
-        if self.epoch_size < size:
-            raise UserError(f"data.epoch_size ({self.epoch_size}) is smaller than a batch of all devices ({size})")
-        return self._loader(StreamBatches(self.train_problem, self.epoch_size, size, _length), training=True)
+            batches: Batches[list[Problem]] = self._finite("training", self.train_problems, size)
+        else:
+            self._check_epoch(size)
+            batches = StreamBatches(self.train_problem, self.epoch_size, size, _length)
+        return self._loader(batches, self._collate(training=True), self.num_workers)
 
-    def val_dataloader(self) -> BatchLoader:
-        """The validation set."""
+    def val_dataloader(self) -> BatchLoader[Any]:
+        """Return the validation set."""
         return self._eval_loader("validation")
 
-    def test_dataloader(self) -> dict[str, BatchLoader]:
-        """Test set -> its problems."""
+    def test_dataloader(self) -> dict[str, BatchLoader[Any]]:
+        """Return each test set by its name."""
         return {name: self._eval_loader(name) for name in self.test_sets}
 
-    def predict_dataloader(self) -> AsGiven:
-        """The problems of the first test set."""
-        return AsGiven(self._eval_loader(next(iter(self.test_sets), "validation")))
+    def predict_dataloader(self) -> UnchangedLoader[Any]:
+        """Return the first test set."""
+        return UnchangedLoader(self._eval_loader(next(iter(self.test_sets), "validation")))
 
-    def sample_dataloader(self, count: int) -> BatchLoader:
-        """The first `count` validation problems: an unbiased sample, for evaluation in passing."""
+    def sample_dataloader(self, count: int) -> BatchLoader[Any]:
+        """Return the first `count` validation problems, an unbiased sample for evaluation during training."""
         return self._eval_loader("validation", count)
 
-    def _eval_loader(self, name: str, count: int | None = None) -> BatchLoader:
+    def _eval_loader(self, name: str, count: int | None = None) -> BatchLoader[Any]:
         batches = self._finite(name, self.eval_problems[name][:count], self.eval_batch_size * self._world)
-        return self._loader(batches, training=False)
+        return self._loader(batches, self._collate(training=False))
 
-    def _finite(self, name: str, problems: list[Problem], size: int) -> FiniteBatches:
+    def _finite(self, name: str, problems: list[Problem], size: int) -> FiniteBatches[Problem]:
         training = name == "training"
         batches = FiniteBatches(problems, size, _length, self.seed if training else 0, drop_last=training)
-        if batches.smallest < self._world:
-            raise UserError(
-                f"data: {len(problems)} {name} problems in {len(batches)} batches leave some of {self._world} devices "
-                "without any: use more problems, larger batches or fewer devices"
-            )
+        self._check_shares(f"{len(problems)} {name} problems", len(batches), batches.smallest)
         return batches
 
-    def _loader(self, batches: Batches, training: bool) -> BatchLoader:
-        module = self._module
-        collate: Callable[[list[Problem]], Any] = partial(module.collate, training=training) if module else _as_is
-        options: dict[str, Any] = {}
-        if training and self.num_workers:
-            # Forked, since caches and a module's tokenizer and optimizer need not be picklable
-            options = {"num_workers": self.num_workers, "prefetch_factor": 4, "multiprocessing_context": "fork"}
-            options["persistent_workers"] = True
-        return BatchLoader(batches, collate, self._rank, self._world, **options)
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
-    @property
-    def _module(self) -> LightningModule | None:
-        return self.trainer.lightning_module if self.trainer else None
+    def _collate(self, training: bool) -> Callable[[list[Problem]], Any]:
+        return partial(self._module.collate, training=training) if isinstance(self._module, SupportsCollate) else list
 
 
-def _split(problems: list[Problem], size: int, path: str | None) -> tuple[list[Problem], list[Problem]]:
-    """Cut the last `size` problems off."""
+def _split(problems: list[Problem], size: int, path: str) -> tuple[list[Problem], list[Problem]]:
+    """Separate the last `size` problems from the rest."""
     if len(problems) <= size:
-        raise UserError(f"'{path}' holds too few problems ({len(problems)} to set {size} apart and train on the rest)")
+        raise UserError(
+            f"'{path}' (data.path) holds too few problems: {len(problems)}, of which {size} are held out and at least "
+            "1 is needed for training"
+        )
     return problems[:-size], problems[-size:]
 
 
 def _length(problem: Problem) -> int:
     return len(problem.question) + len(problem.answer)
-
-
-def _as_is(problems: list[Problem]) -> list[Problem]:
-    return problems

@@ -1,4 +1,4 @@
-"""Numbered batches: every sample once, shared by ranks, the same from workers and after a resume."""
+"""Numbered batches: each sample once, divided among ranks, the same from workers and after a resume."""
 
 from collections import Counter
 from itertools import chain
@@ -110,8 +110,8 @@ def test_a_resumed_loader_gives_exactly_the_remaining_batches(workers):
     whole = list(make(0))
     assert list(make(workers)) == whole
     first = make(workers)
-    given = iter(first)
-    head = [next(given) for _ in range(11)]
+    iterator = iter(first)
+    head = [next(iterator) for _ in range(11)]
     state = first.state_dict()  # workers have prefetched more by now
     second = make(workers)
     second.load_state_dict(state)

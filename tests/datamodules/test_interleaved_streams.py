@@ -1,4 +1,4 @@
-"""The InterleavedStreams datamodule: an independent oracle reaches the ceiling that it tells, and no more."""
+"""InterleavedStreams: an independent oracle reaches the reported ceiling and does not exceed it."""
 
 from collections import defaultdict
 from itertools import pairwise
@@ -25,7 +25,7 @@ def make(rule, interleave, shared_vocab, **options):
 
 
 class Oracle:
-    """Says what comes next from the tokens so far; successors under `permutation` it has counted in training rows."""
+    """Predicts the next token from the tokens so far; it knows `permutation` from the successors in training rows."""
 
     def __init__(self, data, rule, interleave, shared_vocab):
         self.rule, self.interleave = rule, interleave
@@ -38,14 +38,14 @@ class Oracle:
                     assert self.successors[n].setdefault(one, after) == after
 
     def split(self, row):
-        """Tokens by stream: by turn, or else by whose share they are of."""
+        """Returns the tokens of each stream, by position or by vocabulary."""
         streams = defaultdict(list)
         for place, token in enumerate(row):
             streams[place % N if self.interleave == "round_robin" else token // self.share].append(token)
         return streams
 
     def after(self, n, tokens):
-        """The stream's next token, or None."""
+        """Returns the stream's next token, or None if it is unknown."""
         match self.rule:
             case "permutation":
                 return self.successors[n].get(tokens[-1]) if tokens else None
@@ -64,7 +64,7 @@ class Oracle:
                 return 0
 
     def guesses(self, row, t):
-        """All that may come next, each as likely."""
+        """Returns the possible next tokens, which are equally likely."""
         streams = self.split(row[: t + 1])
         turn = [(t + 1) % N] if self.interleave == "round_robin" else range(N)
         return [guess for n in turn if (guess := self.after(n, streams[n])) is not None]
@@ -83,7 +83,7 @@ def test_an_oracle_reaches_the_ceiling(rule, interleave, shared_vocab):
         for t, label in enumerate(label_T):
             guesses = oracle.guesses(row, t)
             if label == IGNORE:
-                assert interleave == "random" or not guesses  # dealt in turn, all that it knows is asked
+                assert interleave == "random" or not guesses  # round robin: every predictable token has a label
             else:
                 assert label in guesses
                 hits.append(guesses[pick.integers(len(guesses))] == label)
@@ -107,7 +107,7 @@ def test_nothing_tells_the_next_of_random_tokens(interleave, shared_vocab, ceili
     data = make("iid", interleave, shared_vocab)
     assert data.ceiling == pytest.approx(ceiling)
     assert data.chance == pytest.approx(1 / 51)
-    count = np.zeros((2 * N, 51, 51))  # of the next token after the last one of each stream, by turn
+    count = np.zeros((2 * N, 51, 51))  # of each next token after each last token of the same stream, by turn
     for part, many in ((0, 2000), (1, 400)):
         tokens, labels = data.draw(stream(part), many).swapaxes(0, 1)
         assert (labels != IGNORE).all()
@@ -124,8 +124,8 @@ def test_tokens_of_each_rule():
         tokens, labels = rows_of(make(rule, "round_robin", False))
         assert (tokens // 17 == shares).all()
         assert np.unique(tokens).size == 51
-        asked = labels != IGNORE
-        assert np.array_equal(labels[:, :-1][asked[:, :-1]], tokens[:, 1:][asked[:, :-1]])
+        labelled = labels != IGNORE
+        assert np.array_equal(labels[:, :-1][labelled[:, :-1]], tokens[:, 1:][labelled[:, :-1]])
     turns = rows_of(make("permutation", "random", False))[0] // 17
     assert np.bincount(turns.ravel()) / turns.size == pytest.approx(1 / N, abs=0.02)
 
@@ -148,15 +148,15 @@ def test_permutations_belong_to_the_task_and_not_to_the_seed():
 
 
 @pytest.mark.parametrize(("width", "warned"), [(64, ["n/d", "L/d"]), (8, []), (4, []), (40, ["n/d", "L/d"])])
-def test_a_medium_that_need_not_be_shared_is_warned_of(monkeypatch, width, warned):
-    told, warnings = [], []
-    monkeypatch.setattr("datamodules.interleaved_streams.rank_zero_info", told.append)
+def test_a_width_that_the_streams_need_not_share_is_reported(monkeypatch, width, warned):
+    messages, warnings = [], []
+    monkeypatch.setattr("datamodules.interleaved_streams.rank_zero_info", messages.append)
     monkeypatch.setattr("datamodules.interleaved_streams.rank_zero_warn", warnings.append)
     data = make("iid", "round_robin", True, vocab_size=80)
     data.trainer = SimpleNamespace(global_rank=0, world_size=1, lightning_module=SimpleNamespace(width=width))
     for stage in ("fit", "test"):
         data.setup(stage)
-    assert told == [
+    assert messages == [
         f"InterleavedStreams: n/d (tokens over width) is {80 / width:.3g}, L/d (positions) {48 / width:.3g}"
     ]
     assert [name for name in ("n/d", "L/d") if any(name in warning for warning in warnings)] == warned
@@ -172,13 +172,13 @@ def test_a_module_without_a_width_is_not_measured(monkeypatch):
     ("options", "reason"),
     [
         ({"n_streams": 0}, "data.n_streams must be at least 1"),
-        ({"interleave": "random"}, "data.interleave 'random' needs data.shared_vocab false: the stream of a token"),
+        ({"interleave": "random"}, "data.interleave 'random' needs data.shared_vocab false: a shared token does not"),
         ({"rule": "repeat", "vocab_size": 6}, "gives a stream 6 tokens, and 'repeat' needs 7"),
         ({"vocab_size": 3, "shared_vocab": False}, "gives a stream 1 tokens, and 'permutation' needs 2"),
         ({"rule": "affine", "seq_len": 5}, "data.seq_len 5 is too short: 'affine' with 2 streams needs 6"),
         ({"rule": "iid", "seq_len": 0}, "data.seq_len 0 is too short"),
     ],
 )
-def test_mistakes_are_told(options, reason):
+def test_user_errors(options, reason):
     with pytest.raises(ValueError, match=reason):
         InterleavedStreams(**options)

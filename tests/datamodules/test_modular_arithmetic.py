@@ -1,4 +1,4 @@
-"""The ModularArithmetic datamodule: answers, the split of the pairs, full batch, epochs, inputs, mistakes."""
+"""ModularArithmetic: answers, the split of the pairs, full batch, epochs, inputs, user errors."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -111,7 +111,7 @@ def test_inputs():
         ("3 / 0", "divides by zero"),
     ],
 )
-def test_inputs_that_are_none(text, reason):
+def test_inputs_that_do_not_fit_the_task(text, reason):
     with pytest.raises(ValueError, match=rf"data.inputs: '{text.replace('+', '[+]')}' .*{reason}"):
         attach(ModularArithmetic(op="div", inputs=[text])).predict_dataloader()
 
@@ -129,7 +129,7 @@ def test_inputs_that_are_none(text, reason):
         ({"num_workers": 5}, "data.num_workers"),
     ],
 )
-def test_mistakes_are_told(options, reason):
+def test_user_errors(options, reason):
     with pytest.raises(ValueError, match=reason):
         ModularArithmetic(**options)
 
@@ -143,6 +143,6 @@ def test_a_batch_of_all_devices_that_is_too_large():
         attach(ModularArithmetic(p=13, batch_size=30), 0, 2).train_dataloader()
 
 
-def test_workers_without_work_are_warned_of():
+def test_a_warning_for_workers_without_work():
     with pytest.warns(UserWarning, match="data.num_workers is ignored in full batch"):
         assert ModularArithmetic(num_workers=2).num_workers == 0

@@ -1,4 +1,4 @@
-"""The generator of word problems: arithmetic, shares, splits, entities, and how answers are compared."""
+"""The generator of word problems: arithmetic, proportions, splits, entities, and the comparison of answers."""
 
 import hashlib
 import re
@@ -39,7 +39,7 @@ def digest(problems: list[Problem]) -> str:
 
 
 def pairs(problem: Problem) -> tuple[tuple[str, str], tuple[str, ...]]:
-    """The pair of name and object, and of numbers a and b, recovered from the question by its template."""
+    """Recovers the (name, object) pair and the (a, b) number pair from the question, by its template."""
     template = next(t for templates, _ in STEP_SHARES for t in templates if t.name == problem.template)
     for question in template.questions:
         pattern = re.sub(r"\\{([a-z])\\}", r"{\1}", re.escape(question))
@@ -58,7 +58,7 @@ def pairs(problem: Problem) -> tuple[tuple[str, str], tuple[str, ...]]:
 
 
 def test_text_is_what_the_embedded_pair_was_trained_on():
-    """The embedded models know these texts; a change here makes their figures untrue."""
+    """The embedded models were trained on these texts; a change here invalidates their results."""
     assert digest([generate(0, "train", i) for i in range(200)]) == "fbb673c6a43773b0"
     assert digest([generate(0, "test", i) for i in range(200)]) == "bef03b5eb1cffce7"
     assert digest([generate(0, "test", i, held_out=True) for i in range(200)]) == "592d22f48eb99ada"
@@ -77,7 +77,7 @@ def test_no_final_answer_dominates(train):
     assert count / len(train) <= 0.03, answer
 
 
-def test_steps_come_in_the_shares_asked_for(train):
+def test_proportions_of_the_numbers_of_steps(train):
     counts = Counter(len(STEP.findall(p.answer)) for p in train)
     for steps, share in {1: 0.4, 2: 0.4, 3: 0.2}.items():
         assert counts[steps] / len(train) == pytest.approx(share, abs=0.015)
@@ -89,12 +89,12 @@ def test_steps_come_in_the_shares_asked_for(train):
 def test_every_step_is_right_and_the_last_is_the_answer(train, heldout):
     twins = [twin for i in range(300) for twin in generate_twins(0, "test", i)]
     for problem in [*train, *heldout, *twins]:
-        given = set(re.findall(r"\d+", problem.question))
+        known = set(re.findall(r"\d+", problem.question))
         for left, sign, right, result, written in STEP.findall(problem.answer):
             exact = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": Fraction}[sign](int(left), int(right))
             assert exact == int(result) == int(written)
-            assert {left, right} <= given, "a step may use the question's numbers and earlier results only"
-            given.add(result)
+            assert {left, right} <= known, "a step may use the question's numbers and earlier results only"
+            known.add(result)
         assert problem.answer.endswith(f"\n#### {result}")
         assert problem.is_correct(problem.answer)
 
@@ -103,7 +103,7 @@ def test_held_out_pairs_are_never_in_training_and_always_in_heldout(train, heldo
     trained, held = [pairs(p) for p in train], [pairs(p) for p in heldout]
     for kind in (0, 1):
         assert not {pair[kind] for pair in trained} & {pair[kind] for pair in held}
-    # About a tenth of all pairs of name and object: training sees the others only
+    # About a tenth of all (name, object) pairs: training uses the others only
     assert len({pair[0] for pair in trained}) / (len(NAMES) * len(OBJECTS)) < 0.905
 
 
@@ -192,10 +192,10 @@ def test_final_answer(written, answer):
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"), [("1234567", "1234568"), ("100000", "100001"), ("0.5", "0.51"), ("-3", "3")]
+    ("answer", "wanted"), [("1234567", "1234568"), ("100000", "100001"), ("0.5", "0.51"), ("-3", "3")]
 )
-def test_different_numbers_are_different_answers(given, wanted):
-    assert not Problem("", f"#### {wanted}").is_correct(f"#### {given}")
+def test_different_numbers_are_different_answers(answer, wanted):
+    assert not Problem("", f"#### {wanted}").is_correct(f"#### {answer}")
     assert Problem("", f"#### {wanted}").is_correct(f"#### ${wanted}.00" if "." not in wanted else f"#### {wanted}0")
 
 

@@ -1,4 +1,4 @@
-"""What all tasks on rows of tokens share: batches by number, ensembles, ranks, resuming, inputs, mistakes."""
+"""All tasks on rows of tokens: numbered batches, ensembles, ranks, resumed runs, inputs, user errors."""
 
 from types import SimpleNamespace
 
@@ -46,7 +46,7 @@ def same(one, other):
 
 
 class Tiny(LightningModule):
-    """Learns a number; remembers what it saw."""
+    """Learns a number and records its batches."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ def test_workers_make_the_same_batches():
     assert same(batches(attach(make(num_workers=2), ensemble=2)), batches(attach(make(), ensemble=2)))
 
 
-def test_without_a_seed_the_run_has_one():
+def test_the_default_seed_is_the_seed_of_the_run():
     seed_everything(11, verbose=False)
     assert TASKS["iid-random"](seed=None).seed == 11
 
@@ -131,12 +131,12 @@ def test_epochs_draw_new_rows_and_labels_are_the_next_tokens():
     assert first["tokens"].dtype == first["labels"].dtype == torch.int64
 
 
-def test_scores_are_explained_once(monkeypatch):
-    told = []
-    monkeypatch.setattr("datamodules.sequence_task.rank_zero_info", told.append)
+def test_chance_and_ceiling_are_reported_once(monkeypatch):
+    messages = []
+    monkeypatch.setattr("datamodules.sequence_task.rank_zero_info", messages.append)
     data = attach(TASKS["iid-round_robin"]())
     data.setup("test")
-    assert told == ["InterleavedStreams: chance is 0.04167, the best possible accuracy 0.04167"]
+    assert messages == ["InterleavedStreams: chance is 0.04167, the best possible accuracy 0.04167"]
 
 
 def test_inputs_are_one_padded_batch():
@@ -150,7 +150,7 @@ def test_inputs_are_one_padded_batch():
 
 
 @pytest.mark.parametrize("text", ["", "x", "24", "-1", " ".join("1" * 13)])
-def test_inputs_that_are_none_of_the_task(text):
+def test_inputs_that_do_not_fit_the_task(text):
     with pytest.raises(ValueError, match=r"data.inputs: '.*'"):
         attach(TASKS["iid-round_robin"](inputs=["1", text])).predict_dataloader()
 
@@ -168,12 +168,12 @@ def test_inputs_that_are_none_of_the_task(text):
         ({"inputs": []}, "data.inputs is empty"),
     ],
 )
-def test_mistakes_are_told(options, reason):
+def test_user_errors(options, reason):
     with pytest.raises(ValueError, match=reason):
         TASKS["iid-round_robin"](**options)
 
 
-def test_too_many_devices_are_told():
+def test_too_many_devices():
     data = attach(TASKS["iid-round_robin"](), 0, 8)
     with pytest.raises(ValueError, match=r"data.epoch_size \(24\) is smaller than a batch of all devices \(32\)"):
         data.train_dataloader()

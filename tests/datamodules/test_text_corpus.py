@@ -1,4 +1,4 @@
-"""The TextCorpus datamodule: sources, levels, the parts of the text, windows, mistakes."""
+"""TextCorpus: sources, levels, the parts of the text, windows, user errors."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -63,13 +63,13 @@ def test_characters_that_training_does_not_have(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abé\r\n" * 72 + "abö" * 10, encoding="utf-8")
     data = TextCorpus("file", str(path), level="char", **SMALL)
-    assert data.vocab_size == 6  # a b é \r \n, and one for all others
+    assert data.vocab_size == 6  # a b é \r \n, and one token for all other characters
     assert data.parse("aböé") == [2, 3, 5, 4]
     assert data.decode([2, 3, 5, 4]) == "ab�é"
     assert [data.token_text(token) for token in range(6)] == ["\\n", "\\r", "a", "b", "é", "�"]
 
 
-def test_docs_need_no_download_and_bytes_no_text():
+def test_docs_need_no_download_and_a_vocabulary_of_bytes_no_text():
     data = TextCorpus(**SMALL | {"seq_len": 64})
     assert data.vocab_size == 256
     assert "_texts" not in vars(data)
@@ -79,7 +79,7 @@ def test_docs_need_no_download_and_bytes_no_text():
     assert 0.1 < data.chance < 0.3
 
 
-def test_bpe_says_much_in_few_tokens_and_is_the_same_each_time():
+def test_bpe_compresses_the_text_and_is_deterministic():
     one, other = (TextCorpus(level="bpe", bpe_vocab=400, max_size=40_000, **SMALL) for _ in range(2))
     assert one.vocab_size == 400
     assert one._tokenizer.get_vocab() == other._tokenizer.get_vocab()
@@ -90,22 +90,22 @@ def test_bpe_says_much_in_few_tokens_and_is_the_same_each_time():
 
 @pytest.mark.parametrize("max_size", [None, 60])
 def test_a_hub_data_set(monkeypatch, max_size):
-    asked = []
+    calls = []
 
     def load_dataset(path, **options):
-        asked.append((path, options))
+        calls.append((path, options))
         return ({"story": f"story {i} " * 4} for i in range(100))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = TextCorpus("hub", "roneneldan/TinyStories", text_column="story", max_size=max_size, **SMALL | {"seq_len": 1})
     assert "story 0 story 0 story 0 story 0 \n\nstory 1 ".startswith(data._texts["train"].decode()[:42])
-    assert asked == [("roneneldan/TinyStories", {"split": "train", "streaming": max_size is not None})]
+    assert calls == [("roneneldan/TinyStories", {"split": "train", "streaming": max_size is not None})]
     assert sum(map(len, data._texts.values())) == (max_size or 3758)
     with pytest.raises(ValueError, match=r"has no text in data.text_column 'text': it has \['story'\]"):
         TextCorpus("hub", "x", **SMALL).setup("fit")
 
 
-def test_inputs_are_the_text_to_go_on_with(file):
+def test_inputs_are_texts(file):
     data = TextCorpus("file", file, inputs=["0001", "é"], **SMALL)
     data.setup("predict")
     (batch,) = data.predict_dataloader()
@@ -113,7 +113,7 @@ def test_inputs_are_the_text_to_go_on_with(file):
     assert batch["labels"].tolist() == [[48, 48, 49, IGNORE], [0xA9, IGNORE, IGNORE, IGNORE]]
     data = TextCorpus("file", file, inputs=["000123456"], **SMALL)
     data.setup("predict")
-    with pytest.raises(ValueError, match="'000123456' has 9 tokens, where 1 to 8 may be"):
+    with pytest.raises(ValueError, match="'000123456' has 9 tokens, not 1 to 8"):
         data.predict_dataloader()
 
 
@@ -145,7 +145,7 @@ def test_texts_that_cannot_be_used(tmp_path, content, level, reason):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="no text file at"):
+    with pytest.raises(UserError, match=r"no data file at '.*none.txt' \(data.path\)"):
         TextCorpus("file", str(tmp_path / "none.txt")).setup("fit")
 
 
@@ -160,6 +160,6 @@ def test_a_missing_file(tmp_path):
         ({"batch_size": 0}, "data.batch_size"),
     ],
 )
-def test_mistakes_are_told(options, reason):
+def test_user_errors(options, reason):
     with pytest.raises(ValueError, match=reason):
         TextCorpus(**options)

@@ -1,4 +1,4 @@
-"""The WordProblems datamodule: sources, sets, mistakes, ranks, and resuming in mid-epoch."""
+"""WordProblems: sources, sets, user errors, ranks, and runs that resume within an epoch."""
 
 import json
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ SMALL = {"epoch_size": 64, "validation_size": 4, "test_sets": {"test": 1}}
 
 
 class Tiny(LightningModule):
-    """Predicts a sum of bytes; remembers what it saw."""
+    """Predicts a sum of bytes and records its questions."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ def test_generated_sets(tmp_path):
     assert sorted(sample) == sorted(p.question for p in data.eval_problems["validation"][:5])
 
 
-def test_passkeys_are_mixed_in_as_often_as_asked():
+def test_the_proportion_of_passkeys():
     data = WordProblems(passkey_fraction=0.05)
     share = sum(data.train_problem(i).template.startswith("passkey") for i in range(4000)) / 4000
     assert share == pytest.approx(0.05, abs=0.01)
@@ -165,7 +165,7 @@ def test_broken_lines_are_counted_in_one_warning(tmp_path):
         (b'{"question": "q", "answer": "none"}\n', "the answer has no '####'"),
     ],
 )
-def test_a_file_without_problems_is_refused_in_a_sentence(tmp_path, content, reason):
+def test_a_file_without_problems(tmp_path, content, reason):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="holds no problem") as caught:
@@ -195,7 +195,7 @@ def test_a_missing_file(tmp_path):
         ({"num_workers": 3}, "0, 1, 2, 4 or 8"),
     ],
 )
-def test_mistakes_are_told(options, reason):
+def test_user_errors(options, reason):
     with pytest.raises(ValueError, match=reason):
         WordProblems(**options)
 
@@ -228,7 +228,7 @@ def test_ranks_train_on_the_same_global_batches():
         assert {p.question for p in batch} == {p.question for share in two for p in share[number]}
 
 
-def test_a_rank_without_problems_is_told():
+def test_a_rank_without_problems():
     data, *_ = on_ranks(4, validation_size=3, test_sets={"test": 1})
     with pytest.raises(ValueError, match="3 validation problems in 1 batches leave some of 4 devices without any"):
         data.val_dataloader()
