@@ -51,7 +51,7 @@ def small_data(data: dict[str, Any]) -> dict[str, Any]:
 
 def small_model(model: dict[str, Any]) -> dict[str, Any]:
     match model["class_path"]:
-        case "QuestionAnswering" | "LanguageModel":
+        case "QuestionAnswering":
             return {"tokenizer": {"texts": 300}, "save_to": "made"}
         case "Separability":
             return {"ensemble": min(model["init_args"].get("ensemble", 1), 2), "compile": False}
