@@ -1,4 +1,4 @@
-"""Draw what TensorBoard shows of runs, as one SVG picture.
+"""Draw TensorBoard curves of telepathy runs as one SVG picture.
 
 python benchmarks/picture.py assets/telepathy.svg runs/telepathy_v15/<run> runs/telepathy_v16/<run>
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib import rcParams
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]  # no types
 
 PANELS = {
     "train/lm": "cross-entropy of the answer, training",
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="the SVG file to write")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     args = parser.parse_args()
-    rcParams["svg.hashsalt"] = "crosstalk"  # the same picture from the same runs
+    rcParams["svg.hashsalt"] = "crosstalk"  # the same runs give the same file
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, (tag, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for run in args.runs:

@@ -1,4 +1,4 @@
-"""Print runs' results as the markdown table of the README.
+"""Print the results of telepathy runs as a markdown table.
 
 python benchmarks/results_table.py benchmarks/results/*.json
 """
@@ -19,7 +19,7 @@ COLUMNS = {
 
 
 def row(path: Path) -> list[str]:
-    """One run: its name, device, steps and seconds, then each measure with its interval."""
+    """Return the cells of one run: name, device, steps, seconds of the fit, each measure with its interval, and n."""
     record = json.loads(path.read_text())
     name = path.stem if path.stem != "results" else path.parent.name
     device = "H200" if "H200" in record["hardware"]["device"] else "CPU"
@@ -33,7 +33,7 @@ def row(path: Path) -> list[str]:
 
 
 def main() -> None:
-    """Read the files named on the command line and print the table."""
+    """Read the files and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="results.json files")
     header = ["run", "on", "steps", "fit (s)", *COLUMNS.values(), "n"]
