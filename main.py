@@ -1,33 +1,57 @@
-"""Crosstalk: what survives when signals share a medium?
-
-Train, then test:     python main.py fit --config configs/X.yaml [--config overlay.yaml] [--key value]
-Test a checkpoint:    python main.py test --config configs/X.yaml --ckpt_path runs/X/.../checkpoints/last.ckpt
-Go on training:       python main.py fit --config configs/X.yaml --ckpt_path runs/X/.../checkpoints/last.ckpt
-Many runs, a verdict: python main.py study studies/X.yaml [--jobs 2 | --executor slurm --partition gpu]
-Claims and verdicts:  python main.py ledger
-"""
+"""Run a command; `python main.py --help` lists them. Modules are imported when the command is known, to start fast."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
+
+from cli.commands import overview, reader_is_gone, refuse_unknown, speed_up_help
 
 if TYPE_CHECKING:
     from cli.app import CrosstalkCLI
 
 
 def main(args: list[str] | None = None) -> CrosstalkCLI | None:
-    """Run one command line, `sys.argv` if no arguments are given."""
+    """Run one command line.
+
+    Args:
+        args: The command line without the program's name; `sys.argv[1:]` if None.
+
+    Returns:
+        The finished run, with its trainer, model and data; None for the commands that are not one run.
+    """
     line = sys.argv[1:] if args is None else args
-    if line[:1] in (["study"], ["ledger"]):
+    if not line or line[0] in ("-h", "--help"):
+        print(overview())
+        return None
+    refuse_unknown(line[0])
+    if line[0] in ("study", "ledger"):
         from studies.engine.command import run
 
         run(line)
         return None
+    speed_up_help(line)
     from cli.app import CrosstalkCLI
 
-    return CrosstalkCLI(args)
+    return CrosstalkCLI(line)
+
+
+def program() -> None:
+    """Run the process's command line; Ctrl-C and the end of a pipe's reader leave no stack trace."""
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT, as shells count
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise  # another pipe broke, such as one to a worker process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at exit
+        sys.exit(141)  # 128 + SIGPIPE
 
 
 if __name__ == "__main__":
-    main()
+    program()

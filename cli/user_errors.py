@@ -1,36 +1,63 @@
-"""Tells a user's mistake, which is answered by a sentence, from a bug, which keeps its stack trace."""
+"""Tells a user's mistake, which ends in one sentence, from a bug, which keeps its stack trace."""
 
-import traceback
+import re
+from collections.abc import Iterator
 from pickle import UnpicklingError
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from datamodules.errors import UserError
 
-from lightning_modules.core.checkpoints import describe_mismatch
-
-OWN_PACKAGES = {"main", "__main__", "callbacks", "datamodules", "kernels", "lightning_modules", "studies"}
+FROM_WORKER = re.compile(r"^\w*UserError: ", re.MULTILINE)  # a data loader's worker sends its stack trace as a message
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
+SIZE = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ [KMGT]iB)", re.IGNORECASE)
 
 
 def user_message(error: BaseException) -> str | None:
-    """The sentence for a user's mistake, or None for a bug.
+    """Return the sentence for a user's mistake, or None for a bug.
 
-    Mistakes are a `ValueError` that our own code raises on purpose, an `OSError` that it meets or raises, a checkpoint
-    that does not fit the model or holds code, and what Lightning calls a misconfiguration.
+    A user's mistake is a `UserError`, a checkpoint that does not fit the model or holds code, or what Lightning calls
+    a misconfiguration. jsonargparse wraps what a class raises as it is built, so that causes are searched too.
     """
-    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
-        error = error.__cause__  # jsonargparse wraps what an __init__ raises
-    if isinstance(error, RuntimeError) and (mismatch := describe_mismatch(error)):
-        return mismatch
-    if isinstance(error, UnpicklingError):
+    return next((sentence for cause in _chain(error) if (sentence := _sentence(cause))), None)
+
+
+def memory_message(error: BaseException) -> str | None:
+    """Return the sentence for exhausted memory of the device or of the host, or None for other errors."""
+    for cause in _chain(error):
+        if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and NO_MEMORY.search(str(cause))):
+            size = SIZE.search(str(cause))
+            amount = f" (the last allocation was of {_readable(size[1])})" if size else ""
+            return (
+                f"out of memory{amount}: lower data.batch_size, or data.eval_batch_size if it happened in evaluation,"
+                " or set trainer.precision to bf16-mixed"
+            )
+    return None
+
+
+def _sentence(error: BaseException) -> str | None:
+    if isinstance(error, UserError):
+        return _joined(FROM_WORKER.split(str(error))[-1])
+    # These imports take seconds, which a user's mistake in a light command need not wait for.
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from lightning_modules.core.checkpoints import describe_mismatch
+
+    if isinstance(error, MisconfigurationException):
+        return _joined(str(error))
+    if isinstance(error, UnpicklingError) and "Weights only load failed" in str(error):
         return "the checkpoint holds more than plain data and may run code: if you trust it, add --weights_only false"
-    if not isinstance(error, MisconfigurationException) and not _raised_for_users(error):
-        return None
-    return " ".join(str(error).split())
+    return describe_mismatch(error) if isinstance(error, RuntimeError) else None
 
 
-def _raised_for_users(error: BaseException) -> bool:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    if frame.f_globals.get("__name__", "").partition(".")[0] not in OWN_PACKAGES:
-        return False
-    # `int("x")` in our code is a ValueError and yet a bug: only an explicit `raise` speaks to the user.
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return isinstance(error, OSError) or (isinstance(error, ValueError) and line.startswith("raise"))
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _readable(size: str) -> str:
+    number, unit = size.split()
+    return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else size

@@ -1,4 +1,4 @@
-"""What the tests of the telepathy line and of the command line share."""
+"""Fixtures of the telepathy line and of the command line."""
 
 import os
 import shutil
@@ -11,29 +11,30 @@ import pytest
 import torch
 from lightning import Trainer
 
-import main as cli
+import main
+from cli.app import CrosstalkCLI
 from datamodules import WordProblems
 from datamodules.problems import Problem, generate
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.telepathy import Telepathy, TokenBridge
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # a process for each of two cores: more threads would wait for one another
+    torch.set_num_threads(1)  # one process per core: more threads would wait for one another
 
-# Of a trainer that leaves nothing
+# Flags of a trainer that writes nothing
 QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
 ROOT = Path(__file__).parents[1]
 SMALL = {"batch_size": 8, "epoch_size": 800, "validation_size": 16, "eval_batch_size": 16, "test_sets": {"test": 16}}
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes for the whole suite; none for chosen files, where their start would take longer than the tests."""
+    """Use two processes for the whole suite; none for single files, where their start takes longer than the tests."""
     return 2 if config.args == config.getini("testpaths") else 0
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """The working directory for a test: it has assets and configs of its own, so that a run can spoil nothing."""
+    """Change to a folder with copies of the assets and configs, so that a run cannot damage the originals."""
     for name in ("assets", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -42,21 +43,21 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run(workplace) -> Callable[..., cli.CrosstalkCLI]:
-    """Runs `main` on a config with sizes that a CPU gets through in seconds."""
+def run(workplace) -> Callable[..., CrosstalkCLI]:
+    """Return a function that runs `main` on a config with sizes that a CPU finishes in seconds."""
     sizes = {"data.batch_size": 8, "data.validation_size": 16, "data.eval_batch_size": 16, "data.test_sets.test": 16}
     sizes |= {"model.max_new_tokens": 8, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
     small = [text for key, value in sizes.items() for text in (f"--{key}", str(value))]
 
-    def call(command: str, config: str, *args: object) -> cli.CrosstalkCLI:
-        return cli.main([command, "--config", f"configs/{config}.yaml", *small, *map(str, args)])
+    def call(command: str, config: str, *args: object) -> CrosstalkCLI:
+        return main.main([command, "--config", f"configs/{config}.yaml", *small, *map(str, args)])
 
     return call
 
 
 @pytest.fixture(scope="session")
 def telepathy() -> Callable[..., Telepathy]:
-    """Makes a module over the embedded pair, the same one each time."""
+    """Return a function that makes a module over the embedded pair, with the same weights each time."""
 
     def make(bridge: Callable | None = None, source_layer: int | list[int] = 1, **options) -> Telepathy:
         pair = (Pretrained(str(ROOT / "assets" / "pair" / which)) for which in ("source", "target"))
@@ -69,13 +70,13 @@ def telepathy() -> Callable[..., Telepathy]:
 
 @pytest.fixture(scope="session")
 def problems() -> list[Problem]:
-    """Sixteen questions of different lengths."""
+    """Return sixteen questions of different lengths."""
     return [generate(7, "train", index) for index in range(16)]
 
 
 @pytest.fixture
 def fit(tmp_path) -> Callable[..., Trainer]:
-    """Trains a module on word problems without leaving anything, and gives the trainer."""
+    """Return a function that trains a module on word problems, writes nothing, and returns the trainer."""
 
     def train(module: Telepathy, steps: int, data: WordProblems | None = None, **options) -> Trainer:
         quiet = QUIET | {"accelerator": "cpu", "default_root_dir": tmp_path, "limit_val_batches": 0, "max_steps": steps}

@@ -1,0 +1,95 @@
+"""Where a parsing error of jsonargparse lies.
+
+jsonargparse reports a wrong key or value as nested exceptions, each of which repeats all unions above it. A user needs
+what is at the two ends: the keys that lead to the mistake, and the innermost cause.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+KEY = re.compile(r'Parser key "([^"]+)"')
+OWNER = re.compile(r"(?:Problem with given |Type \S*Callable.*)class_path[ =]'([^']+)'", re.DOTALL)
+SUBTYPES = re.compile(r"^\s*Subtypes: \[(.*)\]$", re.MULTILINE)
+VALUE = re.compile(r"^\s*Given value: (.*)$", re.MULTILINE)
+TYPE_NOISE = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>|(?:typing|collections\.abc)\.|(?:[a-z_]\w*\.)+(?=[A-Z])")
+
+
+@dataclass
+class Finding:
+    """Where a parsing error lies.
+
+    Attributes:
+        cause: The innermost message.
+        keys: The keys that lead to it.
+        owner: The class whose arguments were being set, if any.
+        union: The types that would have been accepted, if there were several.
+        value: The value in the command line or the config, as text.
+    """
+
+    cause: str
+    keys: list[str] = field(default_factory=list)
+    owner: type | None = None
+    union: list[str] = field(default_factory=list)
+    value: str = ""
+
+    @property
+    def path(self) -> str:
+        """The keys, dotted."""
+        return ".".join(self.keys)
+
+    def enter(self, text: str) -> None:
+        """Go one level further in."""
+        self.cause = text.strip()
+        if match := OWNER.match(self.cause):
+            self.owner, self.union = _imported(match[1]), []
+        elif (match := KEY.match(self.cause)) and self.keys[-1:] != [match[1]]:
+            self.keys.append(match[1])
+        if match := SUBTYPES.search(self.cause):
+            self.union = [kind for kind in _split(plain(match[1])) if kind != "NoneType"]
+            value = VALUE.search(self.cause)
+            self.value = value[1] if value else ""
+
+
+def find(message: str, error: BaseException | None) -> Finding:
+    """Follow the chain of causes, and within a union the member that was parsed furthest."""
+    finding = Finding(message)
+    texts = list(_messages(message, error))
+    for text in texts:
+        finding.enter(text)
+    # The chain holds the first member of a union; another member may have led to a class and its arguments.
+    if finding.cause.startswith("Expected a") and (deeper := OWNER.search(texts[-2] if len(texts) > 1 else "")):
+        for line in texts[-2][deeper.start() :].splitlines():
+            if not re.match(r"\s*(Does not validate|Subtypes: |Errors:)", line):
+                finding.enter(line.strip().removeprefix("- "))
+                if not OWNER.match(finding.cause) and not KEY.match(finding.cause):
+                    break
+    return finding
+
+
+def plain(types: str) -> str:
+    """Return the names of types without their modules."""
+    return TYPE_NOISE.sub(lambda match: match[1] or "", types)
+
+
+def _messages(message: str, error: BaseException | None) -> Iterator[str]:
+    """Yield the messages from the outermost exception to the innermost, without repetitions."""
+    yield message
+    last = message
+    while error is not None:
+        if str(error).strip() != last.strip():
+            yield str(error)
+        last = str(error)
+        error = error.__cause__ or error.__context__
+
+
+def _split(types: str) -> list[str]:
+    """Split at commas outside brackets."""
+    return [part.strip() for part in re.split(r",\s*(?![^\[]*\])", types)]
+
+
+def _imported(class_path: str) -> type | None:
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None

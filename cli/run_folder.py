@@ -1,0 +1,73 @@
+"""The folder of a run, and checks of the folders and files that the user names."""
+
+import hashlib
+import os
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from pickle import UnpicklingError
+
+from datamodules.errors import UserError
+from lightning_modules.core.checkpoints import read_state
+
+
+def make_run_dir(config_file: str | None, resolved: str, parent: str = "runs") -> Path:
+    """Make `<parent>/<config name>/<YYYYmmdd-HHMMSS>-<hash>/`, with a counter if that folder exists already.
+
+    Args:
+        config_file: The config's path, which gives the name; None gives `adhoc`. The `config.yaml` in a run's folder
+            gives the name of the config that the run was started with.
+        resolved: The resolved config; the folder's name holds the first digits of its hash.
+        parent: The folder of all runs, relative to the working directory.
+
+    Raises:
+        UserError: The folder cannot be made.
+    """
+    file = Path(config_file or "adhoc")
+    rerun = file.name == "config.yaml" and (file.parent / "results.json").exists()
+    digest = hashlib.sha256(resolved.encode()).hexdigest()[:6]
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{digest}"
+    family = Path(parent, file.resolve().parent.parent.name if rerun else file.stem)
+    folder, copies = family / name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)  # atomic, so that parallel runs never share a folder
+            return folder
+        except FileExistsError:
+            copies += 1
+            folder = family / f"{name}-{copies}"
+        except OSError as error:
+            raise UserError(f"cannot make a folder for the run: {error.strerror}: {error.filename}") from error
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Check that files can be written into a folder, which may not exist yet.
+
+    Args:
+        folder: The folder.
+        option: The option that names it, for the message.
+
+    Raises:
+        UserError: The folder cannot be made, or nothing can be written into it.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{option}: cannot make the folder {folder}, for {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{option}: no permission to write into {existing}")
+
+
+def check_checkpoint(path: str) -> None:
+    """Check the checkpoint of `--ckpt_path` before anything is built.
+
+    Raises:
+        UserError: The checkpoint is missing or damaged, or no run has written it.
+    """
+    if "://" in path:
+        return
+    if Path(path).is_dir():
+        if not any(Path(path, part).exists() for part in ("meta.pt", ".metadata", "checkpoint")):
+            raise UserError(f"--ckpt_path: {path} is a folder and not a sharded checkpoint, name a file in it")
+        return
+    with suppress(UnpicklingError):  # it may run code, which the user may have allowed
+        read_state(path, "--ckpt_path")

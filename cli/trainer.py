@@ -1,0 +1,73 @@
+"""What every run's trainer has besides what the user configured."""
+
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from callbacks.last_checkpoint import LastCheckpoint
+from cli.output import ParameterTable
+from cli.run_folder import check_folder
+from datamodules.errors import UserError
+
+T = TypeVar("T")
+
+
+def build(class_type: type[T], *args: Any, **kwargs: Any) -> T:
+    """Build an object that the config names.
+
+    Raises:
+        UserError: A class of torch or Lightning refuses its arguments, or needs a package that is not installed.
+    """
+    try:
+        return class_type(*args, **kwargs)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        if class_type.__module__.partition(".")[0] not in ("lightning", "torch"):
+            raise
+        raise UserError(f"{class_type.__name__}: {error}") from error
+
+
+def with_defaults(flags: Namespace, folder: Path, *always: Callback) -> dict[str, Any]:
+    """Return the trainer flags that complete the user's: callbacks, folder, TensorBoard, no summary by Lightning.
+
+    Args:
+        flags: The user's trainer flags, with callbacks and loggers built.
+        folder: The run's folder.
+        always: Callbacks that every run has.
+
+    Raises:
+        UserError: A logger cannot write into its folder.
+    """
+    users = _callbacks(flags)
+    added: list[Callback] = [*always]
+    changed: dict[str, Any] = {"default_root_dir": folder}
+    if flags.enable_progress_bar is not False and not _has(users, ProgressBar):
+        # A refresh waits for the device, and in a log file each refresh is one line.
+        added.append(TQDMProgressBar(refresh_rate=10 if sys.stdout.isatty() else 100))
+    saves = flags.enable_checkpointing is not False and not flags.fast_dev_run
+    if saves and not _has(users, Checkpoint):
+        added.append(LastCheckpoint())
+    if flags.enable_model_summary is not False and not _has(users, ModelSummary):
+        added.append(ParameterTable())
+        changed["enable_model_summary"] = False  # Lightning's summary shows FLOPs that it has not counted
+    for logger in flags.logger if isinstance(flags.logger, list) else [flags.logger]:
+        if isinstance(logger, Logger) and logger.save_dir:
+            check_folder(Path(logger.save_dir), "trainer.logger")
+    if flags.logger is None or flags.logger is True:
+        changed["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+    return changed | {"callbacks": users + added}
+
+
+def _callbacks(flags: Namespace) -> list[Callback]:
+    callbacks: list[Callback] | Callback | None = flags.callbacks
+    if callbacks is None:
+        return []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
