@@ -1,1 +1,1 @@
-"""Language models of transformers: loading, prompts and generation."""
+"""Pretrained language models of the transformers library: loading, prompts and generation."""

@@ -1,34 +1,59 @@
-"""Language models and tokenizers from a folder, the hub, or a configuration alone."""
+"""Language models and tokenizers from a folder, from the Hugging Face hub, or from a configuration alone."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
+from torch import Tensor, nn
 
 from datamodules.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    class CausalLM(nn.Module):
+        """The part of a transformers model with an LM head that is used here; transformers has no such type."""
+
+        base_model: nn.Module
+        dtype: torch.dtype
+
+        def generate(self, **options: Any) -> Tensor:
+            """Return tokens_BT."""
+
+        def get_input_embeddings(self) -> nn.Embedding:
+            """Return the embedding of input tokens."""
+
+        def get_output_embeddings(self) -> nn.Module:
+            """Return the LM head."""
+
+        def num_parameters(self) -> int:
+            """Return the number of parameters; tied parameters count once."""
+
+        def save_pretrained(self, path: str) -> None:
+            """Write the weights and the configuration to a folder."""
+
 
 def quiet() -> None:
-    """Keep bars and warnings of transformers off the terminal; what matters in them is raised here as an error."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
+    """Keep progress bars and warnings of transformers off the terminal; problems are raised as errors instead."""
+    from huggingface_hub.utils.logging import set_verbosity_error as quiet_hub
+    from transformers.utils import logging
+
+    silence: list[Callable[[], None]] = [logging.set_verbosity_error, logging.disable_progress_bar, quiet_hub]
+    for call in silence:
+        call()
 
 
 @dataclass
 class Pretrained:
-    """Which model to load.
+    """The model to load.
 
     Attributes:
         path: A folder made by `save_pretrained`, or a hub id.
-        random_init: Build it from its configuration with random weights, a control and a way to test shapes.
-        dtype: Precision of the weights; frozen models may be `bfloat16`, trained ones stay `float32`.
-        tokenizer: Where the tokenizer is, if not in `path`.
+        random_init: Build the model from its configuration with random weights, as a control or to test shapes.
+        dtype: Precision of the weights. Frozen models may be `bfloat16`; trained models stay `float32`.
+        tokenizer: Folder or hub id of the tokenizer, if it is not in `path`.
     """
 
     path: str
@@ -36,75 +61,101 @@ class Pretrained:
     dtype: Literal["float32", "bfloat16"] = "float32"
     tokenizer: str | None = None
 
-    def _load(self, loader: Any, what: str, path: str, **options: Any) -> Any:
-        """Load with safe settings, and say in one sentence what is missing where."""
-        quiet()
-        if not os.path.isdir(path) and os.path.isdir(os.path.dirname(path)):
-            raise UserError(f"cannot load {what} from '{path}': there is no such folder")
-        try:
-            return loader.from_pretrained(path, trust_remote_code=False, **options)
-        except Exception as error:  # transformers, safetensors and tokenizers each raise kinds of their own
-            if os.path.isdir(path):
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            else:
-                reason = "it is no folder here, and the hub does not give it (private, misspelt, or no network?)"
-            raise UserError(f"cannot load {what} from '{path}': {reason}") from error
-
-    def load_config(self) -> Any:
-        """Load the model's configuration."""
-        return self._load(AutoConfig, "a model configuration", self.path)
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; one that cannot pad pads with its end token.
+    def load_config(self) -> "PreTrainedConfig":
+        """Load the model's configuration.
 
         Raises:
-            UserError: It has no BOS or no EOS token, which training and generation both need.
+            UserError: There is no readable configuration at `path`.
         """
+        from transformers import AutoConfig
+
+        config: PreTrainedConfig = _load(AutoConfig.from_pretrained, "a model configuration", self.path)
+        return config
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Load the tokenizer. A tokenizer without a padding token pads with its end token.
+
+        Raises:
+            UserError: There is no readable tokenizer, or it has no BOS or no EOS token. Training and generation need
+                both tokens.
+        """
+        from transformers import AutoTokenizer
+
         path = self.tokenizer or self.path
-        tokenizer = self._load(AutoTokenizer, "a tokenizer", path)
-        for name in ("bos_token", "eos_token"):
-            if getattr(tokenizer, name) is None:
+        tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, "a tokenizer", path)
+        for name, token in {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}.items():
+            if token is None:
                 raise UserError(f"the tokenizer of '{path}' has no {name}: choose a model whose texts begin and end")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def load_causal_lm(self) -> nn.Module:
-        """Load the whole model with its LM head."""
-        return self._build(AutoModelForCausalLM, self.load_config())
-
-    def load_first_layers(self, layers: int) -> nn.Module:
-        """Load the embedding and the first `layers` layers only; the rest and the LM head never take memory.
-
-        The output is the residual stream after layer `layers`; after the last layer, the final norm belongs to it.
+    def load_causal_lm(self) -> "CausalLM":
+        """Load the whole model with its LM head.
 
         Raises:
-            UserError: The model has no such layer, or keeps its final norm elsewhere than models of Llama's kind.
+            UserError: The model cannot be read, or its weights do not fit its configuration.
         """
+        from transformers import AutoModelForCausalLM
+
+        model: CausalLM = self._build(AutoModelForCausalLM, self.load_config())
+        return model
+
+    def load_first_layers(self, layers: int) -> "PreTrainedModel":
+        """Load the embedding and the first `layers` layers; the other layers and the LM head never take memory.
+
+        The model's output is the residual stream after layer `layers`. The final norm is applied only after the
+        model's last layer.
+
+        Raises:
+            UserError: The model has no such layer, has no final norm under the name of Llama's kind of models, cannot
+                be read, or its weights do not fit its configuration.
+        """
+        from transformers import AutoModel
+
         config = self.load_config()
-        total = config.num_hidden_layers
+        total: int = config.num_hidden_layers
         if not 1 <= layers <= total:
-            raise UserError(f"source_layer {layers} does not exist: '{self.path}' has layers 1 to {total}")
+            raise UserError(f"model.source_layer {layers} does not exist: '{self.path}' has layers 1 to {total}")
         config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-        model = self._build(AutoModel, config)
-        if not hasattr(model, "norm"):
+        if layer_types := getattr(config, "layer_types", None):  # only models that mix kinds of attention have it
+            config.layer_types = layer_types[:layers]
+        model: PreTrainedModel = self._build(AutoModel, config)
+        if "norm" not in dict(model.named_children()):
             raise UserError(f"'{self.path}' ({config.model_type}) has no final 'norm': choose a model of Llama's kind")
         if layers < total:
             model.norm = nn.Identity()
         return model
 
-    def _build(self, loader: Any, config: Any) -> nn.Module:
-        dtype = getattr(torch, self.dtype)
+    def _build(self, loader: Any, config: "PreTrainedConfig") -> Any:
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
         if self.random_init:
             return loader.from_config(config, dtype=dtype, attn_implementation="sdpa")
         options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
-        # Mismatches are let pass there and told here, since transformers tells them in its log only
-        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, info = self._load(loader, "a model", self.path, config=config, **options, **checks)
+        # transformers only logs weights that do not fit; it has to return them, so that they can be an error here
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = _load(loader.from_pretrained, "a model", self.path, config=config, **options)
         wrong = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
         if wrong:
-            told = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"
-            raise UserError(f"the weights in '{self.path}' do not fit its config: {told}")
+            problem = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"
+            raise UserError(f"the weights in '{self.path}' do not fit its config: {problem}")
         return model
+
+
+def _load(from_pretrained: Callable[..., Any], what: str, path: str, **options: Any) -> Any:
+    """Call a `from_pretrained` with safe settings.
+
+    Raises:
+        UserError: It fails; the sentence says what is missing and where.
+    """
+    quiet()
+    if not os.path.isdir(path) and os.path.isdir(os.path.dirname(path)):
+        raise UserError(f"cannot load {what} from '{path}': there is no such folder")
+    try:
+        return from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # transformers, safetensors and tokenizers have no common class of errors
+        if os.path.isdir(path):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        else:
+            reason = "there is no such folder, and the hub does not provide it (private, misspelt, or no network?)"
+        raise UserError(f"cannot load {what} from '{path}': {reason}") from error

@@ -1,22 +1,32 @@
-"""Prompts and padded token tensors."""
+"""Prompts and padded token tensors.
+
+Shapes: B batch, T positions.
+"""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Prompt:
-    """A text with a `{question}` in it, cut there: `"Question: {question}\\nAnswer:"`.
+    """A text with one `{question}` in it, such as `"Question: {question}\\nAnswer:"`.
 
     Args:
         template: The text.
 
+    Attributes:
+        before: The text before the question.
+        after: The text after the question.
+
     Raises:
-        UserError: There is not exactly one `{question}`.
+        UserError: The template does not contain `{question}` exactly once.
     """
 
     def __init__(self, template: str):
@@ -27,17 +37,26 @@ class Prompt:
         self.before, self.after = template.split("{question}")
 
     def fill(self, question: str) -> str:
-        """The prompt as text."""
+        """Return the prompt with the question in it."""
         return f"{self.before}{question}{self.after}"
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenize without adding special tokens: where BOS and EOS go is decided once, by the caller."""
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Tokenize texts without special tokens; the caller adds BOS and EOS."""
+    tokens: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return tokens
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Right-pad rows of tokens: (tokens_BT, mask_BT)."""
+    """Pad rows of tokens on the right to the longest row.
+
+    Args:
+        rows: The rows.
+        value: The token that fills shorter rows.
+
+    Returns:
+        tokens_BT (int64) and mask_BT, which is True at real tokens.
+    """
     width = max(map(len, rows))
     tokens_BT = torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
     mask_BT = torch.tensor([len(row) for row in rows])[:, None] > torch.arange(width)

@@ -1,5 +1,5 @@
-"""Language-model training: the embedded pair, and fine-tuning of hub models."""
+"""Training of causal language models on questions and answers: the embedded pair, and fine-tuning of hub models."""
 
-from lightning_modules.question_answering.module import LanguageModel
+from lightning_modules.question_answering.module import QuestionAnswering
 
-__all__ = ["LanguageModel"]
+__all__ = ["QuestionAnswering"]

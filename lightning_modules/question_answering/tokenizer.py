@@ -1,12 +1,13 @@
-"""Byte-level BPE tokenizers in the form of transformers."""
+"""Byte-level BPE tokenizers in the format of transformers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from datamodules.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 SMALLEST = len(SPECIAL) + 256
@@ -14,12 +15,16 @@ SMALLEST = len(SPECIAL) + 256
 
 @dataclass
 class ByteLevelBPE:
-    """A tokenizer to train.
+    """The settings of a tokenizer that is trained on the run's own texts.
 
     Attributes:
-        vocab_size: Tokens, the special ones included.
-        single_digits: Every digit a token of its own, as in Mistral; else a number may be one token, as in Llama 3.
-        texts: How many training texts to learn the merges from.
+        vocab_size: Number of tokens, special tokens included.
+        single_digits: Make each digit a separate token, as Mistral does. Otherwise a whole number may be one token, as
+            in Llama 3.
+        texts: Number of training texts to learn the merges from.
+
+    Raises:
+        UserError: `vocab_size` has no room for all bytes and the special tokens.
     """
 
     vocab_size: int
@@ -29,11 +34,15 @@ class ByteLevelBPE:
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST:
             raise UserError(
-                f"tokenizer.vocab_size must be at least {SMALLEST}, all bytes and specials: {self.vocab_size}"
+                f"model.tokenizer.vocab_size must be at least {SMALLEST}, for all bytes and the special tokens, not "
+                f"{self.vocab_size}"
             )
 
-    def train(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-        """Learn the merges; `<pad>`, `<s>` and `</s>` are tokens 0, 1 and 2."""
+    def train(self, texts: Iterable[str]) -> "PreTrainedTokenizerBase":
+        """Learn the merges. `<pad>`, `<s>` and `</s>` are tokens 0, 1 and 2."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -47,7 +56,8 @@ class ByteLevelBPE:
             vocab_size=self.vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer)
-        return PreTrainedTokenizerFast(
+        wrap: Callable[..., PreTrainedTokenizerBase] = PreTrainedTokenizerFast
+        return wrap(
             tokenizer_object=tokenizer,
             pad_token=SPECIAL[0],
             bos_token=SPECIAL[1],

@@ -1,4 +1,4 @@
-"""Telepathy: soft tokens between two frozen language models."""
+"""Telepathy: soft tokens between two frozen language models that share no vocabulary."""
 
 from lightning_modules.telepathy.bridges import Bridge, PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.module import Telepathy

@@ -1,7 +1,6 @@
-"""Bridges: from a source model's hidden states to soft tokens in a target model's embedding space.
+"""Bridges: from the hidden states of a source model to soft tokens in the embedding space of a target model.
 
-Shapes: B batch, S source positions, C source width, Q queries, K soft tokens, D target width, R soft tokens of a source
-token.
+Shapes: B batch, S source positions, C width of the source states, Q queries, K soft tokens, D target width.
 """
 
 from abc import ABC, abstractmethod
@@ -13,42 +12,58 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 
+SLOPE = 4.0  # of attention over distance at the start: nearly all weight is on the nearest token
+
 
 class Bridge(nn.Module, ABC):
-    """What every bridge is: `forward(states_BSC, mask_BS) -> soft_BKD`, and `soft_mask` for which of them are real."""
+    """A map from source states to soft tokens.
+
+    Attributes:
+        soft_tokens: K, where every input has the same number of soft tokens; None where it depends on the input.
+    """
+
+    soft_tokens: int | None = None
 
     @abstractmethod
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
-        """Return the soft tokens."""
+        """Return soft_BKD.
+
+        Args:
+            states_BSC: Source states.
+            mask_BS: True at real source positions.
+        """
 
     @abstractmethod
     def soft_mask(self, mask_BS: Tensor) -> Tensor:
-        """Return mask_BK of the soft tokens that a source mask leads to; needs no states, so it runs in the loader."""
+        """Return mask_BK, True at real soft tokens. It depends on the source mask alone, so the loader can call it."""
 
 
-SLOPE = 4.0  # of attention over distance at the start: nearly all of it on the nearest token
 BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target width, LayerNorm on the source states)
 
 
 class PerceiverBridge(Bridge):
-    """K learned queries that read the source states by cross-attention (Perceiver resampler, Alayrac et al. 2022).
+    """K soft tokens from learned queries that read the source by cross-attention (Perceiver, Alayrac et al. 2022).
 
-    Query q reads around a place c_q of the source: its attention has the fixed bias -a |c_q - s| (ALiBi, Press et al.
-    2022), with the places evenly over `span`. So it need not first find out where to look, which positions inside keys
-    would leave it to do.
+    Query q reads around a position c_q of the source: its attention has the fixed bias -a |c_q - s| (ALiBi, Press et
+    al. 2022), and the c_q are spread evenly over `span` positions. So a query does not have to learn first which
+    positions to read, as it would with positions inside the keys.
 
     Args:
-        source_dim: Width of the source states.
-        target_dim: Width of the soft tokens.
-        key_norm: LayerNorm on keys and values, places to read at and orthogonal maps at the start. Without, states of
-            embedding scale give uniform attention, and every input the same soft tokens: the notes' collapse.
+        source_dim: Width C of the source states.
+        target_dim: Width D of the soft tokens.
+        key_norm: Use LayerNorm on keys and values, the bias towards c_q, and orthogonal maps at the start. Without
+            these, states at the scale of embeddings give uniform attention and the same soft tokens for every input,
+            which is the collapse in the notes.
         soft_tokens: K.
-        tokens_per_query: Soft tokens that a query makes of what it read, each by a map of its own: a number that is one
-            source token is several digits to a target that reads digits.
-        depth: Layers, each self-attention among the queries, cross-attention and an MLP.
-        heads: Attention heads.
-        width: Width inside; the target's if None.
-        span: Source tokens that the places are spread over: about the longest question.
+        tokens_per_query: Soft tokens per query, each by its own map. A number that is one source token is several
+            tokens to a target that reads single digits.
+        depth: Number of layers. Each has self-attention among the queries, cross-attention and an MLP.
+        heads: Number of attention heads.
+        width: Width of the layers; `target_dim` if None.
+        span: Source positions over which the c_q are spread: about the length of the longest question.
+
+    Raises:
+        UserError: The sizes do not fit each other.
     """
 
     def __init__(
@@ -66,25 +81,26 @@ class PerceiverBridge(Bridge):
         super().__init__()
         width = width or target_dim
         if soft_tokens < 1 or depth < 1:
-            raise UserError(f"a bridge needs at least 1 soft token and 1 layer, not {soft_tokens} and {depth}")
+            raise UserError(f"model.bridge needs at least 1 soft token and 1 layer, not {soft_tokens} and {depth}")
         if width % heads:
-            raise UserError(f"the bridge's width {width} is not divisible by its {heads} heads")
+            raise UserError(f"model.bridge: width {width} is not divisible by {heads} heads")
         if tokens_per_query < 1 or soft_tokens % tokens_per_query:
-            raise UserError(f"{soft_tokens} soft tokens cannot be made {tokens_per_query} a query")
+            raise UserError(f"model.bridge: {soft_tokens} soft tokens do not divide into {tokens_per_query} per query")
         queries = soft_tokens // tokens_per_query
         self.soft_tokens, self.tokens_per_query, self.heads = soft_tokens, tokens_per_query, heads
         self.project = nn.Linear(source_dim, width, bias=not key_norm)  # before a norm, a bias would drown small states
         self.norm = nn.LayerNorm(width) if key_norm else nn.Identity()
         self.queries_QC = nn.Parameter(torch.randn(queries, width) * (0.1 if key_norm else 1.0))
-        places_Q = torch.arange(queries) * span // queries  # whole numbers: several may share a source token
-        self.register_buffer("places_Q", places_Q, persistent=False)
+        self.places_Q: Tensor  # c_q: integers, and several queries may have the same
+        self.register_buffer("places_Q", torch.arange(queries) * span // queries, persistent=False)
         self.slope = SLOPE * min(queries / span, 1.0) if key_norm else 0.0
-        self.layers = nn.ModuleList(
+        layers = [
             nn.TransformerDecoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
             for _ in range(depth)
-        )
+        ]
+        self.layers = nn.ModuleList(layers)
         self.out = nn.Sequential(
             nn.LayerNorm(width),
             nn.Linear(width, 4 * width),
@@ -92,45 +108,51 @@ class PerceiverBridge(Bridge):
             nn.Linear(4 * width, tokens_per_query * target_dim),
         )
         if key_norm:
-            self._keep_directions()
+            self._keep_directions(layers)
 
-    def _keep_directions(self) -> None:
-        """Start from orthogonal maps on the way of what is read.
+    def _keep_directions(self, layers: list[nn.TransformerDecoderLayer]) -> None:
+        """Start with orthogonal maps between the source states and what the queries read.
 
-        What tells thousands of tokens apart lies in all directions of a narrow state; a product of random square
-        matrices all but loses most of them, and orthogonal ones lose none (Saxe et al. 2014).
+        The difference between thousands of tokens lies in all directions of a narrow state. A product of random square
+        matrices loses most directions; a product of orthogonal matrices loses none (Saxe et al. 2014).
         """
         width = self.project.out_features
         nn.init.orthogonal_(self.project.weight)
-        for layer in self.layers:
-            nn.init.orthogonal_(layer.multihead_attn.in_proj_weight.data[2 * width :])
-            nn.init.orthogonal_(layer.multihead_attn.out_proj.weight)
+        for layer in layers:
+            attention: nn.MultiheadAttention = layer.multihead_attn
+            if attention.in_proj_weight is not None:  # None only where keys and values have widths of their own
+                nn.init.orthogonal_(attention.in_proj_weight.data[2 * width :])
+            nn.init.orthogonal_(attention.out_proj.weight)
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
-        """Return the soft tokens."""
+        """Return soft_BKD; all soft tokens are real."""
         memory_BSC = self.norm(self.project(states_BSC))
         position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
         bias_QS = -self.slope * (self.places_Q[:, None] - position_S).abs()
         bias_BQS = bias_QS.masked_fill(~mask_BS[:, None], -torch.inf)
-        soft_BQC = self.queries_QC.expand(len(states_BSC), -1, -1)
+        read_BQC = self.queries_QC.expand(len(states_BSC), -1, -1)
         for layer in self.layers:
-            soft_BQC = layer(soft_BQC, memory_BSC, memory_mask=bias_BQS.repeat_interleave(self.heads, dim=0))
-        return self.out(soft_BQC).unflatten(-1, (self.tokens_per_query, -1)).flatten(1, 2)
+            read_BQC = layer(read_BQC, memory_BSC, memory_mask=bias_BQS.repeat_interleave(self.heads, dim=0))
+        soft_BKD: Tensor = self.out(read_BQC).unflatten(-1, (self.tokens_per_query, -1)).flatten(1, 2)
+        return soft_BKD
 
     def soft_mask(self, mask_BS: Tensor) -> Tensor:
-        """All K, whatever the source's length."""
-        return mask_BS.new_ones(len(mask_BS), self.soft_tokens)
+        """Return mask_BK: all K, for a source of any length."""
+        return mask_BS.new_ones(len(mask_BS), len(self.queries_QC) * self.tokens_per_query)
 
 
 class TokenBridge(Bridge):
-    """R soft tokens for each source token, by one map that all positions share, and a learned end vector.
+    """A fixed number of soft tokens per source token, by one map that all positions share, and a learned end vector.
 
     Args:
-        source_dim: Width of the source states (the sum, where several layers are concatenated).
-        target_dim: Width of the soft tokens.
-        key_norm: LayerNorm on the states.
-        tokens_per_source: R.
-        hidden: Width of an MLP's hidden layer; a linear map if None.
+        source_dim: Width C of the source states, summed over layers where several are concatenated.
+        target_dim: Width D of the soft tokens.
+        key_norm: Use LayerNorm on the states.
+        tokens_per_source: Soft tokens per source token.
+        hidden: Width of the hidden layer of an MLP; a linear map if None.
+
+    Raises:
+        UserError: `tokens_per_source` is not positive.
     """
 
     def __init__(
@@ -143,10 +165,11 @@ class TokenBridge(Bridge):
     ):
         super().__init__()
         if tokens_per_source < 1:
-            raise UserError(f"a bridge needs at least 1 soft token a source token, not {tokens_per_source}")
+            raise UserError(f"model.bridge needs at least 1 soft token per source token, not {tokens_per_source}")
         self.tokens_per_source, self.target_dim = tokens_per_source, target_dim
         self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
         out = tokens_per_source * target_dim
+        self.map: nn.Module
         if hidden is None:
             self.map = nn.Linear(source_dim, out)
         else:
@@ -154,26 +177,26 @@ class TokenBridge(Bridge):
         self.end_D = nn.Parameter(torch.randn(target_dim))
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
-        """Return the soft tokens, the end vector last."""
+        """Return soft_BKD, the end vector last."""
         soft_BKD = (
             self.map(self.norm(states_BSC)).unflatten(-1, (self.tokens_per_source, self.target_dim)).flatten(1, 2)
         )
         return torch.cat([soft_BKD, self.end_D.expand(len(soft_BKD), 1, -1)], dim=1)
 
     def soft_mask(self, mask_BS: Tensor) -> Tensor:
-        """R for each real source token, and the end vector."""
+        """Return mask_BK: the soft tokens of real source tokens, and the end vector."""
         mask_BK = mask_BS.repeat_interleave(self.tokens_per_source, dim=1)
         return torch.cat([mask_BK, mask_BS.new_ones(len(mask_BS), 1)], dim=1)
 
 
 class OutputScale(nn.Module):
-    """Bring soft tokens to the scale of the target's embeddings, with a learned factor.
+    """Bring soft tokens to the scale of the target's embeddings, with a learned factor s.
 
-    `rms`: x / rms(x) · s; `tanh`: tanh(x) · s; `none`: x · s. s starts at the root mean square of the embeddings.
+    `rms`: x / rms(x) · s; `tanh`: tanh(x) · s; `none`: x · s.
 
     Args:
-        mode: Which.
-        scale: Where s starts.
+        mode: The formula.
+        scale: The initial s, such as the root mean square of the embeddings.
     """
 
     def __init__(self, mode: Literal["rms", "tanh", "none"], scale: float):
@@ -182,11 +205,11 @@ class OutputScale(nn.Module):
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, soft_BKD: Tensor, mask_BK: Tensor) -> Tensor:
-        """Return the scaled soft tokens, zero where the mask says there is none."""
+        """Return the scaled soft_BKD in fp32, zero where the mask is False."""
         soft_BKD = soft_BKD.float()
         match self.mode:
             case "rms":
-                soft_BKD = nn.functional.rms_norm(soft_BKD, soft_BKD.shape[-1:], eps=1e-8)
+                soft_BKD = nn.functional.rms_norm(soft_BKD, list(soft_BKD.shape[-1:]), eps=1e-8)
             case "tanh":
                 soft_BKD = soft_BKD.tanh()
         return soft_BKD * self.scale * mask_BK[..., None]

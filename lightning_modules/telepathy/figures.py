@@ -1,52 +1,77 @@
-"""Figures of an examination, for TensorBoard.
+"""Figures of an examination, readable at the width that TensorBoard shows, about 600 pixels.
 
-Shapes: I inputs, F features.
+Shapes: B problems, F features.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from lightning_modules.telepathy.report import Row
+    from matplotlib.figure import Figure
+
+WIDTH = 6.0  # inches: 600 pixels at matplotlib's 100 per inch, so a font is shown at its size in points
+MARKERS = "osD^v"
+
+Array = NDArray[np.floating]
 
 
-def loss_by_position(rows: "list[Row]") -> Figure:
-    """Mean cross-entropy of the answer's tokens by their position, under each condition."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+def loss_by_position(losses: Sequence[dict[str, Array]]) -> "Figure":
+    """Draw the mean cross-entropy of answer tokens by their position in the answer, under each condition.
+
+    Args:
+        losses: For each problem, condition -> cross-entropy of each answer token, in nats.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     axes = figure.subplots()
-    lengths = [len(row.losses["bridge"]) for row in rows]
-    longest = int(np.quantile(lengths, 0.9))  # beyond, too few answers are left to average
-    for condition in rows[0].losses:
-        table = np.full((len(rows), max(lengths)), np.nan)
-        for i, row in enumerate(rows):
-            table[i, : lengths[i]] = row.losses[condition]
+    lengths = [len(next(iter(by_condition.values()))) for by_condition in losses]
+    longest = int(np.quantile(lengths, 0.9))  # few answers are longer, too few for a mean
+    for condition in losses[0]:
+        table = np.full((len(losses), max(lengths)), np.nan)
+        for i, by_condition in enumerate(losses):
+            table[i, : lengths[i]] = by_condition[condition]
         axes.plot(np.nanmean(table[:, :longest], axis=0), label=condition)
     axes.set(xlabel="position in the answer", ylabel="cross-entropy (nats)", ylim=(0, None))
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(losses[0]), frameon=False)
     return figure
 
 
-def soft_token_map(soft_IF: np.ndarray, templates: list[str]) -> Figure:
-    """Soft tokens of the inputs along their first two principal components, coloured by template, and their cosines."""
-    order = np.argsort(templates, kind="stable")
-    soft_IF, templates = soft_IF[order], [templates[i] for i in order]
-    centred_IF = soft_IF - soft_IF.mean(0)
-    left, values, _ = np.linalg.svd(centred_IF, full_matrices=False)
-    share = values**2 / max(float((values**2).sum()), 1e-30)
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    scatter, matrix = figure.subplots(1, 2)
+def soft_token_map(soft_BF: Array, templates: Sequence[str]) -> "Figure":
+    """Draw the soft tokens of each input at their first two principal components, coloured by template."""
+    from matplotlib.figure import Figure
+
+    left, values, _ = np.linalg.svd(soft_BF - soft_BF.mean(0), full_matrices=False)
+    points_B2, share = (left * values)[:, :2], values**2 / max(float((values**2).sum()), 1e-30)
     names = sorted(set(templates))
-    colours = np.array([names.index(name) for name in templates])
+    rows = -(-len(names) // 3)
+    figure = Figure(figsize=(WIDTH, 4.4 + 0.2 * rows), layout="constrained")
+    axes = figure.subplots()
     for number, name in enumerate(names):
-        points = (left[:, :2] * values[:2])[colours == number]
-        scatter.scatter(*points.T, s=14, color=f"C{number % 10}", marker="osD^v"[number // 10 % 5], label=name)
-    scatter.set(xlabel=f"component 1 ({share[0]:.0%} of the variance)", ylabel=f"component 2 ({share[1]:.0%})")
-    scatter.set_title("soft tokens by template")
-    scatter.legend(fontsize=6, ncols=2)
-    unit_IF = soft_IF / np.maximum(np.linalg.norm(soft_IF, axis=1, keepdims=True), 1e-12)
-    image = matrix.imshow(unit_IF @ unit_IF.T, vmin=-1, vmax=1, cmap="RdBu_r")
-    matrix.set_title("cosine between inputs, sorted by template")
-    figure.colorbar(image, ax=matrix, shrink=0.8)
+        mine_B = np.array([template == name for template in templates])
+        marker = MARKERS[number // 10 % len(MARKERS)]
+        axes.scatter(
+            points_B2[mine_B, 0], points_B2[mine_B, 1], s=22, color=f"C{number % 10}", marker=marker, label=name
+        )
+    axes.set(xlabel=f"component 1 ({share[0]:.0%} of the variance)", ylabel=f"component 2 ({share[1]:.0%})")
+    axes.set_title("soft tokens by template", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False, handletextpad=0.2)
+    return figure
+
+
+def cosine_map(soft_BF: Array, templates: Sequence[str]) -> "Figure":
+    """Draw the cosines between the soft tokens of all inputs, sorted by template."""
+    from matplotlib.figure import Figure
+
+    order = np.argsort(templates, kind="stable")
+    unit_BF = soft_BF[order] / np.maximum(np.linalg.norm(soft_BF[order], axis=1, keepdims=True), 1e-12)
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(unit_BF @ unit_BF.T, vmin=-1, vmax=1, cmap="RdBu_r")
+    axes.set(xlabel="input, sorted by template", ylabel="input")
+    axes.set_title("cosine between soft tokens", fontsize=11)
+    figure.colorbar(image, ax=axes, shrink=0.9)
     return figure

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Frozen(nn.Module):
-    """Hold a model without gradient, in eval mode, outside checkpoints, and shared by copies.
+    """A model without gradients, always in eval mode, left out of checkpoints and shared by copies.
 
-    A checkpoint leaves it out by a hook on this very module, which `AveragedModel` copies too; overriding
-    `state_dict` of the whole would be bypassed there. Another puts it back when a checkpoint is loaded, which weight
-    averaging does strictly. A deep copy, which weight averaging makes, is this same object,
-    so that a large model is in memory once.
+    A hook on this module drops the model from state dicts. Weight averaging copies the hook too, while it would bypass
+    an overridden `state_dict` of the whole. A second hook adds the model's weights again when a state dict is loaded,
+    since weight averaging loads strictly. A deep copy, which weight averaging makes, is the same object, so a large
+    model is in memory once.
 
     Args:
         model: The model.
@@ -21,25 +21,25 @@ class Frozen(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.training = False
-        self.register_state_dict_post_hook(_leave_out)
-        self.register_load_state_dict_pre_hook(_put_back)
+        self.register_state_dict_post_hook(_drop_model)  # type: ignore[no-untyped-call]  # torch has no types here
+        self.register_load_state_dict_pre_hook(_add_model)  # type: ignore[no-untyped-call]  # nor here
 
     def train(self, mode: bool = True) -> "Frozen":
         """Stay in eval mode."""
         return self
 
-    def __deepcopy__(self, memo: dict) -> "Frozen":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
+        """Call the model."""
         return self.model(*args, **kwargs)
 
 
-def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict) -> None:
-    for name in [name for name in state if name.startswith(prefix)]:
-        del state[name]
+def _drop_model(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        del state_dict[name]
 
 
-def _put_back(module: Frozen, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _add_model(module: Frozen, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     state_dict |= {f"{prefix}model.{name}": value for name, value in module.model.state_dict().items()}

@@ -1,22 +1,25 @@
-"""Where prompt, question, soft tokens and answer stand: token rows and the gather that packs them.
+"""The positions of prompt, question, soft tokens and answer: token rows, and the gather that packs them.
 
-Shapes: B batch, S source positions, K soft tokens, A positions after the soft tokens, T packed positions, N answer
-tokens of the whole batch.
+Shapes: B batch, K soft tokens or question tokens, H tokens before them, A positions after them, L = H + K + A, T packed
+positions, N answer tokens of the whole batch.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.pretrained.prompts import Prompt, pad
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass
-class Row:
-    """One text in tokens, cut where the prompt says."""
+class CutText:
+    """The tokens of one text `before question after answer`, in these four parts."""
 
     before: list[int]
     question: list[int]
@@ -24,32 +27,36 @@ class Row:
     answer: list[int]
 
 
-def cut(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, questions: list[str], answers: list[str]) -> list[Row]:
-    """Tokenize `prompt(question) answer` as one text and cut the tokens at the prompt's seams.
+def cut(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, questions: list[str], answers: list[str]
+) -> list[CutText]:
+    """Tokenize each `prompt(question) answer` as one text and cut the tokens at the seams of the prompt.
 
-    One text, since a tokenizer may write its parts otherwise; a token that holds the space before the question belongs
-    to the question.
+    The parts are not tokenized alone, because a tokenizer may split them differently. The token that holds the space
+    before the question belongs to the question.
     """
     prompts = [prompt.fill(question) for question in questions]
     texts = [f"{filled} {answer}" for filled, answer in zip(prompts, answers, strict=True)]
-    made = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    rows = []
+    encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    cut_texts = []
     for tokens, offsets, question, filled in zip(
-        made["input_ids"], made["offset_mapping"], questions, prompts, strict=True
+        encoding["input_ids"], encoding["offset_mapping"], questions, prompts, strict=True
     ):
         ends = [end for _, end in offsets]
         seams = [len(prompt.before.rstrip()), len(prompt.before) + len(question), len(filled)]
         first, second, third = (bisect_left(ends, seam + 1) for seam in seams)
-        rows.append(Row(tokens[:first], tokens[first:second], tokens[second:third], tokens[third:]))
-    return rows
+        cut_texts.append(CutText(tokens[:first], tokens[first:second], tokens[second:third], tokens[third:]))
+    return cut_texts
 
 
 @dataclass
 class Packing:
-    """How parts side by side become rows without holes.
+    """How padded parts side by side, `[head | body | tail]`, become rows without holes.
 
-    The parts are a head and a body and a tail, each padded, `[head | body | tail]`; `order_BT` picks the real positions
-    in order. `predict_N` are flat positions (row * T + column) whose next token is the answer token `labels_N`.
+    Attributes:
+        order_BT: Columns of the real positions of each row, in order; padding comes last.
+        predict_N: Flat positions (row * T + column) whose logits predict the answer tokens.
+        labels_N: The answer tokens.
     """
 
     order_BT: Tensor
@@ -58,10 +65,16 @@ class Packing:
 
 
 def pack(head: int, body_mask_BK: Tensor, after: list[int], answers: list[list[int]]) -> tuple[Tensor, Packing]:
-    """Plan rows of `head` tokens, the body's real ones, `after`, and the answer.
+    """Plan rows of a head, the real positions of the body, the tokens `after` it, and the answer.
+
+    Args:
+        head: H, the same for all rows.
+        body_mask_BK: True at real positions of the body.
+        after: The tokens between body and answer.
+        answers: The tokens of each answer.
 
     Returns:
-        tail_BA, the tokens of `after` and the answer, padded; and the packing.
+        tail_BA, the padded tokens of `after` and the answer; and the packing.
     """
     tail_BA, tail_mask_BA = pad([after + answer for answer in answers], 0)
     head_mask_BH = body_mask_BK.new_ones(len(answers), head)

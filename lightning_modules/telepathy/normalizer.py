@@ -1,22 +1,27 @@
-"""Normalisation of source states by statistics taken before training.
+"""Normalisation of source states by statistics that are taken before training.
 
 Shapes: B batch, S source positions, C source width.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 
 class StatisticalNormalizer(nn.Module):
-    """Whiten each feature by the source's own statistics, then colour it: (x - mean) / std · scale.
+    """Standardise each feature by the source's own statistics: (x - mean) / std · scale.
 
-    The notes coloured to the target's embedding scale (about 0.003) *before* the cross-attention, which kills it; here
-    `scale` is 1 unless that flaw is asked for.
+    The notes used the scale of the target's embeddings (about 0.003) *before* the cross-attention, which makes the
+    attention uniform. The default scale of 1 avoids this flaw.
 
     Args:
         width: C.
-        scale: Root mean square that comes out.
+        scale: Root mean square of the output.
     """
+
+    mean_C: Tensor
+    std_C: Tensor
 
     def __init__(self, width: int, scale: float = 1.0):
         super().__init__()
@@ -26,11 +31,28 @@ class StatisticalNormalizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, sum_C: Tensor, square_sum_C: Tensor, count_C: Tensor) -> None:
-        """Take mean and standard deviation from sums over the states of real positions."""
+        """Set mean and standard deviation.
+
+        Args:
+            sum_C: Sum of the states over real positions.
+            square_sum_C: Sum of their squares.
+            count_C: Number of real positions, once per feature.
+        """
         mean_C = sum_C / count_C
         self.mean_C.copy_(mean_C)
         self.std_C.copy_((square_sum_C / count_C - mean_C.square()).clamp_min(1e-12).sqrt())
 
     def forward(self, states_BSC: Tensor) -> Tensor:
-        """Return the normalised states."""
+        """Return the normalised states_BSC."""
         return (states_BSC - self.mean_C) / self.std_C * self.scale
+
+
+def make_normalizer(kind: Literal["none", "layer_norm", "statistical"], width: int, scale: float) -> nn.Module:
+    """Return the normalizer of source states; only the statistical one uses `scale`."""
+    match kind:
+        case "statistical":
+            return StatisticalNormalizer(width, scale)
+        case "layer_norm":
+            return nn.LayerNorm(width, elementwise_affine=False)
+        case "none":
+            return nn.Identity()

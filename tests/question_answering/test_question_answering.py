@@ -1,4 +1,4 @@
-"""The language-model line: causality, batches, generation, training, and what the embedded pair can do."""
+"""Question answering: causality, batches, generation, training, and what the embedded pair can do."""
 
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,8 @@ from lightning_modules.core.schedule import with_schedule
 from lightning_modules.pretrained.generation import generate as generate_tokens
 from lightning_modules.pretrained.generation import left_pad
 from lightning_modules.pretrained.loading import Pretrained
-from lightning_modules.pretrained.prompts import Prompt, pad
-from lightning_modules.question_answering import LanguageModel
+from lightning_modules.pretrained.prompts import Prompt, encode, pad
+from lightning_modules.question_answering import QuestionAnswering
 from lightning_modules.question_answering.tokenizer import ByteLevelBPE
 
 PAIR = Path(__file__).parents[2] / "assets" / "pair"
@@ -31,8 +31,8 @@ TINY = {
 }
 
 
-def of_pair(which: str, **options) -> LanguageModel:
-    return LanguageModel(Pretrained(str(PAIR / which)), **options).eval()
+def of_pair(which: str, **options) -> QuestionAnswering:
+    return QuestionAnswering(Pretrained(str(PAIR / which)), **options).eval()
 
 
 def trainer(path: Path, **options) -> Trainer:
@@ -67,6 +67,9 @@ def test_the_target_answers_what_it_reads_and_nothing_blindly(tmp_path):
     low, high = module.intervals["test/accuracy"]
     assert low < metrics["test/accuracy"] <= high
     assert module.counts == {name: 200 if name.startswith("test") else 20 for name in metrics}
+    assert module.hits.keys() == module.counts.keys()
+    for name, (hits,) in module.hits.items():
+        assert hits / module.counts[name] == pytest.approx(metrics[name])
 
 
 def test_left_padding_changes_no_answer(problems):
@@ -103,11 +106,26 @@ def test_labels(problems, answer_only):
     batch = module.collate(problems, training=True)
     assert set(batch) == {"tokens", "labels"}
     for tokens_T, labels_T, problem in zip(batch["tokens"], batch["labels"], problems, strict=True):
-        asked = labels_T != IGNORE
-        assert torch.equal(labels_T[asked], tokens_T[asked])
-        text = module.tokenizer.decode(labels_T[asked])
+        labelled = labels_T != IGNORE
+        assert not labelled[-1]
+        assert torch.equal(labels_T[labelled], tokens_T.roll(-1)[labelled])  # the label of a position is the next token
+        text = module.tokenizer.decode(labels_T[labelled])
         whole = f" {problem.answer}</s>"
-        assert text == (whole if answer_only else f"<s>Question: {problem.question}\nAnswer:{whole}")
+        assert text == (whole if answer_only else f"Question: {problem.question}\nAnswer:{whole}")
+
+
+@pytest.mark.parametrize("answer_only", [False, True])
+@torch.no_grad()
+def test_the_loss_is_the_cross_entropy_of_each_next_token(problems, answer_only):
+    module = of_pair("target", answer_only=answer_only)
+    losses = []
+    for problem in problems:
+        prompt, answer = encode(module.tokenizer, [module.prompt.fill(problem.question), f" {problem.answer}"])
+        tokens_T = torch.tensor([module.tokenizer.bos_token_id, *prompt, *answer, module.tokenizer.eos_token_id])
+        losses_T = torch.nn.functional.cross_entropy(module(tokens_T[None])[0, :-1], tokens_T[1:], reduction="none")
+        losses.append(losses_T[len(prompt) :] if answer_only else losses_T)
+    batch = module.collate(problems, training=True)
+    torch.testing.assert_close(module.loss(batch), torch.cat(losses).mean(), atol=1e-6, rtol=1e-5)
 
 
 def test_a_share_of_the_training_problems_repeats_the_question():
@@ -134,7 +152,9 @@ def test_training_lowers_the_loss_and_saves_what_loads_again(tmp_path, capfd):
     seed_everything(0, verbose=False)
     optimizer = partial(torch.optim.AdamW, lr=1e-2)
     made = tmp_path / "made" / "model"
-    module = LanguageModel(config=TINY, tokenizer=ByteLevelBPE(300, True, 300), optimizer=optimizer, save_to=str(made))
+    module = QuestionAnswering(
+        config=TINY, tokenizer=ByteLevelBPE(300, True, 300), optimizer=optimizer, save_to=str(made)
+    )
     losses = []
     module.on_train_batch_end = lambda outputs, *_: losses.append(outputs["loss"].item())
     data = WordProblems(batch_size=32, epoch_size=32 * 100, validation_size=10, test_sets={"test": 1})
@@ -143,7 +163,7 @@ def test_training_lowers_the_loss_and_saves_what_loads_again(tmp_path, capfd):
     assert sum(losses[-5:]) / 5 < losses[0] - 2
     assert "shards" not in capfd.readouterr().err
 
-    again, whole = LanguageModel(Pretrained(str(made))).eval(), module.eval()
+    again, whole = QuestionAnswering(Pretrained(str(made))).eval(), module.eval()
     batch = again.collate(data.eval_problems["validation"], training=False)
     assert torch.equal(batch["tokens"], whole.collate(data.eval_problems["validation"], training=False)["tokens"])
     assert torch.equal(again(batch["tokens"]), whole(batch["tokens"]))
@@ -151,7 +171,7 @@ def test_training_lowers_the_loss_and_saves_what_loads_again(tmp_path, capfd):
 
 
 def test_a_new_model_takes_its_special_tokens_from_the_tokenizers_folder():
-    module = LanguageModel(config=TINY, tokenizer=str(PAIR / "target"))
+    module = QuestionAnswering(config=TINY, tokenizer=str(PAIR / "target"))
     config, tokenizer = module.model.config, module.tokenizer
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
     assert config.vocab_size == len(tokenizer) == 512
@@ -171,11 +191,11 @@ def test_tokenizers_cut_numbers_as_asked():
 
 def test_mistakes_are_told():
     with pytest.raises(ValueError, match="either 'pretrained' or 'config'"):
-        LanguageModel()
+        QuestionAnswering()
     with pytest.raises(ValueError, match=r"model.config needs model.tokenizer"):
-        LanguageModel(config=TINY)
+        QuestionAnswering(config=TINY)
     with pytest.raises(ValueError, match=r"model_type must be .* not 'lama'"):
-        LanguageModel(config=TINY | {"model_type": "lama"}, tokenizer=ByteLevelBPE(300, True))
+        QuestionAnswering(config=TINY | {"model_type": "lama"}, tokenizer=ByteLevelBPE(300, True))
     with pytest.raises(ValueError, match="repeat_fraction must be between 0 and 1"):
         of_pair("target", repeat_fraction=20)
     with pytest.raises(ValueError, match="vocab_size must be at least 259"):
@@ -208,5 +228,5 @@ def test_the_schedule_rises_then_falls_to_zero():
     assert made["lr_scheduler"]["scheduler"].get_last_lr()[0] == pytest.approx(0.0, abs=1e-9)
     assert [p.requires_grad for g in made["optimizer"].param_groups for p in g["params"]] == [True]
     module.trainer = SimpleNamespace(max_steps=-1)
-    with pytest.raises(ValueError, match=r"trainer.max_steps must say how long"):
+    with pytest.raises(ValueError, match=r"trainer.max_steps must be set"):
         with_schedule(module, torch.optim.SGD, 4)

@@ -155,17 +155,17 @@ def test_soft_tokens_start_at_the_scale_of_the_embeddings(telepathy, problems):
 
 
 @torch.no_grad()
-def test_the_faithful_bridge_reads_states_at_embedding_scale_without_norm(telepathy, problems, fit):
-    module = telepathy(PerceiverBridge, faithful=True)
+def test_the_bridge_of_the_notes_reads_states_at_embedding_scale_without_norm(telepathy, problems, fit):
+    module = telepathy(PerceiverBridge, reproduce_flaws=True)
     fit(module, 1)
     assert type(module.bridge.norm) is torch.nn.Identity
     batch = module.collate(problems, False)
     states_NC = module.normalizer(module.read(batch))[batch["source_mask"]]
     assert states_NC.square().mean().sqrt().item() == pytest.approx(0.003, rel=0.1)  # as the notes' target has it
-    for sound in (telepathy(PerceiverBridge), telepathy(PerceiverBridge, faithful=["bos_behind"])):
+    for sound in (telepathy(PerceiverBridge), telepathy(PerceiverBridge, reproduce_flaws=["bos_behind"])):
         assert not isinstance(sound.bridge.norm, torch.nn.Identity)
         assert isinstance(sound.normalizer, torch.nn.Identity)
-    assert type(telepathy(PerceiverBridge, faithful=["key_scale"]).bridge.norm) is torch.nn.Identity
+    assert type(telepathy(PerceiverBridge, reproduce_flaws=["key_scale"]).bridge.norm) is torch.nn.Identity
 
 
 def test_sixteen_problems_are_learned_by_heart(telepathy, problems, fit):
@@ -173,7 +173,7 @@ def test_sixteen_problems_are_learned_by_heart(telepathy, problems, fit):
     module = telepathy(partial(TokenBridge, hidden=512), optimizer=optimizer, warmup_steps=5, max_new_tokens=100)
     data = WordProblems(**SMALL | {"batch_size": 16, "epoch_size": 16})
     data.train_dataloader = lambda: data._loader(
-        FiniteBatches(problems, 16, lambda p: len(p.question), 0, True), training=True
+        FiniteBatches(problems, 16, lambda p: len(p.question), 0, True), data._collate(training=True)
     )
     trainer = fit(module, 70, data, gradient_clip_val=1.0)
     assert trainer.callback_metrics["train/loss"].item() < 0.1

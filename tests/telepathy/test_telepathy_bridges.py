@@ -1,4 +1,4 @@
-"""The parts between the two models: bridges, output scale, normalizer."""
+"""The parts between the two models: bridges, output scale and normalizer."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def bridge(request):
 
 
 def states(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random states; padding is large, so that it shows where it leaks."""
+    """Random states; padding has large values, so that a leak shows."""
     mask_BS = torch.tensor(lengths)[:, None] > torch.arange(max(lengths))
     states_BSC = torch.randn(len(lengths), max(lengths), SOURCE, generator=torch.Generator().manual_seed(1))
     return states_BSC.where(mask_BS[..., None], 100.0), mask_BS
@@ -104,9 +104,9 @@ def test_without_key_norm_states_of_embedding_scale_give_every_input_the_same(ke
     [
         (PerceiverBridge, {"soft_tokens": 0}, "at least 1 soft token and 1 layer, not 0 and 2"),
         (PerceiverBridge, {"depth": 0}, "at least 1 soft token and 1 layer, not 32 and 0"),
-        (PerceiverBridge, {"soft_tokens": 5, "tokens_per_query": 2}, "5 soft tokens cannot be made 2 a query"),
-        (PerceiverBridge, {"heads": 3}, "width 8 is not divisible by its 3 heads"),
-        (TokenBridge, {"tokens_per_source": 0}, "at least 1 soft token a source token, not 0"),
+        (PerceiverBridge, {"soft_tokens": 5, "tokens_per_query": 2}, "5 soft tokens do not divide into 2 per query"),
+        (PerceiverBridge, {"heads": 3}, "model.bridge: width 8 is not divisible by 3 heads"),
+        (TokenBridge, {"tokens_per_source": 0}, "at least 1 soft token per source token, not 0"),
     ],
 )
 def test_sizes_that_make_no_bridge(make, options, said):

@@ -141,15 +141,15 @@ def test_a_prompt_that_ends_in_padding_is_answered_as_its_rows_one_by_one(module
 
 
 @torch.no_grad()
-def test_the_bos_is_first_and_once_but_for_the_faithful(module, telepathy, problems):
+def test_the_bos_is_first_and_once_but_in_the_notes(module, telepathy, problems):
     bos = module.target.tokenizer.bos_token_id
     assert module.target.soft_frame == module.target.text_frame
     assert (module.target.soft_frame.head[0], bos in module.target.soft_frame.after) == (bos, False)
-    assert telepathy(faithful=["key_scale"]).target.soft_frame == module.target.soft_frame
-    faithful = telepathy(faithful=["bos_behind"])
-    assert telepathy(faithful=True).target.soft_frame == faithful.target.soft_frame
-    assert (faithful.target.soft_frame.head, faithful.target.soft_frame.after) == ([], [bos])
-    batch = faithful.collate(problems, True)
+    assert telepathy(reproduce_flaws=["key_scale"]).target.soft_frame == module.target.soft_frame
+    notes = telepathy(reproduce_flaws=["bos_behind"])
+    assert telepathy(reproduce_flaws=True).target.soft_frame == notes.target.soft_frame
+    assert (notes.target.soft_frame.head, notes.target.soft_frame.after) == ([], [bos])
+    batch = notes.collate(problems, True)
     assert (batch["soft_tail"][:, 0] == bos).all()
     assert (batch["soft_packing"].order_BT[:, 0] == 0).all()  # the first soft token, nothing before it
-    assert faithful.target.text_frame == module.target.text_frame
+    assert notes.target.text_frame == module.target.text_frame

@@ -1,0 +1,237 @@
+"""The examination: each measure against results of known value, and the files and events that a test writes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datamodules.problems import Problem, generate, generate_passkey, generate_twins
+from lightning_modules.core.diversity import distinct
+from lightning_modules.core.intervals import wilson_interval
+from lightning_modules.telepathy.examination import GROUP
+from lightning_modules.telepathy.measures import Measures, ProblemResult, bootstrap, measure, stack_soft
+
+FIGURES = ("loss_by_position", "soft_tokens", "soft_token_cosines")
+CONDITIONS = {"bridge": 0.5, "shuffled": 1.5, "text": 0.25, "none": 2.0}
+
+
+def make(problems: list[Problem], outputs: list[str], shift: float = 0.0, **options) -> list[ProblemResult]:
+    """Return results with known losses. Tokens differ within an answer, and answers by noise that conditions share."""
+    noise = np.random.default_rng(1).normal(size=len(problems))
+    results = []
+    for problem, output, extra in zip(problems, outputs, noise, strict=True):
+        losses = {name: np.array([level - 0.1, level + 0.1]) + 0.1 * extra for name, level in CONDITIONS.items()}
+        losses["shuffled"] = losses["bridge"] + shift + 0.1 * np.random.default_rng(len(results)).normal()
+        results.append(ProblemResult(problem, output, problem.answer, losses, 4, **options))
+    return results
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Problem]:
+    return [generate(3, "train", index) for index in range(200)]
+
+
+@pytest.fixture(scope="module")
+def perfect(many):
+    return measure(make(many, [problem.answer for problem in many], shift=1.0))
+
+
+def test_accuracy_and_its_interval(many):
+    outputs = [problem.answer if i < 150 else "#### -1" for i, problem in enumerate(many)]
+    measures = measure(make(many, outputs))
+    assert measures.values["accuracy"] == measures.values["relative_accuracy"] == 0.75
+    assert measures.values["text_accuracy"] == 1
+    assert measures.intervals["accuracy"] == wilson_interval(150, 200)
+    assert measures.hits == {"accuracy": 150, "text_accuracy": 200}
+    assert measures.counts.keys() == measures.values.keys()
+    assert measures.values["distinct"] == distinct(outputs)
+
+
+def test_losses_gain_and_recovery_are_means_over_answers(perfect):
+    metrics, intervals = perfect.values, perfect.intervals
+    noise = 0.1 * np.random.default_rng(1).normal(size=200).mean()
+    assert metrics["ce_bridge"] == pytest.approx(0.5 + noise)
+    assert metrics["ce_none"] == pytest.approx(2 + noise)
+    assert metrics["bridge_gain"] == pytest.approx(1.5)
+    assert metrics["recovery"] == pytest.approx(1.5 / 1.75)
+    assert intervals["recovery"] == pytest.approx((1.5 / 1.75, 1.5 / 1.75))
+    assert intervals["bridge_gain"] == pytest.approx((1.5, 1.5))
+
+
+@pytest.mark.parametrize(("shift", "excludes"), [(0.05, True), (0.0, False)])
+def test_the_interval_of_specificity_excludes_zero_when_it_should(many, shift, excludes):
+    measures = measure(make(many, [""] * 200, shift=shift))
+    low, high = measures.intervals["source_specificity"]
+    assert low < measures.values["source_specificity"] < high
+    assert (low > 0) == excludes
+    losses = [result.losses for result in make(many, [""] * 200)]
+    spread = np.std([loss["shuffled"].mean() - loss["bridge"].mean() for loss in losses])
+    assert high - low == pytest.approx(2 * 1.96 * spread / math.sqrt(200), rel=0.15)
+
+
+def test_entity_transfer_is_one_for_all_zero_for_none_and_zero_for_chance(many, perfect):
+    for name in ("entity_transfer", "entity_transfer_name", "entity_transfer_object", "entity_transfer_number"):
+        assert perfect.values[name] == 1
+        assert perfect.intervals[name] == (1, 1)
+    assert 0 < perfect.values["entity_chance"] < 0.2
+
+    nothing = measure(make(many, ["no word of it"] * 200)).values
+    assert nothing["entity_recall"] == nothing["entity_chance"] == nothing["entity_transfer"] == 0
+    everything = " ".join(word for problem in many for words in problem.entities.values() for word in words)
+    assert measure(make(many, [everything] * 200)).values["entity_transfer"] == 0  # recall 1, and chance 1
+
+    others = measure(make(many, [many[i - 100].answer for i in range(200)]))
+    assert others.values["entity_recall"] > 0
+    low, high = others.intervals["entity_transfer"]
+    assert low <= 0 <= high
+    assert abs(others.values["entity_transfer"]) < 0.03
+
+    half = measure(make(many, [p.answer if i % 2 else "" for i, p in enumerate(many)])).values
+    entities = [[sum(map(len, p.entities.values())) for p in many[k::2]] for k in (0, 1)]
+    assert half["entity_recall"] == pytest.approx(sum(entities[1]) / (sum(entities[0]) + sum(entities[1])))
+    e, e0 = half["entity_recall"], half["entity_chance"]
+    assert half["entity_transfer"] == pytest.approx((e - e0) / (1 - e0))
+
+
+def test_entities_are_whole_words_by_type():
+    problems = [
+        Problem("q", "a #### 1", {"name": ("Ann",), "number": ("12", "3")}),
+        Problem("q", "a #### 2", {"name": ("Bob",)}),
+        Problem("q", "a #### 3", {}),
+    ]
+    measures = measure(make(problems, ["Anna has 12 and 33", "Bob", "Eve"]))
+    assert measures.values["entity_recall_name"] == 0.5
+    assert measures.values["entity_recall_number"] == 0.5
+    assert measures.values["entity_recall"] == 0.5
+    assert "entity_transfer_object" not in measures.values
+    answers = {"entity_recall_name": 2, "entity_recall_number": 1, "entity_recall": 2}  # those with such entities
+    assert {name: measures.counts[name] for name in answers} == answers
+
+
+def test_texts_without_entities_have_no_entity_measures():
+    names = measure(make([Problem("q", f"#### {i}") for i in range(3)], ["", "", ""])).values
+    assert not any("entity" in name or "twin" in name or "retrieval" in name for name in names)
+
+
+def candidates(scores: np.ndarray) -> Measures:
+    problems = [Problem("q", f"#### {i}") for i in range(len(scores))]
+    results = make(problems, [""] * len(scores))
+    for result, scores_G in zip(results, scores, strict=True):
+        result.candidates_G = scores_G
+    results.append(make(problems[:1], [""])[0])  # one outside of full groups
+    return measure(results)
+
+
+def test_retrieval_and_its_bound():
+    scores = np.full((20, GROUP), -50.0)
+    assert candidates(scores).values["infonce_bound"] == pytest.approx(0, abs=1e-12)
+    scores[:, 0] = -1
+    measures = candidates(scores)
+    assert (measures.values["retrieval"], measures.intervals["retrieval"]) == (1, wilson_interval(20, 20))
+    assert (measures.hits["retrieval"], measures.counts["retrieval"], measures.counts["accuracy"]) == (20, 20, 21)
+    assert math.log(GROUP) - 1e-6 < measures.values["infonce_bound"] <= math.log(GROUP)
+    scores[:5, 3] = 0
+    measures = candidates(scores)
+    assert (measures.values["retrieval"], measures.intervals["retrieval"]) == (0.75, wilson_interval(15, 20))
+    assert measures.hits["retrieval"] == 15
+    wanted = math.log(GROUP) - (5 * math.log(1 + math.e) + 15 * math.log1p(7 * math.exp(-49))) / 20
+    assert measures.values["infonce_bound"] == pytest.approx(wanted)
+    for seed in range(20):
+        drawn = np.random.default_rng(seed).normal(size=(40, GROUP)) * 10.0 ** (seed % 5)
+        drawn[:, 0] += 1e3 * (seed % 3)
+        assert candidates(drawn).values["infonce_bound"] <= math.log(GROUP)
+
+
+def test_twins_are_consistent_if_both_are_right():
+    twins = [problem for index in range(20) for problem in generate_twins(0, "test", index)]
+    outputs = [problem.answer for problem in twins]
+    outputs[0] = outputs[2] = outputs[3] = ""
+    measures = measure(make(twins, outputs))
+    assert measures.values["twin_consistency"] == 18 / 20
+    assert measures.intervals["twin_consistency"] == wilson_interval(18, 20)
+    assert (measures.hits["twin_consistency"], measures.counts["twin_consistency"]) == (18, 20)  # of pairs
+    shuffled = np.random.default_rng(0).permutation(40)[:39]  # one of them has lost its twin
+    measures = measure(make([twins[i] for i in shuffled], [twins[i].answer for i in shuffled]))
+    assert (measures.values["twin_consistency"], measures.counts["twin_consistency"]) == (1, 19)
+
+
+def test_problems_of_other_sets_are_no_twins(many):
+    passkeys = [generate_passkey(0, "test", index) for index in range(8)]
+    assert all(problem.pair is None for problem in [*many, *passkeys, Problem("q", "#### 1")])
+    for count in (2, 3, 10, 30):  # among so few, some templates come exactly twice
+        assert "twin_consistency" not in measure(make(many[:count], [""] * count)).values
+
+
+def test_the_bootstrap_is_deterministic_and_covers_the_mean():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = bootstrap(400, lambda i: values[i].mean())
+    assert (low, high) == bootstrap(400, lambda i: values[i].mean())
+    error = values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.3 * error)
+
+
+def test_measures_are_the_same_again(many, perfect):
+    again = measure(make(many, [problem.answer for problem in many], shift=1.0))
+    assert again == perfect
+
+
+def test_spread_of_soft_tokens(many):
+    results = make(many[:40], [""] * 40, soft_KD=np.ones((4, 6), np.float32))
+    metrics = measure(results).values
+    assert metrics["cosine"] == pytest.approx(1, abs=1e-5)
+    assert metrics["between_input_variance"] == pytest.approx(0, abs=1e-5)
+    assert metrics["effective_rank"] == 0
+    for i, result in enumerate(results):
+        result.soft_KD = np.zeros((4 + i % 3, 40), np.float32)
+        result.soft_KD[:, i] = 1
+    measures = measure([*results, *make(many[40:50], [""] * 10)])  # the soft tokens of the last ten were not kept
+    assert measures.values["cosine"] == pytest.approx(0, abs=1e-5)
+    assert measures.values["between_input_variance"] > 0.9
+    assert measures.values["effective_rank"] > 35
+    assert (measures.counts["cosine"], measures.counts["accuracy"]) == (40, 50)
+    assert stack_soft([result.soft_KD for result in results]).shape == (40, 6, 40)
+
+
+def test_a_bridge_that_diverged_has_no_measures():
+    twins = [problem for index in range(4) for problem in generate_twins(0, "test", index)]
+    outputs = [problem.answer for problem in twins]
+    results = make(twins, outputs, soft_KD=np.full((4, 6), np.nan), candidates_G=np.full(GROUP, np.nan))
+    for result in results:
+        result.losses["bridge"] = result.losses["shuffled"] = np.full(2, np.nan)
+    measures = measure(results)
+    assert measures.hits == {"text_accuracy": 8}
+    assert measures.intervals == {"text_accuracy": wilson_interval(8, 8)}
+    finite = {name for name, value in measures.values.items() if math.isfinite(value)}
+    assert finite == {"text_accuracy", "ce_text", "ce_none"}
+    sound = measure(make(twins, outputs, soft_KD=np.ones((4, 6)), candidates_G=np.zeros(GROUP)))
+    assert measures.values.keys() == sound.values.keys()
+    assert {"accuracy", "retrieval", "twin_consistency", "entity_transfer", "cosine"} <= sound.values.keys()
+
+
+def test_what_a_test_leaves_behind(run, workplace):
+    sizes = ["--data.test_sets", '{"test": 16, "twin": 6}', "--model.max_new_tokens", "80"]
+    done = run("test", "telepathy_v15", *sizes, "--trainer.default_root_dir", "mine")
+    events = EventAccumulator(str(workplace / "mine"), size_guidance={"images": 0, "tensors": 0}).Reload()
+    wanted = {f"{name}/{figure}" for name in ("test", "twin") for figure in FIGURES}
+    assert wanted <= set(events.Tags()["images"])
+    assert {"test/samples/text_summary", "twin/samples/text_summary"} <= set(events.Tags()["tensors"])
+    record = json.loads((workplace / "mine" / "results.json").read_text())
+    for name, count in {"test": 16, "twin": 6}.items():
+        lines = (workplace / "mine" / "samples" / f"{name}.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        assert {sample["prompt"] for sample in samples} == {p.question for p in done.datamodule.eval_problems[name]}
+        assert set(samples[0]["scores"]) == {"accuracy", "text_accuracy"}
+        assert record["n"][f"{name}/accuracy"] == count
+        assert record["n"].get(f"{name}/retrieval", 0) == count // GROUP * GROUP
+        assert record["metrics"][f"{name}/accuracy"] == pytest.approx(done.model.hits[f"{name}/accuracy"][0] / count)
+        assert len(record["intervals"][f"{name}/accuracy"]) == 2
+    assert ("twin/twin_consistency" in record["metrics"], "test/twin_consistency" in record["metrics"]) == (True, False)
+    proportions = {"accuracy", "text_accuracy", "retrieval"}
+    assert {name for name in done.model.hits if name.startswith("test/")} == {f"test/{name}" for name in proportions}
+    assert record["n"]["twin/twin_consistency"] == 3
+    assert record["metrics"]["test/soft_bytes"] == 2 * done.model.target.width * done.model.bridge.soft_tokens
+    assert record["metrics"]["test/infonce_bound"] <= math.log(GROUP)
+    assert record["metrics"]["test/text_accuracy"] >= 0.9
+    assert not any(value is None for value in record["metrics"].values())
