@@ -104,4 +104,4 @@ class EnsembleModule(LightningModule):
         for name, values_S in values.items():
             # sync_dist changes nothing in equal values; without it Lightning advises to set it
             self.log(name, values_S.float().mean(), prog_bar=name == "validation/accuracy", sync_dist=True)
-            self.members[name] = values_S.detach().float().cpu()
+            self.members[name] = values_S.detach().float().cpu().reshape(-1)  # torchmetrics drops an axis of one

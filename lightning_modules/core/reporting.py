@@ -80,7 +80,8 @@ def record_proportion(module: HasCounts, name: str, hits_S: Tensor, count: int) 
 
     Intervals over the members of an ensemble are made by studies.
     """
-    hits = [0 if hit != hit else round(hit) for hit in hits_S.double().tolist()]  # NaN: the member has no sample
+    # torchmetrics gives the value of a single member without its axis; NaN stands for a member without a sample
+    hits = [0 if hit != hit else round(hit) for hit in hits_S.double().reshape(-1).tolist()]
     module.counts[name], module.hits[name] = count, hits
     if len(hits) == 1:
         module.intervals[name] = wilson_interval(hits[0], count)

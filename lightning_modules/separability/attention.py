@@ -45,8 +45,9 @@ class Attention(nn.Module):
 
     o_T = sum_h O_h sum_s softmax_s(<Q_h x_t, K_h x_s> / sqrt(K)) V_h x_s over s <= t.
 
-    The site `pattern` gives the attention weights, [B, H, T, T]. They are computed only while a hook on `pattern` needs
-    them; otherwise `scaled_dot_product_attention` never holds them in memory.
+    The site `pattern` gives the attention weights, [B, H, T, T]. Rows longer than K run through
+    `scaled_dot_product_attention`, which never holds the weights in memory, unless a hook on `pattern` needs them. In
+    shorter rows the weights are smaller than the queries, so there is no memory to save.
 
     Args:
         width: D.
@@ -54,6 +55,7 @@ class Attention(nn.Module):
     """
 
     site = "attn"
+    hidden_KK: Tensor
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -62,14 +64,19 @@ class Attention(nn.Module):
         self.o_proj = Heads(heads, *shape[::-1])
         self.pattern = nn.Identity()
         self.heads = heads
-        self.scale = (width // heads) ** -0.5
+        self.head_width = width // heads
+        self.scale = self.head_width**-0.5
+        hidden_KK = causal_mask(self.head_width, torch.device("cpu"))
+        self.register_buffer("hidden_KK", hidden_KK, persistent=False)  # for short rows
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the contribution to the residual stream, [B, T, D]."""
         q_BHTK, k_BHTK, v_BHTK = self._project(x_BTD)
-        if self.pattern._forward_hooks:
+        length = x_BTD.shape[1]
+        is_short = length <= self.head_width
+        if is_short or self.pattern._forward_hooks:
             score_BHTT = (q_BHTK @ k_BHTK.mT) * self.scale
-            hidden_TT = causal_mask(x_BTD.shape[1], x_BTD.device)
+            hidden_TT = self.hidden_KK[:length, :length] if is_short else causal_mask(length, x_BTD.device)
             pattern_BHTT = self.pattern(score_BHTT.masked_fill(hidden_TT, -torch.inf).softmax(-1))
             read_BHTK = pattern_BHTT.to(v_BHTK.dtype) @ v_BHTK
         else:
