@@ -1,22 +1,23 @@
-"""The arms of a study: conditions over a base config, sweeps, and what one arm uses of another."""
+"""The arms of a study: conditions over a base config, sweeps, and the files that one arm uses of another."""
 
 import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
+from cli.choices import near
 from datamodules.errors import UserError
-from studies.engine.claims import near
 
-Resolve = Callable[[list[str]], dict[str, Any]]  # a command line -> its whole config
+Config = dict[str, Any]  # a resolved config
 SECTIONS = ("model", "data", "trainer")
+CALLBACK = re.compile(r"(\w+)(?:\[(\d+)\])?")
 REFERENCE = re.compile(r"\{arms\.(\w+)\.(\w+)\}")
-LIKE_ONE = re.compile(r"\{arm[^}]*\}")
+LIKE_REFERENCE = re.compile(r"\{arm[^}]*\}")
 PRODUCTS = {"folder": "", "checkpoint": "checkpoints/last.ckpt", "reference": "reference.safetensors"}
 
 
@@ -25,12 +26,14 @@ class Arm:
     """One condition of a study.
 
     Attributes:
-        configs: Overlays over the base.
-        set: Key -> value, as `--key value` on the command line; `clamp.reference` is the argument `reference` of the
-            callback with that word in its name, which the configs must have. A value may name what another arm's run
-            of the same seed made: `{arms.control.checkpoint}`, `.reference` or `.folder`.
-        sweep: Key -> values: one arm for each combination, named `<arm>_<value>`.
-        command: What is run.
+        configs: Config files that overlay the base.
+        set: Key -> value, as `--key value` on the command line. `clamp.reference` sets the argument `reference` of the
+            callback that has the word `clamp` in its class name, which one of the configs must add. If several
+            callbacks match, write the class name, or count the matches from 0: `ActivationClamp.reference`,
+            `clamp[1].reference`. A value may name a file of another arm's run with the same seed:
+            `{arms.control.checkpoint}`, `{arms.control.reference}` or `{arms.control.folder}`.
+        sweep: Key -> list of values. The arm becomes one arm for each combination, named `<arm>_<value>`.
+        command: `fit`, `validate` or `test`.
     """
 
     configs: list[str] = field(default_factory=list)
@@ -39,14 +42,31 @@ class Arm:
     command: Literal["fit", "validate", "test"] = "fit"
 
 
-def expand(arms: dict[str, Arm | None]) -> tuple[dict[str, Arm], dict[str, tuple[str, dict[str, Any]]]]:
-    """Write out sweeps: an arm for each combination of values."""
+@dataclass(frozen=True)
+class Factors:
+    """What makes an arm of a sweep.
+
+    Attributes:
+        sweep: Name of the arm in the study's file.
+        values: Key -> value in this arm.
+    """
+
+    sweep: str
+    values: dict[str, Any]
+
+
+def expand(arms: dict[str, Arm | None]) -> tuple[dict[str, Arm], dict[str, Factors]]:
+    """Replace each arm with a sweep by one arm for each combination of values.
+
+    Returns:
+        The arms, and the factors of those that come from a sweep.
+    """
     expanded: dict[str, Arm] = {}
-    factors: dict[str, tuple[str, dict[str, Any]]] = {}
+    factors: dict[str, Factors] = {}
     for name, arm in arms.items():
         arm = arm or Arm()
-        if not all(arm.sweep.values()):
-            raise UserError(f"arms.{name}.sweep: a key has no values")
+        if empty := [key for key, values in arm.sweep.items() if not values]:
+            raise UserError(f"arms.{name}.sweep: {empty[0]} has no values")
         for values in itertools.product(*arm.sweep.values()):
             chosen = dict(zip(arm.sweep, values, strict=True))
             full = "_".join([name, *(_word(value) for value in values)])
@@ -54,26 +74,27 @@ def expand(arms: dict[str, Arm | None]) -> tuple[dict[str, Arm], dict[str, tuple
                 raise UserError(f"arms.{name}: two arms would have the name {full}")
             expanded[full] = Arm(arm.configs, arm.set | chosen, {}, arm.command)
             if chosen:
-                factors[full] = name, chosen
+                factors[full] = Factors(name, chosen)
     return expanded, factors
 
 
 def _word(value: Any) -> str:
-    """A value as part of a name: 0.1 -> 0p1, -1 -> m1."""
+    """Write a value as part of a name: 0.1 -> 0p1, -1 -> m1."""
     return re.sub(r"\W+", "_", str(value).replace(".", "p").replace("-", "m"))
 
 
-def resolve_arm(name: str, shared: Arm, arm: Arm, resolve: Resolve) -> dict[str, Any]:
-    """The arm's whole config, with references to other arms still as they were written.
+def resolve_arm(name: str, shared: Arm, arm: Arm, resolve: Callable[..., Config]) -> Config:
+    """Return the arm's resolved config; references to other arms are still as written.
 
     Args:
-        name: The arm's name, for messages.
-        shared: What all arms have; what the arm itself has wins.
+        name: The arm's name, for error messages.
+        shared: The configs and keys that all arms share; those of the arm take precedence.
         arm: The arm.
-        resolve: Gives the resolved config of a command line.
+        resolve: Gives the resolved config of a command line, whose words are its arguments.
     """
-    line, of_callbacks = [arm.command], {}
-    # Without a base, an arm's configs are what the study's keys are set in
+    line: list[str] = [arm.command]
+    of_callbacks: dict[str, Any] = {}
+    # Without a base, the study's keys modify the configs of the arm
     parts = [shared, arm] if shared.configs else [Arm(arm.configs), shared, Arm(set=arm.set)]
     for part in parts:
         line += [text for config in part.configs for text in ("--config", config)]
@@ -84,41 +105,74 @@ def resolve_arm(name: str, shared: Arm, arm: Arm, resolve: Resolve) -> dict[str,
             else:
                 line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     try:
-        config = resolve(line)
+        config = deepcopy(resolve(*line))
     except SystemExit:
         sys.stderr.write(f"in the study's arms.{name}\n")
         raise
     for key, value in of_callbacks.items():
-        _set_of_callback(name, config, key, value)
+        try:
+            _set_of_callback(_as_list(config["trainer"]["callbacks"]), key, value)
+        except UserError as error:
+            raise UserError(f"arms.{name}: set.{key}: {error}") from error
     return config
 
 
-def _set_of_callback(name: str, config: dict[str, Any], key: str, value: Any) -> None:
-    """Set an argument of a callback that the configs brought: `clamp.reference` is ActivationClamp's."""
+def _set_of_callback(callbacks: list[Config], key: str, value: Any) -> None:
+    """Set an argument of a callback in a config: `clamp.reference` is the argument `reference` of ActivationClamp."""
     head, _, argument = key.partition(".")
-    given = config["trainer"]["callbacks"] or []
-    callbacks = {callback["class_path"].rpartition(".")[2]: callback for callback in given}
-    found = [one for one in callbacks if head == one or head in _words(one)]
-    if len(found) != 1:
-        which = f"{' and '.join(found)} are meant" if found else f"the callbacks are {', '.join(callbacks) or 'none'}"
-        raise UserError(f"arms.{name}: set.{key} is neither a key of a config nor a callback's argument: {which}")
-    arguments = callbacks[found[0]]["init_args"]
+    callback = _find_callback(callbacks, head)
+    arguments = callback.get("init_args", {})
     if argument not in arguments:
-        raise UserError(f"arms.{name}: set.{key}: {found[0]} has no '{argument}'{near(argument, arguments)}")
+        raise UserError(f"{_class_name(callback)} has no argument '{argument}'{near(argument, arguments)}")
     arguments[argument] = value
 
 
+def _find_callback(callbacks: list[Config], head: str) -> Config:
+    """Return the callback that `clamp`, `ActivationClamp` or `clamp[1]` means."""
+    address = CALLBACK.fullmatch(head)
+    word, place = address.groups() if address else (head, None)
+    classes = [_class_name(callback) for callback in callbacks]
+    matches = [number for number, name in enumerate(classes) if word == name or word in _words(name)]
+    if not matches:
+        known = ", ".join(dict.fromkeys(classes)) or "none"
+        raise UserError(f"neither a key of a config nor an argument of a callback; the callbacks are {known}")
+    if place is not None and int(place) >= len(matches):
+        raise UserError(f"only {len(matches)} of the callbacks match '{word}', and the first is {word}[0]")
+    if place is None and len(matches) > 1:
+        names = [classes[number] for number in matches]
+        candidates = [
+            name if names.count(name) == 1 else f"{name}[{names[:position].count(name)}]"
+            for position, name in enumerate(names)
+        ]
+        raise UserError(f"'{word}' matches {len(matches)} callbacks; write {' or '.join(candidates)} instead")
+    return callbacks[matches[int(place or 0)]]
+
+
+def _as_list(callbacks: Any) -> list[Config]:
+    """Return `trainer.callbacks` of a config, which may be null or a single callback, as a list."""
+    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+
+
+def _class_name(node: Config) -> str:
+    name: str = node["class_path"].rpartition(".")[2]
+    return name
+
+
 def _words(name: str) -> list[str]:
-    """`ActivationClamp` -> activation, clamp."""
+    """Split a class name: `ActivationClamp` -> activation, clamp."""
     return [word.lower() for word in re.findall(r"[A-Z][a-z]*", name)]
 
 
-def needs_of(name: str, config: dict[str, Any], arms: Collection[str]) -> set[str]:
-    """The arms whose products an arm's config names."""
+def needs_of(name: str, config: Config, arms: Collection[str]) -> set[str]:
+    """Return the arms whose files an arm's config names.
+
+    Raises:
+        UserError: A reference names no arm, or a file that runs do not leave.
+    """
     needs = set()
-    for written in LIKE_ONE.findall(yaml.safe_dump(config, width=1000)):
+    for written in LIKE_REFERENCE.findall(json.dumps(config, default=str, ensure_ascii=False)):
         if not (reference := REFERENCE.fullmatch(written)):
-            raise UserError(f"arms.{name}: {written} names nothing: write {{arms.NAME.checkpoint}}")
+            raise UserError(f"arms.{name}: {written} is no reference; write {{arms.NAME.checkpoint}}")
         arm, product = reference.groups()
         if arm not in arms:
             raise UserError(f"arms.{name}: there is no arm {arm}{near(arm, arms)}")
@@ -126,3 +180,35 @@ def needs_of(name: str, config: dict[str, Any], arms: Collection[str]) -> set[st
             raise UserError(f"arms.{name}: a run has no '{product}'{near(product, PRODUCTS)}: {', '.join(PRODUCTS)}")
         needs.add(arm)
     return needs
+
+
+def differences(configs: dict[str, Config]) -> dict[str, dict[str, Any]]:
+    """Return the settings in which the arms differ: arm -> key -> value.
+
+    Keys are as on the command line, without `init_args`; an argument of a callback has the key `Class.argument`. An arm
+    lacks the keys that do not exist in its config.
+    """
+    settings = {name: dict(_settings("", config)) for name, config in configs.items()}
+    keys = dict.fromkeys(key for known in settings.values() for key in known)
+    varying = [key for key in keys if len({repr(known.get(key, KeyError)) for known in settings.values()}) > 1]
+    return {name: {key: known[key] for key in varying if key in known} for name, known in settings.items()}
+
+
+def _settings(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Write out a config: every key with its value."""
+    prefix = f"{key}." if key else ""
+    if key == "trainer.callbacks":
+        seen: Counter[str] = Counter()
+        for callback in _as_list(value):
+            name = _class_name(callback)
+            yield from _settings(f"{name}[{seen[name]}]" if seen[name] else name, callback)
+            seen[name] += 1
+    elif isinstance(value, dict) and "class_path" in value:
+        yield key, _class_name(value)
+        for name, inner in value.get("init_args", {}).items():
+            yield from _settings(prefix + name, inner)
+    elif isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _settings(prefix + str(name), inner)
+    else:
+        yield key, value

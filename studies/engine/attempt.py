@@ -1,4 +1,7 @@
-"""One attempt at a run, in the process that submitit starts for it; imports little, for that process does little."""
+"""One attempt at a run, in the process that submitit starts for it.
+
+Imports little: the process only waits for the run, which is a process of its own.
+"""
 
 import fcntl
 import json
@@ -8,30 +11,62 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
-from submitit.helpers import DelayedSubmission
+if TYPE_CHECKING:
+    from submitit.helpers import DelayedSubmission
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
 LAST = Path("checkpoints", "last.ckpt")
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The `results.json` of a run that came to its end."""
+class GitState(TypedDict):
+    """The revision of the code that made a run, and whether the checkout had other changes."""
+
+    revision: str | None
+    dirty: bool | None
+
+
+class Record(TypedDict):
+    """What a study reads of a run's `results.json`; `RunRecord` writes it.
+
+    Attributes:
+        status: `finished` for a run that came to its end.
+        seconds: Stage -> duration.
+        metrics: Name -> value; null where the run has no finite value.
+        intervals: Name -> 95 % interval over the run's test samples.
+        n: Name -> number of samples behind the measure.
+        hits: Name of a proportion -> number of hits for each ensemble member (one for an ordinary run).
+        members: Of an ensemble: name -> value for each member, in the order of their seeds.
+        git: The revision of the code.
+    """
+
+    status: str
+    seconds: dict[str, float]
+    metrics: dict[str, float | None]
+    intervals: dict[str, tuple[float | None, float | None]]
+    n: dict[str, int]
+    hits: NotRequired[dict[str, list[int]]]  # absent from records of earlier revisions
+    members: NotRequired[dict[str, list[float | None]]]
+    git: GitState
+
+
+def read_result(folder: Path) -> Record | None:
+    """Return the `results.json` of a run that came to its end; None for every other run."""
     path = folder / "results.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    return record if record.get("status") == "finished" else None
+    record: Record | None = json.loads(path.read_text()) if path.exists() else None
+    return record if record and record.get("status") == "finished" else None
 
 
 @dataclass
 class Attempt:
-    """The ordinary command line in a process of its own, once for each run.
+    """Runs the ordinary command line in a process of its own.
 
     Attributes:
         command: `fit`, `validate` or `test`.
         config: The resolved config, as YAML.
         folder: The run's folder.
-        environment: Variables that the run gets.
+        environment: Environment variables of the run.
     """
 
     command: str
@@ -43,30 +78,30 @@ class Attempt:
         """Run, from the last checkpoint of an interrupted attempt if there is one; return the exit code."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(self._beside(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt whose study was killed may still be at it: wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt of a study that was killed may still run: wait for it
             if read_result(self.folder):
                 return 0
             checkpoint = self._set_aside()
             self._beside(".yaml").write_text(self.config)
-            line = [sys.executable, str(MAIN), self.command, "--config", str(self._beside(".yaml"))]
+            line = [self.command, "--config", str(self._beside(".yaml"))]
             line += ["--trainer.default_root_dir", str(self.folder)]
             line += ["--ckpt_path", str(checkpoint)] if checkpoint and self.command == "fit" else []
-            environment = {**os.environ, **self.environment}
-            with open(self.folder / "log.txt", "w") as log:
-                code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+            code = run_main(line, self.folder / "log.txt", self.environment)
             if code == 0:
                 shutil.rmtree(self._beside(".interrupted"), ignore_errors=True)
             return code
 
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit does when SLURM is about to take the machine away: queue the same attempt again."""
+    def checkpoint(self) -> "DelayedSubmission":
+        """Return the same attempt for submitit to queue again; submitit calls this before SLURM ends the job."""
+        from submitit.helpers import DelayedSubmission  # `study` needs this module, and submitit only to run
+
         return DelayedSubmission(self)
 
     def _beside(self, suffix: str) -> Path:
         return self.folder.with_name(self.folder.name + suffix)
 
     def _set_aside(self) -> Path | None:
-        """Make the folder new; return the last checkpoint of an interrupted attempt, if it was written to its end."""
+        """Empty the folder; return the last checkpoint of an interrupted attempt, if it is intact."""
         aside = self._beside(".interrupted")
         if _is_intact(self.folder / LAST):
             shutil.rmtree(aside, ignore_errors=True)
@@ -78,9 +113,17 @@ class Attempt:
         return aside / LAST if _is_intact(aside / LAST) else None
 
 
+def run_main(line: list[str], log: Path, environment: dict[str, str]) -> int:
+    """Run `main.py` with a command line in a new process, its output in a file; return the exit code."""
+    with open(log, "w") as output:
+        command = [sys.executable, str(MAIN), *line]
+        variables = {**os.environ, **environment}
+        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=variables).returncode
+
+
 def _is_intact(path: Path) -> bool:
     if not path.exists():
         return False
-    from lightning_modules.core.checkpoints import is_intact  # brings torch along, and few attempts get here
+    from lightning_modules.core.checkpoints import is_intact  # imports torch, which most attempts do not need
 
     return is_intact(path)

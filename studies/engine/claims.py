@@ -1,4 +1,4 @@
-"""Claims: one-line comparisons over the arms of a study, parsed and weighed.
+"""Claims: comparisons over the arms of a study in one line, parsed and judged.
 
 value     := operand | difference(operand, operand) | ratio(operand, operand) | rate(operand compare number)
 claim     := value compare number | value in [number, number]
@@ -8,23 +8,32 @@ operand   := arm | arm.measure          (an arm alone means the study's first me
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
-from studies.engine.statistics import Estimate, Series, difference, mean, rate, ratio, seeds_to_decide
+from cli.choices import near
+from datamodules.errors import UserError
+from studies.engine.statistics import Estimate, Series, Values, difference, mean, rate, ratio, seeds_to_decide
 
 Verdict = Literal["held", "refuted", "undecided"]
 TOKEN = re.compile(
     r"\s*(?:(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|(?P<name>[A-Za-z_][\w/]*)|(?P<mark><=|>=|\S))"
 )
-FUNCTIONS = {"difference": difference, "ratio": ratio, "rate": rate}
+OF_TWO: dict[str, Callable[[Series, Series], Estimate]] = {"difference": difference, "ratio": ratio}
+FUNCTIONS = [*OF_TWO, "rate"]
 
 
 @dataclass(frozen=True)
 class Region:
-    """An interval of the real line; ends may be open."""
+    """An interval of the real line.
+
+    Attributes:
+        low: Lower end.
+        high: Upper end.
+        low_open: Whether the lower end lies outside.
+        high_open: Whether the upper end lies outside.
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -33,7 +42,7 @@ class Region:
 
     @staticmethod
     def beyond(compare: str, bound: float) -> "Region":
-        """The region that `x compare bound` describes."""
+        """Return the region of all x with `x compare bound`."""
         is_open = "=" not in compare
         if compare.startswith("<"):
             return Region(high=bound, high_open=is_open)
@@ -44,24 +53,24 @@ class Region:
         return above and (x < self.high if self.high_open else x <= self.high)
 
     def holds(self, low: float, high: float) -> bool:
-        """Whether the closed interval lies inside."""
+        """Return whether the closed interval from low to high lies inside."""
         return low in self and high in self
 
     def misses(self, low: float, high: float) -> bool:
-        """Whether the closed interval lies outside."""
+        """Return whether the closed interval from low to high lies outside."""
         return (high not in self and high <= self.low) or (low not in self and low >= self.high)
 
     def decides(self, low: float, high: float) -> bool:
-        """Whether the closed interval lies on one side."""
+        """Return whether the closed interval from low to high lies inside or outside, and not on a bound."""
         return self.holds(low, high) or self.misses(low, high)
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A measure of an arm; `measure` is None where the claim names the arm alone."""
+    """A measure of an arm."""
 
     arm: str
-    measure: str | None = None
+    measure: str
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,17 @@ class Claim:
     """A parsed claim.
 
     Attributes:
-        id: Its number in the ledger, or any name.
-        text: What was written.
-        function: What is taken of the operands' values over seeds.
-        operands: One or two.
-        region: Where the value must lie for the claim to hold.
-        condition: For `rate`: what each seed's value must satisfy to be counted.
+        id: The claim's number in the ledger, or any name.
+        text: The claim as written in the study.
+        function: `mean`, `difference`, `ratio` or `rate`: how the operands' values over seeds become one value.
+        operands: One operand, or two for `difference` and `ratio`.
+        region: Where that value must lie for the claim to hold.
+        condition: For `rate`: where a seed's value must lie for the seed to count; None for every other function.
     """
 
     id: str
     text: str
-    function: Literal["mean", "difference", "ratio", "rate"]
+    function: str
     operands: tuple[Operand, ...]
     region: Region
     condition: Region | None = None
@@ -87,27 +96,36 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the runs say about a claim."""
+    """The verdict on a claim.
+
+    Attributes:
+        verdict: `held`, `refuted` or `undecided`.
+        estimate: The claim's value with its interval.
+        note: Why the claim is undecided, and what the interval covers if that is not the seeds.
+    """
 
     verdict: Verdict
     estimate: Estimate
     note: str
 
 
-class ClaimError(ValueError):
-    """A claim that cannot be read: the sentence, the claim, and a caret at the fault."""
+class ClaimError(UserError):
+    """A claim that cannot be read; the message is a sentence, the claim, and a caret under the fault."""
 
-    def __init__(self, where: str, text: str, column: int, problem: str):
-        super().__init__(f"claims.{where}: {problem}\n  {text}\n  {' ' * column}^")
+    def __init__(self, name: str, text: str, column: int, problem: str):
+        super().__init__(f"claims.{name}: {problem}\n  {text}\n  {' ' * column}^")
 
 
 class _Parser:
-    """Recursive descent over the tokens of one claim."""
+    """Recursive descent over the tokens of one claim: (kind, text, column)."""
 
     def __init__(self, name: str, text: str, arms: Collection[str], measures: Sequence[str]):
         self.name, self.text, self.arms, self.measures = name, text, arms, measures
-        matches = TOKEN.finditer(text.rstrip())
-        self.tokens = [(m.lastgroup, m[m.lastgroup], m.start(m.lastgroup)) for m in matches]
+        self.tokens: list[tuple[str, str, int]] = []
+        for match in TOKEN.finditer(text.rstrip()):
+            kind = match.lastgroup or ""
+            self.tokens.append((kind, match[kind], match.start(kind)))
+        self.tokens.append(("end", "the end", len(text.rstrip())))
         self.next = 0
 
     def fail(self, problem: str, column: int | None = None) -> ClaimError:
@@ -115,15 +133,15 @@ class _Parser:
 
     @property
     def token(self) -> tuple[str, str]:
-        return self.tokens[self.next][:2] if self.next < len(self.tokens) else ("end", "the end")
+        return self.tokens[self.next][:2]
 
     @property
     def column(self) -> int:
-        return self.tokens[self.next][2] if self.next < len(self.tokens) else len(self.text.rstrip())
+        return self.tokens[self.next][2]
 
-    def take(self, kind: str, what: str, values: Collection[str] = ()) -> str:
+    def take(self, kind: str, expected: str, values: Collection[str] = ()) -> str:
         if self.token[0] != kind or (values and self.token[1] not in values):
-            raise self.fail(f"expected {what}, not {self.token[1]}")
+            raise self.fail(f"expected {expected}, not {self.token[1]}")
         self.next += 1
         return self.tokens[self.next - 1][1]
 
@@ -139,8 +157,8 @@ class _Parser:
         return Claim(self.name, self.text, function, operands, region, condition)
 
     def value(self) -> tuple[str, tuple[Operand, ...], Region | None]:
-        name, calls = self.token[1], self.tokens[self.next + 1 : self.next + 2]
-        if self.token[0] != "name" or not calls or calls[0][1] != "(":
+        (kind, name), following = self.token, self.tokens[self.next + 1 : self.next + 2]
+        if kind != "name" or not following or following[0][1] != "(":
             return "mean", (self.operand(),), None
         if name not in FUNCTIONS:
             raise self.fail(f"there is no function {name}{near(name, FUNCTIONS)}: {', '.join(FUNCTIONS)}")
@@ -166,16 +184,16 @@ class _Parser:
         word = self.take("name", "a measure")
         if word in self.measures:
             return Operand(arm, word)
-        fitting = [measure for measure in self.measures if measure.rpartition("/")[2] == word]
-        if len(fitting) == 1:
-            return Operand(arm, fitting[0])
-        if fitting:
-            raise self.fail(f"{word} may be {' or '.join(fitting)}: write it in full", column)
+        matching = [measure for measure in self.measures if measure.rpartition("/")[2] == word]
+        if len(matching) == 1:
+            return Operand(arm, matching[0])
+        if matching:
+            raise self.fail(f"{word} may be {' or '.join(matching)}: write it in full", column)
         short = [measure.rpartition("/")[2] for measure in self.measures]
         raise self.fail(f"the study measures no {word}{near(word, [*short, *self.measures])}", column)
 
-    def comparison(self, what: str) -> Region:
-        compare = self.take("mark", what, ("<", "<=", ">", ">="))
+    def comparison(self, expected: str) -> Region:
+        compare = self.take("mark", expected, ("<", "<=", ">", ">="))
         return Region.beyond(compare, float(self.take("number", "a number")))
 
     def between(self) -> Region:
@@ -190,20 +208,14 @@ class _Parser:
         return Region(low, high)
 
 
-def near(name: str, choices: Collection[str]) -> str:
-    """`; did you mean X?` for the most similar choice, or nothing."""
-    close = get_close_matches(name, list(choices), 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def parse(name: str, text: str, arms: Collection[str], measures: Sequence[str]) -> Claim:
     """Read a claim.
 
     Args:
-        name: Its id, for the message.
+        name: The claim's id, for error messages.
         text: The claim.
-        arms: The arms that there are.
-        measures: The study's measures; a claim may name them by their last part.
+        arms: Names of the study's arms.
+        measures: The study's measures; a claim may name one by the part after its last `/`.
 
     Raises:
         ClaimError: The claim does not follow the grammar, or names an arm or a measure that does not exist.
@@ -211,12 +223,12 @@ def parse(name: str, text: str, arms: Collection[str], measures: Sequence[str]) 
     return _Parser(name, text, arms, measures).claim()
 
 
-def judge(claim: Claim, values: Mapping[str, Mapping[str, Series]]) -> Judgement:
-    """Weigh a claim: held if the 95 % interval lies in its region, refuted if outside, else undecided.
+def judge(claim: Claim, values: Values) -> Judgement:
+    """Judge a claim: held if the 95 % interval lies inside its region, refuted if outside, else undecided.
 
     Args:
         claim: The claim.
-        values: Arm -> measure -> seed -> what was measured.
+        values: Arm -> measure -> seed -> value.
     """
     series = [values[operand.arm][operand.measure] for operand in claim.operands]
     missing = [operand.arm for operand, seeds in zip(claim.operands, series, strict=True) if not seeds]
@@ -228,15 +240,14 @@ def judge(claim: Claim, values: Mapping[str, Mapping[str, Series]]) -> Judgement
         for seed, measured in seeds.items()
         if math.isnan(measured.value)
     ]
-    if diverged and claim.function != "rate":  # a rate counts them as seeds that do not satisfy its condition
+    if diverged and claim.condition is None:  # a rate counts them as seeds that do not satisfy its condition
         return Judgement("undecided", Estimate(math.nan), f"no value in {'; '.join(diverged)}")
-    match claim.function:
-        case "mean":
-            estimate = mean(*series)
-        case "rate":
-            estimate = rate(series[0], claim.condition.__contains__)
-        case _:
-            estimate = FUNCTIONS[claim.function](*series)
+    if claim.condition is not None:
+        estimate = rate(series[0], claim.condition.__contains__)
+    elif claim.function in OF_TWO:
+        estimate = OF_TWO[claim.function](series[0], series[1])
+    else:
+        estimate = mean(series[0])
     if claim.region.holds(estimate.low, estimate.high):
         return Judgement("held", estimate, estimate.note)
     if claim.region.misses(estimate.low, estimate.high):

@@ -1,107 +1,163 @@
-"""The commands `study` and `ledger`."""
+"""The commands `study` and `ledger`.
 
+Both parse with argparse and import the rest when they need it: `ledger` and `study --help` answer at once.
+"""
+
+import re
 import sys
-from typing import Literal
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from typing import TYPE_CHECKING, NoReturn
 
-from jsonargparse import ActionYesNo
-
-from cli.config_errors import FriendlyParser
-from cli.user_errors import user_message
-from datamodules.errors import UserError
-from studies.engine import ledger, report
-from studies.engine.arms import Resolve
-from studies.engine.claims import ClaimError
-from studies.engine.execution import Cluster, execute
-from studies.engine.study import load
+if TYPE_CHECKING:
+    from studies.engine.execution import Cluster
+    from studies.engine.study import Study
 
 STUDY_HELP = """Run a study: every arm with every seed, then a report with a verdict on each claim.
 
-What is finished is not run again: interrupt it and call it again. The report goes to runs/studies/<name>/.
+Finished runs are not repeated: call an interrupted study again to continue it. The report goes to runs/studies/<name>/.
 """
+LEAST = {"jobs": 0, "gpus": 0, "cpus": 1, "hours": 1 / 60}
 
 
-def run(line: list[str], resolve: Resolve) -> None:
-    """Run a command line; mistakes are told in a sentence, with exit code 2.
+def run(line: list[str]) -> None:
+    """Run a command line; a user's mistake is answered by a sentence, with exit code 2.
 
     Args:
         line: `study FILE ...` or `ledger ...`.
-        resolve: Gives the resolved config of a command line of a run.
     """
     try:
-        code = _study(line[1:], resolve) if line[0] == "study" else _ledger(line[1:])
+        code = _study(line[1:]) if line[0] == "study" else _ledger(line[1:])
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: call it again to go on\n")
+        sys.stderr.write("interrupted: call it again to continue\n")
         sys.exit(130)
     except Exception as error:
-        message = str(error) if isinstance(error, ClaimError) else user_message(error)
-        if message is None:
+        from datamodules.errors import UserError  # the package imports torch, without which the ledger starts at once
+
+        if not isinstance(error, UserError):
             raise
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     if code:
         sys.exit(code)
 
 
-def make_cluster(
-    executor: Literal["local", "slurm"] = "local",
-    jobs: int = 0,
-    partition: str | None = None,
-    account: str | None = None,
-    qos: str | None = None,
-    constraint: str | None = None,
-    gpus: int = 1,
-    cpus: int = 8,
-    memory: str | None = None,
-    hours: float = 4.0,
-    setup: list[str] | None = None,
-) -> Cluster:
-    """Where to run.
+class PlainParser(ArgumentParser):
+    """An argparse parser whose errors are one sentence and a hint; imports nothing, unlike `FriendlyParser`."""
 
-    Args:
-        executor: `local` runs on this machine, `slurm` queues a job array for each wave of runs.
-        jobs: How many runs at a time. 0: one here, all on SLURM.
-        partition: SLURM partition.
-        account: SLURM account.
-        qos: SLURM quality of service.
-        constraint: SLURM constraint on nodes.
-        gpus: GPUs a run, on SLURM.
-        cpus: CPU cores a run, on SLURM.
-        memory: Memory a run, such as 64GB, on SLURM.
-        hours: Time limit of a run, on SLURM; a run that meets it is queued again and goes on from its last checkpoint.
-        setup: Shell lines before a run on SLURM, such as '[module load cuda, source env/bin/activate]'.
-    """
-    least = {"jobs": (jobs, 0), "gpus": (gpus, 0), "cpus": (cpus, 1), "hours": (hours, 1 / 60)}
-    for name, (value, bound) in least.items():
-        if value < bound:
-            raise UserError(f"--{name} {value}: it must be at least {bound:.3g}")
-    if executor == "local":
-        return Cluster("local", jobs or 1)
-    named = {"partition": partition, "account": account, "qos": qos, "constraint": constraint, "mem": memory}
-    options = {f"slurm_{name}": value for name, value in named.items() if value is not None}
-    options |= {"slurm_cpus_per_task": cpus, "slurm_time": round(60 * hours), "slurm_ntasks_per_node": 1}
-    options |= {"slurm_gpus_per_node": gpus} if gpus else {}
-    return Cluster("slurm", jobs, options | ({"slurm_setup": setup} if setup else {}))
+    def __init__(self, command: str, description: str):
+        super().__init__(
+            prog=f"main.py {command}",
+            description=description,
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error on stderr and exit with code 2."""
+        from cli.choices import near
+
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            kind = "option" if unknown[1].startswith("-") else "use for the argument"
+            message = f"there is no {kind} {unknown[1]}{near(unknown[1], self._option_string_actions)}"
+        sys.stderr.write(f"error: {message}\nList options: python {self.prog} --help\n")
+        self.exit(2)
 
 
-def _study(line: list[str], resolve: Resolve) -> int:
-    parser = FriendlyParser(prog="main.py study", description=STUDY_HELP)
-    parser.add_argument("file", metavar="FILE", help="The study's YAML file.")
-    parser.add_function_arguments(make_cluster)
-    parser.add_argument("--report-only", action=ActionYesNo, default=False, help="Report what is there, run nothing.")
-    options = vars(parser.parse_args(line))
-    file, report_only = options.pop("file"), options.pop("report_only", False)
-    cluster = make_cluster(**options)
-    study = load(file, resolve)
-    failed = [] if report_only else execute(study, cluster)
+def _study(line: list[str]) -> int:
+    options = _study_parser().parse_args(line)
+    cluster = make_cluster(options)
+
+    from studies.engine.study import load
+
+    study = load(options.file)
+    _make_folder(study)
+    failed = []
+    if not options.report_only:
+        from studies.engine.execution import execute
+
+        failed = execute(study, cluster)
+
+    from studies.engine import report  # after the runs have begun: scipy and matplotlib take seconds to import
+
     print(report.write(study))
     if failed:
         print(f"\n{len(failed)} of {len(study.runs)} runs failed: {', '.join(run.name for run in failed)}")
     return 1 if failed else 0
 
 
+def _study_parser() -> PlainParser:
+    parser = PlainParser("study", STUDY_HELP)
+    add = parser.add_argument
+    add("file", metavar="FILE", help="the study's YAML file")
+    add("--report-only", action="store_true", help="write the report of the finished runs, and run nothing")
+    add("--executor", choices=("local", "slurm"), default="local", help="run on this machine (default) or on SLURM")
+    add("--jobs", type=int, default=0, metavar="N", help="simultaneous runs; 0 (default): one here, all on SLURM")
+    slurm = parser.add_argument_group("on SLURM, where each wave of runs is a job array")
+    for name in ("partition", "account", "qos"):
+        slurm.add_argument(f"--{name}", metavar="NAME", help=f"SLURM {name}")
+    slurm.add_argument("--constraint", metavar="NAME", help="constraint on nodes")
+    slurm.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per run (default 1)")
+    slurm.add_argument("--cpus", type=int, default=8, metavar="N", help="CPU cores per run (default 8)")
+    slurm.add_argument("--memory", metavar="SIZE", help="memory per run, such as 64GB")
+    hours = "time limit of a run (default 4); a run that reaches it is queued again and continues from its checkpoint"
+    slurm.add_argument("--hours", type=float, default=4.0, metavar="X", help=hours)
+    setup = "shell lines before each run, such as '[module load cuda, source env/bin/activate]'"
+    slurm.add_argument("--setup", type=_shell_lines, metavar="LIST", help=setup)
+    return parser
+
+
+def _shell_lines(text: str) -> list[str]:
+    import yaml
+
+    try:
+        lines = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ArgumentTypeError(f"{text} is not a YAML list") from error
+    if isinstance(lines, str):
+        return [lines]
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ArgumentTypeError(f"{text} is not a list of shell lines")
+    return lines
+
+
+def make_cluster(options: Namespace) -> "Cluster":
+    """Return where and how to run.
+
+    Raises:
+        UserError: A number is too small.
+    """
+    from datamodules.errors import UserError
+
+    for name, least in LEAST.items():
+        if (value := getattr(options, name)) < least:
+            raise UserError(f"--{name} {value}: it must be at least {least:.3g}")
+
+    from studies.engine.execution import Cluster
+
+    if options.executor == "local":
+        return Cluster("local", options.jobs or 1)
+    named = {name: getattr(options, name) for name in ("partition", "account", "qos", "constraint", "setup")}
+    named |= {"mem": options.memory, "cpus_per_task": options.cpus, "time": round(60 * options.hours)}
+    named |= {"ntasks_per_node": 1, "gpus_per_node": options.gpus or None}
+    slurm = {f"slurm_{name}": value for name, value in named.items() if value is not None}
+    return Cluster("slurm", options.jobs, slurm)
+
+
+def _make_folder(study: "Study") -> None:
+    from datamodules.errors import UserError
+
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the study's folder {study.folder} cannot be made: {error}") from error
+
+
 def _ledger(line: list[str]) -> int:
-    parser = FriendlyParser(prog="main.py ledger", description="Print every claim with its last verdict.")
-    parser.add_argument("--document", type=str, default="", help="Only the rows of this document, such as 004.")
+    parser = PlainParser("ledger", "Print every claim of the seed documents with its last verdict.")
+    parser.add_argument("--document", default="", metavar="ID", help="only the claims of this document, such as 004")
     options = parser.parse_args(line)
+
+    from studies.engine import ledger
+
     print(ledger.table(options.document))
     return 0

@@ -1,16 +1,15 @@
-"""Running a study's waves by submitit: here, some at a time, or as SLURM job arrays."""
+"""Runs a study's waves with submitit: on this machine, a few runs at a time, or on SLURM, as one job array per wave."""
 
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import submitit
-import torch
 from tqdm import tqdm
 
 from datamodules.errors import UserError
@@ -18,12 +17,14 @@ from studies.engine.attempt import MAIN, Attempt
 from studies.engine.study import Run, Study
 
 TAIL = 12  # lines of a failed run's log that are shown
-WEEK = 7 * 24 * 60  # minutes: submitit ends local jobs after a few unless told otherwise
-MOST_REQUEUES = 1000  # times that a run may meet its time limit on SLURM
-POLL = 0.5  # seconds
-# Under this name Lightning takes the job for a shell: it starts its own processes where a run has several GPUs, and
-# leaves the signal before the time limit to submitit, which would else be answered by both.
+WEEK = 7 * 24 * 60  # minutes; submitit's default ends local jobs after a few
+MAX_REQUEUES = 1000  # times that a run may reach its time limit on SLURM
+POLL = {"local": 0.05, "slurm": 0.5}  # seconds; on SLURM a look is at a shared file system
+# With this job name Lightning takes the job for an interactive shell: it starts the processes of a run on several GPUs
+# itself, and leaves the signal before the time limit to submitit. Otherwise both would answer it.
 SLURM = {"SLURM_JOB_NAME": "interactive"}
+
+Job = submitit.Job[int]
 
 
 @dataclass
@@ -31,8 +32,8 @@ class Cluster:
     """Where and how runs are executed.
 
     Attributes:
-        executor: `local`, or `slurm` for a job array a wave.
-        jobs: How many runs at a time; on SLURM, 0 means all.
+        executor: `local`, or `slurm` for one job array per wave.
+        jobs: Number of simultaneous runs; on SLURM, 0 means all.
         options: submitit's parameters of a SLURM job, such as `slurm_partition`.
     """
 
@@ -42,93 +43,134 @@ class Cluster:
 
 
 def execute(study: Study, cluster: Cluster) -> list[Run]:
-    """Run what is not finished yet, wave by wave, and return the runs that failed or had to be left out.
+    """Run every unfinished run, wave by wave; return the runs that failed or had to be left out.
 
-    Ctrl-C ends the running ones; calling again goes on from there.
+    Ctrl-C interrupts the current runs. The next call continues from their last checkpoints.
     """
     failed: list[Run] = []
     todo = [run for run in study.runs if not run.result]
-    kept = len(study.runs) - len(todo)
-    if kept:
-        print(f"{kept} of {len(study.runs)} runs are finished already")
+    finished = len(study.runs) - len(todo)
+    if finished:
+        print(f"{finished} of {len(study.runs)} runs are already finished")
     if not todo:
         return failed
-    # Jobs find this package in a checkout that is not installed, too
+    # A checkout that is not installed: jobs import this package from it
     os.environ["PYTHONPATH"] = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    interval = 0.5 if sys.stderr.isatty() else 30  # in a log file every refresh is a line of its own
+    interval = 0.5 if sys.stderr.isatty() else 30  # in a log file every refresh is a new line
     with tqdm(total=len(todo), unit="run", dynamic_ncols=True, mininterval=interval) as bar:
         for wave in sorted({run.wave for run in todo}):
             lost = {(run.arm, run.seed) for run in failed}
             ready = []
             for run in (run for run in todo if run.wave == wave):
                 if missing := sorted(arm for arm in run.needs if (arm, run.seed) in lost):
-                    bar.write(f"left out: {run.name}, for {' and '.join(missing)} failed")
+                    bar.write(f"left out: {run.name}, because {' and '.join(missing)} failed")
                     failed.append(run)
                 else:
                     ready.append(run)
-            size = sum(run.wave == wave for run in study.runs)
-            failed += _run_wave(study, ready, size, wave, cluster, bar)
+            if ready:
+                failed += _Wave(study, wave, cluster, bar).run(ready)
     return failed
 
 
-def _run_wave(study: Study, runs: list[Run], size: int, wave: int, cluster: Cluster, bar: tqdm) -> list[Run]:
-    failed: list[Run] = []
-    waiting, running, shown = deque(runs), {}, 0.0
-    try:
-        if cluster.executor == "slurm" and runs:
-            running = _submit_array(study, runs, wave, cluster)
-            waiting.clear()
-        else:
-            executor = submitit.AutoExecutor(study.folder / "jobs", cluster="local")
-            executor.update_parameters(timeout_min=WEEK)
-        slots = deque(range(cluster.jobs))
-        slot_of: dict[str, int] = {}
-        while waiting or running:
+class _Wave:
+    """The execution of one wave.
+
+    Args:
+        study: The study.
+        wave: The wave's number.
+        cluster: Where to run.
+        bar: The study's progress bar.
+    """
+
+    def __init__(self, study: Study, wave: int, cluster: Cluster, bar: "tqdm[Any]"):
+        self.study, self.wave, self.cluster, self.bar = study, wave, cluster, bar
+        self.running: dict[Job, Run] = {}
+        self.shown = 0.0  # when the bar was last refreshed
+
+    def run(self, runs: list[Run]) -> list[Run]:
+        """Execute the runs; return those that failed."""
+        try:
+            return self._on_slurm(runs) if self.cluster.executor == "slurm" else self._here(runs)
+        except BaseException:
+            for job in self.running:
+                job.cancel(check=False)
+            raise
+
+    def _here(self, runs: list[Run]) -> list[Run]:
+        """Keep `cluster.jobs` runs going; each slot has its share of the machine."""
+        failed: list[Run] = []
+        waiting, slots = deque(runs), deque(range(self.cluster.jobs))
+        slot_of: dict[Job, int] = {}
+        at_once = min(self.cluster.jobs, sum(run.wave == self.wave for run in self.study.runs))
+        executor = local_executor(self.study)
+        while waiting or self.running:
             while waiting and slots:
                 run, slot = waiting.popleft(), slots.popleft()
-                with _silent_controllers(study):
-                    job = executor.submit(_attempt(run, _environment(slot, min(cluster.jobs, size))))
-                running[job], slot_of[job.job_id] = run, slot
-            for job in [job for job in running if job.done()]:
-                run = running.pop(job)
-                if cluster.executor == "local":
-                    slots.append(slot_of.pop(job.job_id))
-                if run.result:
-                    bar.write(f"finished: {run.name}, {_headline(study, run)}")
-                else:
-                    failed.append(run)
-                    bar.write(f"FAILED: {run.name}\n{_last_lines(run, job)}")
-                bar.update()
-            if time.monotonic() - shown > bar.mininterval:
-                bar.set_postfix_str(_what_runs(running.values()))
-                shown = time.monotonic()
-            time.sleep(POLL)
-    except BaseException:
-        for job in running:
-            job.cancel(check=False)
-        raise
-    return failed
+                with _silent_controllers(self.study):
+                    job = executor.submit(_attempt(run, _environment(slot, at_once)))
+                self.running[job], slot_of[job] = run, slot
+            done = self._done()
+            failed += self._report(done)
+            slots.extend(slot_of[job] for job in done)
+        return failed
+
+    def _on_slurm(self, runs: list[Run]) -> list[Run]:
+        failed: list[Run] = []
+        self.running = _submit_array(self.study, runs, self.wave, self.cluster)
+        while self.running:
+            failed += self._report(self._done())
+        return failed
+
+    def _done(self) -> dict[Job, Run]:
+        """Return the jobs that have ended; wait a moment if none has."""
+        done = {job: run for job, run in self.running.items() if job.done()}
+        self.running = {job: run for job, run in self.running.items() if job not in done}
+        if time.monotonic() - self.shown > self.bar.mininterval:
+            self.bar.set_postfix_str(_progress(self.running.values()))
+            self.shown = time.monotonic()
+        if not done:
+            time.sleep(POLL[self.cluster.executor])
+        return done
+
+    def _report(self, done: dict[Job, Run]) -> list[Run]:
+        """Write a line on each run that has ended; return those that failed."""
+        failed = []
+        for job, run in done.items():
+            if headline := _headline(self.study, run):
+                self.bar.write(f"finished: {run.name}, {headline}")
+            else:
+                failed.append(run)
+                self.bar.write(f"FAILED: {run.name}\n{_last_lines(run, job)}")
+            self.bar.update()
+        return failed
+
+
+def local_executor(study: Study) -> submitit.Executor:
+    """Return the executor of jobs on this machine."""
+    executor = submitit.AutoExecutor(study.folder / "jobs", cluster="local")
+    executor.update_parameters(timeout_min=WEEK)
+    return executor
 
 
 def _attempt(run: Run, environment: dict[str, str]) -> Attempt:
     return Attempt(run.command, run.config, run.folder, environment)
 
 
-def _submit_array(study: Study, runs: list[Run], wave: int, cluster: Cluster) -> dict[submitit.Job, Run]:
+def _submit_array(study: Study, runs: list[Run], wave: int, cluster: Cluster) -> dict[Job, Run]:
     try:
-        executor = submitit.AutoExecutor(study.folder / "jobs", cluster="slurm", slurm_max_num_timeout=MOST_REQUEUES)
+        executor = submitit.AutoExecutor(study.folder / "jobs", cluster="slurm", slurm_max_num_timeout=MAX_REQUEUES)
         parallel = {"slurm_array_parallelism": cluster.jobs or len(runs)}
         executor.update_parameters(name=f"{study.name}-wave{wave}", **parallel, **cluster.options)
         with executor.batch():  # one array
             jobs = [executor.submit(_attempt(run, SLURM)) for run in runs]
-    except RuntimeError as error:  # no SLURM here, or it refuses
-        raise UserError(f"SLURM: {error}") from error
+    except RuntimeError as error:  # this machine has no SLURM, or SLURM refuses the job
+        raise UserError(f"--executor slurm: {error}") from error
     return dict(zip(jobs, runs, strict=True))
 
 
 @contextmanager
 def _silent_controllers(study: Study) -> Iterator[None]:
-    """Have the processes that submitit starts in this block write elsewhere: at Ctrl-C each shows a stack trace."""
+    """Send the output of the processes that submitit starts to a file: at Ctrl-C each prints a stack trace."""
     terminal = os.dup(2)
     with open(study.folder / "jobs" / "controllers.log", "a") as file:
         os.dup2(file.fileno(), 2)
@@ -140,11 +182,13 @@ def _silent_controllers(study: Study) -> Iterator[None]:
 
 
 def _environment(slot: int, at_once: int) -> dict[str, str]:
-    """Share this machine: threads among the runs at once, and a GPU each by turns.
+    """Divide this machine among simultaneous runs: threads in equal parts, and GPUs by turns.
 
-    The number of threads follows from the study alone, not from what is left to do, so that a study that was
-    interrupted gives the same sums.
+    The number of threads follows from the study alone, not from the runs that are left, so that an interrupted study
+    adds floating-point numbers in the same order.
     """
+    import torch  # not needed by the jobs that import this module
+
     threads = max(1, (os.cpu_count() or 1) // at_once)
     shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "TOKENIZERS_PARALLELISM": "false"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -153,9 +197,12 @@ def _environment(slot: int, at_once: int) -> dict[str, str]:
 
 
 def _headline(study: Study, run: Run) -> str:
-    metrics = run.result["metrics"]
-    shown = [f"{name} {metrics[name]:.4g}" for name in study.measures[:2] if metrics.get(name) is not None]
-    return ", ".join([*shown, f"{sum(run.result['seconds'].values()):.0f} s"])
+    """Return the first measures of a finished run and its duration; an empty string for every other run."""
+    if (record := run.result) is None:
+        return ""
+    known = {name: record["metrics"].get(name) for name in study.measures[:2]}
+    shown = [f"{name} {value:.4g}" for name, value in known.items() if value is not None]
+    return ", ".join([*shown, f"{sum(record['seconds'].values()):.0f} s"])
 
 
 def _log(run: Run) -> list[str]:
@@ -164,13 +211,13 @@ def _log(run: Run) -> list[str]:
     return [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
 
 
-def _last_lines(run: Run, job: submitit.Job) -> str:
-    lines = _log(run) or (job.stderr() or "it left no log").splitlines()
+def _last_lines(run: Run, job: Job) -> str:
+    lines = _log(run) or (job.stderr() or "no log").splitlines()
     return "\n".join(f"    {line}" for line in [*lines[-TAIL:], f"log: {run.folder / 'log.txt'}"])
 
 
-def _what_runs(runs: Any) -> str:
-    """What the longest-running one says."""
+def _progress(runs: Iterable[Run]) -> str:
+    """Return the last line in the log of the run that has been running longest."""
     first = next(iter(runs), None)
     if first is None:
         return ""

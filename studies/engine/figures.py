@@ -1,133 +1,202 @@
-"""Pictures of a study: values by arm, curves over steps, and maps of two-way sweeps."""
+"""Figures of a study: values by arm, curves over steps, and maps of two-way sweeps.
+
+Sizes are for TensorBoard, which shows a figure about 500 pixels wide.
+"""
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
+import matplotlib
 import numpy as np
-from matplotlib import colormaps
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from studies.engine.statistics import Series, mean, t_interval
+from studies.engine.statistics import Series, Values, mean, t_interval
 from studies.engine.study import Run, Study
 
-if TYPE_CHECKING:
-    from studies.engine.report import Values
+Logged = Callable[[str], dict[int, list[float]]]  # scalar -> step -> values, one per ensemble member
+KEEP_ALL = {"scalars": 0}  # by default EventAccumulator keeps a sample of the events
+STYLE: Any = {  # matplotlib's type is the list of its three hundred keys
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "legend.fontsize": 11,
+    "lines.linewidth": 2,
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+}
+WIDTH = 6.4  # inches
+MAX_TICKS = 10
+DASHES = ("-", "--", ":", "-.")  # colours repeat after ten arms
+BESIDE = 6  # more arms than this have their legend beside the axes
 
-Logged = Callable[[str], dict[int, list[float]]]  # scalar -> step -> its values, one for each member
-STEPS = {"scalars": 0}  # EventAccumulator keeps a sample unless told to keep all
+
+@dataclass(frozen=True)
+class Grid:
+    """The means of a two-way sweep.
+
+    Attributes:
+        keys: The two keys: of the rows and of the columns.
+        rows: Values of the first key.
+        columns: Values of the second key.
+        means: A mean for each row and column; NaN for an arm without a finished run.
+    """
+
+    keys: list[str]
+    rows: list[str]
+    columns: list[str]
+    means: NDArray[np.float64]
 
 
-def draw(study: Study, values: "Values") -> dict[str, Figure]:
-    """Name -> figure: a strip plot for each measure, a plot for each curve, a map for each two-way sweep."""
+def draw(study: Study, values: Values) -> dict[str, Figure]:
+    """Return figures by name: a strip plot for each measure, a plot for each curve, a map for each two-way sweep."""
     figures = {}
-    for measure in study.measures:
-        word = re.sub(r"\W+", "_", measure)
-        by_arm = {arm: values[arm][measure] for arm in study.arms if values[arm][measure]}
-        if by_arm:
-            figures[f"strip_{word}"] = strip(measure, by_arm)
-        for sweep, grid in _grids(study, by_arm).items():
-            figures[f"map_{sweep}_{word}"] = heat_map(measure, *grid)
-    logged = [(run.arm, _logged(run)) for run in study.runs if study.curves and run.result]
-    for scalar in study.curves:
-        if histories := _histories(scalar, logged):
-            word = re.sub(r"\W+", "_", scalar)
-            figures[f"curve_{word}"] = curves(scalar, histories)
+    with matplotlib.rc_context(STYLE):
+        for measure in study.measures:
+            word = re.sub(r"\W+", "_", measure)
+            by_arm = {arm: values[arm][measure] for arm in study.arms if values[arm][measure]}
+            if by_arm:
+                figures[f"strip_{word}"] = strip(measure, by_arm)
+            for sweep, grid in _grids(study, by_arm).items():
+                figures[f"map_{sweep}_{word}"] = heat_map(measure, grid)
+        logged = [(run.arm, _logged(run)) for run in study.runs if study.curves and run.result]
+        for scalar in study.curves:
+            if histories := _histories(scalar, logged):
+                word = re.sub(r"\W+", "_", scalar)
+                figures[f"curve_{word}"] = curves(scalar, histories)
     return figures
 
 
-def strip(measure: str, by_arm: dict[str, Series]) -> Figure:
-    """Each seed a dot, each arm's mean with its 95 % interval."""
-    figure = Figure(figsize=(1.5 + 1.1 * len(by_arm), 3.6), layout="constrained")
+def strip(measure: str, by_arm: Mapping[str, Series]) -> Figure:
+    """Draw a dot for each seed, and each arm's mean with its 95 % interval."""
+    figure = Figure(figsize=(WIDTH, 1.7 + 0.4 * len(by_arm)))
     axes = figure.subplots()
     for place, series in enumerate(by_arm.values()):
         values = [measured.value for measured in series.values()]
-        shift = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
-        axes.plot(place + np.array(shift), values, "o", color="tab:blue", alpha=0.5, markersize=5)
+        shift = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)
+        seeds = "seed" if place == 0 else None
+        axes.plot(values, place - 0.1 + shift, "o", color="tab:blue", alpha=0.5, markersize=7, label=seeds)
         estimate = mean(series)
-        if np.isfinite([estimate.low, estimate.high]).all():
-            axes.plot([place + 0.25] * 2, [estimate.low, estimate.high], color="black", linewidth=1.5)
-        axes.plot(place + 0.25, estimate.value, "_", color="black", markersize=12)
-    axes.set_xticks(range(len(by_arm)), list(by_arm), rotation=30, ha="right")
-    axes.set(ylabel=measure, xlim=(-0.5, len(by_arm) - 0.5))
-    axes.grid(axis="y", alpha=0.3)
+        known = np.isfinite([estimate.low, estimate.high]).all()
+        ends = [[estimate.value - estimate.low], [estimate.high - estimate.value]] if known else None
+        label = "mean, 95 % interval" if place == 0 else None
+        axes.errorbar([estimate.value], [place + 0.25], xerr=ends, label=label, fmt="D", color="black", capsize=3)
+    axes.set_yticks(range(len(by_arm)), list(by_arm))
+    axes.set(title=measure, ylim=(len(by_arm) - 0.4, -0.5))  # the first arm at the top
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
-def curves(scalar: str, histories: dict[str, dict[int, list[float]]]) -> Figure:
-    """Mean over seeds by step, with Student's 95 % band where there are at least two."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+def curves(scalar: str, histories: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """Draw the mean over seeds by step, with Student's 95 % band where there are at least two seeds.
+
+    Args:
+        scalar: Name of the scalar.
+        histories: Arm -> step -> values over seeds.
+    """
+    beside = len(histories) > BESIDE
+    figure = Figure(figsize=(WIDTH + 2.4 if beside else WIDTH, max(4.2, 0.5 + 0.26 * len(histories))))
     axes = figure.subplots()
     for number, (arm, history) in enumerate(histories.items()):
-        colour = colormaps["tab10"](number % 10)
-        steps = sorted(history)
-        axes.plot(steps, [np.mean(history[step]) for step in steps], label=arm, color=colour)
+        colour, dashes = f"C{number % 10}", DASHES[number // 10 % len(DASHES)]
+        steps = sorted(step for step in history if history[step])
+        axes.plot(steps, [np.mean(history[step]) for step in steps], dashes, label=arm, color=colour)
         banded = [step for step in steps if len(history[step]) > 1]
         if banded:
             low, high = zip(*(t_interval(np.array(history[step])) for step in banded), strict=True)
             axes.fill_between(banded, low, high, alpha=0.2, color=colour, linewidth=0)
-    axes.set(xlabel="step", ylabel=scalar)
-    axes.legend()
+    axes.set(xlabel="step", title=scalar)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(alpha=0.3)
+    if beside:
+        figure.legend(loc="outside right upper")
+    else:
+        axes.legend()
     return figure
 
 
-def heat_map(measure: str, keys: list[str], rows: list, columns: list, means: np.ndarray) -> Figure:
-    """Means of a two-way sweep."""
-    figure = Figure(figsize=(2 + 0.9 * len(columns), 1.5 + 0.6 * len(rows)), layout="constrained")
+def heat_map(measure: str, grid: Grid) -> Figure:
+    """Draw the means of a two-way sweep as colours, with numbers where there is room."""
+    rows, columns = grid.means.shape
+    figure = Figure(figsize=(max(WIDTH, 2 + 0.8 * min(columns, MAX_TICKS)), 1.8 + 0.5 * min(rows, MAX_TICKS)))
     axes = figure.subplots()
-    image = axes.imshow(means, aspect="auto", origin="lower")
-    for i, j in np.argwhere(np.isfinite(means)):
-        axes.text(j, i, f"{means[i, j]:.3g}", ha="center", va="center", color="white", fontsize=8)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set(ylabel=keys[0], xlabel=keys[1], title=measure)
+    image = axes.imshow(grid.means, aspect="auto", origin="lower")
+    if max(rows, columns) <= MAX_TICKS and np.isfinite(grid.means).any():
+        low, high = np.nanmin(grid.means), np.nanmax(grid.means)
+        for i, j in np.argwhere(np.isfinite(grid.means)):
+            bright = grid.means[i, j] - low > 0.6 * (high - low)
+            axes.text(
+                j,
+                i,
+                f"{grid.means[i, j]:.3g}",
+                ha="center",
+                va="center",
+                color="black" if bright else "white",
+                fontsize=11,
+            )
+    _label(axes.yaxis, grid.rows)
+    _label(axes.xaxis, grid.columns)
+    axes.set(ylabel=grid.keys[0], xlabel=grid.keys[1], title=measure)
     figure.colorbar(image)
     return figure
 
 
-def _grids(study: Study, by_arm: dict[str, Series]) -> dict[str, tuple[list[str], list, list, np.ndarray]]:
-    sweeps: dict[str, dict[str, dict]] = defaultdict(dict)
-    for arm, (sweep, factors) in study.factors.items():
-        if len(factors) == 2:
-            sweeps[sweep][arm] = factors
+def _label(axis: Axis, words: list[str]) -> None:
+    """Label an axis with at most ten of the words, at equal distances."""
+    places = range(0, len(words), -(-len(words) // MAX_TICKS))
+    axis.set_ticks(list(places), [words[place] for place in places])
+
+
+def _grids(study: Study, by_arm: Mapping[str, Series]) -> dict[str, Grid]:
+    """Return the grid of each two-way sweep."""
+    sweeps: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for arm, factors in study.factors.items():
+        if len(factors.values) == 2:
+            sweeps[factors.sweep][arm] = factors.values
     grids = {}
     for sweep, arms in sweeps.items():
         keys = list(next(iter(arms.values())))
-        rows, columns = (list(dict.fromkeys(str(factors[key]) for factors in arms.values())) for key in keys)
+        rows, columns = (list(dict.fromkeys(str(values[key]) for values in arms.values())) for key in keys)
         means = np.full((len(rows), len(columns)), np.nan)
-        for arm, factors in arms.items():
+        for arm, values in arms.items():
             if arm in by_arm:
-                means[rows.index(str(factors[keys[0]])), columns.index(str(factors[keys[1]]))] = mean(by_arm[arm]).value
-        grids[sweep] = keys, rows, columns, means
+                means[rows.index(str(values[keys[0]])), columns.index(str(values[keys[1]]))] = mean(by_arm[arm]).value
+        grids[sweep] = Grid(keys, rows, columns, means)
     return grids
 
 
 def _logged(run: Run) -> Logged:
-    """What a run logged, read at most once."""
+    """Return a function that gives what a run logged; it reads the run's files once."""
     path = run.folder / "members.jsonl"
     members = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     @cache
     def events() -> EventAccumulator:
-        return EventAccumulator(str(run.folder), size_guidance=STEPS).Reload()
+        return EventAccumulator(str(run.folder), size_guidance=KEEP_ALL).Reload()
 
     def of(scalar: str) -> dict[int, list[float]]:
         if any(scalar in line for line in members):
             return {line["step"]: [x for x in line.get(scalar, []) if x is not None] for line in members}
         if scalar not in events().Tags()["scalars"]:
             return {}
-        # By step, for a run that was broken off may have passed it twice
+        # By step: an interrupted run may have passed a step twice
         return {event.step: [event.value] for event in events().Scalars(scalar)}
 
     return of
 
 
 def _histories(scalar: str, runs: list[tuple[str, Logged]]) -> dict[str, dict[int, list[float]]]:
-    """Arm -> step -> the scalar's values over seeds."""
+    """Return arm -> step -> the scalar's values over seeds."""
     histories: dict[str, dict[int, list[float]]] = {}
     for arm, logged in runs:
         for step, values in logged(scalar).items():

@@ -1,31 +1,31 @@
-"""The ledger: what the seed documents claim, what tests it, and the last verdict."""
+"""The ledger: the claims of the seed documents, the study that tests each, and the last verdict."""
 
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
-from datamodules.errors import UserError
-from studies.engine.report import table as markdown_table
+from studies.engine.tables import markdown_table
 
 HERE = Path(__file__).resolve().parents[1]
 LEDGER = HERE / "ledger.yaml"
-RESULTS = HERE / "results"  # reports of studies that were run once and kept
+RESULTS = HERE / "results"  # reports of studies that are kept in the repository
 RUNS = Path("runs", "studies")
 FIELDS = {"id", "claim", "where", "study"}
 
 
 @dataclass(frozen=True)
-class Row:
+class LedgerEntry:
     """A claim of a seed document.
 
     Attributes:
-        id: `<document>-<number>`.
-        claim: What is claimed.
-        where: Where it stands in the document.
-        study: The study that tests it, or `-`.
+        id: `<document>-<number>`, such as `004-12`.
+        claim: The claim in one sentence.
+        where: The heading or the experiment in the document that makes the claim.
+        study: The study that tests the claim, or `-`.
     """
 
     id: str
@@ -34,55 +34,74 @@ class Row:
     study: str
 
 
-def read(path: str | Path = LEDGER) -> list[Row]:
+def read(path: str | Path = LEDGER) -> list[LedgerEntry]:
     """Read the ledger.
 
     Raises:
-        UserError: A row lacks a field or has another, an id comes twice, or a study does not exist.
+        UserError: The fields of an entry are not those of `LedgerEntry`, two entries have one id, or a study does not
+            exist.
     """
-    rows = []
-    for entry in yaml.safe_load(Path(path).read_text())["claims"]:
-        if set(entry) != FIELDS:
-            raise UserError(f"{path}: row {entry.get('id', len(rows) + 1)} must have {', '.join(sorted(FIELDS))}")
-        rows.append(Row(**{key: str(value) for key, value in entry.items()}))
-    if double := [name for name, count in Counter(row.id for row in rows).items() if count > 1]:
-        raise UserError(f"{path}: {double[0]} comes twice")
-    for row in rows:
-        if row.study != "-" and not (Path(path).parent / f"{row.study}.yaml").exists():
-            raise UserError(f"{path}: {row.id} names the study {row.study}, and there is none")
-    return rows
+    entries: list[LedgerEntry] = []
+    for fields in yaml.safe_load(Path(path).read_text(encoding="utf-8"))["claims"]:
+        if set(fields) != FIELDS:
+            name = fields.get("id", len(entries) + 1)
+            _refuse(f"{path}: entry {name} must have the fields {', '.join(sorted(FIELDS))}")
+        entries.append(LedgerEntry(**{key: str(value) for key, value in fields.items()}))
+    if double := [name for name, count in Counter(entry.id for entry in entries).items() if count > 1]:
+        _refuse(f"{path}: two entries have the id {double[0]}")
+    for entry in entries:
+        if entry.study != "-" and not (Path(path).parent / f"{entry.study}.yaml").exists():
+            _refuse(f"{path}: {entry.id} names the study {entry.study}, which does not exist")
+    return entries
 
 
-def last_report(study: str) -> dict | None:
-    """The report of this machine's runs of a study, if any is finished, else the one kept in the repository."""
+def last_report(study: str) -> dict[str, Any] | None:
+    """Return the report of a study from this machine if any of its runs is finished, else the one in the repository."""
     for path in (RUNS / study / "report.json", RESULTS / f"{study}.json"):
-        report = json.loads(path.read_text()) if path.exists() else {}
+        report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if report.get("finished"):
             return report
     return None
 
 
-def verdict(row: Row) -> str:
-    """`held`, `refuted` or `undecided`; `not run` if the study has no report, `-` if nothing tests the claim.
+def verdict(entry: LedgerEntry) -> str:
+    """Return the last verdict on a claim.
 
-    A study may weigh a claim in several sentences, numbered `004-12`, `004-12b`; they are told one after the other.
+    Returns:
+        `held`, `refuted` or `undecided`; `not run` if the study has no report, `not weighed` if its report lacks the
+        claim, `-` if no study tests it. A study may test a claim in several parts, numbered `004-12`, `004-12b`; their
+        verdicts are separated by commas.
     """
-    if row.study == "-":
+    if entry.study == "-":
         return "-"
-    report = last_report(row.study)
+    report = last_report(entry.study)
     if report is None:
         return "not run"
-    found = [claim["verdict"] for claim in report["claims"] if claim["id"].rstrip("abcdefgh") == row.id]
+    found = [claim["verdict"] for claim in report["claims"] if claim["id"].rstrip("abcdefgh") == entry.id]
     return ", ".join(found) or "not weighed"
 
 
 def table(document: str = "") -> str:
-    """The ledger with verdicts, and a count of them."""
-    rows = [row for row in read() if row.id.startswith(document)]
-    if not rows:
-        raise UserError(f"the ledger has no rows of document {document}")
-    verdicts = [verdict(row) for row in rows]
-    cells = [[row.id, row.claim, row.study, found] for row, found in zip(rows, verdicts, strict=True)]
+    """Return the ledger with its verdicts as a table, and the number of claims by verdict.
+
+    Args:
+        document: Show only the entries of this document, such as `004`.
+
+    Raises:
+        UserError: The ledger has no such document.
+    """
+    entries = [entry for entry in read() if entry.id.startswith(document)]
+    if not entries:
+        known = ", ".join(sorted({entry.id.partition("-")[0] for entry in read()}))
+        _refuse(f"--document: the ledger has no document {document}; it has {known}")
+    verdicts = [verdict(entry) for entry in entries]
+    rows = [[entry.id, entry.claim, entry.study, found] for entry, found in zip(entries, verdicts, strict=True)]
     counts = Counter("not tested" if found == "-" else found for found in verdicts)
-    told = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    return f"{markdown_table([['', 'claim', 'study', 'verdict'], *cells])}\n\n{len(rows)} claims: {told}"
+    summary = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    return f"{markdown_table([['', 'claim', 'study', 'verdict'], *rows])}\n\n{len(entries)} claims: {summary}"
+
+
+def _refuse(sentence: str) -> NoReturn:
+    from datamodules.errors import UserError  # the package imports torch, without which the ledger starts at once
+
+    raise UserError(sentence)

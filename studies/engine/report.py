@@ -1,95 +1,116 @@
-"""The report of a study: estimates by arm, comparisons with the first arm, verdicts; as text, data and pictures."""
+"""The report of a study: estimates by arm, comparisons with the first arm, verdicts; as text, data and figures."""
 
 import csv
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from datamodules.errors import UserError
-from lightning_modules.core.metrics import wilson_interval
-from studies.engine import figures
+from lightning_modules.core.intervals import wilson_interval
+from studies.engine import events, figures
+from studies.engine.attempt import Record
 from studies.engine.claims import Judgement, judge
-from studies.engine.statistics import Measured, Series, difference, effect_size, mean, p_value
+from studies.engine.statistics import Measured, Values, difference, effect_size, mean, p_value
 from studies.engine.study import Run, Study
-
-Values = dict[str, dict[str, Series]]  # arm -> measure -> seed -> what was measured
+from studies.engine.tables import markdown_table
 
 
 def collect(study: Study) -> Values:
-    """Read what finished runs measured; each member of an ensemble is a seed, the run's and those after it.
+    """Return what the finished runs measured: arm -> measure -> seed -> value.
 
-    Besides a run's metrics there are `seconds/fit`, `seconds/test`: what its stages took.
+    Each member of an ensemble is a seed, counted from the seed of its run. The measures `seconds/fit` and
+    `seconds/test` are the durations of a run's stages.
     """
-    values: Values = {arm: {measure: {} for measure in study.measures} for arm in study.arms}
+    values: dict[str, dict[str, dict[int, Measured]]]
+    values = {arm: {measure: {} for measure in study.measures} for arm in study.arms}
     for run in study.runs:
-        record = run.result or {"metrics": {}, "seconds": {}}
-        metrics = _metrics(record)
-        for measure in study.measures:
-            if members := record.get("members", {}).get(measure):
-                n = record["n"].get(measure)
-                own = {run.seed + member: _of_member(value, n) for member, value in enumerate(members)}
-                values[run.arm][measure] |= own
-            elif measure in metrics:
-                interval = record["intervals"].get(measure) or [None]
-                known = None if None in interval else tuple(interval)
-                measured = Measured(_value(metrics[measure]), known, record["n"].get(measure))
-                values[run.arm][measure][run.seed] = measured
+        if record := run.result:
+            for measure in study.measures:
+                values[run.arm][measure] |= _measured(record, run.seed, measure)
     return values
 
 
-def _metrics(record: dict[str, Any]) -> dict[str, float | None]:
-    return record["metrics"] | {f"seconds/{stage}": taken for stage, taken in record["seconds"].items()}
+def _measured(record: Record, seed: int, measure: str) -> dict[int, Measured]:
+    """Return a measure by seed: one entry for each ensemble member, none if the run lacks the measure."""
+    metrics, count, hits = all_metrics(record), record["n"].get(measure), record.get("hits", {}).get(measure, [])
+    if members := record.get("members", {}).get(measure):
+        counted: Sequence[int | None] = hits or [None] * len(members)
+        return {
+            seed + member: _member(value, count, hit)
+            for member, (value, hit) in enumerate(zip(members, counted, strict=True))
+        }
+    if measure not in metrics:
+        return {}
+    value = metrics[measure]
+    if value is None:
+        return {seed: Measured(math.nan, count=count)}
+    low, high = record["intervals"].get(measure, (None, None))
+    interval = None if low is None or high is None else (low, high)
+    return {seed: Measured(value, interval, count, hits[0] if hits and count else None)}
 
 
-def _of_member(value: float | None, count: int | None) -> Measured:
-    if value is None or count is None:
-        return Measured(_value(value), None, count)
-    return Measured(value, wilson_interval(value * count, count), count)
+def _member(value: float | None, count: int | None, hits: int | None) -> Measured:
+    if value is None:
+        return Measured(math.nan, count=count)
+    if not count or hits is None:
+        return Measured(value, count=count)
+    return Measured(value, wilson_interval(hits, count), count, hits)
 
 
-def _value(value: float | None) -> float:
-    return math.nan if value is None else value
+def all_metrics(record: Record) -> dict[str, float | None]:
+    """Return the metrics of a run, and `seconds/<stage>` for each of its stages."""
+    return record["metrics"] | {f"seconds/{stage}": duration for stage, duration in record["seconds"].items()}
 
 
 def write(study: Study) -> str:
     """Write `report.md`, `report.json`, `runs.csv`, figures and TensorBoard events; return the report's text.
 
     Raises:
-        UserError: Every arm has finished runs, and none has one of the measures.
+        UserError: Every arm has finished runs, and none of them has one of the measures.
     """
     values = collect(study)
-    finished = [run for run in study.runs if run.result]
-    every_arm = {run.arm for run in finished} == set(study.arms)  # else the arm that has it may still be to come
-    for measure in study.measures:
-        if every_arm and not any(values[arm][measure] for arm in study.arms):
-            known = ", ".join(sorted(_metrics(finished[0].result)))
-            raise UserError(f"measures: no finished run has '{measure}'; the first has {known}")
+    _refuse_unknown_measures(study, values)
     verdicts = {claim.id: judge(claim, values) for claim in study.claims}
     data = summary(study, values, verdicts)
     drawn = figures.draw(study, values)
-    study.folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(study.folder / "figures", ignore_errors=True)
+    pictures = study.folder / "figures"
+    shutil.rmtree(pictures, ignore_errors=True)
+    pictures.mkdir(parents=True)
     for name, figure in drawn.items():
-        path = study.folder / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        figure.savefig(pictures / f"{name}.png")
     text = render(study, data)
-    pictures = [f"![{name}](figures/{name}.png)" for name in drawn]
-    (study.folder / "report.json").write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
-    (study.folder / "report.md").write_text("\n\n".join([text, *pictures]) + "\n")
+    links = [f"![{name}](figures/{name}.png)" for name in drawn]
+    _replace(study.folder / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
+    _replace(study.folder / "report.md", "\n\n".join([text, *links]) + "\n")
     _write_runs(study)
-    _write_events(study, drawn)
+    metrics = {(run.arm, run.seed): all_metrics(record) for run in study.runs if (record := run.result)}
+    events.write(study, drawn, metrics)
     return f"{text}\n\nreport: {study.folder / 'report.md'}"
 
 
+def _refuse_unknown_measures(study: Study, values: Values) -> None:
+    finished = [(run.arm, record) for run in study.runs if (record := run.result)]
+    if {arm for arm, _ in finished} != set(study.arms):
+        return  # an arm that has the measure may have no finished run yet
+    for measure in study.measures:
+        if not any(values[arm][measure] for arm in study.arms):
+            known = ", ".join(sorted(all_metrics(finished[0][1])))
+            raise UserError(f"measures: no finished run has '{measure}'; the first has {known}")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file as a whole: a reader sees the old text or the new one."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(text)
+    draft.replace(path)
+
+
 def summary(study: Study, values: Values, verdicts: dict[str, Judgement]) -> dict[str, Any]:
-    """The report as plain data; where nothing is known, null."""
+    """Return the report as plain data; null stands for a value that is unknown or infinite."""
     first, *others = study.arms
     arms = {}
     for arm in study.arms:
@@ -109,10 +130,11 @@ def summary(study: Study, values: Values, verdicts: dict[str, Judgement]) -> dic
         judged = verdicts[claim.id]
         row = {"id": claim.id, "claim": claim.text, "verdict": judged.verdict, "note": judged.note}
         claims.append(row | {key: getattr(judged.estimate, key) for key in ("value", "low", "high", "seeds")})
-    runs = [run.result for run in study.runs if run.result]
-    revisions = sorted({f"{r['git']['revision']}{' + changes' if r['git']['dirty'] else ''}" for r in runs})
-    data = {"study": study.name, "runs": len(study.runs), "finished": len(runs), "revisions": revisions}
-    return _plain(data | {"arms": arms, "comparisons": comparisons, "claims": claims})
+    states = [record["git"] for run in study.runs if (record := run.result)]
+    revisions = sorted({f"{state['revision']}{' + changes' if state['dirty'] else ''}" for state in states})
+    data = {"study": study.name, "runs": len(study.runs), "finished": len(states), "revisions": revisions}
+    plain: dict[str, Any] = _plain(data | {"arms": arms, "comparisons": comparisons, "claims": claims})
+    return plain
 
 
 def _plain(data: Any) -> Any:
@@ -127,13 +149,13 @@ def _plain(data: Any) -> Any:
 
 
 def render(study: Study, data: dict[str, Any]) -> str:
-    """The report as markdown."""
+    """Return the report as Markdown."""
     missing = [run.name for run in study.runs if not run.result]
     parts = [f"# {study.name}", f"{data['finished']} of {data['runs']} runs finished."]
     if missing:
         parts.append(f"Missing: {'; '.join(missing)}.")
     if len(data["revisions"]) > 1:
-        parts.append(f"Made by {len(data['revisions'])} revisions of the code: {', '.join(data['revisions'])}.")
+        parts.append(f"The runs were made by {len(data['revisions'])} revisions: {', '.join(data['revisions'])}.")
     parts += ["## Arms", _by_arm(study, data, "estimates", _estimate)]
     if any(len(values) > 1 for arm in data["arms"].values() for values in arm["values"].values()):
         parts += ["## By seed", _by_arm(study, data, "values", lambda values: " ".join(map(_number, values.values())))]
@@ -142,30 +164,21 @@ def render(study: Study, data: dict[str, Any]) -> str:
         cells = [row["measure"], row["arm"], _number(row["value"]), _interval(row)]
         rows.append([*cells, _number(row["effect_size"]), _number(row["p"])])
     if len(rows) > 1:
-        parts += [f"## Against {study.arms[0]}", table(rows)]
+        parts += [f"## Compared with {study.arms[0]}", markdown_table(rows)]
     rows = [["", "claim", "verdict", "value", "95 % interval", "note"]]
     for row in data["claims"]:
         rows.append([row["id"], row["claim"], row["verdict"], _number(row["value"]), _interval(row), row["note"]])
     if len(rows) > 1:
-        parts += ["## Claims", table(rows)]
+        parts += ["## Claims", markdown_table(rows)]
     return "\n\n".join(parts)
 
 
-def _by_arm(study: Study, data: dict[str, Any], kind: str, tell: Callable[[Any], str]) -> str:
+def _by_arm(study: Study, data: dict[str, Any], kind: str, show: Callable[[Any], str]) -> str:
     rows = [["arm", *study.measures]]
     for arm in study.arms:
-        found = data["arms"][arm][kind]
-        rows.append([arm, *(tell(found[measure]) if found.get(measure) else "-" for measure in study.measures)])
-    return table(rows)
-
-
-def table(rows: list[list[str]]) -> str:
-    """A markdown table whose columns line up in a terminal too."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+        known = data["arms"][arm][kind]
+        rows.append([arm, *(show(known[measure]) if known.get(measure) else "-" for measure in study.measures)])
+    return markdown_table(rows)
 
 
 def _number(value: float | None) -> str:
@@ -192,25 +205,9 @@ def _write_runs(study: Study) -> None:
 
 
 def _csv_row(study: Study, run: Run) -> list[Any]:
-    record = run.result
-    if record is None:
+    if (record := run.result) is None:
         return [run.arm, run.seed, "missing", "", "", "", run.folder, *("" for _ in study.measures)]
-    known = _metrics(record)
+    known = all_metrics(record)
     metrics = [known.get(measure) for measure in study.measures]
     seconds, git = round(sum(record["seconds"].values()), 1), record["git"]
     return [run.arm, run.seed, "finished", seconds, git["revision"], git["dirty"], run.folder, *metrics]
-
-
-def _write_events(study: Study, drawn: dict[str, Any]) -> None:
-    folder = study.folder / "tensorboard"
-    shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(str(folder)) as writer:
-        for name, figure in drawn.items():
-            writer.add_figure(name, figure)
-        for run in study.runs:
-            if record := run.result:
-                known = _metrics(record)
-                metrics = {m: known[m] for m in study.measures if known.get(m) is not None}
-                factors = study.factors.get(run.arm, ("", {}))[1]
-                hparams = {"arm": run.arm, "seed": run.seed} | {key: str(value) for key, value in factors.items()}
-                writer.add_hparams(hparams, metrics, run_name=str(Path(run.arm, str(run.seed))))

@@ -1,41 +1,39 @@
-"""Estimates over seeds: means, differences, ratios and rates with 95 % intervals, and what pairing seeds adds."""
+"""Estimates over seeds: means, differences, ratios and rates, each with its 95 % interval.
+
+scipy is imported where it is used: a run starts sooner if its study has not waited for the import.
+"""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from numpy.typing import NDArray
 
-from lightning_modules.core.metrics import wilson_interval
+from lightning_modules.core.intervals import wilson_interval
 
-MOST_SEEDS = 1000  # beyond this many, the answer is that more seeds do not help
+MAX_SEEDS = 1000  # no larger number of seeds is recommended
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measure in one run.
+    """The value of a measure in one run, or in one member of an ensemble.
 
     Attributes:
-        value: The value; NaN where the run ended without one, as a diverged run does.
-        interval: The run's own 95 % interval, over its test samples.
-        count: Those samples.
+        value: The value; NaN if the run ended without one, as a diverged run does.
+        interval: The run's 95 % interval, over its test samples.
+        count: Number of those samples.
+        hits: Number of hits among them, if the measure is a proportion; None for every other measure.
     """
 
     value: float
     interval: tuple[float, float] | None = None
     count: int | None = None
-
-    @property
-    def hits(self) -> float | None:
-        """What was counted, if the measure is a proportion: if its interval is Wilson's."""
-        if self.interval is None or not self.count or not 0 <= self.value <= 1:
-            return None
-        hits = self.value * self.count
-        return hits if np.allclose(self.interval, wilson_interval(hits, self.count), atol=1e-4) else None
+    hits: int | None = None
 
 
-Series = Mapping[int, Measured]  # seed -> what its run measured
+Series = Mapping[int, Measured]  # seed -> value
+Values = Mapping[str, Mapping[str, Series]]  # arm -> measure -> seed -> value
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,13 @@ class Estimate:
 
     Attributes:
         value: The estimate.
-        low: Lower end; the interval is the whole line where nothing is known.
-        high: Upper end.
-        seeds: Seeds behind it.
-        spread: Standard deviation of what a seed adds, from which the number of seeds that would decide is told.
-        note: What the interval is over, where it is not over seeds.
-        is_rate: Whether it counts seeds.
+        low: Lower end of the interval; -inf if nothing is known.
+        high: Upper end of the interval; inf if nothing is known.
+        seeds: Number of seeds behind the estimate.
+        spread: Standard deviation of one seed's contribution, which predicts the interval of more seeds; None if
+            unknown.
+        note: What the interval covers, if that is not the seeds.
+        is_rate: Whether each seed counts as one hit or miss.
     """
 
     value: float
@@ -61,22 +60,29 @@ class Estimate:
     is_rate: bool = False
 
 
-def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """Student's interval of the mean: m ± t(n-1) s / sqrt(n)."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+def t_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean: m ± t(n-1) s / sqrt(n)."""
+    half = _t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def _values(series: Series) -> np.ndarray:
-    return np.array([series[seed].value for seed in sorted(series)], dtype=float)
+def _t_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's distribution."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, freedom))
+
+
+def _values(series: Series) -> NDArray[np.float64]:
+    return np.array([series[seed].value for seed in sorted(series)], dtype=np.float64)
 
 
 def mean(series: Series) -> Estimate:
-    """Mean over seeds with Student's interval.
+    """Estimate the mean over seeds, with Student's interval.
 
-    A proportion's lies in [0, 1] and is at least Wilson's of all samples together: seeds that agree by chance, such as
-    three zeros, do not make it certain. Where each seed is one sample, it is Wilson's. A single seed has the interval
-    of its run.
+    The interval of a proportion lies in [0, 1] and contains the Wilson interval of the samples of all seeds together:
+    seeds that agree by chance, such as three zeros, do not make the mean certain. If each seed is a single sample, the
+    interval is Wilson's. A single seed has the interval of its run.
     """
     values = _values(series)
     if len(values) == 1:
@@ -93,15 +99,17 @@ def mean(series: Series) -> Estimate:
 
 
 def _pooled(series: Series) -> tuple[float, float] | None:
-    """Wilson's interval of all samples of all seeds, if the measure is a proportion."""
-    hits = [measured.hits for measured in series.values()]
-    if any(hit is None for hit in hits):
-        return None
-    return wilson_interval(sum(hits), sum(measured.count for measured in series.values()))
+    """Return the Wilson interval of the samples of all seeds together, if the measure is a proportion."""
+    hits = count = 0
+    for measured in series.values():
+        if measured.hits is None or measured.count is None:
+            return None
+        hits, count = hits + measured.hits, count + measured.count
+    return wilson_interval(hits, count)
 
 
 def _common(first: Series, second: Series) -> tuple[Series, Series]:
-    """Both over the seeds that they share, if these are at least two; else as they are."""
+    """Restrict both series to their common seeds if there are at least two; else return both unchanged."""
     seeds = sorted(first.keys() & second.keys())
     if len(seeds) < 2:
         return first, second
@@ -109,10 +117,11 @@ def _common(first: Series, second: Series) -> tuple[Series, Series]:
 
 
 def difference(first: Series, second: Series) -> Estimate:
-    """Mean of first - second.
+    """Estimate mean(first) - mean(second).
 
-    Paired by seed where at least two seeds are common, else Welch's interval. Of single runs, and as the least for
-    proportions, the intervals of the two are combined (Zou and Donner 2008): L = d - sqrt((x-lx)² + (uy-y)²).
+    The interval is paired by seed if at least two seeds are common, else Welch's. The intervals of single runs are
+    combined (Zou and Donner 2008): L = d - sqrt((x-lx)² + (uy-y)²), U = d + sqrt((ux-x)² + (y-ly)²). The interval of a
+    difference of proportions also contains this combination of the two pooled Wilson intervals.
     """
     first, second = _common(first, second)
     x, y = _values(first), _values(second)
@@ -123,13 +132,20 @@ def difference(first: Series, second: Series) -> Estimate:
     if first.keys() == second.keys():
         (low, high), spread, note = t_interval(x - y), float((x - y).std(ddof=1)), ""
     else:
+        from scipy import stats
+
         (low, high), note = stats.ttest_ind(x, y, equal_var=False).confidence_interval(), "seeds are not paired"
         spread = math.sqrt(x.var(ddof=1) + y.var(ddof=1))
-    pooled = _pooled(first), _pooled(second)
-    if None not in pooled:
-        least = _combine(Estimate(x.mean(), *pooled[0]), Estimate(y.mean(), *pooled[1]))
+    if (one_pooled := _pooled_mean(first)) and (other_pooled := _pooled_mean(second)):
+        least = _combine(one_pooled, other_pooled)
         low, high = min(low, least[0]), max(high, least[1])
     return Estimate(value, float(low), float(high), seeds, spread, note)
+
+
+def _pooled_mean(series: Series) -> Estimate | None:
+    """Return the mean of a proportion with the Wilson interval of all samples; None for every other measure."""
+    pooled = _pooled(series)
+    return Estimate(float(_values(series).mean()), *pooled) if pooled else None
 
 
 def _combine(x: Estimate, y: Estimate) -> tuple[float, float]:
@@ -138,10 +154,11 @@ def _combine(x: Estimate, y: Estimate) -> tuple[float, float]:
 
 
 def ratio(first: Series, second: Series) -> Estimate:
-    """mean(first) / mean(second), with Fieller's interval (1954): the r at which mean(first - r second) may be zero.
+    """Estimate mean(first) / mean(second), with Fieller's interval (1954).
 
-    Over common seeds; of other runs, and as the least for proportions, from the half widths of the two intervals. Where
-    the denominator may be zero, nothing is known of the ratio.
+    The interval holds every r for which mean(first - r second) may be zero. Over common seeds it uses their variances
+    and covariance, else the half widths of the two intervals. The interval of a ratio of proportions also contains the
+    one from the two pooled Wilson intervals. If the denominator may be zero, the interval is the whole line.
     """
     first, second = _common(first, second)
     x, y = _values(first), _values(second)
@@ -149,12 +166,10 @@ def ratio(first: Series, second: Series) -> Estimate:
     if seeds == 1 or first.keys() != second.keys():
         one, other = mean(first), mean(second)
         return Estimate(value, *_fieller_of(one, other), seeds, note=one.note or other.note)
-    t = float(stats.t.ppf(0.975, seeds - 1))
-    (vx, cxy), (_, vy) = np.cov(x, y) * t**2 / seeds
-    low, high = _fieller(x.mean(), y.mean(), vx, vy, cxy)
-    pooled = _pooled(first), _pooled(second)
-    if None not in pooled:
-        least = _fieller_of(Estimate(x.mean(), *pooled[0]), Estimate(y.mean(), *pooled[1]))
+    ((vx, cxy), (_, vy)) = (np.cov(x, y) * _t_quantile(seeds - 1) ** 2 / seeds).tolist()
+    low, high = _fieller(float(x.mean()), float(y.mean()), vx, vy, cxy)
+    if (one_pooled := _pooled_mean(first)) and (other_pooled := _pooled_mean(second)):
+        least = _fieller_of(one_pooled, other_pooled)
         low, high = min(low, least[0]), max(high, least[1])
     spread = float((x - value * y).std(ddof=1) / abs(y.mean())) if y.mean() else None
     return Estimate(value, low, high, seeds, spread)
@@ -166,22 +181,25 @@ def _fieller_of(x: Estimate, y: Estimate) -> tuple[float, float]:
 
 
 def _fieller(x: float, y: float, vx: float, vy: float, cxy: float) -> tuple[float, float]:
-    """The r with (x - r y)² <= vx - 2 r cxy + r² vy, where that is an interval; variances times t²."""
+    """Return the interval of all r with (x - r y)² <= vx - 2 r cxy + r² vy; the variances are multiplied by t²."""
     a, b, c = y * y - vy, x * y - cxy, x * x - vx
     if a <= 0:
         return -math.inf, math.inf
     root = math.sqrt(max(b * b - a * c, 0.0))
-    return float((b - root) / a), float((b + root) / a)
+    return (b - root) / a, (b + root) / a
 
 
 def rate(series: Series, condition: Callable[[float], bool]) -> Estimate:
-    """Share of seeds whose value satisfies a condition, with Wilson's interval."""
+    """Estimate the share of seeds whose value satisfies a condition, with its Wilson interval."""
     hits, count = sum(bool(condition(measured.value)) for measured in series.values()), len(series)
     return Estimate(hits / count, *wilson_interval(hits, count), seeds=count, is_rate=True)
 
 
 def effect_size(first: Series, second: Series) -> float | None:
-    """Hedges' g: (mean difference) / (pooled standard deviation), times 1 - 3 / (4 (n + m) - 9) (Hedges 1981)."""
+    """Return Hedges' g: mean difference / pooled standard deviation, times 1 - 3 / (4 (n + m) - 9) (Hedges 1981).
+
+    None if either series has fewer than two seeds or nothing varies.
+    """
     x, y = _values(first), _values(second)
     if min(len(x), len(y)) < 2:
         return None
@@ -191,7 +209,12 @@ def effect_size(first: Series, second: Series) -> float | None:
 
 
 def p_value(first: Series, second: Series) -> float | None:
-    """Two-sided p of the paired t test over common seeds, of Welch's where fewer than two are common."""
+    """Return the two-sided p of the paired t test over common seeds; of Welch's test if fewer than two are common.
+
+    None if either series has fewer than two seeds or the pairs do not vary.
+    """
+    from scipy import stats
+
     first, second = _common(first, second)
     x, y = _values(first), _values(second)
     if min(len(x), len(y)) < 2:
@@ -202,23 +225,24 @@ def p_value(first: Series, second: Series) -> float | None:
 
 
 def seeds_to_decide(estimate: Estimate, decides: Callable[[float, float], bool]) -> str:
-    """How many seeds would decide, if value and spread stay what they are.
+    """Return a sentence: how many seeds would decide a claim if the value and the spread stay as they are.
 
     Args:
-        estimate: What is known.
-        decides: Whether an interval, from low to high, would.
+        estimate: The estimate so far.
+        decides: Whether an interval, from low to high, decides the claim.
     """
+    spread = estimate.spread
+    if spread is None and not estimate.is_rate:
+        return "at least 2 seeds would show the spread" if estimate.seeds < 2 else ""
 
     def interval(seeds: int) -> tuple[float, float]:
-        if estimate.is_rate:
+        if spread is None:
             return wilson_interval(estimate.value * seeds, seeds)
-        half = float(stats.t.ppf(0.975, seeds - 1)) * estimate.spread / math.sqrt(seeds)
+        half = _t_quantile(seeds - 1) * spread / math.sqrt(seeds)
         return estimate.value - half, estimate.value + half
 
-    if estimate.spread is None and not estimate.is_rate:
-        return "at least 2 seeds would tell the spread" if estimate.seeds < 2 else ""
     if decides(*interval(estimate.seeds)):
-        return "more seeds or test samples would decide"  # Student's would; Wilson's, over samples, does not
-    enough = (seeds for seeds in range(estimate.seeds + 1, MOST_SEEDS + 1) if decides(*interval(seeds)))
+        return "more seeds or test samples would decide"  # Student's interval decides; Wilson's, over samples, does not
+    enough = (seeds for seeds in range(estimate.seeds + 1, MAX_SEEDS + 1) if decides(*interval(seeds)))
     needed = next(enough, None)
-    return f"about {needed} seeds would decide" if needed else f"more than {MOST_SEEDS} seeds would be needed"
+    return f"about {needed} seeds would decide" if needed else f"more than {MAX_SEEDS} seeds would be needed"

@@ -1,4 +1,4 @@
-"""A study: arms by seeds over a base config, what is measured, and what is claimed.
+"""A study: arms over a base config, each run with several seeds; what is measured, and what is claimed.
 
 base: [configs/telepathy_v15.yaml]
 seeds: 3
@@ -14,33 +14,34 @@ claims:
 import hashlib
 import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cli.config_errors import FriendlyParser
 from datamodules.errors import UserError
-from studies.engine.arms import PRODUCTS, REFERENCE, Arm, Resolve, expand, needs_of, resolve_arm
-from studies.engine.attempt import read_result
+from studies.engine.arms import PRODUCTS, REFERENCE, Arm, Config, Factors, differences, expand, needs_of, resolve_arm
+from studies.engine.attempt import Record, read_result
 from studies.engine.claims import Claim, parse
+from studies.engine.resolver import resolve
 
 NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass
 class StudyFile:
-    """What a study's YAML holds.
+    """The keys of a study's YAML file.
 
     Attributes:
-        base: Configs that all arms share; may be empty, then each arm's own configs come before `set`.
-        arms: Name -> condition; the first is what the others are compared with.
-        measures: Names in `results.json`; the first is what a claim means that names an arm alone.
-        seeds: How many, from 0, or which.
-        claims: Name, such as a number in the ledger -> claim.
-        curves: Scalars in TensorBoard to draw over steps.
+        base: Config files that all arms share. If empty, the configs of each arm come before `set`.
+        arms: Name -> condition. The report compares the others with the first.
+        measures: Names of metrics in `results.json`. A claim that names an arm alone means the first.
+        seeds: Number of seeds, which start at 0, or a list of seeds.
+        claims: Id -> claim. The id is any name, or the number of a claim in the ledger.
+        curves: Names of logged scalars that the report draws over steps.
         set: Key -> value, for all arms.
     """
 
@@ -55,16 +56,16 @@ class StudyFile:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study.
+    """One run of a study: an arm with a seed.
 
     Attributes:
-        arm: Its arm.
-        seed: Its seed.
-        command: What is run.
+        arm: Name of the arm.
+        seed: The seed; of an ensemble, the seed of the first member.
+        command: `fit`, `validate` or `test`.
         config: The resolved config, as YAML.
-        folder: Where it goes; named by the config's hash, so that a finished run is found again.
-        wave: Runs of a wave need only what earlier waves made.
-        needs: Arms whose runs it uses.
+        folder: The run's folder. Its name has a hash of the config, so that a finished run is not run again.
+        wave: The runs of a wave need only files of runs of earlier waves.
+        needs: Arms whose files the run uses.
     """
 
     arm: str
@@ -77,28 +78,29 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Arm and seed."""
+        """Arm and seed, for messages."""
         return f"{self.arm}, seed {self.seed}"
 
     @property
-    def result(self) -> dict[str, Any] | None:
-        """The run's `results.json`, if it came to its end."""
+    def result(self) -> Record | None:
+        """The run's `results.json`; None until the run has come to its end."""
         return read_result(self.folder)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study made ready: every config resolved, every claim read, runs in waves.
+    """A study that is ready to run: every config is resolved, every claim parsed, and the runs are in waves.
 
     Attributes:
-        name: The file's name.
+        name: Name of the study's file, without `.yaml`.
         folder: `runs/studies/<name>`.
-        arms: Names, sweeps written out.
+        arms: Names of the arms; a sweep gives one for each combination of values.
         measures: As in the file.
         curves: As in the file.
         claims: The claims.
         runs: Every run, by wave.
-        factors: For arms of a sweep: arm -> (sweep's name, key -> value).
+        factors: The factors of each arm that comes from a sweep.
+        settings: Arm -> key -> value, for every key of the resolved config in which the arms differ.
     """
 
     name: str
@@ -108,53 +110,48 @@ class Study:
     curves: list[str]
     claims: list[Claim]
     runs: list[Run]
-    factors: dict[str, tuple[str, dict[str, Any]]]
+    factors: dict[str, Factors] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def load(path: str, resolve: Resolve, parent: str = "runs/studies") -> Study:
-    """Read a study and check all of it before anything runs.
+def load(path: str, parent: str = "runs/studies") -> Study:
+    """Read a study and check all of it before anything runs; exits on a wrong config, as the run itself does.
 
     Args:
         path: The YAML file.
-        resolve: Gives the resolved config of a command line; exits on a user's mistake as the command itself does.
-        parent: Where studies are kept.
+        parent: The folder of all studies.
 
     Raises:
-        UserError: The study is wrong; says what and where.
+        UserError: The study is wrong; the message says what and where.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no study {path}")
     file = _parse(path)
     arms, factors = expand(file.arms)
-    folder = Path(parent, Path(path).stem)
-    claims = [parse(str(name), text, arms, file.measures) for name, text in file.claims.items()]
+    claims = [parse(str(name), text, list(arms), file.measures) for name, text in file.claims.items()]
     shared = Arm(file.base, file.set)
-    configs = {name: resolve_arm(name, shared, arm, resolve) for name, arm in arms.items()}
-    needs = {name: needs_of(name, config, arms) for name, config in configs.items()}
-    waves = _waves(needs)
+    resolve_once = cache(resolve)  # arms that differ in arguments of callbacks alone have one command line
+    configs = {name: resolve_arm(name, shared, arm, resolve_once) for name, arm in arms.items()}
     seeds = list(range(file.seeds)) if isinstance(file.seeds, int) else file.seeds
-    runs: dict[tuple[str, int], Run] = {}
-    for wave, names in enumerate(waves):
-        for name, number in itertools.product(names, seeds):
-            members = configs[name]["model"].get("init_args", {}).get("ensemble", 1)
-            seed = number * members  # so that no two runs share a member
-            text = yaml.safe_dump(configs[name] | {"seed_everything": seed}, sort_keys=False, width=1000)
-            text = REFERENCE.sub(
-                lambda match, number=number: str(runs[match[1], number].folder / PRODUCTS[match[2]]), text
-            )
-            digest = hashlib.sha256(f"{arms[name].command}\n{text}".encode()).hexdigest()[:8]
-            where = folder / "runs" / name / f"{seed}-{digest}"
-            runs[name, number] = Run(name, seed, arms[name].command, text, where, wave, frozenset(needs[name]))
-    return Study(Path(path).stem, folder, list(arms), file.measures, file.curves, claims, list(runs.values()), factors)
+    folder = Path(parent, Path(path).stem)
+    runs = _make_runs(arms, configs, seeds, folder / "runs")
+    settings = differences(configs)
+    return Study(folder.name, folder, list(arms), file.measures, file.curves, claims, runs, factors, settings)
 
 
 def _parse(path: str) -> StudyFile:
+    from cli.config_errors import FriendlyParser
+
+    try:
+        Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no study {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the study {path} cannot be read: {error}") from error
     parser = FriendlyParser(prog="main.py study FILE")
     parser.add_class_arguments(StudyFile)
     file = parser.instantiate_classes(parser.parse_path(path))
-    study = StudyFile(**{key: file[key] for key in StudyFile.__dataclass_fields__})
+    study = StudyFile(**{key.name: file[key.name] for key in fields(StudyFile)})
     if not study.arms or not study.measures:
-        raise UserError(f"{path}: a study needs at least one of arms and one of measures")
+        raise UserError(f"{path}: a study needs at least one arm and one measure")
     if not study.seeds or (isinstance(study.seeds, int) and study.seeds < 1):
         raise UserError(f"{path}: seeds must be at least 1, or a list of seeds")
     for name in study.arms:
@@ -163,7 +160,29 @@ def _parse(path: str) -> StudyFile:
     return study
 
 
+def _make_runs(arms: dict[str, Arm], configs: dict[str, Config], seeds: list[int], parent: Path) -> list[Run]:
+    """Return a run for each arm and seed, by wave."""
+    needs = {name: needs_of(name, config, arms) for name, config in configs.items()}
+    runs: dict[tuple[str, int], Run] = {}
+    for wave, names in enumerate(_waves(needs)):
+        for name, number in itertools.product(names, seeds):
+            members = configs[name]["model"].get("init_args", {}).get("ensemble", 1)
+            seed = number * members  # so that no two runs share a member
+            text = yaml.safe_dump(configs[name] | {"seed_everything": seed}, sort_keys=False, width=1000)
+
+            def path_of(reference: re.Match[str], number: int = number) -> str:
+                return str(runs[reference[1], number].folder / PRODUCTS[reference[2]])
+
+            text = REFERENCE.sub(path_of, text)
+            command = arms[name].command
+            digest = hashlib.sha256(f"{command}\n{text}".encode()).hexdigest()[:8]
+            folder = parent / name / f"{seed}-{digest}"
+            runs[name, number] = Run(name, seed, command, text, folder, wave, frozenset(needs[name]))
+    return list(runs.values())
+
+
 def _waves(needs: dict[str, set[str]]) -> list[list[str]]:
+    """Sort the arms into waves: each needs only arms of earlier waves."""
     sorter = TopologicalSorter(needs)
     try:
         sorter.prepare()

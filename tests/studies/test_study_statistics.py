@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_modules.core.metrics import wilson_interval
+from lightning_modules.core.intervals import wilson_interval
 from studies.engine.claims import Region
 from studies.engine.statistics import (
     Measured,
