@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 import main
-from cli.app import Resolver
+from studies.engine.resolver import resolve
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "assets" / "pair" / "README.md"]
 PAGES += [page for page in [ROOT / "CONTRIBUTING.md"] if page.exists()]
@@ -49,11 +49,9 @@ def test_files_that_a_page_names_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_resolve(page, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["main.py"])
+def test_commands_resolve(page, workplace):
     for line in run_commands(page.read_text()):
-        assert Resolver(shlex.split(line, comments=True)).resolved["model"], line
+        assert resolve(*shlex.split(line, comments=True))["model"], line
 
 
 def test_the_study_of_the_readme_is_one(workplace, capsys):

@@ -10,7 +10,8 @@ import yaml
 from conftest import ROOT
 
 import main as cli
-from cli.app import CrosstalkCLI, Resolver
+from cli.app import CrosstalkCLI
+from studies.engine.resolver import resolve
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 PRESETS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs" / "presets").rglob("*.yaml"))
@@ -97,7 +98,7 @@ def test_a_config_says_how_it_is_run_and_for_how_long(name):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_first_line_of_a_preset_resolves_as_it_is_written(workplace, preset):
     for line in commands_of(preset):
-        resolved = Resolver(line).resolved
+        resolved = resolve(*line)
         assert resolved["trainer"]["callbacks"]
         assert resolved["data"]
     assert preset in line
