@@ -1,14 +1,15 @@
-"""Clamps on an activation: its norm, or its spread about the class means, set to what a control run had."""
+"""Clamps on an activation: its norm, or its spread about the class means, set to the value of a control run."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.activation_reference import fitting_labels, labels_of, read_reference
-from callbacks.base import StagedCallback, Stages, replace_first
+from callbacks.hooks import StagedCallback, Stages, eager, replace_first
 from datamodules.batch import IGNORE
 from datamodules.errors import UserError
 from lightning_modules.core.ensemble import member_call
@@ -17,32 +18,32 @@ from lightning_modules.core.sites import match_modules
 
 
 def clamp_radius(x: Tensor, radius: float | Tensor) -> Tensor:
-    """x r/|x|: every position's norm set to `radius`; a zero vector has no direction and stays."""
+    """Return x r/|x|, so that the norm at every position is `radius`; zero vectors have no direction and stay."""
     norm = x.norm(dim=-1, keepdim=True)
     return torch.where(norm > 0, x * (radius / norm.where(norm > 0, 1.0)), x)
 
 
 def clamp_mean_radius(x: Tensor, radius: float | Tensor) -> Tensor:
-    """x r/m, m the mean norm over positions: one factor for all, so that norms keep their ratios; zeros stay."""
+    """Return x r/m, with m the mean norm over positions: one factor for all, so norms keep their ratios; zeros stay."""
     mean = x.norm(dim=-1).mean()
     return x * torch.where(mean > 0, radius / mean.where(mean > 0, 1.0), 1.0)
 
 
 def clamp_spread(x: Tensor, classes: Tensor, spread: float | Tensor) -> Tensor:
-    """mu_c + (x - mu_c) s*/s: the within-class spread set to `spread`, the class means kept.
+    """Return mu_c + (x - mu_c) s*/s: the within-class spread becomes s* = `spread`, and the class means mu_c stay.
 
     s^2 = sum |x - mu_c|^2 / (N - C), over N positions of C classes. Where nothing varies within a class (s = 0, as when
-    every class has one position) there is nothing to scale, and x stays. Makes no device synchronisation.
+    every class has one position) x stays. The function does not synchronise the device.
 
     Args:
-        x: `[..., D]`.
-        classes: Class of each position, `[...]`; positions of -100 belong to none and stay.
+        x: Activations, `[..., D]`.
+        classes: Class of each position, `[...]`. Positions of -100 belong to no class and stay.
         spread: s*.
     """
     x_ND, classes_N = x.flatten(0, -2), classes.flatten()
     sorted_N, order_N = classes_N.sort()
     is_new_N = torch.cat([sorted_N.new_zeros(1), (sorted_N[1:] != sorted_N[:-1]).long()])
-    # The classes that occur, renumbered from 0: a table of N rows then holds them, however many labels there are.
+    # Classes are renumbered from 0 in the order of their labels: a table of N rows holds them, whatever the labels are.
     row_N = torch.empty_like(classes_N).scatter_(0, order_N, is_new_N.cumsum(0))
     weight_N1 = (classes_N != IGNORE).to(x.dtype).unsqueeze(1)
 
@@ -59,37 +60,48 @@ def clamp_spread(x: Tensor, classes: Tensor, spread: float | Tensor) -> Tensor:
 class ActivationClamp(StagedCallback):
     """Replaces the output x of every module that matches `site`, differentiably and in at least fp32.
 
-    - `naive`: x r*/|x|, the norm of every position set to the reference's mean radius r*.
+    - `naive`: x r*/|x|, so that the norm at every position is the reference's mean radius r*.
     - `mean_preserving`: mu_c + (x - mu_c) s*/s, with mu_c the mean of the position's class in this batch and s the
       within-class spread of this batch, s^2 = sum |x - mu_c|^2 / (N - C), the trace of the pooled within-class
-      covariance; s* is the reference's. Unlabelled positions stay as they are. The class is that of the target label,
-      so a model can learn to spread out, be drawn to mu_c, and so be told what its batch knows of the label: its
-      accuracy under the clamp can pass what its inputs allow; with `classes: batch` next to nothing is told.
-    - `random_direction`: x + |x r*/|x| - x| u, u uniform on the sphere: the control for the size of the displacement.
-    - `zero`: 0. `mean`: at each position, the mean over the batch. `shuffle`: another row's of the batch, so that every
-      input gets what belongs to another. `identity`: the same tensor, bit for bit: the control for the machinery.
+      covariance. s* is the spread of the reference. Positions without a label stay. The class is the target label, so
+      mu_c carries the label to a model that learns to read it, and the accuracy under the clamp can exceed what the
+      inputs allow. With `classes: batch` there is one mean, which says next to nothing about a label.
+    - `random_direction`: x + |x r*/|x| - x| u, u uniform on the sphere: a control for the size of the displacement.
+    - `zero`: 0.
+    - `mean`: at each position, the mean over the batch.
+    - `shuffle`: the activation of another row of the batch, so that every input gets that of another input.
+    - `identity`: the same tensor, bit for bit: a control for the machinery.
 
     Where the module returns a tuple, its first element is clamped. All modes but `mean_preserving` ignore the labels
-    and act on every forward of their stages, generation included. `mean_preserving` acts in the steps of fit, validate
-    and test alone: a generation has no labels, and its batches have statistics of their own. Under DDP each rank's
-    batch has its own mu_c and s. Each member of an ensemble is clamped by itself, to its own control if the reference
-    is of an ensemble.
+    and act on every forward of their stages, generation included. `mean_preserving` acts only in the steps of fit,
+    validate and test, because a generation has no labels and its batches have other statistics. Under DDP mu_c and s
+    are those of each rank's batch. Each member of an ensemble is clamped by itself, to the value of its member if the
+    reference comes from an ensemble.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: ActivationClamp
+              init_args: {site: final_residual, mode: naive, reference: runs/control/reference.safetensors}
 
     Args:
         site: Name pattern of the modules, see `lightning_modules.core.sites`.
-        mode: What to do to x.
-        reference: File that `ActivationReference` wrote in the control run, with this site's r* and s*.
-        during: The stages in which the clamp acts; validation inside fit is `validate`. By default all.
-        classes: `target`: as above. `batch`: all positions by one factor; `naive` is x r*/m with m the mean |x| of the
-            batch, `mean_preserving` takes the labelled positions (every position, where the batch has no labels for
-            this site) as one class.
-        labels: The batch's key of the target labels, one a position of x.
-        seed: Of the random directions, which also depend on step and rank, and are the same in a resumed run.
+        mode: The replacement.
+        reference: The file that `ActivationReference` wrote in the control run, with r* and s* of this site.
+        during: The stages in which the clamp acts: `fit`, `validate`, `test`, `predict`. Validation during fit is
+            `validate`. By default all.
+        classes: `target`: as above. `batch`: one factor for all positions. Then `naive` is x r*/m with m the mean of
+            |x| over the batch, and `mean_preserving` takes all labelled positions as one class, or all positions if
+            the batch has no labels for this site.
+        labels: Key of the target labels in the batch, one label per position of x.
+        seed: Seed of the random directions. They also depend on the step and the rank, and are the same in a resumed
+            run.
 
     Raises:
-        UserError: At `setup`, if the reference does not exist.
-        UserError: If the mode lacks its reference or `during` is empty; at `setup`, if the site matches nothing or the
-            reference does not hold it; in a step, if classes are needed and the batch has no fitting labels.
+        UserError: The mode lacks its reference, `during` is empty, or the seed is negative; at `setup`, the site
+            matches nothing, or the reference does not exist or lacks the site; in a step, classes are needed and the
+            batch has no labels of that shape.
     """
 
     def __init__(
@@ -113,81 +125,91 @@ class ActivationClamp(StagedCallback):
         self.reference = reference if uses_reference else None
         self.classes = classes
         self.labels = labels
+        self._targets: list[Tensor] = []  # r* or s* of each module, if there is a reference
         self._labels: Tensor | None = None
-        self._targets: dict[Tensor, Tensor] = {}  # of ensembles, on the device
         self._training_in_step: bool | None = None
 
     @property
     def state_key(self) -> str:
-        """Distinct for two clamps in one trainer."""
+        """Return a key that differs between two clamps of one trainer."""
         return self._generate_state_key(site=self.site, mode=self.mode, during=self.during)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds the site, reads its reference, and hooks on."""
-        key = f"spread.{self.classes}" if self.mode == "mean_preserving" else "radius"
+        """Read the reference, and add hooks to the modules that match the site."""
         modules = match_modules(pl_module, self.site)
-        keys = [f"{name}.{key}" for name in modules]
-        targets = read_reference(self.reference, keys, ensemble_size(pl_module)) if self.reference else []
+        if self.reference is not None:
+            key = f"spread.{self.classes}" if self.mode == "mean_preserving" else "radius"
+            self._targets = read_reference(
+                self.reference, [f"{name}.{key}" for name in modules], ensemble_size(pl_module)
+            )
         for index, module in enumerate(modules.values()):
-            target = targets[index] if targets else None
-            self._handles.append(module.register_forward_hook(self._hook(trainer, pl_module, index, target)))
+            self._handles.append(module.register_forward_hook(self._hook(trainer, pl_module, index)))
 
-    def _hook(self, trainer: Trainer, pl_module: LightningModule, index: int, target: Tensor | None) -> Any:
-        # Compiled modules leave their graph here: the hook depends on the stage and on the step.
-        @torch.compiler.disable
-        def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
+    def _hook(self, trainer: Trainer, pl_module: LightningModule, index: int) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if self.mode == "identity" or not self._acts(trainer):
                 return output
             if self.mode == "mean_preserving" and pl_module.training is not self._training_in_step:
                 return output
-            return replace_first(output, self.site, lambda x: self._clamp(x, index, self._own_target(target, x.device)))
+            return replace_first(output, self.site, lambda x: self._clamp(x, index))
 
-        return hook
+        return eager(hook)
 
-    def _own_target(self, target: Tensor | None, device: torch.device) -> Tensor | None:
-        if target is None or target.dim() == 0:
-            return target
-        if target not in self._targets:
-            self._targets[target] = target.to(device)  # once: a step would wait for the copy
-        return self._targets[target][member_call().index]
-
-    def _clamp(self, x: Tensor, index: int, target: Tensor | None) -> Tensor:
+    def _clamp(self, x: Tensor, index: int) -> Tensor:
         match self.mode:
-            case "naive":
-                return clamp_radius(x, target) if self.classes == "target" else clamp_mean_radius(x, target)
-            case "mean_preserving":
-                call = member_call()
-                labels = fitting_labels(call.labels if call else self._labels, x)
-                if self.classes == "target" and labels is None:
-                    raise UserError(
-                        f"ActivationClamp at {self.site!r} needs the class of every position, but the batch has no "
-                        f"{self.labels!r} of shape {tuple(x.shape[:-1])}."
-                    )
-                classes = labels
-                if self.classes == "batch":
-                    classes = x.new_zeros(x.shape[:-1], dtype=torch.long) if labels is None else labels.clamp(max=0)
-                return clamp_spread(x, classes, target)
-            case "random_direction":
-                generator = self._generator(x, index)
-                direction = torch.randn(x.shape, generator=generator, device=x.device)
-                displacement = (clamp_radius(x, target) - x).norm(dim=-1, keepdim=True)
-                return x + displacement * nn.functional.normalize(direction, dim=-1)
             case "zero":
                 return torch.zeros_like(x)
             case "mean":
                 return x.mean(0, keepdim=True).expand_as(x)
             case "shuffle":
                 return x.roll(1, 0)
+            case "naive" if self.classes == "batch":
+                return clamp_mean_radius(x, self._target(index, x.device))
+            case "naive":
+                return clamp_radius(x, self._target(index, x.device))
+            case "mean_preserving":
+                return clamp_spread(x, self._classes_of(x), self._target(index, x.device))
+            case "random_direction":
+                direction = torch.randn(x.shape, generator=self._generator(x, index), device=x.device)
+                displacement = clamp_radius(x, self._target(index, x.device)) - x
+                length: Tensor = displacement.norm(dim=-1, keepdim=True)
+                return x + length * nn.functional.normalize(direction, dim=-1)
+            case "identity":
+                return x
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
-        super()._begin(trainer, pl_module, batch, batch_idx, loader)
-        self._labels = labels_of(batch, self.labels)
-        # Steps and evaluation by generation inside them are told apart by the mode: the latter switches to eval.
-        self._training_in_step = pl_module.training
+    def _target(self, index: int, device: torch.device) -> Tensor:
+        target = self._targets[index]
+        if target.dim() == 0:
+            return target
+        if target.device != device:
+            target = self._targets[index] = target.to(device)  # once, because a step would wait for the copy
+        call = member_call()
+        assert call is not None  # `read_reference` takes values of members for an ensemble alone
+        return target[call.index]
 
-    def _end(self, *_: Any) -> None:
+    def _classes_of(self, x: Tensor) -> Tensor:
+        call = member_call()
+        labels = fitting_labels(call.labels if call else self._labels, x)
+        if self.classes == "batch":
+            return x.new_zeros(x.shape[:-1], dtype=torch.long) if labels is None else labels.clamp(max=0)
+        if labels is None:
+            raise UserError(
+                f"ActivationClamp at {self.site!r} needs the class of every position, but the batch has no "
+                f"{self.labels!r} of shape {tuple(x.shape[:-1])}."
+            )
+        return labels
+
+    def on_stage_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Note the step, the labels, and the mode of the module."""
+        super().on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if not trainer.predicting:
+            self._labels = labels_of(batch, self.labels)
+            # Generation inside a step switches to eval mode, which tells its forwards from those of a training step.
+            self._training_in_step = pl_module.training
+
+    def on_stage_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the labels."""
         self._labels = None
         self._training_in_step = None
-
-    on_train_batch_start = on_validation_batch_start = on_test_batch_start = _begin
-    on_train_batch_end = on_validation_batch_end = on_test_batch_end = _end

@@ -1,50 +1,60 @@
-"""Noise added to an activation: how much of it can be drowned before the answers go."""
+"""Noise added to an activation, to measure how much noise the answers survive."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks.base import StagedCallback, Stages, replace_first
+from callbacks.hooks import StagedCallback, Stages, eager, replace_first
 from datamodules.errors import UserError
 from lightning_modules.core.sites import match_modules
 
 
 def add_noise(x: Tensor, strength: float, relative: bool, generator: torch.Generator) -> Tensor:
-    """x + sigma u / sqrt(D), u standard normal: a displacement of root mean square length sigma at each position.
+    """Return x + sigma u / sqrt(D), u standard normal: a displacement of root mean square length sigma per position.
 
-    sigma is `strength`, or `strength` |x| of the position where `relative`; |x| is taken as a constant, so the gradient
-    passes unchanged. Inside `torch.func.vmap` with `randomness="different"` every member draws its own u.
+    sigma is `strength`, or `strength` |x| of the position where `relative` is set. |x| counts as a constant, so the
+    gradient passes unchanged. Inside `torch.func.vmap` with `randomness="different"` each member draws another u.
 
     Args:
-        x: `[..., D]`.
-        strength: In units of x, or of |x| where `relative`.
-        relative: Whether to scale with |x|.
-        generator: On the device of x.
+        x: Activations, `[..., D]`.
+        strength: Length of the noise, in units of x or as a fraction of |x|.
+        relative: Whether the length scales with |x|.
+        generator: A random generator on the device of x.
     """
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    sigma = strength * x.detach().norm(dim=-1, keepdim=True) if relative else strength
-    return x + sigma * x.shape[-1] ** -0.5 * noise
+    sigma = strength * torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) if relative else strength
+    noisy: Tensor = x + sigma * x.shape[-1] ** -0.5 * noise
+    return noisy
 
 
 class ActivationNoise(StagedCallback):
     """Adds Gaussian noise to the output x of every module that matches `site`, in at least fp32.
 
-    x + sigma u / sqrt(D), u standard normal in each of D elements, so that the noise has a length of about sigma; sigma
-    is `strength` |x| at each position, or `strength` itself. Where the module returns a tuple, its first element gets
-    the noise. It acts on every forward of its stages, generation included.
+    The output becomes x + sigma u / sqrt(D), with u standard normal in each of D elements, so the length of the noise
+    is about sigma: `strength` |x| at each position, or `strength` itself. Where the module returns a tuple, the noise
+    goes to the first element. It acts on every forward of its stages, generation included. The noise depends on the
+    module, the rank, the step and the batch; it is the same in a repeated or resumed run.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - {class_path: ActivationNoise, init_args: {site: final_residual, strength: 0.5}}
 
     Args:
         site: Name pattern of the modules, see `lightning_modules.core.sites`.
-        strength: Length of the noise; 0 leaves x as it is, bit for bit.
-        relative: Whether `strength` is a share of the position's own |x|, rather than in the units of x.
-        during: The stages in which the noise is added; validation inside fit is `validate`. By default all but fit.
-        seed: Of the noise, which also depends on module, rank, step and batch; the same in a repeated or resumed run.
+        strength: Length of the noise; 0 leaves x unchanged, bit for bit.
+        relative: Whether `strength` is a fraction of |x| at each position, rather than in units of x.
+        during: The stages in which the noise is added: `fit`, `validate`, `test`, `predict`. Validation during fit is
+            `validate`. By default all stages but fit.
+        seed: Seed of the noise.
 
     Raises:
-        UserError: At once, if `strength` is negative or `during` empty; at `setup`, if the site matches nothing; in a
-            step, if the module returns no tensor.
+        UserError: `strength` is negative, `during` is empty, or the seed is negative; at `setup`, the site matches
+            nothing; in a step, the module returns no tensor.
     """
 
     def __init__(
@@ -63,19 +73,16 @@ class ActivationNoise(StagedCallback):
         self.relative = relative
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds the site and hooks on."""
+        """Add hooks to the modules that match the site."""
         for index, module in enumerate(match_modules(pl_module, self.site).values()):
             self._handles.append(module.register_forward_hook(self._hook(trainer, index)))
 
-    def _hook(self, trainer: Trainer, index: int) -> Any:
-        # Compiled modules leave their graph here: the hook depends on the stage and on the step.
-        @torch.compiler.disable
-        def hook(module: nn.Module, args: Any, output: Tensor | tuple) -> Tensor | tuple:
-            if self.strength == 0 or not self._acts(trainer):
-                return output
-            return replace_first(output, self.site, noisy)
-
+    def _hook(self, trainer: Trainer, index: int) -> Callable[[nn.Module, Any, Any], Any]:
         def noisy(x: Tensor) -> Tensor:
             return add_noise(x, self.strength, self.relative, self._generator(x, index))
 
-        return hook
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            acts = self.strength > 0 and self._acts(trainer)
+            return replace_first(output, self.site, noisy) if acts else output
+
+        return eager(hook)

@@ -1,97 +1,131 @@
-"""What callbacks that reach into a module have in common."""
+"""What callbacks share: checks of arguments, intervals of optimizer steps, logging, files, and release after a run."""
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from datamodules.errors import UserError
 
-STAGES = {
-    RunningStage.TRAINING: "fit",
-    RunningStage.SANITY_CHECKING: "validate",
-    RunningStage.VALIDATING: "validate",
-    RunningStage.TESTING: "test",
-    RunningStage.PREDICTING: "predict",
-}
-Stages = list[Literal["fit", "validate", "test", "predict"]]
+
+class ConnectedTrainer(Protocol):
+    """Attributes that Lightning sets on every trainer but does not declare on the class."""
+
+    callbacks: list[Callback]
+    datamodule: LightningDataModule | None
+    fast_dev_run: int | bool
+    log_every_n_steps: int
+
+
+def connected(trainer: Trainer) -> ConnectedTrainer:
+    """Return the trainer, for access to the attributes that its class does not declare."""
+    return cast(ConnectedTrainer, trainer)
+
+
+# Checks
+
+
+def check_positive(callback: Callback, **numbers: float | None) -> None:
+    """Check arguments of a callback that count something or are a size; None stands for a default and passes.
+
+    Raises:
+        UserError: A number is not positive.
+    """
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            at_least = "at least 1" if isinstance(number, int) else "positive"
+            raise UserError(f"{type(callback).__name__}: `{name}` must be {at_least}, got {number}.")
+
+
+def refuse_second(trainer: Trainer, callback: Callback) -> None:
+    """Refuse a second callback of one class, whose measures would have the same names.
+
+    Raises:
+        UserError: The trainer has two.
+    """
+    if any(isinstance(other, type(callback)) and other is not callback for other in connected(trainer).callbacks):
+        raise UserError(f"Two {type(callback).__name__} callbacks would log under one name; keep one.")
+
+
+# Steps, logging and files
+
+
+class EveryNSteps:
+    """Tells at which optimizer steps to do something that is due every n steps: at multiples of n.
+
+    The trainer's step may jump, as under several optimizers. A jump over a multiple of n counts as reaching it.
+
+    Args:
+        n: Optimizer steps; 0 for never.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._last = 0
+
+    def start(self, step: int) -> None:
+        """Count from `step`, at which a fit starts or resumes."""
+        self._last = step
+
+    def due(self, step: int) -> bool:
+        """Return whether a multiple of n is above the last step and at most `step`."""
+        return self.n > 0 and step // self.n > self._last // self.n
+
+    def advance(self, step: int) -> bool:
+        """Make `step` the last step, and return whether it was due."""
+        due, self._last = self.due(step), step
+        return due
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step at which Lightning logs scalars now: the number of batches that ended in an optimizer step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Log numbers to every logger, at the step of Lightning's scalars."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=logged_step(trainer))
+
+
+def keep_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Put numbers into `trainer.callback_metrics`, which checkpoints, early stopping and the run's record read."""
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path` for the block to write to; then flush that file and rename it to `path`.
+
+    A reader finds the old file or the new one, never half of a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.tmp")
+    yield draft
+    with open(draft, "rb+") as file:
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+# What ends with the run
 
 
 class ReleasingCallback(Callback, ABC):
-    """A callback that takes back what it did to the module when a run ends or fails."""
+    """A callback that undoes its changes to the module when a run ends or fails."""
 
     @abstractmethod
     def _release(self) -> None:
-        """Take it back; may be called twice."""
+        """Undo the changes; may be called twice."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes it back."""
+        """Undo the changes."""
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes it back here too: Lightning skips `teardown` when a run fails."""
+        """Undo the changes here too, because Lightning skips `teardown` when a run fails."""
         self._release()
-
-
-class HookedCallback(ReleasingCallback):
-    """A callback whose forward hooks, kept in `_handles`, come off when a run ends or fails."""
-
-    _handles: Sequence[RemovableHandle] = ()
-
-    def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-
-class StagedCallback(HookedCallback):
-    """A callback whose hooks act in some stages, with random numbers of the step in which they act.
-
-    Args:
-        during: The stages; None for those of `default`.
-        default: As above.
-        seed: Of the random numbers.
-
-    Raises:
-        UserError: If `during` is empty.
-    """
-
-    def __init__(self, during: Stages | None, default: Stages, seed: int) -> None:
-        if during is not None and not during:
-            raise UserError(f"{type(self).__name__}: `during` names no stage.")
-        self.during = during or default
-        self.seed = seed
-        self._handles: list[RemovableHandle] = []
-        self._step: tuple[int, ...] = ()  # what it is known by: the same in a repeated or resumed run
-
-    def _acts(self, trainer: Trainer) -> bool:
-        return STAGES.get(trainer.state.stage) in self.during
-
-    def _generator(self, x: Tensor, index: int) -> torch.Generator:
-        # One seed a step and module rather than one stream, for a checkpointed backward repeats the forward.
-        return torch.Generator(x.device).manual_seed(hash((self.seed, index, *self._step)) % 2**63)
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, loader: int = 0) -> None:
-        self._step = (trainer.global_rank, trainer.global_step, batch_idx, loader)
-
-    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _begin
-
-
-def first_tensor(output: Any, site: str) -> Tensor:
-    """A module's output, or the first element of the tuple that it returned."""
-    x = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(x, Tensor):
-        raise UserError(f"Modules at {site!r} must return a tensor or a tuple that begins with one, not {type(x)}.")
-    return x
-
-
-def replace_first(output: Any, site: str, change: Callable[[Tensor], Tensor]) -> Any:
-    """A module's output with its first tensor x replaced by `change(x)`, which works in at least fp32."""
-    x = first_tensor(output, site)
-    changed = change(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-    return changed if isinstance(output, Tensor) else (changed, *output[1:])

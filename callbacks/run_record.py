@@ -1,45 +1,50 @@
-"""The record that every run leaves behind."""
+"""The record of a run."""
 
-import hashlib
 import json
 import math
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.base import connected, replacing
+from callbacks.hyperparameters import log_end, log_settings, main_settings
+from callbacks.provenance import git_state, hardware, run_seed, versions
+from lightning_modules.core.contracts import HasCounts, HasMembers
 from lightning_modules.core.reporting import ensemble_size
-
-PACKAGES = ("lightning", "torch", "triton", "transformers", "datasets", "torchmetrics", "jsonargparse", "numpy")
-CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 class RunRecord(Callback):
-    """Writes `results.json` into the run's folder: what was run, on what, for how long, with which outcome.
+    """Writes `results.json` into the run's folder: the command, its environment, its duration and its metrics.
 
-    The file is there from the start (`status: running`) and is replaced as a whole at the end of every stage, so that
-    a killed run still tells what it reached. A module may offer `intervals: dict[str, tuple[float, float]]` and
-    `counts: dict[str, int]`, by metric name; they are copied beside the metrics. Of an ensemble, `members` has each
-    measure's value for every member, in order of their seeds, and `members.jsonl` the same at every validation. NaN and
-    infinity become null.
+    The file exists from the start (`status: running`) and is replaced as a whole after every stage, so a killed run
+    still has its last state. Beside the metrics it has `intervals`, `n` (number of samples) and `hits` (hits of a
+    proportion, one number per ensemble member), if the module keeps them (`HasCounts`). For an ensemble, `members` has
+    the value of each measure for every member, in order of their seeds, and `members.jsonl` has these values at every
+    validation. NaN and infinity become null.
+
+    The config goes to every logger as hyperparameters. TensorBoard's HPARAMS tab gets the main settings, see
+    `callbacks.hyperparameters`, and shows them beside the run's scalars. The command line adds this callback to every
+    run.
+
+    Example::
+
+        Trainer(callbacks=[RunRecord(command=sys.argv[1:], config={"model": {"width": 64}})])
 
     Args:
         command: The command line, without the program's name.
         configs: Paths of the config files.
-        config: The resolved config as plain types, logged once as hyperparameters.
+        config: The resolved config, as plain types.
 
     Attributes:
-        test_follows: Whether a fit is not the run's end.
+        record: The content of the file.
+        path: The file; None before the first stage, and on ranks other than zero.
+        test_follows: Whether a test follows fit, so that fit is not the end of the run.
     """
 
     def __init__(
@@ -48,52 +53,71 @@ class RunRecord(Callback):
         self.configs = list(configs)
         self.config = config or {}
         self.record: dict[str, Any] = {"status": "running", "command": list(command), "configs": self.configs}
-        self.record |= {"seconds": {}, "steps": 0, "metrics": {}, "intervals": {}, "n": {}}
+        self.record |= {"seconds": {}, "steps": 0, "metrics": {}, "intervals": {}, "n": {}, "hits": {}}
         self.path: Path | None = None
         self.test_follows = False
         self._started = time.monotonic()
+        self._logged_settings = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes the record with all that is known before the stage begins."""
-        self._open(trainer, trainer.log_dir)  # log_dir is a collective: asked for on all ranks
+        """Write the record as it is before the stage, and log the config."""
+        self._open(trainer, trainer.log_dir)  # on all ranks, because log_dir is a collective
         self._started = time.monotonic()
         self.record["status"] = "running"
-        if self.path and stage == "fit" and trainer.logger and self.config:
-            trainer.logger.log_hyperparams(self.config)
+        if self.path and self.config:
+            self._log_settings(trainer, stage)
         self._write()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adds the stage's time, metrics and intervals."""
-        metrics = trainer.callback_metrics  # may synchronise metrics over the ranks
-        self._update(trainer, stage, "running" if stage == "fit" and self.test_follows else "finished")
+        """Add the duration, the metrics, and the samples behind them."""
+        metrics = trainer.callback_metrics  # on all ranks, because it may synchronise metrics
+        ends = stage != "fit" or not self.test_follows
+        self._update(trainer, stage, "finished" if ends else "running")
         self.record["metrics"] |= {name: _finite(value) for name, value in metrics.items() if value.numel() == 1}
-        for name, (low, high) in getattr(pl_module, "intervals", {}).items():
-            self.record["intervals"][name] = [_finite(low), _finite(high)]
-        self.record["n"] |= {name: int(count) for name, count in getattr(pl_module, "counts", {}).items()}
-        if ensemble_size(pl_module) > 1:
-            self.record["members"] = self.record.get("members", {}) | _by_member(pl_module)
+        if isinstance(pl_module, HasCounts):
+            for name, (low, high) in pl_module.intervals.items():
+                self.record["intervals"][name] = [_finite(low), _finite(high)]
+            self.record["n"] |= {name: int(count) for name, count in pl_module.counts.items()}
+            self.record["hits"] |= {name: [int(hit) for hit in hits] for name, hits in pl_module.hits.items()}
+        if members := _by_member(pl_module):
+            self.record["members"] = self.record.get("members", {}) | members
         self._write()
+        if self.path and self.config and ends:
+            log_end(trainer, success=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds a line on every member of an ensemble."""
+        """Add a line with the values of every member of an ensemble."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if self.path and fitting and ensemble_size(pl_module) > 1:
             with open(self.path.with_name("members.jsonl"), "a") as file:
                 file.write(json.dumps({"step": trainer.global_step} | _by_member(pl_module)) + "\n")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says how the run ended; metrics of stages that came to their end are kept."""
-        self._open(trainer, trainer.default_root_dir)  # a datamodule's setup fails before ours began
+        """Record how the run ended; the metrics of finished stages stay."""
+        self._open(trainer, trainer.default_root_dir)  # the setup of a datamodule may fail before that of callbacks
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         stage = trainer.state.fn.value if trainer.state.fn else "fit"
         self._update(trainer, stage, "interrupted" if interrupted else "failed")
         self._write()
+        if self._logged_settings:
+            log_end(trainer, success=False)
 
-    def _open(self, trainer: Trainer, folder: str) -> None:
-        if self.path or trainer.fast_dev_run or not trainer.is_global_zero:
+    def _open(self, trainer: Trainer, folder: str | None) -> None:
+        if self.path or connected(trainer).fast_dev_run or not trainer.is_global_zero:
             return
-        self.path = Path(folder, "results.json")
-        self.record |= {"seed": _seed(), "git": git_state(), "versions": versions(), "hardware": hardware(trainer)}
+        self.path = Path(folder or trainer.default_root_dir, "results.json")
+        self.record |= {"seed": run_seed(), "git": git_state(), "versions": versions(), "hardware": hardware(trainer)}
+
+    def _log_settings(self, trainer: Trainer, stage: str) -> None:
+        if not self._logged_settings:
+            log_settings(trainer, main_settings(self.config))
+            self._logged_settings = True
+        if stage == "fit":
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.hparams.update(self.config)  # for `hparams.yaml`
+                else:
+                    logger.log_hyperparams(self.config)
 
     def _update(self, trainer: Trainer, stage: str, status: str) -> None:
         self.record["status"] = status
@@ -101,15 +125,12 @@ class RunRecord(Callback):
         self.record["steps"] = trainer.global_step
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".json.tmp")
-        draft.write_text(json.dumps(self.record, indent=2, allow_nan=False) + "\n")
-        draft.replace(self.path)  # atomic: a reader sees the old record or the new one, never half of one
+        if self.path is not None:
+            with replacing(self.path) as draft:
+                draft.write_text(json.dumps(self.record, indent=2, allow_nan=False) + "\n")
 
     def table(self) -> str:
-        """The final metrics as a table: value, 95 % interval and n where the module tells them."""
+        """Return the final metrics as a table: value, and 95 % interval and n where they are known."""
         metrics = {
             name: value for name, value in self.record["metrics"].items() if not name.endswith(("_low", "_high"))
         }
@@ -124,84 +145,13 @@ class RunRecord(Callback):
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def make_run_dir(config_file: str | None, resolved: str, parent: str = "runs") -> Path:
-    """Makes `<parent>/<config name>/<YYYYmmdd-HHMMSS>-<hash>/`, with a counter if that exists already.
-
-    Args:
-        config_file: Gives the name; None means `adhoc`. A run's own `config.yaml` stands for the config that it ran.
-        resolved: The resolved config, which is hashed.
-        parent: Where runs are kept, relative to the current folder.
-    """
-    file = Path(config_file or "adhoc")
-    rerun = file.name == "config.yaml" and (file.parent / "results.json").exists()
-    digest = hashlib.sha256(resolved.encode()).hexdigest()[:6]
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{digest}"
-    family = Path(parent, file.resolve().parent.parent.name if rerun else file.stem)
-    folder, copies = family / name, 1
-    while True:
-        try:
-            folder.mkdir(parents=True)  # atomic, so that parallel runs never share a folder
-            return folder
-        except FileExistsError:
-            copies += 1
-            folder = family / f"{name}-{copies}"
-
-
-def git_state(folder: Path = CHECKOUT) -> dict[str, Any]:
-    """Revision and dirty flag of the platform's own checkout; nulls where it is installed without one."""
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        # Installed into an environment inside some other repository, git would answer for that one.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
-            return {"revision": None, "dirty": None}
-        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"revision": None, "dirty": None}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware(trainer: Trainer) -> dict[str, Any]:
-    """The device's name, how many this run used, and the precision."""
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_processor()}"
-    return {
-        "device": name,
-        "count": trainer.num_devices,
-        "world_size": trainer.world_size,
-        "precision": str(trainer.precision),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _by_member(module: LightningModule) -> dict[str, list[float | None]]:
+    """Return measure -> one value per member; empty for an ordinary module."""
+    if ensemble_size(module) == 1 or not isinstance(module, HasMembers):
+        return {}
     return {name: [_finite(value) for value in values_S.tolist()] for name, values_S in module.members.items()}
 
 
-def _seed() -> int | None:
-    seed = os.environ.get("PL_GLOBAL_SEED")  # set by seed_everything, also when it chose the seed itself
-    return int(seed) if seed else None
-
-
 def _finite(value: Any) -> float | None:
-    number = float(f"{float(value):.6g}")  # no more digits than fp32 holds
+    number = float(f"{float(value):.6g}")  # fp32 holds no more digits
     return number if math.isfinite(number) else None

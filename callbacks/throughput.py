@@ -1,4 +1,4 @@
-"""How fast a run trains: samples, tokens and FLOPs a second, time spent waiting for data, peak memory."""
+"""Rates of training: samples, tokens and FLOPs per second, time spent waiting for data, and peak memory."""
 
 import resource
 import sys
@@ -12,17 +12,18 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from datamodules.errors import UserError
-from lightning_modules.core.contracts import Workload
+from callbacks.base import EveryNSteps, check_positive, connected, keep_scalars, log_scalars
+from lightning_modules.core.contracts import SupportsWorkload, Workload
 
 
 @contextmanager
 def off_the_clock(trainer: Trainer) -> Iterator[None]:
-    """Leaves what runs inside, such as an evaluation amid training, out of the rates of the trainer's `Throughput`."""
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]
+    """Exclude the time of the block, such as an evaluation during training, from the rates of `Throughput`."""
+    callbacks = [callback for callback in connected(trainer).callbacks if isinstance(callback, Throughput)]
     for callback in callbacks:
         callback.pause(trainer)
     try:
@@ -34,7 +35,7 @@ def off_the_clock(trainer: Trainer) -> Iterator[None]:
 
 @dataclass
 class _Tally:
-    """What was done since `started`, a time on the clock; `paused` and `waited` in seconds, counts on this rank."""
+    """Work on this rank since `started`, a time on the clock; `paused` and `waited` in seconds."""
 
     started: float
     paused: float = 0.0
@@ -50,108 +51,110 @@ class _Tally:
 
 
 class Throughput(Callback):
-    """Logs the rates of training over each interval; when fit ends, `trainer.callback_metrics` has those of all of it.
+    """Logs the rates of training over intervals. After fit, `trainer.callback_metrics` has the rates of the whole fit.
 
-    - `throughput/samples_per_s`, `throughput/tokens_per_s`: over all ranks, taking every rank's batches for as large as
-      rank zero's;
-    - `throughput/data_wait`: the fraction of time from the end of one batch to the start of the next: fetching and
-      moving data, and saving checkpoints. On a GPU an upper bound, for the device may have work queued meanwhile;
-    - `throughput/peak_memory_gib`: allocated on the CUDA device, or resident in the process on a CPU;
-    - `throughput/mfu`: model FLOPs over the device's peak, where both are known.
+    - `throughput/samples_per_s`, `throughput/tokens_per_s`: over all ranks, assuming that the batches of all ranks are
+      as large as those of rank zero;
+    - `throughput/data_wait`: fraction of time from the end of a batch to the start of the next: fetching and moving
+      data, and saving checkpoints. On a GPU it is an upper bound, because the device may still be busy then;
+    - `throughput/peak_memory_gib`: memory allocated on the CUDA device, or resident memory of the process on a CPU;
+    - `throughput/mfu`: model FLOPs utilisation, FLOP/s over the peak of the device, if both are known.
 
-    Counts come from `pl_module.workload(batch) -> Workload`. For a module without it, the samples are the first
-    dimension of the batch's first tensor, and the tokens the elements of `batch["tokens"]`.
+    Counts come from `pl_module.workload(batch) -> Workload`. For a module without that method, the samples are the
+    first axis of the batch's first tensor, and the tokens are the elements of `batch["tokens"]`.
 
-    Validation is left out of the time, and so is what runs under `off_the_clock`. The first batch after a start or a
-    resumption is not counted: it pays for compilation and for starting workers. The device is synchronised when logging
-    and around what is left out, never by step.
+    The time of validation, and of `off_the_clock` blocks, does not count. Neither does the first batch after a start or
+    a resumption, which pays for compilation and for starting workers. The callback synchronises the device when it logs
+    and around excluded blocks, not at each step.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - {class_path: Throughput, init_args: {every_n_steps: 100}}
 
     Args:
-        every_n_steps: Optimizer steps an interval; by default the Trainer's `log_every_n_steps`.
+        every_n_steps: Optimizer steps per interval; by default the Trainer's `log_every_n_steps`.
         peak_flops: Peak FLOP/s of one device in the training precision. By default from Lightning's table, which does
-            not know every device: "NVIDIA H200" is one that it warns about.
+            not know every device and warns then.
 
     Raises:
-        UserError: If `every_n_steps` is not positive.
+        UserError: A number is not positive.
     """
 
     def __init__(self, every_n_steps: int | None = None, peak_flops: float | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"`every_n_steps` must be positive, got {every_n_steps}.")
+        check_positive(self, every_n_steps=every_n_steps, peak_flops=peak_flops)
         self.every_n_steps = every_n_steps
         self.peak_flops = peak_flops
         self._peak: float | None = None
+        self._intervals = EveryNSteps(0)
         self._reset()
 
     def _reset(self) -> None:
-        self._run: _Tally | None = None
+        self._fit: _Tally | None = None
         self._interval: _Tally | None = None
         self._batch_ended = 0.0
         self._paused_since_batch = 0.0
         self._paused_at = 0.0
         self._pauses = 0
-        self._last_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks up the device's peak, which warns for a device that Lightning does not know."""
+        """Look up the peak of the device, which warns for a device that Lightning does not know."""
         self._peak = self.peak_flops
-        if stage == "fit" and self._peak is None and hasattr(pl_module, "workload"):
+        if stage == "fit" and self._peak is None and isinstance(pl_module, SupportsWorkload):
             dtype = _plugin_to_compute_dtype(trainer.precision_plugin)
             self._peak = get_available_flops(trainer.strategy.root_device, dtype)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
         self._reset()
+        self._intervals = EveryNSteps(self.every_n_steps or connected(trainer).log_every_n_steps)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Adds the time since the last batch to the wait."""
+        """Add the time since the last batch to the wait."""
         waited = time.perf_counter() - self._batch_ended - self._paused_since_batch
         for tally in self._tallies():
             tally.waited += waited
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the batch, and logs where an interval ends."""
-        if self._run is None:
+        """Count the batch, and log at the end of an interval."""
+        interval_ends = self._intervals.advance(trainer.global_step)
+        if self._interval is None:  # the first batch
             now = _clock(trainer)
-            self._run, self._interval = _Tally(now), _Tally(now)
+            self._fit, self._interval = _Tally(now), _Tally(now)
         else:
             workload = _workload(pl_module, batch)
             for tally in self._tallies():
                 tally.add(workload)
-            every = self.every_n_steps or trainer.log_every_n_steps
-            if every and trainer.global_step // every > self._last_step // every:
-                metrics = self._metrics(trainer, self._interval)
-                for logger in trainer.loggers:
-                    logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            if interval_ends:
+                log_scalars(trainer, self._metrics(trainer, self._interval))
                 self._interval = _Tally(_clock(trainer))
-        self._last_step = trainer.global_step
         self._paused_since_batch = 0.0
         self._batch_ended = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the rates of the whole fit where results are read."""
-        if self._run is not None and self._run.samples:
-            metrics = self._metrics(trainer, self._run)
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        """Keep the rates of the whole fit."""
+        if self._fit is not None and self._fit.samples:
+            keep_scalars(trainer, self._metrics(trainer, self._fit))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self.pause(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets the clock run on."""
+        """Restart the clock."""
         self.resume(trainer)
 
     def pause(self, trainer: Trainer) -> None:
-        """Stops the clock: what follows is not training. Pauses may nest."""
+        """Stop the clock before work that is not training. Pauses may nest."""
         if self._pauses == 0:
             self._paused_at = _clock(trainer)
         self._pauses += 1
 
     def resume(self, trainer: Trainer) -> None:
-        """Lets the clock run on after `pause`."""
+        """Restart the clock after `pause`."""
         self._pauses -= 1
         if self._pauses:
             return
@@ -161,7 +164,7 @@ class Throughput(Callback):
             tally.paused += paused
 
     def _tallies(self) -> list[_Tally]:
-        return [self._run, self._interval] if self._run is not None else []
+        return [tally for tally in (self._fit, self._interval) if tally is not None]
 
     def _metrics(self, trainer: Trainer, tally: _Tally) -> dict[str, float]:
         seconds = _clock(trainer) - tally.started - tally.paused
@@ -191,7 +194,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _workload(pl_module: LightningModule, batch: Any) -> Workload:
-    if hasattr(pl_module, "workload"):
+    if isinstance(pl_module, SupportsWorkload):
         return pl_module.workload(batch)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
     tokens = batch.get("tokens") if isinstance(batch, Mapping) else None

@@ -1,4 +1,4 @@
-"""A network with queries, keys and token embeddings to swap, of one member or of several."""
+"""A network with queries, keys and token embeddings to swap, for one ensemble member or several."""
 
 import copy
 
@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
 
 class Network(nn.Module):
-    """No norm, so that turning the residual stream changes no output."""
+    """Has no norm, so a rotation of the residual stream changes no output."""
 
     def __init__(self):
         super().__init__()
@@ -94,8 +94,8 @@ def orthogonal(*shape, seed=0):
     return torch.linalg.qr(torch.randn(*shape, D, D, generator=torch.Generator().manual_seed(seed)))[0]
 
 
-def turned(module, rotation):
-    """A model of the same function whose residual stream is that of `module` times the rotation."""
+def rotated(module, rotation):
+    """Return a model of the same function whose residual stream is that of `module` times the rotation."""
     other = copy.deepcopy(module)
     with torch.no_grad():
         for name, p in other.named_parameters():

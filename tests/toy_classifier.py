@@ -1,4 +1,4 @@
-"""A classifier of positions over fixed sequences, with sites to clamp and to record."""
+"""A classifier of the positions of fixed sequences, with sites to clamp and to record."""
 
 import torch
 from conftest import QUIET
@@ -21,7 +21,7 @@ class Sequences(Dataset):
 
 
 class Pair(nn.Module):
-    """Returns a tuple, as attention does with its cache."""
+    """Returns a tuple, like attention with a cache."""
 
     def forward(self, x):
         return x, "cache"
@@ -38,8 +38,8 @@ class Classifier(LightningModule):
         self.final_norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, N_CLASSES)
         self.checkpointed = checkpointed
-        self.seen = []  # what the site handed on, by stage
-        self.given = []
+        self.outputs = []  # (stage, output of the sites after all hooks)
+        self.inputs = []  # the same without hooks
 
     def body(self, x):
         return self.residual(self.mix(x))
@@ -47,9 +47,9 @@ class Classifier(LightningModule):
     def forward(self, tokens):
         x = self.embed(tokens)
         x = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
-        self.given.append(self.mix(self.embed(tokens)).detach())
+        self.inputs.append(self.mix(self.embed(tokens)).detach())
         x, _ = self.pair(x)
-        self.seen.append((self.trainer.state.stage.value, x.detach()))
+        self.outputs.append((self.trainer.state.stage.value, x.detach()))
         return self.head(self.final_norm(x))
 
     def training_step(self, batch, batch_idx):
@@ -71,7 +71,7 @@ def trainer(tmp_path, *callbacks, **flags):
 
 
 def within_class_spread(x, labels):
-    """By one loop over the classes, in fp64."""
+    """Return s of the formula in `clamp_spread`, by a loop over the classes in fp64."""
     x, labels = x[labels != -100].double(), labels[labels != -100]
     squares = sum(((x[labels == c] - x[labels == c].mean(0)) ** 2).sum() for c in labels.unique())
     return (squares / (len(labels) - len(labels.unique()))).sqrt()

@@ -1,4 +1,4 @@
-"""Clamps hit their statistic, and nothing else."""
+"""Clamps set their statistic, and change nothing else."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ def reference(tmp_path):
 # The formulas
 
 
-def test_radius_is_hit_at_every_position():
+def test_clamp_radius_sets_the_norm_at_every_position():
     x = torch.randn(4, 50, 16) * torch.rand(4, 50, 1).mul(5).exp()
     x[0, 0] = 0
     clamped = clamp_radius(x, 2.5)
@@ -36,7 +36,7 @@ def test_radius_is_hit_at_every_position():
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
 
 
-def test_mean_radius_is_hit_by_one_factor():
+def test_clamp_mean_radius_sets_the_mean_norm_by_one_factor():
     x = torch.randn(4, 50, 16) * torch.rand(4, 50, 1).mul(5).exp()
     x[0, 0] = 0
     clamped = clamp_mean_radius(x, 2.5)
@@ -45,7 +45,7 @@ def test_mean_radius_is_hit_by_one_factor():
     assert torch.equal(clamp_mean_radius(torch.zeros(3, 4), 2.5), torch.zeros(3, 4))
 
 
-def test_spread_is_hit_and_class_means_stay():
+def test_clamp_spread_sets_the_spread_and_keeps_class_means():
     x = torch.randn(4, 50, 16) * 3 + 1
     labels = torch.randint(100, 107, (4, 50))
     labels[:, ::3] = -100
@@ -56,7 +56,7 @@ def test_spread_is_hit_and_class_means_stay():
         torch.testing.assert_close(clamped[labels == c].mean(0), x[labels == c].mean(0), rtol=1e-5, atol=1e-5)
 
 
-def test_spread_of_single_positions_has_nothing_to_scale():
+def test_clamp_spread_keeps_classes_of_one_position():
     x = torch.randn(6, 8, requires_grad=True)
     clamped = clamp_spread(x, torch.arange(6), 2.0)
     assert torch.equal(clamped, x)
@@ -64,7 +64,7 @@ def test_spread_of_single_positions_has_nothing_to_scale():
     assert x.grad.isfinite().all()
 
 
-def test_gradients_are_those_of_the_formulas():
+def test_gradients_match_the_formulas():
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 0, 4, 4, 4, -100, 2])
     assert torch.autograd.gradcheck(lambda x: clamp_spread(x, labels, 0.5), x)
@@ -81,7 +81,7 @@ def test_identity_changes_no_bit(checkpointed, tmp_path):
     trainer(tmp_path, ActivationClamp("*", "identity")).fit(clamped, loader(), loader())
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, clamped.get_parameter(name)), name
-    for (_, x), (_, y) in zip(plain.seen, clamped.seen, strict=True):
+    for (_, x), (_, y) in zip(plain.outputs, clamped.outputs, strict=True):
         assert torch.equal(x, y)
 
 
@@ -100,8 +100,8 @@ def test_naive_sets_the_radius_in_every_stage(site, tmp_path, reference):
     run = trainer(tmp_path, ActivationClamp(site, "naive", reference))
     run.fit(module, loader(), loader())
     run.test(module, loader(), verbose=False)
-    assert {stage for stage, _ in module.seen} == {"train", "validate", "test"}
-    for _, x in module.seen:
+    assert {stage for stage, _ in module.outputs} == {"train", "validate", "test"}
+    for _, x in module.outputs:
         torch.testing.assert_close(x.norm(dim=-1), torch.full(x.shape[:2], 3.0), rtol=1e-5, atol=0)
 
 
@@ -109,8 +109,8 @@ def test_naive_over_the_batch_keeps_the_ratios_of_norms(tmp_path, reference):
     module = Classifier()
     clamp = ActivationClamp("residual", "naive", reference, classes="batch")
     trainer(tmp_path, clamp).test(module, loader(), verbose=False)
-    for (_, x), given in zip(module.seen, module.given, strict=True):
-        torch.testing.assert_close(x, given * (3.0 / given.norm(dim=-1).mean()))
+    for (_, x), original in zip(module.outputs, module.inputs, strict=True):
+        torch.testing.assert_close(x, original * (3.0 / original.norm(dim=-1).mean()))
 
 
 @pytest.mark.parametrize("classes", ["target", "batch"])
@@ -120,37 +120,37 @@ def test_mean_preserving_sets_the_spread_of_labelled_positions(classes, tmp_path
         module, loader(), verbose=False
     )
     target = torch.tensor(REFERENCE[f"spread.{classes}"]).double()
-    for batch, (_, x), given in zip(loader(), module.seen, module.given, strict=True):
+    for batch, (_, x), original in zip(loader(), module.outputs, module.inputs, strict=True):
         labels = batch["labels"] if classes == "target" else batch["labels"].clamp(max=0)
         torch.testing.assert_close(within_class_spread(x, labels), target, rtol=1e-5, atol=0)
-        assert torch.equal(x[labels == -100], given[labels == -100])
-        assert not torch.isclose(x[labels != -100], given[labels != -100]).all()
+        assert torch.equal(x[labels == -100], original[labels == -100])
+        assert not torch.isclose(x[labels != -100], original[labels != -100]).all()
 
 
 @pytest.mark.parametrize("site", ["residual", "pair"])
-def test_the_modes_that_take_the_input_away(site, tmp_path):
-    def seen(mode):
+def test_modes_that_remove_the_input(site, tmp_path):
+    def outputs_and_inputs(mode):
         module = Classifier()
         trainer(tmp_path, ActivationClamp(site, mode)).test(module, loader(), verbose=False)
-        return zip((x for _, x in module.seen), module.given, strict=True)
+        return zip((x for _, x in module.outputs), module.inputs, strict=True)
 
-    for x, given in seen("zero"):
+    for x, original in outputs_and_inputs("zero"):
         assert not x.any()
-        assert given.any()
-    for x, given in seen("mean"):
-        torch.testing.assert_close(x, torch.stack([given.sum(0) / len(given)] * len(given)))
-    for x, given in seen("shuffle"):
-        assert torch.equal(x[0], given[-1])
-        assert torch.equal(x[1:], given[:-1])
+        assert original.any()
+    for x, original in outputs_and_inputs("mean"):
+        torch.testing.assert_close(x, torch.stack([original.sum(0) / len(original)] * len(original)))
+    for x, original in outputs_and_inputs("shuffle"):
+        assert torch.equal(x[0], original[-1])
+        assert torch.equal(x[1:], original[:-1])
 
 
 def test_random_direction_moves_as_far_as_naive_elsewhere(tmp_path, reference):
     module = Classifier()
     trainer(tmp_path, ActivationClamp("residual", "random_direction", reference)).test(module, loader(), verbose=False)
     moves = []
-    for (_, x), given in zip(module.seen, module.given, strict=True):
-        moves.append(x - given)
-        naive = clamp_radius(given, 3.0) - given
+    for (_, x), original in zip(module.outputs, module.inputs, strict=True):
+        moves.append(x - original)
+        naive = clamp_radius(original, 3.0) - original
         torch.testing.assert_close(moves[-1].norm(dim=-1), naive.norm(dim=-1), rtol=1e-4, atol=1e-5)
         assert nn.functional.cosine_similarity(moves[-1], naive, dim=-1).abs().mean() < 0.6
     directions = [nn.functional.normalize(move, dim=-1) for move in moves]
@@ -167,17 +167,17 @@ def test_training_is_the_same_with_activation_checkpointing(mode, tmp_path, refe
         torch.testing.assert_close(parameter, other, rtol=0, atol=0)
 
 
-def test_acts_only_during_its_stages_and_is_gone_afterwards(tmp_path):
+def test_clamp_acts_in_its_stages_only_and_its_hooks_come_off(tmp_path):
     module = Classifier()
     run = trainer(tmp_path, ActivationClamp("residual", "zero", during=["validate"]))
     run.fit(module, loader(), loader())
     run.test(module, loader(), verbose=False)
-    zero = {stage: not x.any() for stage, x in module.seen}
+    zero = {stage: not x.any() for stage, x in module.outputs}
     assert zero == {"train": False, "validate": True, "test": False}
     assert not module.residual._forward_hooks
 
 
-def test_hooks_go_when_a_run_fails(tmp_path, reference):
+def test_hooks_come_off_when_a_run_fails(tmp_path, reference):
     module = Classifier()
     clamp = ActivationClamp("residual", "mean_preserving", reference, labels="targets")
     with pytest.raises(ValueError, match=r"'targets' of shape \(12, 6\)"):
@@ -185,7 +185,7 @@ def test_hooks_go_when_a_run_fails(tmp_path, reference):
     assert not module.residual._forward_hooks
 
 
-def test_generation_amid_training_has_no_classes_to_clamp(tmp_path, reference):
+def test_generation_during_training_is_not_clamped_by_class(tmp_path, reference):
     class Generating(Classifier):
         def on_train_batch_end(self, *_):
             self.eval()
@@ -194,10 +194,10 @@ def test_generation_amid_training_has_no_classes_to_clamp(tmp_path, reference):
 
     module = Generating()
     trainer(tmp_path, ActivationClamp("residual", "mean_preserving", reference)).fit(module, loader())
-    assert torch.equal(module.seen[-1][1], module.given[-1])
+    assert torch.equal(module.outputs[-1][1], module.inputs[-1])
 
 
-def test_errors_are_one_sentence_and_early(tmp_path, reference):
+def test_user_errors(tmp_path, reference):
     with pytest.raises(ValueError, match="needs `reference`"):
         ActivationClamp("residual", "naive")
     with pytest.raises(ValueError, match="ActivationClamp: `during` names no stage"):
@@ -208,9 +208,15 @@ def test_errors_are_one_sentence_and_early(tmp_path, reference):
         trainer(tmp_path, ActivationClamp("residul", "naive", reference)).fit(Classifier(), loader())
     with pytest.raises(ValueError, match=r"'final_norm.radius'.*'residual.radius'"):
         trainer(tmp_path, ActivationClamp("final_norm", "naive", reference)).fit(Classifier(), loader())
+    with pytest.raises(ValueError, match="ActivationClamp: `seed` must be an integer from 0"):
+        ActivationClamp("residual", "random_direction", reference, seed=-1)
+    (tmp_path / "damaged.safetensors").write_bytes(b"no header")
+    damaged = ActivationClamp("residual", "naive", str(tmp_path / "damaged.safetensors"))
+    with pytest.raises(UserError, match=r"damaged.safetensors' cannot be read as a safetensors file"):
+        trainer(tmp_path, damaged).fit(Classifier(), loader())
     with pytest.warns(UserWarning, match="ignores `reference`"):
         ActivationClamp("residual", "zero", reference)
 
 
-def test_two_clamps_have_states_of_their_own():
+def test_two_clamps_have_different_state_keys():
     assert ActivationClamp("mix", "zero").state_key != ActivationClamp("residual", "zero").state_key

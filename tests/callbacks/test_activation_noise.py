@@ -1,4 +1,4 @@
-"""Noise has its length, is the same when repeated, and differs between the members of an ensemble."""
+"""Noise has the right length, is the same when repeated, and differs between the members of an ensemble."""
 
 import math
 
@@ -17,7 +17,7 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-def test_relative_noise_has_its_share_of_each_position():
+def test_relative_noise_scales_with_each_position():
     x = torch.randn(3, 40, 4096) * torch.rand(3, 40, 1).mul(5).exp()
     x[0, 0] = 0
     share = (add_noise(x, 0.3, True, seeded()) - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-9)
@@ -25,7 +25,7 @@ def test_relative_noise_has_its_share_of_each_position():
     torch.testing.assert_close(share.flatten()[1:], torch.full((119,), 0.3), rtol=0.06, atol=0)
 
 
-def test_absolute_noise_has_its_length_whatever_x_is():
+def test_the_length_of_absolute_noise_does_not_depend_on_x():
     x = torch.randn(3, 40, 4096) * 100
     length = (add_noise(x, 2.0, False, seeded()) - x).norm(dim=-1)
     torch.testing.assert_close(length, torch.full((3, 40), 2.0), rtol=0.06, atol=0)
@@ -45,7 +45,7 @@ def test_gradient_passes_unchanged(relative):
 
 
 class Pair(nn.Module):
-    """Returns a tuple, as attention does with its cache."""
+    """Returns a tuple, like attention with a cache."""
 
     def forward(self, x):
         return x, "cache"
@@ -67,7 +67,7 @@ class Network(nn.Module):
 
 
 class Watched(LightningModule):
-    """Keeps what it put out, by stage; of `members` above 1, a vmapped ensemble."""
+    """Keeps its outputs by stage; a vmapped ensemble if `members` is above 1."""
 
     def __init__(self, members=1):
         super().__init__()
@@ -119,14 +119,14 @@ def test_noise_depends_on_module_batch_loader_and_seed_and_on_nothing_else(tmp_p
     other = run_test(Watched(), tmp_path, ActivationNoise("residual.*", 0.1, seed=1))
     assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=True))
     clean = seen[0][0]
-    # The same input throughout: batches 0, 1 of loader 0, batch 0 of loader 1, and the other seed
+    # The input is always the same. Batches 0 and 1 of loader 0, batch 0 of loader 1, and the other seed:
     noises = [x[i] - clean for x in (seen[0], seen[1], seen[3], other[0]) for i in (1, 2)]
     assert all(noise.abs().min() > 0 for noise in noises)
     assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
     assert all(torch.equal(x[3], clean) for x in seen)
 
 
-def test_global_random_state_is_left_alone(tmp_path):
+def test_the_global_random_state_stays(tmp_path):
     torch.manual_seed(5)
     run_test(Watched(), tmp_path)
     plain = torch.rand(1)
@@ -139,7 +139,7 @@ def test_members_get_different_noise_and_repeated_calls_the_same(tmp_path):
     noise = ActivationNoise("residual.0", 0.1)
     seen, again = (run_test(Watched(members=3), tmp_path, noise) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=True))
-    noise_S = seen[0][:, 1] - seen[0][:, 0]  # of three equal networks
+    noise_S = seen[0][:, 1] - seen[0][:, 0]  # for three equal networks
     assert noise_S.shape == (3, 2, 8)
     assert torch.equal(seen[0][0, 0], seen[0][1, 0])
     assert len({tuple(noise.flatten().tolist()) for noise in noise_S}) == 3
@@ -147,7 +147,7 @@ def test_members_get_different_noise_and_repeated_calls_the_same(tmp_path):
     assert ((share_S > 0.03) & (share_S < 0.25)).all()
 
 
-def test_a_tuple_keeps_the_rest(tmp_path):
+def test_noise_changes_only_the_first_element_of_a_tuple(tmp_path):
     (first, *_) = run_test(Watched(), tmp_path, ActivationNoise("pair", 0.1))
     assert not torch.equal(first[3], first[0])
 
@@ -158,7 +158,7 @@ def test_strength_zero_changes_no_bit(tmp_path):
 
 
 @pytest.mark.parametrize("during", [None, ["fit"], ["validate"], ["test"], ["predict"]])
-def test_only_its_stages_are_touched(during, tmp_path):
+def test_noise_acts_in_its_stages_only(during, tmp_path):
     module, noise = Watched(), ActivationNoise("residual.*", 0.1, during=during)
     trainer_of(tmp_path, noise, max_steps=3).fit(module, loader(), loader())
     run_test(module, tmp_path, noise)
@@ -185,10 +185,13 @@ def test_noise_differs_between_steps_of_fit(tmp_path):
     assert not torch.equal(first[1], second[1])
 
 
-def test_mistakes_are_told(tmp_path):
+def test_user_errors(tmp_path):
     with pytest.raises(ValueError, match="`strength` must not be negative, got -1"):
         ActivationNoise("residual.*", -1)
     with pytest.raises(ValueError, match="ActivationNoise: `during` names no stage"):
         ActivationNoise("residual.*", 0.1, during=[])
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=f"ActivationNoise: `seed` must be an integer from 0 .*, got {seed}"):
+            ActivationNoise("residual.*", 0.1, seed=seed)
     with pytest.raises(ValueError, match="No module matches 'residul'; the nearest names are"):
         run_test(Watched(), tmp_path, ActivationNoise("residul", 0.1))

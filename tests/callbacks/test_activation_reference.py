@@ -1,4 +1,4 @@
-"""References record what clamps need."""
+"""References record the statistics that clamps need."""
 
 import pytest
 import torch
@@ -8,13 +8,14 @@ from toy_classifier import Classifier, loader, trainer, within_class_spread
 
 from callbacks.activation_clamp import ActivationClamp
 from callbacks.activation_reference import ActivationReference
+from datamodules.errors import UserError
 
 
 def test_reference_records_the_last_pass_for_clamps(tmp_path):
     module = Classifier()
     trainer(tmp_path, ActivationReference("residual"), max_steps=4).fit(module, loader(), loader(batch_size=7))
     path = tmp_path / "reference.safetensors"
-    passes = [x for stage, x in module.seen if stage == "validate"]
+    passes = [x for stage, x in module.outputs if stage == "validate"]
     assert len(passes) == 8
     x = torch.cat(passes[4:])
     labels = torch.cat([batch["labels"] for batch in loader()])
@@ -33,7 +34,7 @@ def test_reference_records_the_last_pass_for_clamps(tmp_path):
     assert not module.residual._forward_hooks
     clamped = Classifier()
     trainer(tmp_path, ActivationClamp("residual", "naive", str(path))).test(clamped, loader(), verbose=False)
-    torch.testing.assert_close(clamped.seen[0][1].norm(dim=-1).mean().double(), expected["residual.radius"])
+    torch.testing.assert_close(clamped.outputs[0][1].norm(dim=-1).mean().double(), expected["residual.radius"])
 
 
 def test_reference_without_fitting_labels_takes_every_position(tmp_path):
@@ -42,11 +43,11 @@ def test_reference_without_fitting_labels_takes_every_position(tmp_path):
     trainer(tmp_path, ActivationReference("residual", str(path), labels="none")).test(module, loader(), verbose=False)
     recorded = load_file(path)
     assert recorded.keys() == {"residual.radius", "residual.spread.batch"}
-    x = torch.cat([x for _, x in module.seen])
+    x = torch.cat([x for _, x in module.outputs])
     torch.testing.assert_close(recorded["residual.radius"], x.double().norm(dim=-1).mean())
 
 
-def test_reference_is_over_both_processes(tmp_path):
+def test_reference_covers_both_processes(tmp_path):
     paths = [str(tmp_path / f"{n}.safetensors") for n in (1, 2)]
     strategy = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
     for path, flags in zip(paths, [{}, {"devices": 2, "strategy": strategy}], strict=True):
@@ -58,5 +59,12 @@ def test_reference_is_over_both_processes(tmp_path):
 
 
 def test_two_references_may_not_share_a_file(tmp_path):
-    with pytest.raises(ValueError, match="`path`"):
+    with pytest.raises(UserError, match="`path`"):
         trainer(tmp_path, ActivationReference("mix"), ActivationReference("residual")).test(Classifier(), loader())
+
+
+def test_a_file_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").touch()
+    reference = ActivationReference("residual", str(tmp_path / "file" / "r.safetensors"))
+    with pytest.raises(UserError, match=r"ActivationReference: `path` .* cannot be written"):
+        trainer(tmp_path, reference).test(Classifier(), loader(), verbose=False)

@@ -1,4 +1,4 @@
-"""Collapse is seen, told once, and stops a run that asks for it; a healthy site passes."""
+"""The monitor warns of a collapse once, or stops the run; a healthy site passes."""
 
 import warnings
 
@@ -19,7 +19,7 @@ COLLAPSE = "nearly the same for every input"
 
 
 class Bridge(nn.Module):
-    """One offset for all inputs plus `spread` times the input; the last positions are padding."""
+    """Adds one offset for all inputs to `spread` times the input; the last position is padding."""
 
     def __init__(self, masked):
         super().__init__()
@@ -36,26 +36,29 @@ class Bridge(nn.Module):
 
 
 class Sender(LightningModule):
-    """`spreads` gives the spread by optimizer step."""
+    """Sends inputs through the bridge; `spreads` gives the spread by optimizer step."""
 
-    def __init__(self, spreads=lambda step: 1.0, masked=False):
+    def __init__(self, spreads=None, masked=False):
         super().__init__()
         self.bridge = Bridge(masked)
         self.unused = nn.Linear(1, 1)
         self.spreads = spreads
-        self.given = []
+        self.outputs = []
+
+    def spread(self, step):
+        return 1.0 if self.spreads is None else self.spreads(step)
 
     def send(self, x_BKD):
         soft = self.bridge(x_BKD)
         return soft[0].where(soft[1][..., None], 0.0) if isinstance(soft, tuple) else soft
 
     def training_step(self, batch, batch_idx):
-        self.bridge.spread = self.spreads(self.trainer.global_step)
+        self.bridge.spread = self.spread(self.trainer.global_step)
         soft_BKD = self.send(batch)
-        self.given.append(soft_BKD.detach().clone())
+        self.outputs.append(soft_BKD.detach().clone())
         with torch.no_grad():
             self.eval()
-            self.send(torch.zeros_like(batch))  # generation inside the step is not looked at
+            self.send(torch.zeros_like(batch))  # the monitor ignores generation inside the step
             self.train()
         return 1e-3 * soft_BKD.square().mean()
 
@@ -67,7 +70,7 @@ class Sender(LightningModule):
 
 
 class Log(Callback):
-    """The monitor's values by optimizer step, taken after it; pretends to be QuickEval at step 4."""
+    """Keeps the monitor's values by optimizer step; acts as QuickEval at step 4."""
 
     def __init__(self):
         self.rows = {}
@@ -105,11 +108,11 @@ def fit(tmp_path, monitor, module=None, logger=False, batch_size=8, ckpt_path=No
 @pytest.mark.parametrize("masked", [False, True])
 def test_logs_the_measures_of_the_training_batch(tmp_path, masked):
     module = Sender(masked=masked)
-    _, rows, told = fit(tmp_path, DiversityMonitor(every_n_steps=2), module)
+    _, rows, warned = fit(tmp_path, DiversityMonitor(every_n_steps=2), module)
     assert list(rows) == [2, 4, 6]
-    assert not told
+    assert not warned
     for step, row in rows.items():
-        soft_BKD = module.given[step - 1]
+        soft_BKD = module.outputs[step - 1]
         real_BKD = soft_BKD[:, :2] if masked else soft_BKD
         assert row["diversity/cosine"] == pytest.approx(mean_pairwise_cosine(soft_BKD.flatten(1)).item())
         assert row["diversity/between_input_variance"] == pytest.approx(between_input_variance(real_BKD).item())
@@ -117,12 +120,12 @@ def test_logs_the_measures_of_the_training_batch(tmp_path, masked):
         assert row.get("diversity/distinct") == (0.25 if step > 4 else None)
 
 
-def test_counts_optimizer_steps_and_goes_on_after_a_resumption(tmp_path):
+def test_counts_optimizer_steps_and_continues_after_a_resumption(tmp_path):
     module = Sender()
     flags = {"accumulate_grad_batches": 2}
     trainer, rows, _ = fit(tmp_path, DiversityMonitor(every_n_steps=3), module, **flags)
     assert list(rows) == [3, 6]
-    cosine = mean_pairwise_cosine(module.given[2 * 3 - 1].flatten(1)).item()  # of the last micro-batch
+    cosine = mean_pairwise_cosine(module.outputs[2 * 3 - 1].flatten(1)).item()  # the last micro-batch
     assert rows[3]["diversity/cosine"] == pytest.approx(cosine)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     _, rows, _ = fit(
@@ -131,21 +134,21 @@ def test_counts_optimizer_steps_and_goes_on_after_a_resumption(tmp_path):
     assert list(rows) == [9]
 
 
-def test_nothing_is_kept_or_computed_on_other_steps(tmp_path, monkeypatch):
+def test_keeps_nothing_on_other_steps(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(diversity_monitor, "_values_and_mask", lambda output, site: kept.append(1))
     fit(tmp_path, DiversityMonitor(every_n_steps=3), max_steps=8)
     assert len(kept) == 2
 
 
-def test_collapse_is_told_once_an_episode(tmp_path):
+def test_warns_once_per_collapse(tmp_path):
     spreads = lambda step: 1.0 if step == 5 else 1e-3  # noqa: E731
-    trainer, _, told = fit(tmp_path, DiversityMonitor(every_n_steps=1, patience=2), Sender(spreads), max_steps=9)
+    trainer, _, warned = fit(tmp_path, DiversityMonitor(every_n_steps=1, patience=2), Sender(spreads), max_steps=9)
     assert trainer.global_step == 9
-    assert len(told) == 2
-    assert "'bridge'" in told[0]
-    assert "step 2:" in told[0]
-    assert "step 8:" in told[1]
+    assert len(warned) == 2
+    assert "'bridge'" in warned[0]
+    assert "step 2:" in warned[0]
+    assert "step 8:" in warned[1]
 
 
 @pytest.mark.parametrize("limits", [{"min_variance": 0.0}, {"max_cosine": 1.1}])
@@ -157,20 +160,22 @@ def test_either_limit_is_enough(tmp_path, limits):
     ]
 
 
-def test_a_lone_bad_check_is_no_collapse(tmp_path):
+def test_a_single_bad_check_is_no_collapse(tmp_path):
     spreads = lambda step: 1e-3 if step % 3 else 1.0  # noqa: E731
-    _, _, told = fit(tmp_path, DiversityMonitor(every_n_steps=1, patience=3), Sender(spreads), max_steps=8)
-    assert not told
+    _, _, warned = fit(tmp_path, DiversityMonitor(every_n_steps=1, patience=3), Sender(spreads), max_steps=8)
+    assert not warned
 
 
 class HalfCollapsed(Sender):
-    """On rank 0 alone every input gives the same; tells how far it came in a buffer, which leaves its process."""
+    """Collapses on rank 0 only; carries the last step out of the process in a buffer."""
 
     def __init__(self):
         super().__init__()
-        del self.unused  # DDP wants every parameter used
+        del self.unused  # DDP requires that every parameter is used
         self.register_buffer("step", torch.tensor(0))
-        self.spreads = lambda step: float(self.trainer.global_rank)
+
+    def spread(self, step):
+        return float(self.trainer.global_rank)
 
     def on_train_batch_end(self, *_):
         self.step.fill_(self.trainer.global_step)
@@ -178,14 +183,14 @@ class HalfCollapsed(Sender):
 
 def test_stops_the_run(tmp_path):
     monitor = DiversityMonitor(every_n_steps=1, on_collapse="stop", patience=2)
-    trainer, _, told = fit(tmp_path, monitor, Sender(lambda step: 1e-3))
+    trainer, _, warned = fit(tmp_path, monitor, Sender(lambda step: 1e-3))
     assert trainer.global_step == 2
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize(("min_variance", "stops_at"), [(0.4, 2), (0.1, 6)])
 def test_two_processes_decide_by_their_mean(tmp_path, min_variance, stops_at):
-    # The shares are 0 and about 1/2: were each rank to decide by itself, one would stop and the other wait for ever.
+    # The variances are 0 and about 1/2. If each rank decided by itself, one would stop and the other wait for ever.
     strategy = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
     monitor = DiversityMonitor(
         every_n_steps=1, on_collapse="stop", patience=2, max_cosine=1.1, min_variance=min_variance
@@ -195,17 +200,17 @@ def test_two_processes_decide_by_their_mean(tmp_path, min_variance, stops_at):
     assert module.step == stops_at
 
 
-def test_no_outputs_are_told_and_do_not_count(tmp_path):
+def test_a_step_without_outputs_is_no_collapse(tmp_path):
     monitor = DiversityMonitor("unused", every_n_steps=1, on_collapse="stop", patience=1)
-    trainer, rows, told = fit(tmp_path, monitor)
+    trainer, rows, warned = fit(tmp_path, monitor)
     assert trainer.global_step == 6
     assert not rows
-    assert len(told) == 1
-    assert "'unused' must be called" in told[0]
+    assert len(warned) == 1
+    assert "'unused' must be called" in warned[0]
     for module, batch_size in ((Sender(lambda step: float("nan")), 8), (Sender(), 1)):
-        _, rows, told = fit(tmp_path, DiversityMonitor(every_n_steps=1, patience=1), module, batch_size=batch_size)
+        _, rows, warned = fit(tmp_path, DiversityMonitor(every_n_steps=1, patience=1), module, batch_size=batch_size)
         assert not rows
-        assert len(told) == 1
+        assert len(warned) == 1
 
 
 def test_figure_at_validation_and_at_the_end(tmp_path):
@@ -218,14 +223,16 @@ def test_figure_at_validation_and_at_the_end(tmp_path):
     assert not pyplot.get_fignums()
 
 
-def test_figure_holds_the_matrix():
+def test_figure_shows_the_matrix_with_a_labelled_colour_bar():
     matrix = torch.eye(3) * 2 - 1
-    image = diversity_monitor.figure(matrix).axes[0].images[0]
+    axes, bar = diversity_monitor.figure(matrix).axes
+    assert bar.get_ylabel() == "cosine"
+    (image,) = axes.images
     assert torch.equal(torch.tensor(image.get_array()), matrix)
     assert image.get_clim() == (-1, 1)
 
 
-def test_hooks_and_tensors_are_gone_afterwards(tmp_path):
+def test_hooks_and_tensors_are_released(tmp_path):
     class Fails(Sender):
         def training_step(self, batch, batch_idx):
             super().training_step(batch, batch_idx)
@@ -242,7 +249,7 @@ def test_hooks_and_tensors_are_gone_afterwards(tmp_path):
     assert monitor._matrix is None
 
 
-def test_mistakes_are_told_at_the_start(tmp_path):
+def test_user_errors(tmp_path):
     for name in ("every_n_steps", "patience"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
             fit(tmp_path, DiversityMonitor(**{name: 0}))

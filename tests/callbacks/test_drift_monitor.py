@@ -1,4 +1,4 @@
-"""Drift is what its formula says, and a resumed run reports it as the uninterrupted one does."""
+"""Drift follows its formula, and a resumed run reports what the uninterrupted run does."""
 
 import math
 
@@ -15,7 +15,7 @@ GROUPS = {"moving": ["a", "b"], "still": ["c"]}
 
 
 class Ramps(LightningModule):
-    """SGD on sums: every element of a, b falls by `pace` a step until `halts_at`; c has no part in the loss."""
+    """SGD on sums: every element of a and b falls by `pace` per step until `halts_at`; c is not in the loss."""
 
     def __init__(self, ensemble=1, pace=(0.5,), halts_at=math.inf):
         super().__init__()
@@ -37,7 +37,7 @@ class Ramps(LightningModule):
 
 
 class Trace(DriftMonitor):
-    """Keeps what was logged at each check."""
+    """Keeps the measures of each check."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -71,7 +71,7 @@ def test_rate_of_an_ensemble_is_that_of_each_member():
         torch.testing.assert_close(rate_S[member], alone[0])
 
 
-def test_zeros_that_stay_do_not_move_and_zeros_that_left_are_infinite():
+def test_zeros_that_stay_have_rate_0_and_values_that_become_zero_have_an_infinite_rate():
     zero, one = [torch.zeros(3)], [torch.ones(3)]
     assert drift_rate(zero, zero, 5).item() == 0
     assert drift_rate(zero, one, 5).item() == math.inf
@@ -81,7 +81,7 @@ def test_checks_of_a_ramp(tmp_path):
     module, monitor = Ramps(), Trace(GROUPS, every_n_steps=4, patience=2)
     trainer = fit(module, tmp_path, monitor, 10)
     assert list(monitor.trace) == [4, 8]
-    # All elements are equal: the norms' ratio is that of one element, 2 in 4 steps.
+    # All elements are equal, so the ratio of norms is that of one element: 2 in 4 steps.
     for step, value in ((4, 8.0), (8, 6.0)):
         torch.testing.assert_close(monitor.trace[step]["drift/moving"], torch.tensor([2 / (4 * value)]))
         assert monitor.trace[step]["drift/still"].item() == 0
@@ -91,7 +91,7 @@ def test_checks_of_a_ramp(tmp_path):
     assert trainer.callback_metrics["drift/moving_frozen"] == 0
 
 
-def test_steps_are_those_of_the_optimizer(tmp_path):
+def test_steps_are_optimizer_steps(tmp_path):
     monitor = Trace(GROUPS, every_n_steps=2)
     fit(Ramps(), tmp_path, monitor, 4, accumulate_grad_batches=3)
     assert list(monitor.trace) == [2, 4]
@@ -101,14 +101,14 @@ def test_freeze_step_is_the_first_of_the_row_by_member(tmp_path):
     module = Ramps(ensemble=2, pace=(0.5, 0.0), halts_at=5)
     monitor = Trace(GROUPS, every_n_steps=2, patience=3)
     trainer = fit(module, tmp_path, monitor, 12)
-    # Checks fall on 2, 4, ...; the fifth step, within the check at 6, is the last that moves member 0.
+    # Checks are at 2, 4, ... The fifth step, before the check at 6, is the last that moves member 0.
     assert module.members["drift/moving_freeze_step"].tolist() == [8, 2]
     assert monitor.trace[10]["drift/moving_frozen"].tolist() == [0, 1]
     assert trainer.callback_metrics["drift/moving_freeze_step"] == 5
     assert trainer.callback_metrics["drift/moving_frozen"] == 1
 
 
-def test_what_moves_again_in_between_begins_a_new_row_and_later_keeps_its_step():
+def test_a_move_before_the_freeze_starts_a_new_row_and_a_later_move_keeps_the_step():
     monitor = DriftMonitor({"g": ["*"]}, eps=0.1, patience=2)
     nan = torch.full((1, 1), torch.nan)
     monitor._state = {"streak_GS": torch.zeros(1, 1, dtype=torch.long), "since_GS": nan, "freeze_step_GS": nan}
@@ -137,12 +137,12 @@ def _in(pair, tmp_path):
     return pair[0], tmp_path, pair[1]
 
 
-def test_mistakes_are_told(tmp_path):
+def test_user_errors(tmp_path):
     with pytest.raises(ValueError, match="at least one group"):
         DriftMonitor({})
     with pytest.raises(ValueError, match="a name pattern in each"):
         DriftMonitor({"q": []})
-    with pytest.raises(ValueError, match="`patience` must be positive, got 0"):
+    with pytest.raises(ValueError, match="`patience` must be at least 1, got 0"):
         DriftMonitor(GROUPS, patience=0)
     with pytest.raises(ValueError, match="No parameter matches 'aa'; the nearest names are: 'a'"):
         fit(Ramps(), tmp_path, DriftMonitor({"x": ["aa"]}), 1)

@@ -1,4 +1,4 @@
-"""`last.ckpt` is the model as training left it, and going on from it is going on."""
+"""`last.ckpt` is the model after the last step, and a run that resumes from it continues the first run."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def fit(folder: Path, steps: int, callbacks=(), checkpoint=None, min_steps=None,
 
 
 @pytest.mark.parametrize("steps", [3, 4, 6], ids=["before any validation", "at a validation", "after one"])
-def test_it_holds_the_last_step(tmp_path, steps):
+def test_it_has_the_last_step(tmp_path, steps):
     module = fit(tmp_path, steps)
     files = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert len(files) == 2
@@ -42,7 +42,7 @@ def test_it_holds_the_last_step(tmp_path, steps):
         assert all(torch.equal(value, held["state_dict"][key]) for key, value in module.state_dict().items())
 
 
-def test_it_holds_what_the_last_validation_changed_in_callbacks(tmp_path):
+def test_it_has_the_state_of_callbacks_after_the_last_validation(tmp_path):
     monitor = StabilityMonitor(reached=0.0, collapsed=0.0)
     fit(tmp_path, 4, callbacks=[monitor])
     held = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["StabilityMonitor"]
@@ -50,7 +50,7 @@ def test_it_holds_what_the_last_validation_changed_in_callbacks(tmp_path):
     assert held["up_S"].item()
 
 
-def test_a_signal_to_stop_that_may_not_be_heeded_yet_saves_nothing(tmp_path):
+def test_a_stop_before_min_steps_saves_nothing(tmp_path):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *args):
             trainer.should_stop = True
@@ -64,11 +64,11 @@ def test_a_signal_to_stop_that_may_not_be_heeded_yet_saves_nothing(tmp_path):
 
     fit(tmp_path, 9, checkpoint=Count(), callbacks=[Stop()], min_steps=6)
     assert saved
-    assert min(saved) >= 4  # a validation's
+    assert min(saved) >= 4  # the first validation
     assert len([step for step in saved if step < 6]) <= 1
 
 
-def test_a_run_that_goes_on_from_it_is_the_run_that_never_stopped(tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_run(tmp_path):
     whole = fit(tmp_path / "whole", 11)
     fit(tmp_path / "first", 6)
     resumed = fit(tmp_path / "resumed", 11, ckpt_path=tmp_path / "first" / "checkpoints" / "last.ckpt")

@@ -1,4 +1,4 @@
-"""A frozen parameter does not move by one bit; everything else does."""
+"""A frozen parameter does not change by one bit; all others change."""
 
 import copy
 from functools import partial
@@ -39,7 +39,7 @@ class Regression(LightningModule):
 
 
 class Snapshots(Callback):
-    """The parameters, and the optimizer's state, as they were after given steps."""
+    """Copies of the parameters and of the optimizer's state after some steps."""
 
     def __init__(self, *steps):
         self.steps = steps
@@ -82,14 +82,14 @@ def assert_only_frozen_stayed(before, after):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("at_step", [0, 5])
-def test_bit_identical_for_200_steps_and_the_rest_moves(name, at_step, tmp_path):
+def test_frozen_parameters_are_bit_identical_for_200_steps_and_others_move(name, at_step, tmp_path):
     module = Regression(OPTIMIZERS[name])
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     snapshots = Snapshots(5, 205)
     fit(module, tmp_path, [ParameterFreeze(FROZEN, at_step), snapshots], max_steps=205)
     if at_step:
         before = snapshots.parameters[5]
-        # It was trained until then, with moments that would move it on; they too stay.
+        # The parameters were trained until then, and their moments would move them on. The moments stay too.
         unfrozen = Snapshots(5)
         fit(Regression(OPTIMIZERS[name]), tmp_path, [unfrozen], max_steps=5)
         for parameter in before:
@@ -111,7 +111,7 @@ def test_under_accumulation_and_mixed_precision(flags, tmp_path):
 
 
 class Norms(Regression):
-    """Notes which parameters clipping sees, and the norm of all others' gradients."""
+    """Records the parameters that clipping sees, and the norm of their gradients."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +129,7 @@ def test_frozen_gradients_stay_out_of_the_clipped_norm(at_step, tmp_path):
     everything = {name for name, _ in module.named_parameters()}
     fit(module, tmp_path, [ParameterFreeze(FROZEN, at_step)], max_steps=4, gradient_clip_val=1e-3)
     assert module.seen == [everything] * at_step + [everything - FROZEN_NAMES] * (4 - at_step)
-    # The trained gradients alone fill the norm that was asked for.
+    # The norm of the trained gradients alone is the clipping value.
     torch.testing.assert_close(module.norm, torch.tensor(1e-3), rtol=1e-3, atol=0)
 
 
@@ -156,7 +156,7 @@ def test_after_fit_the_parameters_require_gradients_as_before(tmp_path):
     assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"net.2.bias"}
 
 
-def test_a_failed_run_lets_go_too(tmp_path):
+def test_parameters_require_gradients_after_a_failed_run(tmp_path):
     class Failing(Regression):
         def training_step(self, batch, batch_idx):
             raise RuntimeError("fails")
@@ -167,7 +167,7 @@ def test_a_failed_run_lets_go_too(tmp_path):
     assert all(p.requires_grad for p in module.parameters())
 
 
-def test_errors_come_at_once(tmp_path):
+def test_user_errors(tmp_path):
     with pytest.raises(ValueError, match=r"'net.9.weight'.*'net.0.weight'"):
         fit(Regression(), tmp_path, [ParameterFreeze(["net.9.weight"], at_step=5)], max_steps=1)
     with pytest.raises(ValueError, match="-1"):
@@ -176,12 +176,12 @@ def test_errors_come_at_once(tmp_path):
         fit(Regression(), tmp_path, [ParameterFreeze(["*"])], max_steps=1)
 
 
-def test_two_freezes_have_states_of_their_own():
+def test_two_freezes_have_different_state_keys():
     assert ParameterFreeze(FROZEN).state_key != ParameterFreeze(FROZEN, at_step=3).state_key
 
 
 class Buffered(Regression):
-    """Carries what it saw at step 3 out of the processes in a buffer."""
+    """Carries the weight at step 3 out of the processes in a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ def test_two_processes(at_step, tmp_path):
     initial = module.net[0].weight.detach().clone()
     last = module.net[4].weight.detach().clone()
     freeze = ParameterFreeze(FROZEN, at_step)
-    # Forking takes a tenth of a second where spawning takes five, but must not follow a use of CUDA.
+    # A fork takes 0.1 s and a spawn 5 s, but processes must not fork after a use of CUDA.
     strategy = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
     fit(module, tmp_path, [freeze], max_steps=6, strategy=strategy, devices=2, enable_checkpointing=True)
     assert module.world_size == 2

@@ -1,4 +1,4 @@
-"""Evaluations run with the donor's parameters, and the model has its own again."""
+"""Evaluations run with the donor's parameters, and then the model has its own parameters again."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from toy_attention import QK, TOKENS, Failing, Model, Sequences, assert_equal, state_of
 
-from callbacks.parameter_swap import ParameterSwap, swap_parameters
+from callbacks.parameter_swap import ParameterSwap
+from datamodules.errors import UserError
+from lightning_modules.core.swapping import swap_parameters
 
 
 def trainer_of(tmp_path, *callbacks, **flags):
@@ -30,7 +32,7 @@ def test_stages_evaluate_the_restored_model_with_the_donors_parameters(stage, me
     path, donor_path = checkpoint(own, tmp_path / "own.ckpt"), checkpoint(donor, tmp_path / "donor.ckpt")
     with swap_parameters(own, donor.state_dict(), QK):
         expected = own(TOKENS)
-    restored = Model(7, members)  # Lightning gives it the parameters of `own`, after the callback's setup
+    restored = Model(7, members)  # Lightning loads the parameters of `own` after the callback's setup
     trainer = trainer_of(tmp_path, ParameterSwap(donor_path))
     quiet = {} if stage == "predict" else {"verbose": False}
     getattr(trainer, stage)(restored, loader(), ckpt_path=path, weights_only=True, **quiet)
@@ -59,7 +61,7 @@ def test_random_and_procrustes_reach_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_own_parameters_come_back_when_the_evaluation_fails(stage, tmp_path):
+def test_parameters_are_restored_when_the_evaluation_fails(stage, tmp_path):
     module = Failing(0)
     before = state_of(module)
     callback = ParameterSwap(checkpoint(Model(1), tmp_path / "donor.ckpt"))
@@ -68,7 +70,7 @@ def test_own_parameters_come_back_when_the_evaluation_fails(stage, tmp_path):
     assert_equal(state_of(module), before)
 
 
-def test_mistakes_are_told(tmp_path):
+def test_user_errors(tmp_path):
     path = checkpoint(Model(1), tmp_path / "donor.ckpt")
 
     def run_test(*args, **options):
@@ -80,16 +82,16 @@ def test_mistakes_are_told(tmp_path):
         ParameterSwap()
     with pytest.warns(UserWarning, match=r"\(mode='random'\) ignores `donor`"):
         ParameterSwap(path, mode="random")
-    with pytest.raises(
-        FileNotFoundError, match=r"^ParameterSwap's donor: there is no file .*did you mean .*donor.ckpt"
-    ):
+    with pytest.raises(UserError, match=r"^ParameterSwap: `seed` must be an integer from 0"):
+        ParameterSwap(mode="random", seed=-1)
+    with pytest.raises(UserError, match=r"^ParameterSwap's donor: there is no file .*did you mean .*donor.ckpt"):
         run_test(str(tmp_path / "doner.ckpt"))
     with pytest.raises(ValueError, match="is not one checkpoint file"):
         run_test(str(tmp_path))
     with pytest.raises(ValueError, match="No parameter matches 'q_porj'; the nearest names are"):
         run_test(path, ["q_porj"])
     torch.save({"weights": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="is no checkpoint of a run, it has no 'state_dict'"):
+    with pytest.raises(ValueError, match="is not the checkpoint of a run, it has no 'state_dict'"):
         run_test(str(tmp_path / "other.ckpt"))
     (tmp_path / "damaged.ckpt").write_bytes((tmp_path / "donor.ckpt").read_bytes()[:2000])
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Evaluation amid training: right numbers over any number of ranks, and no trace left in training."""
+"""Evaluation during training: the same numbers for any number of ranks, and no effect on the training."""
 
 import json
 import random
@@ -17,18 +17,18 @@ from torch.utils.data import DataLoader
 
 from callbacks.quick_eval import QuickEval
 from callbacks.throughput import Throughput
-from lightning_modules.core.metrics import wilson_interval
+from lightning_modules.core.intervals import wilson_interval
 from lightning_modules.core.samples import EvalSample, text_table
 
 HELD_OUT = 11
 
 
-class Numbers(LightningDataModule):
-    """Training on 16 random vectors; held-out batches of 4 that a rank shares with no other."""
+class Vectors(LightningDataModule):
+    """Training on 16 random vectors; held-out batches of 4, other samples on each rank."""
 
     def __init__(self):
         super().__init__()
-        self.asked = []
+        self.requests = []
         self.collated = 0
 
     def collate(self, rows):
@@ -43,20 +43,20 @@ class Numbers(LightningDataModule):
         mine = range(HELD_OUT)[:count][self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(mine, batch_size=4, collate_fn=self.collate)
 
+
+class WithSamples(Vectors):
     def sample_dataloader(self, count):
-        self.asked.append(count)
+        self.requests.append(count)
         return self.held_out(count)
 
 
-class WithoutSamples(Numbers):
-    sample_dataloader = property()  # as if it had none
-
+class WithValidation(Vectors):
     def val_dataloader(self):
         return self.held_out(HELD_OUT)
 
 
 class Answers(LightningModule):
-    """Answers a number below 7 rightly; evaluating draws from every random state there is."""
+    """Answers numbers below 7 correctly; its evaluation draws from every random state."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ class Answers(LightningModule):
 
 
 def fit(tmp_path, *callbacks, module=None, data=None, logger=False, ckpt_path=None, **flags):
-    module, data = module or Answers(), data or Numbers()
+    module, data = module or Answers(), data or WithSamples()
     flags = {"max_steps": 4, "limit_val_batches": 0, "devices": 1} | flags
     trainer = Trainer(
         accelerator="cpu",
@@ -130,8 +130,8 @@ def test_metrics_samples_and_schedule(tmp_path):
             "quick_eval/accuracy": 0.7,
             "quick_eval/accuracy_low": low,
             "quick_eval/accuracy_high": high,
-            "quick_eval/length": 6.5,  # no proportion, no interval
-            "quick_eval/odd": 1.0,  # of the five samples that have it
+            "quick_eval/length": 6.5,  # not a proportion, so no interval
+            "quick_eval/odd": 1.0,  # over the five samples that have it
             "quick_eval/odd_low": wilson_interval(5, 5)[0],
             "quick_eval/odd_high": 1.0,
             "quick_eval/distinct": 0.8,
@@ -141,21 +141,21 @@ def test_metrics_samples_and_schedule(tmp_path):
     for step in (2, 4):
         assert samples_at(tmp_path, step) == [asdict(Answers.sample(i)) for i in range(10)]
     assert not list(tmp_path.rglob("*.tmp"))
-    # Batches are made once, and pass Lightning's transfer each time.
-    assert data.asked == [10]
+    # Batches are made once, and pass Lightning's transfer at each evaluation.
+    assert data.requests == [10]
     assert data.collated == 3
     assert module.moved == 6
 
 
-def test_takes_validation_batches_until_it_has_enough(tmp_path):
-    trainer, module, data = fit(tmp_path, QuickEval(2, n_samples=6), data=WithoutSamples())
+def test_takes_validation_batches_until_there_are_enough_samples(tmp_path):
+    trainer, module, data = fit(tmp_path, QuickEval(2, n_samples=6), data=WithValidation())
     assert module.evaluated == [(2, 4), (2, 4), (4, 4), (4, 4)]
     assert len(samples_at(tmp_path, 4)) == 6
     assert quick(trainer)["quick_eval/accuracy"] == 1
     assert data.collated == 2
 
 
-def test_training_is_the_same_bit_for_bit(tmp_path):
+def test_the_training_is_the_same_bit_for_bit(tmp_path):
     weights, modules = [], []
     for callbacks in ([], [QuickEval(every_n_steps=1)]):
         seed_everything(3)
@@ -168,7 +168,7 @@ def test_training_is_the_same_bit_for_bit(tmp_path):
         assert torch.equal(value, weights[1][name]), name
 
 
-def test_draws_of_an_evaluation_do_not_depend_on_the_step(tmp_path):
+def test_random_numbers_of_an_evaluation_do_not_depend_on_the_step(tmp_path):
     drawn = []
     for max_steps in (1, 3):
         _, module, _ = fit(tmp_path, QuickEval(every_n_steps=1), max_steps=max_steps)
@@ -176,7 +176,7 @@ def test_draws_of_an_evaluation_do_not_depend_on_the_step(tmp_path):
     assert drawn[0] == drawn[1]
 
 
-def test_modes_come_back_after_a_failure(tmp_path):
+def test_modes_are_restored_after_a_failure(tmp_path):
     class Broken(Answers):
         def sample_eval(self, batch):
             raise RuntimeError("out of words")
@@ -189,12 +189,12 @@ def test_modes_come_back_after_a_failure(tmp_path):
     assert not module.frozen.training
 
 
-def test_once_an_optimizer_step_under_accumulation(tmp_path):
+def test_once_per_optimizer_step_under_accumulation(tmp_path):
     _, module, _ = fit(tmp_path, QuickEval(2, n_samples=4), accumulate_grad_batches=2)
     assert [step for step, _ in module.evaluated] == [2, 4]
 
 
-def test_not_again_after_a_resumption(tmp_path):
+def test_a_resumed_run_does_not_evaluate_its_first_step_again(tmp_path):
     trainer, module, _ = fit(tmp_path, QuickEval(2, n_samples=4))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     _, resumed, _ = fit(tmp_path, QuickEval(2, n_samples=4), ckpt_path=tmp_path / "last.ckpt", max_steps=7)
@@ -208,14 +208,14 @@ def test_in_the_precision_of_the_trainer(tmp_path):
 
 
 def test_off_the_clock(tmp_path, monkeypatch):
-    spells = []
-    monkeypatch.setattr(Throughput, "pause", lambda *_: spells.append("pause"))
-    monkeypatch.setattr(Throughput, "resume", lambda *_: spells.append("resume"))
+    calls = []
+    monkeypatch.setattr(Throughput, "pause", lambda *_: calls.append("pause"))
+    monkeypatch.setattr(Throughput, "resume", lambda *_: calls.append("resume"))
     fit(tmp_path, Throughput(), QuickEval(2))
-    assert spells == ["pause", "resume"] * 2
+    assert calls == ["pause", "resume"] * 2
 
 
-@pytest.mark.parametrize("data", [Numbers, WithoutSamples])
+@pytest.mark.parametrize("data", [WithSamples, WithValidation])
 def test_two_processes_give_the_numbers_of_one(tmp_path, data):
     strategy = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
     runs = []
@@ -241,7 +241,7 @@ def test_logs_to_every_logger(tmp_path):
     assert len(samples_at(tmp_path, 4)) == HELD_OUT
 
 
-def test_the_table_shows_texts_as_they_are():
+def test_the_table_shows_texts_unchanged():
     answer = "4*5 = <<4*5=20>>20 _a_ | \\b `c` [d](e)\n#### 20 & <script>"
     table = text_table([EvalSample("Q?", answer, "", {"accuracy": 1.0, "entity_transfer": 1 / 3})])
     assert len(table.splitlines()) == 3
@@ -257,7 +257,7 @@ def test_a_fast_dev_run_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_told_at_the_start(tmp_path):
+def test_user_errors(tmp_path):
     class Silent(Answers):
         sample_eval = None
 

@@ -1,4 +1,4 @@
-"""Routing stability is 1 less the divergence of attention, and measuring it changes nothing."""
+"""Routing stability is 1 - divergence of attention, and the monitor does not change the training."""
 
 import math
 
@@ -24,7 +24,7 @@ def distribution(*values):
         ((0.5, 0.5, 0.0, 0.0), (0.0, 0.0, 0.25, 0.75), 1.0),
         # m = (3/4, 1/4): (log2(4/3) + (1/2) log2(2/3) + (1/2) log2(2)) / 2
         ((1.0, 0.0), (0.5, 0.5), (math.log2(4 / 3) + math.log2(2 / 3) / 2 + 0.5) / 2),
-        # m = (1/2, 1/2): both are 1 bit less the entropy of (1/4, 3/4)
+        # m = (1/2, 1/2): both terms are 1 bit minus the entropy of (1/4, 3/4)
         ((0.25, 0.75), (0.75, 0.25), 1 - (0.5 + 0.75 * math.log2(4 / 3))),
     ],
 )
@@ -45,7 +45,7 @@ def test_stability_is_a_mean_over_queries_from_the_second_on():
     same, moved = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0]]), torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]])
     before_SBHTT = same.expand(2, 1, 2, 3, 3).clone()
     now_SBHTT = before_SBHTT.clone()
-    now_SBHTT[1, 0, 0] = moved  # one query of two, in one head of two, of the second member
+    now_SBHTT[1, 0, 0] = moved  # one of two queries, in one of two heads, of the second member
     torch.testing.assert_close(routing_stability(now_SBHTT, before_SBHTT), torch.tensor([1.0, 0.75]))
     assert routing_stability(torch.ones(1, 2, 2, 1, 1), torch.ones(1, 2, 2, 1, 1)).tolist() == [1.0]
 
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class Shifting(LightningModule):
-    """Each query of member s reads from position 0 until step `turns[s]`, and from 1 from then on."""
+    """Each query of member s reads from position 0 before step `turns[s]`, and then from position 1."""
 
     def __init__(self, turns=(3,)):
         super().__init__()
@@ -88,7 +88,7 @@ class Shifting(LightningModule):
         assert not torch.is_grad_enabled()
         assert not self.training
         self.probes.append(tokens)
-        torch.rand(1)  # the caller has to put the random state back
+        torch.rand(1)  # the monitor must restore the random state
         length = tokens.shape[1]
         pattern = torch.zeros(self.ensemble, len(tokens), 2, length, length)
         pattern[..., 0, 0] = 1
@@ -108,22 +108,26 @@ class Shifting(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Blind(Shifting):
+    activations = None
+
+
 def fit(module, tmp_path, monitor, steps, ckpt_path=None, batch_size=16, **flags):
     callbacks = [monitor] if monitor else []
     flags = QUIET | {"accelerator": "cpu", "max_steps": steps, "limit_val_batches": 0} | flags
     trainer = Trainer(default_root_dir=tmp_path, callbacks=callbacks, **flags)
     held_out = DataLoader(Sequences(), batch_size=batch_size)
-    # Four batches an epoch, so that runs cross epochs
+    # Four batches per epoch, so that runs cross epochs
     loader = DataLoader(Sequences(), batch_size=16, shuffle=True)
     module.val_dataloader = lambda: held_out
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
-def test_each_member_by_itself_from_the_second_check_on(tmp_path):
+def test_each_member_has_its_value_from_the_second_check_on(tmp_path):
     module = Shifting(turns=(3, 99, 6))
     trainer = fit(module, tmp_path, RoutingMonitor(every_n_steps=2, n_samples=3), 9)
-    # The checks before a turn and after it differ in every query.
+    # The checks before and after a turn differ in every query.
     assert module.trace == {2: [1, 1, 1], 4: [0, 1, 1], 6: [1, 1, 0], 8: [1, 1, 1]}
     assert trainer.callback_metrics["routing/g"] == 1
     expected = torch.stack([Sequences()[i]["tokens"] for i in range(3)])
@@ -131,7 +135,7 @@ def test_each_member_by_itself_from_the_second_check_on(tmp_path):
     assert all(torch.equal(probe, expected) for probe in module.probes)
 
 
-def test_training_takes_the_same_course(tmp_path):
+def test_the_training_is_the_same_with_the_monitor(tmp_path):
     plain, monitored = Shifting(), Shifting()
     torch.manual_seed(1)
     fit(plain, tmp_path, None, 6)
@@ -149,7 +153,7 @@ def test_resumed_run_loses_at_most_the_first_check(stop, steps, tmp_path):
     assert rest.trace == {step: whole.trace[step] for step in steps}
 
 
-def test_held_out_data_may_come_from_the_trainer(tmp_path):
+def test_held_out_data_of_the_trainer(tmp_path):
     module = Shifting()
     trainer = Trainer(
         accelerator="cpu", max_steps=2, default_root_dir=tmp_path, callbacks=[RoutingMonitor(every_n_steps=1)], **QUIET
@@ -159,7 +163,7 @@ def test_held_out_data_may_come_from_the_trainer(tmp_path):
     assert module.probes[0].shape == (5, 4)
 
 
-def test_members_with_data_of_their_own_are_probed_on_it(tmp_path):
+def test_members_with_different_data_are_probed_on_their_data(tmp_path):
     module, seen = Shifting(turns=(1, 2)), []
     batch = {"tokens": torch.zeros(2, 8, 4, dtype=torch.long)}
     module.val_dataloader = lambda: DataLoader([batch], batch_size=None)
@@ -171,7 +175,7 @@ def test_members_with_data_of_their_own_are_probed_on_it(tmp_path):
     assert seen == [(2, 3, 4)]
 
 
-def test_mistakes_are_told(tmp_path):
+def test_user_errors(tmp_path):
     with pytest.raises(ValueError, match="`n_samples` must be at least 1, got 0"):
         fit(Shifting(), tmp_path, RoutingMonitor(n_samples=0), 1)
     with pytest.raises(ValueError, match="No module matches 'pattrn'; the nearest names are: 'block"):
@@ -180,10 +184,8 @@ def test_mistakes_are_told(tmp_path):
         Trainer(accelerator="cpu", max_steps=1, callbacks=[RoutingMonitor(), RoutingMonitor()], **QUIET).fit(
             Shifting(), DataLoader(Sequences())
         )
-    blind = Shifting()
-    blind.activations = None
-    with pytest.raises(ValueError, match=r"needs `activations\(tokens, sites\)`, which Shifting does not have"):
-        fit(blind, tmp_path, RoutingMonitor(), 1)
+    with pytest.raises(ValueError, match=r"needs `activations\(tokens, sites\)`, which Blind does not have"):
+        fit(Blind(), tmp_path, RoutingMonitor(), 1)
     vectors = Shifting()
     vectors.activations = lambda tokens, sites: (tokens, {"block.attn": torch.zeros(1, 2, 3, 4)})
     with pytest.raises(ValueError, match=r"'block.attn' gives no attention weights .* but \(1, 2, 3, 4\)"):

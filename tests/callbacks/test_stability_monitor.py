@@ -1,4 +1,4 @@
-"""Ups and downs of a measure are counted as they are defined."""
+"""Collapses and recoveries of a measure are counted by their definitions."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from callbacks.stability_monitor import StabilityEvents, StabilityMonitor
-from lightning_modules.core.metrics import wilson_interval
+from lightning_modules.core.intervals import wilson_interval
 
 NAN = math.nan
 TRACES = {
@@ -35,7 +35,7 @@ def assert_measures(measures, expected_SM):
     torch.testing.assert_close(measured_SM, torch.tensor(expected_SM), rtol=0, atol=0, equal_nan=True)
 
 
-def test_traces_one_by_one_and_together():
+def test_traces_alone_and_together():
     values_SN = torch.tensor([values for values, _ in TRACES.values()])
     together = StabilityEvents(len(values_SN), 0.99, 0.9, settle=2)
     for check, values_S in enumerate(values_SN.unbind(1), 1):
@@ -60,7 +60,7 @@ class Scripted(LightningModule):
         self.script_NS = torch.tensor(script_NS)
         self.ensemble = self.script_NS.shape[1]
         if keeps_members:
-            self.members, self.counts, self.intervals = {}, {}, {}
+            self.members, self.counts, self.hits, self.intervals = {}, {}, {}, {}
         self.weight = nn.Parameter(torch.zeros(1))
 
     def training_step(self, batch, batch_idx):
@@ -92,7 +92,7 @@ def fit(module, tmp_path, monitor, steps, ckpt_path=None, **flags):
     return trainer
 
 
-def test_members_are_told_apart_and_the_means_logged(tmp_path):
+def test_each_member_has_its_measures_and_the_means_are_logged(tmp_path):
     module = Scripted([[0.1, 1.0], [1.0, 1.0], [1.0, 0.2], [1.0, 0.2]])
     trainer = fit(module, tmp_path, StabilityMonitor(settle=2), 4)
     measures = {name: module.members[f"stability/{name}"] for name in MEASURES}
@@ -102,13 +102,13 @@ def test_members_are_told_apart_and_the_means_logged(tmp_path):
     assert module.counts == {"stability/stable": 1}
 
 
-def test_a_module_without_members_is_measured_by_what_it_logs(tmp_path):
+def test_a_module_without_members_is_measured_by_its_logged_metric(tmp_path):
     module = Scripted([[0.1], [1.0], [0.2], [1.0]], keeps_members=False)
     metrics = fit(module, tmp_path, StabilityMonitor(), 4).callback_metrics
     assert_measures({name: metrics[f"stability/{name}"][None] for name in MEASURES}, [[2.0, 1.0, 1.0, 4.0, 0.0]])
 
 
-def test_one_run_is_one_sample_of_a_share(tmp_path):
+def test_one_run_is_one_sample_of_a_proportion(tmp_path):
     module = Scripted([[1.0], [1.0], [1.0]])
     fit(module, tmp_path, StabilityMonitor(settle=1), 3)
     assert (module.counts, module.intervals) == ({"stability/stable": 1}, {"stability/stable": wilson_interval(1, 1)})
@@ -136,7 +136,7 @@ def test_resumed_run_reports_the_same(tmp_path):
     torch.testing.assert_close(rest.members, whole.members, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_second_fit_begins_anew(tmp_path):
+def test_a_second_fit_starts_anew(tmp_path):
     monitor = StabilityMonitor()
     fit(Scripted([[1.0], [0.1]]), tmp_path, monitor, 2)
     module = Scripted([[1.0], [1.0]])
@@ -144,7 +144,7 @@ def test_a_second_fit_begins_anew(tmp_path):
     assert module.members["stability/collapses"].item() == 0
 
 
-def test_mistakes_are_told(tmp_path):
+def test_user_errors(tmp_path):
     with pytest.raises(ValueError, match=r"`collapsed` \(0.9\) must not be above `reached` \(0.5\)"):
         StabilityMonitor(reached=0.5)
     with pytest.raises(ValueError, match="`settle` counts checks from 0, got -1"):

@@ -1,4 +1,4 @@
-"""Rates are those of training alone, per second and over all ranks."""
+"""Rates count the time of training only, and all ranks."""
 
 import time
 
@@ -33,7 +33,7 @@ class Sequences(Dataset):
 
 
 class Sleeper(LightningModule):
-    """A step takes STEP_S, by sleeping."""
+    """Sleeps STEP_S in each step."""
 
     def __init__(self, validation_s=0.0):
         super().__init__()
@@ -51,13 +51,13 @@ class Sleeper(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class Told(Sleeper):
+class WithWorkload(Sleeper):
     def workload(self, batch):
         return Workload(samples=7, tokens=11, flops=1000)
 
 
 class Recorder(Logger):
-    """Keeps what is logged, by step."""
+    """Keeps logged rates with their steps."""
 
     name = "recorder"
     version = 0
@@ -89,12 +89,12 @@ def fit(module, tmp_path, *callbacks, n=10, wait_s=0.0, logger=False, ckpt_path=
 
 
 def assert_training_speed(metrics, samples=BATCH, slack=0.45):
-    """Sleeping bounds the rate from above; a busy machine may make it somewhat lower."""
+    """The sleep bounds the rate from above; on a busy machine it is somewhat lower."""
     fastest = samples / STEP_S
     assert slack * fastest < metrics["throughput/samples_per_s"] <= fastest
 
 
-def test_rates_by_shape_when_the_module_does_not_tell(tmp_path):
+def test_rates_by_shape_without_workload(tmp_path):
     _, metrics = fit(Sleeper(), tmp_path, Throughput())
     assert_training_speed(metrics)
     assert metrics["throughput/tokens_per_s"] == pytest.approx(LENGTH * metrics["throughput/samples_per_s"])
@@ -103,8 +103,8 @@ def test_rates_by_shape_when_the_module_does_not_tell(tmp_path):
     assert "throughput/mfu" not in metrics
 
 
-def test_rates_by_the_modules_word(tmp_path):
-    _, metrics = fit(Told(), tmp_path, Throughput(peak_flops=1e6))
+def test_rates_by_workload(tmp_path):
+    _, metrics = fit(WithWorkload(), tmp_path, Throughput(peak_flops=1e6))
     assert_training_speed(metrics, samples=7)
     rate = metrics["throughput/samples_per_s"]
     assert metrics["throughput/tokens_per_s"] == pytest.approx(11 / 7 * rate)
@@ -112,17 +112,17 @@ def test_rates_by_the_modules_word(tmp_path):
 
 
 def test_no_utilisation_without_a_known_peak(tmp_path):
-    _, metrics = fit(Told(), tmp_path, Throughput())
+    _, metrics = fit(WithWorkload(), tmp_path, Throughput())
     assert "throughput/mfu" not in metrics
 
 
-def test_waiting_for_data_is_seen(tmp_path):
+def test_data_wait(tmp_path):
     _, metrics = fit(Sleeper(), tmp_path, Throughput(), wait_s=STEP_S)
     assert 0.3 < metrics["throughput/data_wait"] < 0.7
 
 
 class Evaluates(Callback):
-    """Evaluates at length amid training, off the clock."""
+    """Evaluates for a long time during training, off the clock."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         with off_the_clock(trainer), off_the_clock(trainer):
@@ -141,7 +141,7 @@ def test_validation_and_evaluation_are_off_the_clock(evaluation_first, tmp_path)
 
 
 @pytest.mark.parametrize(("every_n_steps", "steps"), [(None, [2, 5, 8]), (4, [3, 7])])
-def test_logs_once_an_interval(every_n_steps, steps, tmp_path):
+def test_logs_once_per_interval(every_n_steps, steps, tmp_path):
     logger = Recorder()
     fit(Sleeper(), tmp_path, Throughput(every_n_steps), logger=logger)
     assert [step for step, _ in logger.rows] == steps
@@ -157,7 +157,7 @@ def test_intervals_are_optimizer_steps_under_accumulation(tmp_path):
         assert_training_speed(metrics)
 
 
-def test_a_resumed_run_counts_from_its_own_start(tmp_path):
+def test_a_resumed_run_counts_from_its_start(tmp_path):
     first, _ = fit(Sleeper(), tmp_path, Throughput(), n=5)
     first.save_checkpoint(tmp_path / "first.ckpt")
     logger = Recorder()
@@ -170,16 +170,18 @@ def test_a_resumed_run_counts_from_its_own_start(tmp_path):
         assert_training_speed(rates)
 
 
-def test_reaches_the_loggers_of_lightning(tmp_path):
+def test_logs_to_a_logger_of_lightning(tmp_path):
     fit(Sleeper(), tmp_path, Throughput(), logger=CSVLogger(tmp_path, name="", version=""))
     assert "throughput/samples_per_s" in (tmp_path / "metrics.csv").read_text()
 
 
-def test_too_short_a_run_says_nothing(tmp_path):
+def test_a_run_of_one_batch_logs_nothing(tmp_path):
     _, metrics = fit(Sleeper(), tmp_path, Throughput(), n=1)
     assert metrics == {}
 
 
-def test_every_n_steps_is_checked():
+def test_user_errors():
     with pytest.raises(ValueError, match="`every_n_steps`"):
         Throughput(0)
+    with pytest.raises(ValueError, match="`peak_flops` must be positive"):
+        Throughput(peak_flops=-1.0)
