@@ -8,7 +8,7 @@ Shapes: S ensemble members.
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,8 +21,6 @@ from lightning_modules.core.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Writer = TypeVar("Writer")
 
 
 @runtime_checkable
@@ -99,19 +97,18 @@ def is_dry_run(trainer: Trainer) -> bool:
 
 def add_figure(trainer: Trainer, name: str, figure: "Figure", step: int | None = None) -> None:
     """Add a figure to every logger that takes figures, at the trainer's step if `step` is None."""
-    for writer in _writers(trainer, TakesFigures):
-        writer.add_figure(name, figure, trainer.global_step if step is None else step)
+    for logger in trainer.loggers:
+        writer = getattr(logger, "experiment", None)
+        if isinstance(writer, TakesFigures):
+            writer.add_figure(name, figure, trainer.global_step if step is None else step)
 
 
 def add_text(trainer: Trainer, name: str, markdown: str, step: int | None = None) -> None:
     """Add a markdown text to every logger that takes texts, at the trainer's step if `step` is None."""
-    for writer in _writers(trainer, TakesTexts):
-        writer.add_text(name, markdown, trainer.global_step if step is None else step)
-
-
-def _writers(trainer: Trainer, kind: type[Writer]) -> list[Writer]:
-    writers = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [writer for writer in writers if isinstance(writer, kind)]
+    for logger in trainer.loggers:
+        writer = getattr(logger, "experiment", None)
+        if isinstance(writer, TakesTexts):
+            writer.add_text(name, markdown, trainer.global_step if step is None else step)
 
 
 def refuse_second(trainer: Trainer, callback: Callback) -> None:

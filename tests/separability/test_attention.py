@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.func import functional_call, vmap
+from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_modules.separability.attention import Attention
 
@@ -74,3 +75,13 @@ def test_every_head_has_parameters_of_its_own(attention):
     shapes = {name: tuple(value.shape) for name, value in attention.named_parameters()}
     for part, shape in {"q_proj": (4, 12), "k_proj": (4, 12), "v_proj": (4, 12), "o_proj": (12, 4)}.items():
         assert [shapes[f"{part}.{head}"] for head in range(3)] == [shape] * 3
+
+
+def test_padded_heads_give_the_same_output():
+    torch.manual_seed(0)
+    attention = Attention(width=20, heads=2).double()  # heads of 10, padded to 16
+    x_BTD = torch.randn(2, 12, 20, dtype=torch.float64)
+    q_BHTK, k_BHTK, v_BHTK = attention._project(x_BTD, padded=True)
+    assert q_BHTK.shape == (2, 2, 12, 16)
+    read_BHTK = scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=attention.scale)
+    torch.testing.assert_close(attention._write(read_BHTK, padded=True), attention(x_BTD))
