@@ -1,4 +1,4 @@
-"""How much outputs differ from input to input: measures that tell a medium that carries its input from a constant.
+"""Measures of how much outputs differ from input to input, which is not at all for a medium that carries nothing.
 
 Shapes: B inputs, F features, K positions, D width. Tensors are measured in at least fp32.
 """
@@ -11,16 +11,17 @@ from torch.nn.functional import normalize
 
 
 def cosine_matrix(x_BF: Tensor) -> Tensor:
-    """Return cosine_BB, <x_i, x_j> / (|x_i| |x_j|); a zero vector has cosine 0 with everything, itself included."""
+    """Return cosine_BB, <x_i, x_j> / (|x_i| |x_j|); a zero vector has cosine 0 with every vector, itself included."""
     unit_BF = normalize(_at_least_fp32(x_BF), dim=-1)
     return unit_BF @ unit_BF.T
 
 
 def mean_pairwise_cosine(x_BF: Tensor) -> Tensor:
-    """Mean cosine over all pairs of different inputs: (|sum_i u_i|² - sum_i |u_i|²) / (B (B - 1)), u_i = x_i / |x_i|.
+    """Return the mean cosine over all pairs of different inputs.
 
-    1 where all inputs give the same direction, about 0 for independent directions, at least -1 / (B - 1). An offset
-    that all inputs share raises it, however much they differ about that offset. NaN for a single input.
+    (|sum_i u_i|² - sum_i |u_i|²) / (B (B - 1)), u_i = x_i / |x_i|. It is 1 if all inputs give the same direction, about 0
+    for independent directions, and at least -1 / (B - 1). An offset that all inputs share raises it, however much the
+    inputs differ about that offset. NaN for a single input.
     """
     unit_BF = normalize(_at_least_fp32(x_BF), dim=-1)
     pairs = len(x_BF) * (len(x_BF) - 1)
@@ -28,17 +29,17 @@ def mean_pairwise_cosine(x_BF: Tensor) -> Tensor:
 
 
 def between_input_variance(x_BKD: Tensor, mask_BK: Tensor | None = None) -> Tensor:
-    """Share of the power that depends on the input: mean over k of E_i|x_ik - m_k|² / E_i|x_ik|², m_k = E_i x_ik.
+    """Return the share of the power that depends on the input.
 
-    0 where every input gives the same, even if positions differ among themselves: a variance over inputs and positions
-    together would take that for diversity. 1 where the mean over inputs is zero at every position; B independent
-    inputs about a zero mean give (B - 1) / B. It sees size, not content: noise that has nothing to do with the input
-    counts as well, and a constant offset that a reader could ignore lowers it.
+    The mean over k of E_i|x_ik - m_k|² / E_i|x_ik|², with m_k = E_i x_ik. It is 0 if every input gives the same output,
+    even if positions differ; a variance over inputs and positions together would count that as diversity. It is 1 if the
+    mean over inputs is zero at every position; B independent inputs about a zero mean give (B - 1) / B. It measures size,
+    not content: noise that does not depend on the input counts as well, and a constant offset lowers it.
 
     Args:
         x_BKD: Outputs by input and position.
-        mask_BK: Which positions are real; means run over these. Positions that fewer than two inputs have are left
-            out, and the result is 0 if none is left.
+        mask_BK: True at real positions; means run over these. Positions of fewer than two inputs are left out, and the
+            result is 0 if none is left.
     """
     x_BKD = _at_least_fp32(x_BKD)
     weight_BK = x_BKD.new_ones(x_BKD.shape[:2]) if mask_BK is None else mask_BK.to(x_BKD.dtype)
@@ -53,14 +54,15 @@ def between_input_variance(x_BKD: Tensor, mask_BK: Tensor | None = None) -> Tens
 
 
 def effective_rank(x_BF: Tensor) -> Tensor:
-    """Along how many directions inputs differ: exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j (Roy and Vetterli 2007).
+    """Return the number of directions along which inputs differ (Roy and Vetterli 2007).
 
-    The s_i are the singular values of x less its mean over inputs. Between 1 and min(B - 1, F), so only to be compared
-    at the same B; 0 where all inputs give the same. It has no scale: read it beside `between_input_variance`.
+    exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j, with s_i the singular values of x less its mean over inputs. It lies
+    between 1 and min(B - 1, F), so only values at the same B can be compared; it is 0 if all inputs give the same output.
+    It has no scale: read it beside `between_input_variance`.
     """
     x_BF = _at_least_fp32(x_BF)
     values = torch.linalg.svdvals(x_BF - x_BF.mean(0))
-    # Rounding in the mean leaves a remainder that has a rank of its own where all inputs give the same.
+    # If all inputs give the same output, rounding in the mean leaves a remainder of some rank.
     values = values.where(values > 10 * torch.finfo(x_BF.dtype).eps * x_BF.norm(), 0.0)
     total = values.sum()
     p = values / total.where(total > 0, 1.0)
@@ -68,14 +70,14 @@ def effective_rank(x_BF: Tensor) -> Tensor:
 
 
 def distinct(texts: Sequence[str]) -> float:
-    """Share of the texts that is unique: different texts / texts; NaN for no texts."""
+    """Return different texts / texts; NaN for no texts."""
     return len(set(texts)) / len(texts) if texts else float("nan")
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words / n-grams, over all texts together (Li et al. 2016); NaN if no text has n words.
+    """Return different n-grams of words / n-grams, over all texts together (Li et al. 2016); NaN if there is none.
 
-    It falls with the amount of text, so only compare values over about as many words.
+    It falls with the amount of text, so only values over about the same number of words can be compared.
     """
     words = [text.split() for text in texts]
     return distinct([" ".join(row[i : i + n]) for row in words for i in range(len(row) - n + 1)])

@@ -1,4 +1,4 @@
-"""What a module hands over when it is evaluated by generation, and how samples of all ranks are kept and shown."""
+"""Generated answers: the samples of an evaluation, gathered over ranks, written to files and shown as tables."""
 
 import json
 import re
@@ -6,23 +6,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 _MARKDOWN = re.compile(r"([\\`*_\[\]|])")
 
 
 @dataclass
 class EvalSample:
-    """One generated answer beside what was asked.
+    """One generated answer beside its question and reference.
 
     Attributes:
-        prompt: What the model was given, as text.
-        reference: The answer that was wanted.
-        output: The answer that came.
-        scores: Per-sample scores by measure; proportions as 0.0 or 1.0. A measure that does not
-            apply to this sample is left out, so that means run over the samples that it applies to.
+        prompt: The input of the model, as text.
+        reference: The reference answer.
+        output: The generated answer.
+        scores: Measure -> score of this sample; proportions as 0.0 or 1.0. A measure that does not apply to this sample
+            is absent, so means run over the samples to which it applies.
     """
 
     prompt: str
@@ -31,17 +32,17 @@ class EvalSample:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-def gather_objects(mine: Any) -> list[Any]:
-    """Return what each rank passed, in order of rank; every rank has to call it."""
+def gather_objects(item: T) -> list[T]:
+    """Return the items of all ranks, in the order of the ranks; every rank must call it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    return parts
+        return [item]
+    items: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(items, item)
+    return items
 
 
 def write_jsonl(path: Path, samples: Sequence[EvalSample]) -> None:
-    """Write one sample a line; a reader sees all of them or none."""
+    """Write one sample per line; a reader sees all samples or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".jsonl.tmp")
     lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
@@ -50,7 +51,7 @@ def write_jsonl(path: Path, samples: Sequence[EvalSample]) -> None:
 
 
 def text_table(samples: Sequence[EvalSample]) -> str:
-    """The samples as a markdown table that shows every text as it is."""
+    """Return the samples as a markdown table that shows every text unchanged."""
     rows = [["question", "reference", "output", "scores"], ["---"] * 4]
     for sample in samples:
         scores = ", ".join(f"{name} {score:.3g}" for name, score in sample.scores.items())
@@ -59,5 +60,5 @@ def text_table(samples: Sequence[EvalSample]) -> str:
 
 
 def _cell(text: str) -> str:
-    # A worked answer is full of << >> and *, which a browser would take for tags and markdown for emphasis.
+    # A worked answer is full of << >> and *, which a browser takes for tags and markdown for emphasis.
     return "<br>".join(_MARKDOWN.sub(r"\\\1", escape(text, quote=False)).splitlines())
