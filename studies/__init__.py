@@ -1,0 +1,1 @@
+"""Studies: questions as YAML files, the reports of their runs, and the engine that runs them."""
