@@ -19,15 +19,14 @@ import torch
 
 from lightning_modules.separability import Separability
 
-SIZES = {"vocab_size": 4096, "seq_len": 128, "width": 40, "depth": 1, "heads": 4}
-BATCH = 64
+VOCAB, LENGTH, BATCH = 4096, 128, 64
 WARM_UP = 5
 
 
 def make_step(compiled: bool, device: torch.device) -> Callable[[], None]:
     """Return a function that takes one training step."""
-    module = Separability(**SIZES, seed=0).to(device)
-    tokens, labels = torch.randint(SIZES["vocab_size"], (2, BATCH, SIZES["seq_len"]), device=device)
+    module = Separability(VOCAB, LENGTH, width=40, depth=1, heads=4, seed=0).to(device)
+    tokens, labels = torch.randint(VOCAB, (2, BATCH, LENGTH), device=device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     losses = torch.compile(module.losses) if compiled else module.losses
 
@@ -37,7 +36,7 @@ def make_step(compiled: bool, device: torch.device) -> Callable[[], None]:
     def step() -> None:
         with precision():
             loss = losses(tokens, labels)[0].sum()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -47,7 +46,11 @@ def make_step(compiled: bool, device: torch.device) -> Callable[[], None]:
 
 def milliseconds(step: Callable[[], None], steps: int, repeats: int, device: torch.device) -> list[float]:
     """Return the milliseconds per step of each timed window."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     for _ in range(WARM_UP):
         step()
     windows = []
