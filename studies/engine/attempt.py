@@ -1,7 +1,4 @@
-"""One attempt at a run, in the process that submitit starts for it.
-
-Imports little: the process only waits for the run, which is a process of its own.
-"""
+"""One attempt at a run; imports little, because submitit's process on SLURM only waits for the run."""
 
 import fcntl
 import json
@@ -9,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
 LAST = Path("checkpoints", "last.ckpt")
+RunMain = Callable[[list[str], Path, dict[str, str]], int]  # command line, log, environment -> exit code
 
 
 class GitState(TypedDict):
@@ -60,7 +59,7 @@ def read_result(folder: Path) -> Record | None:
 
 @dataclass
 class Attempt:
-    """Runs the ordinary command line in a process of its own.
+    """Runs the ordinary command line for one run of a study.
 
     Attributes:
         command: `fit`, `validate` or `test`.
@@ -74,8 +73,15 @@ class Attempt:
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
 
-    def __call__(self) -> int:
-        """Run, from the last checkpoint of an interrupted attempt if there is one; return the exit code."""
+    def __call__(self, run: RunMain | None = None) -> int:
+        """Run, from the last checkpoint of an interrupted attempt if there is one.
+
+        Args:
+            run: Runs the command line; None means in a new process.
+
+        Returns:
+            The exit code.
+        """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(self._beside(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt of a study that was killed may still run: wait for it
@@ -86,7 +92,7 @@ class Attempt:
             line = [self.command, "--config", str(self._beside(".yaml"))]
             line += ["--trainer.default_root_dir", str(self.folder)]
             line += ["--ckpt_path", str(checkpoint)] if checkpoint and self.command == "fit" else []
-            code = run_main(line, self.folder / "log.txt", self.environment)
+            code = (run or run_main)(line, self.folder / "log.txt", self.environment)
             if code == 0:
                 shutil.rmtree(self._beside(".interrupted"), ignore_errors=True)
             return code

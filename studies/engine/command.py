@@ -67,15 +67,17 @@ def _study(line: list[str]) -> int:
     options = _study_parser().parse_args(line)
     cluster = make_cluster(options)
 
-    from studies.engine.study import load
+    from studies.engine.execution import execute, prepare
+    from studies.engine.local import LocalExecutor
+    from studies.engine.study import read, resolve_arms
 
-    study = load(options.file)
-    _make_folder(study)
-    failed = []
-    if not options.report_only:
-        from studies.engine.execution import execute
-
-        failed = execute(study, cluster)
+    file = read(options.file)
+    with LocalExecutor() as executor:
+        if not options.report_only:
+            prepare(executor, cluster)
+        study = resolve_arms(file, options.file)
+        _make_folder(study)
+        failed = [] if options.report_only else execute(study, cluster, executor)
 
     from studies.engine import report  # after the runs have begun: scipy and matplotlib take seconds to import
 

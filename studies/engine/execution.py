@@ -1,30 +1,41 @@
-"""Runs a study's waves with submitit: on this machine, a few runs at a time, or on SLURM, as one job array per wave."""
+"""Runs a study's waves: on this machine, a few runs at a time, or on SLURM, as one job array per wave."""
 
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import submitit
 from tqdm import tqdm
 
 from datamodules.errors import UserError
 from studies.engine.attempt import MAIN, Attempt
+from studies.engine.local import LocalExecutor
 from studies.engine.study import Run, Study
 
+if TYPE_CHECKING:
+    import submitit
+
 TAIL = 12  # lines of a failed run's log that are shown
-WEEK = 7 * 24 * 60  # minutes; submitit's default ends local jobs after a few
 MAX_REQUEUES = 1000  # times that a run may reach its time limit on SLURM
-POLL = {"local": 0.05, "slurm": 0.5}  # seconds; on SLURM a look is at a shared file system
+POLL = {"local": 0.05, "slurm": 0.5}  # seconds; on SLURM every look goes to a shared file system
 # With this job name Lightning takes the job for an interactive shell: it starts the processes of a run on several GPUs
 # itself, and leaves the signal before the time limit to submitit. Otherwise both would answer it.
 SLURM = {"SLURM_JOB_NAME": "interactive"}
 
-Job = submitit.Job[int]
+
+class Job(Protocol):
+    """An attempt that has been started."""
+
+    def done(self) -> bool:
+        """Return whether the attempt has ended."""
+        ...
+
+    def stderr(self) -> str | None:
+        """Return the errors of the process around the run."""
+        ...
 
 
 @dataclass
@@ -42,10 +53,20 @@ class Cluster:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def execute(study: Study, cluster: Cluster) -> list[Run]:
+def prepare(executor: LocalExecutor, cluster: Cluster) -> None:
+    """Start the interpreter of the first run on this machine; it imports while the study is checked."""
+    if cluster.executor == "local":
+        executor.prepare(0, _environment(0, cluster.jobs))
+
+
+def execute(study: Study, cluster: Cluster, executor: LocalExecutor) -> list[Run]:
     """Run every unfinished run, wave by wave; return the runs that failed or had to be left out.
 
-    Ctrl-C interrupts the current runs. The next call continues from their last checkpoints.
+    Args:
+        study: The study.
+        cluster: Where to run.
+        executor: Runs attempts on this machine. When the caller leaves its context, it interrupts those that still
+            run; they continue from their last checkpoints in the next execution.
     """
     failed: list[Run] = []
     todo = [run for run in study.runs if not run.result]
@@ -54,8 +75,6 @@ def execute(study: Study, cluster: Cluster) -> list[Run]:
         print(f"{finished} of {len(study.runs)} runs are already finished")
     if not todo:
         return failed
-    # A checkout that is not installed: jobs import this package from it
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     interval = 0.5 if sys.stderr.isatty() else 30  # in a log file every refresh is a new line
     with tqdm(total=len(todo), unit="run", dynamic_ncols=True, mininterval=interval) as bar:
         for wave in sorted({run.wave for run in todo}):
@@ -68,7 +87,8 @@ def execute(study: Study, cluster: Cluster) -> list[Run]:
                 else:
                     ready.append(run)
             if ready:
-                failed += _Wave(study, wave, cluster, bar).run(ready)
+                later = [run for run in todo if run.wave > wave]
+                failed += _Wave(study, cluster, executor, bar).run(ready, later)
     return failed
 
 
@@ -77,48 +97,57 @@ class _Wave:
 
     Args:
         study: The study.
-        wave: The wave's number.
         cluster: Where to run.
+        executor: Runs attempts on this machine.
         bar: The study's progress bar.
     """
 
-    def __init__(self, study: Study, wave: int, cluster: Cluster, bar: "tqdm[Any]"):
-        self.study, self.wave, self.cluster, self.bar = study, wave, cluster, bar
+    def __init__(self, study: Study, cluster: Cluster, executor: LocalExecutor, bar: "tqdm[Any]"):
+        self.study, self.cluster, self.executor, self.bar = study, cluster, executor, bar
         self.running: dict[Job, Run] = {}
         self.shown = 0.0  # when the bar was last refreshed
 
-    def run(self, runs: list[Run]) -> list[Run]:
-        """Execute the runs; return those that failed."""
-        try:
-            return self._on_slurm(runs) if self.cluster.executor == "slurm" else self._here(runs)
-        except BaseException:
-            for job in self.running:
-                job.cancel(check=False)
-            raise
+    def run(self, runs: list[Run], later: list[Run]) -> list[Run]:
+        """Execute the runs; return those that failed.
 
-    def _here(self, runs: list[Run]) -> list[Run]:
+        Args:
+            runs: The unfinished runs of the wave.
+            later: The unfinished runs of later waves.
+        """
+        return self._on_slurm(runs) if self.cluster.executor == "slurm" else self._here(runs, later)
+
+    def _here(self, runs: list[Run], later: list[Run]) -> list[Run]:
         """Keep `cluster.jobs` runs going; each slot has its share of the machine."""
         failed: list[Run] = []
         waiting, slots = deque(runs), deque(range(self.cluster.jobs))
         slot_of: dict[Job, int] = {}
-        at_once = min(self.cluster.jobs, sum(run.wave == self.wave for run in self.study.runs))
-        executor = local_executor(self.study)
         while waiting or self.running:
             while waiting and slots:
                 run, slot = waiting.popleft(), slots.popleft()
-                with _silent_controllers(self.study):
-                    job = executor.submit(_attempt(run, _environment(slot, at_once)))
+                job = self.executor.submit(_attempt(run, self._share(slot, run)), slot)
                 self.running[job], slot_of[job] = run, slot
+                for following in [*waiting, *later][self.executor.spares :][:1]:
+                    self.executor.prepare(slot, self._share(slot, following))
             done = self._done()
             failed += self._report(done)
             slots.extend(slot_of[job] for job in done)
         return failed
 
+    def _share(self, slot: int, run: Run) -> dict[str, str]:
+        """Return the environment of a run in a slot."""
+        return _environment(slot, min(self.cluster.jobs, sum(other.wave == run.wave for other in self.study.runs)))
+
     def _on_slurm(self, runs: list[Run]) -> list[Run]:
         failed: list[Run] = []
-        self.running = _submit_array(self.study, runs, self.wave, self.cluster)
-        while self.running:
-            failed += self._report(self._done())
+        jobs = _submit_array(self.study, runs, self.cluster)
+        self.running = dict(zip(jobs, runs, strict=True))
+        try:
+            while self.running:
+                failed += self._report(self._done())
+        except BaseException:
+            for job in jobs:
+                job.cancel(check=False)
+            raise
         return failed
 
     def _done(self) -> dict[Job, Run]:
@@ -145,40 +174,24 @@ class _Wave:
         return failed
 
 
-def local_executor(study: Study) -> submitit.Executor:
-    """Return the executor of jobs on this machine."""
-    executor = submitit.AutoExecutor(study.folder / "jobs", cluster="local")
-    executor.update_parameters(timeout_min=WEEK)
-    return executor
-
-
 def _attempt(run: Run, environment: dict[str, str]) -> Attempt:
     return Attempt(run.command, run.config, run.folder, environment)
 
 
-def _submit_array(study: Study, runs: list[Run], wave: int, cluster: Cluster) -> dict[Job, Run]:
+def _submit_array(study: Study, runs: list[Run], cluster: Cluster) -> "list[submitit.Job[int]]":
+    """Submit the runs of a wave as one job array."""
+    import submitit
+
+    # A checkout that is not installed: jobs import the packages from it
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         executor = submitit.AutoExecutor(study.folder / "jobs", cluster="slurm", slurm_max_num_timeout=MAX_REQUEUES)
         parallel = {"slurm_array_parallelism": cluster.jobs or len(runs)}
-        executor.update_parameters(name=f"{study.name}-wave{wave}", **parallel, **cluster.options)
-        with executor.batch():  # one array
-            jobs = [executor.submit(_attempt(run, SLURM)) for run in runs]
+        executor.update_parameters(name=f"{study.name}-wave{runs[0].wave}", **parallel, **cluster.options)
+        with executor.batch():
+            return [executor.submit(_attempt(run, SLURM)) for run in runs]
     except RuntimeError as error:  # this machine has no SLURM, or SLURM refuses the job
         raise UserError(f"--executor slurm: {error}") from error
-    return dict(zip(jobs, runs, strict=True))
-
-
-@contextmanager
-def _silent_controllers(study: Study) -> Iterator[None]:
-    """Send the output of the processes that submitit starts to a file: at Ctrl-C each prints a stack trace."""
-    terminal = os.dup(2)
-    with open(study.folder / "jobs" / "controllers.log", "a") as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
 
 
 def _environment(slot: int, at_once: int) -> dict[str, str]:

@@ -115,16 +115,21 @@ class Study:
 
 
 def load(path: str, parent: str = "runs/studies") -> Study:
-    """Read a study and check all of it before anything runs; exits on a wrong config, as the run itself does.
+    """Read a study and check all of it before anything runs: `read`, then `resolve_arms`."""
+    return resolve_arms(read(path), path, parent)
+
+
+def resolve_arms(file: StudyFile, path: str, parent: str = "runs/studies") -> Study:
+    """Resolve the config of every arm; exits on a wrong config, as the run itself does.
 
     Args:
-        path: The YAML file.
+        file: The keys of the study's file.
+        path: The file.
         parent: The folder of all studies.
 
     Raises:
-        UserError: The study is wrong; the message says what and where.
+        UserError: A claim, a sweep or a reference is wrong; the message says where.
     """
-    file = _parse(path)
     arms, factors = expand(file.arms)
     claims = [parse(str(name), text, list(arms), file.measures) for name, text in file.claims.items()]
     shared = Arm(file.base, file.set)
@@ -137,7 +142,12 @@ def load(path: str, parent: str = "runs/studies") -> Study:
     return Study(folder.name, folder, list(arms), file.measures, file.curves, claims, runs, factors, settings)
 
 
-def _parse(path: str) -> StudyFile:
+def read(path: str) -> StudyFile:
+    """Read the file of a study.
+
+    Raises:
+        UserError: The file cannot be read, or a key is wrong; the message says which.
+    """
     from cli.config_errors import FriendlyParser
 
     try:

@@ -1,12 +1,17 @@
-"""A study's file: arms become runs, in waves; mistakes are told before anything runs."""
+"""A study's file: arms become runs, in waves; mistakes are refused before anything runs."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
+from tiny_study import in_this_interpreter
 
-import main as cli
+import main
+from cli.app import Resolver
+from datamodules.errors import UserError
+from studies.engine.arms import Factors
+from studies.engine.resolver import resolve
 from studies.engine.study import StudyFile, load
 
 BASE = {
@@ -34,7 +39,7 @@ def study(workplace):
 
     def make(**keys):
         Path("question.yaml").write_text(yaml.safe_dump(BASE | keys, sort_keys=False))
-        return load("question.yaml", lambda line: cli.Resolver(line).resolved)
+        return load("question.yaml")
 
     return make
 
@@ -84,11 +89,65 @@ def test_an_argument_of_a_callback_is_set_by_its_name(study):
     assert naive.wave == 1
 
 
+CLAMPS = """
+trainer:
+  callbacks+:
+    - {class_path: ActivationClamp, init_args: {site: x, mode: naive, reference: none}}
+    - {class_path: ActivationClamp, init_args: {site: y, mode: naive, reference: none}}
+"""
+
+
+@pytest.mark.parametrize("word", ["clamp[1]", "ActivationClamp[1]"])
+def test_one_of_two_callbacks_of_a_class_is_named_by_its_place(study, word):
+    Path("clamps.yaml").write_text(CLAMPS)
+    arms = {"control": {}, "naive": {"configs": ["clamps.yaml"], "set": {f"{word}.reference": "here"}}}
+    config = yaml.safe_load(study(arms=arms, claims={}, seeds=1).runs[1].config)
+    assert [clamp["init_args"]["reference"] for clamp in config["trainer"]["callbacks"][-2:]] == ["none", "here"]
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("clamp.reference", "'clamp' matches 2 callbacks; write ActivationClamp[0] or ActivationClamp[1] instead"),
+        ("ActivationClamp.site", "'ActivationClamp' matches 2 callbacks; write ActivationClamp[0] or"),
+        ("activation.site", "'activation' matches 3 callbacks; write ActivationClamp[0] or ActivationClamp[1] or"),
+        ("monitor.every_n_steps", "'monitor' matches 2 callbacks; write DiversityMonitor or LearningRateMonitor"),
+        ("clamp[2].site", "only 2 of the callbacks match 'clamp', and the first is clamp[0]"),
+        ("clamp[x].site", "neither a key of a config nor an argument of a callback; the callbacks are QuickEval, "),
+    ],
+)
+def test_a_word_that_may_mean_several_callbacks_is_refused(study, key, sentence):
+    noise = "    - {class_path: ActivationNoise, init_args: {site: x, strength: 1.0}}\n"
+    Path("clamps.yaml").write_text(CLAMPS + (noise if key.startswith("activation") else ""))
+    with pytest.raises(UserError) as raised:
+        study(arms={"a": {"configs": ["clamps.yaml"], "set": {key: "x"}}}, claims={})
+    assert str(raised.value).startswith(f"arms.a: set.{key}: ")
+    assert sentence in str(raised.value)
+
+
+def test_the_settings_in_which_arms_differ(study):
+    Path("clamps.yaml").write_text(CLAMPS)
+    arms = {"control": {}, "small": {"set": {"data.batch_size": 4}}, "clamped": {"configs": ["clamps.yaml"]}}
+    settings = study(arms=arms, claims={}, seeds=1).settings
+    assert settings["control"] == {"data.batch_size": 16}
+    assert settings["small"] == {"data.batch_size": 4}
+    clamped = {"data.batch_size": 16, "ActivationClamp.site": "x", "ActivationClamp[1].site": "y"}
+    assert settings["clamped"].items() >= clamped.items()
+    assert not [key for key in settings["clamped"] if not key.startswith(("data.batch_size", "ActivationClamp"))]
+
+
+def test_a_config_is_resolved_as_the_run_itself_resolves_it(workplace):
+    """The parser of a command is used many times; what one arm sets must not remain for the next."""
+    base = ["fit", "--config", "configs/telepathy_v15.yaml"]
+    for more in ([], ["--model.output", "none", "--trainer.callbacks", "[]"], ["--data.batch_size", "3"], []):
+        assert resolve(*base, *more) == Resolver([*base, *more]).resolved
+
+
 def test_sweeps_are_written_out(study):
     arms = {"control": {}, "grid": {"sweep": {"data.batch_size": [4, 8], "model.optimizer.lr": [0.1, 1.0e-4]}}}
     made = study(arms=arms, claims={"one": "grid_4_0p1 > 0"}, seeds=[3])
     assert made.arms == ["control", "grid_4_0p1", "grid_4_0p0001", "grid_8_0p1", "grid_8_0p0001"]
-    assert made.factors["grid_8_0p1"] == ("grid", {"data.batch_size": 8, "model.optimizer.lr": 0.1})
+    assert made.factors["grid_8_0p1"] == Factors("grid", {"data.batch_size": 8, "model.optimizer.lr": 0.1})
     config = yaml.safe_load(made.runs[3].config)
     assert config["seed_everything"] == 3
     assert config["data"]["init_args"]["batch_size"] == 8
@@ -96,38 +155,38 @@ def test_sweeps_are_written_out(study):
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "sentence"),
     [
         ({"arms": {"a": {"set": {"data.batch_sise": 4}}}}, "did you mean 'batch_size'"),
         ({"arms": {"a": {"configs": ["missing.yaml"]}}}, "missing.yaml"),
         ({"arms": {"a": {"command": "train"}}}, "command"),
         ({"arms": {"a": {"comand": "fit"}}}, "did you mean 'command'"),
-        ({"arms": {}}, "at least one of arms"),
+        ({"arms": {}}, "at least one arm"),
         ({"arms": {"a-b": {}}}, "use letters, digits and _"),
         ({"arms": {"a": {"set": {"ckpt_path": "{arms.b.checkpoint}"}}}}, "arms.a: there is no arm b"),
-        ({"arms": {"a": {}, "b": {"set": {"ckpt_path": "{arms.a.chekpoint}"}}}}, "did you mean checkpoint?"),
+        ({"arms": {"a": {}, "b": {"set": {"ckpt_path": "{arms.a.chekpoint}"}}}}, "did you mean 'checkpoint'?"),
         (
             {"arms": {"a": {"set": {"ckpt_path": "{arms.b.folder}"}}, "b": {"set": {"ckpt_path": "{arms.a.folder}"}}}},
             "in a circle",
         ),
-        ({"arms": {"a": {"set": {"ckpt_path": "{arm.b.checkpoint}"}}}}, "{arm.b.checkpoint} names nothing"),
+        ({"arms": {"a": {"set": {"ckpt_path": "{arm.b.checkpoint}"}}}}, "{arm.b.checkpoint} is no reference"),
         ({"arms": {"a": {"set": {"clamp.reference": "x"}}}}, "the callbacks are QuickEval, DiversityMonitor"),
-        ({"arms": {"a": {"set": {"throughput.every": 3}}}}, "Throughput has no 'every'"),
-        ({"arms": {"a": {"sweep": {"data.batch_size": []}}}}, "arms.a.sweep: a key has no values"),
+        ({"arms": {"a": {"set": {"throughput.every": 3}}}}, "Throughput has no argument 'every'"),
+        ({"arms": {"a": {"sweep": {"data.batch_size": []}}}}, "arms.a.sweep: data.batch_size has no values"),
         ({"arms": {1: {}}}, "arms.1: use letters"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"measure": ["x"]}, "did you mean 'measures'"),
         ({"claims": {"one": "control >> 2"}}, "claims.one: expected a number, not >"),
-        ({"claims": {"one": "contrl > 2"}}, "did you mean control?"),
+        ({"claims": {"one": "contrl > 2"}}, "did you mean 'control'?"),
     ],
 )
-def test_a_mistake_is_told_in_words_before_anything_runs(workplace, capsys, keys, told):
+def test_a_mistake_is_one_sentence_before_anything_runs(workplace, capsys, keys, sentence):
     Path("question.yaml").write_text(yaml.safe_dump(BASE | {"claims": {}} | keys, sort_keys=False))
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["study", "question.yaml"])
+    with in_this_interpreter(), pytest.raises(SystemExit) as ended:
+        main.main(["study", "question.yaml"])
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert sentence in error
     assert error.startswith("error: ")
     assert "Traceback" not in error
     assert not Path("runs").exists()
@@ -139,6 +198,6 @@ def test_a_mistake_is_told_in_words_before_anything_runs(workplace, capsys, keys
 def test_every_study_in_the_repository_is_sound(workplace, name):
     path = ROOT / "studies" / f"{name}.yaml"
     assert path.read_text().startswith(f"# python main.py study studies/{name}.yaml")
-    made = load(str(path), lambda line: cli.Resolver(line).resolved)
+    made = load(str(path))
     assert made.claims
     assert set(yaml.safe_load(path.read_text())) <= set(StudyFile.__dataclass_fields__)

@@ -40,8 +40,8 @@ def test_claims_are_read(text, function, operands, region):
     [
         ("", "", "expected an arm, not the end"),
         ("< 3", "< 3", "expected an arm, not <"),
-        ("contol.accuracy < 3", "contol", "there is no arm contol; did you mean control?"),
-        ("control.acuracy < 3", "acuracy", "the study measures no acuracy; did you mean accuracy?"),
+        ("contol.accuracy < 3", "contol", "there is no arm contol; did you mean 'control'?"),
+        ("control.acuracy < 3", "acuracy", "the study measures no acuracy; did you mean 'accuracy'?"),
         ("control.a_act < 3", "a_act", "a_act may be test/a_act or heldout/a_act: write it in full"),
         ("control. < 3", "< 3", "expected a measure, not <"),
         ("control", "", "expected <, <=, >, >= or in, not the end"),
@@ -52,19 +52,19 @@ def test_claims_are_read(text, function, operands, region):
         ("control in [2 4]", "4]", "expected ',', not 4"),
         ("control in [4, 2]", "2]", "the interval is empty: 2 is below 4"),
         ("control in [2, 4", "", "expected ']', not the end"),
-        ("ration(control, naive) > 1", "ration", "there is no function ration; did you mean ratio?"),
+        ("ration(control, naive) > 1", "ration", "there is no function ration; did you mean 'ratio'?"),
         ("ratio(control naive) > 1", "naive", "expected ',', not naive"),
         ("ratio(control, naive > 1", "> 1", "expected ')', not >"),
         ("rate(control) > 1", ") > 1", "expected <, <=, > or >=, not )"),
         ("difference(control, 3) > 1", "3) > 1", "expected an arm, not 3"),
     ],
 )
-def test_a_malformed_claim_is_one_sentence_and_a_caret(text, fault, sentence):
+def test_a_malformed_claim_is_one_firstand_a_caret(text, fault, sentence):
     with pytest.raises(ClaimError) as raised:
         read(text)
-    told, shown, caret = str(raised.value).split("\n")
-    assert told.startswith("claims.000-01: ")
-    assert sentence in told
+    first, shown, caret = str(raised.value).split("\n")
+    assert first.startswith("claims.000-01: ")
+    assert sentence in first
     assert shown == f"  {text}"
     assert shown[len(caret) - 1 :].startswith(fault)
     assert caret.strip() == "^"
@@ -125,4 +125,4 @@ def test_a_seed_that_diverged_is_not_passed_over():
 def test_one_seed_without_an_interval_decides_nothing():
     judged = weigh("control > 0", control=series(1.0))
     assert judged.verdict == "undecided"
-    assert judged.note == "one seed, whose run gives no interval; at least 2 seeds would tell the spread"
+    assert judged.note == "one seed, whose run gives no interval; at least 2 seeds would show the spread"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from lightning_modules.core.intervals import wilson_interval
 from studies.engine import report
 from studies.engine.attempt import Attempt
 from studies.engine.claims import judge, parse
@@ -24,8 +25,8 @@ def record(margin: float | list[float | None], seconds: float) -> dict:
     known = [value for value in margin if value is not None] if of_members else [margin]
     metrics = {"test/margin": sum(known) / len(known)}
     own = {"members": {"test/margin": margin}} if of_members else {}
-    told = {"status": "finished", "seconds": {"fit": seconds, "test": 0.5}, "metrics": metrics}
-    return told | own | {"intervals": {}, "n": {}, "seed": 0, "git": {"revision": "a" * 40, "dirty": False}}
+    ends = {"status": "finished", "seconds": {"fit": seconds, "test": 0.5}, "metrics": metrics}
+    return ends | own | {"intervals": {}, "n": {}, "seed": 0, "git": {"revision": "a" * 40, "dirty": False}}
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def study(tmp_path):
             for seed, margin in by_seed.items():
                 runs.append(Run(arm, seed, "fit", "", tmp_path / "runs" / arm / str(seed), 0, frozenset()))
                 runs[-1].folder.mkdir(parents=True)
-                told = record(margin, seconds=10.0 + seed if arm == "alone" else 4.0)
-                (runs[-1].folder / "results.json").write_text(json.dumps(told))
+                results = record(margin, seconds=10.0 + seed if arm == "alone" else 4.0)
+                (runs[-1].folder / "results.json").write_text(json.dumps(results))
         claims = [parse(name, text, ARMS, MEASURES) for name, text in CLAIMS.items()]
         return Study("question", tmp_path, ARMS, MEASURES, [], claims, runs, {})
 
@@ -57,6 +58,36 @@ def test_each_member_is_a_seed(study):
     values = [measured.value for measured in margins.values()]
     assert values[:5] == [2.0, 2.5, 3.0, 2.25, 2.75]
     assert math.isnan(values[5])  # a member without a value is not passed over
+
+
+def test_hits_make_a_proportion_of_a_run_and_of_each_member(tmp_path):
+    alone = {
+        "metrics": {"test/margin": 0.805},
+        "intervals": {"test/margin": [0.779, 0.829]},
+        "n": {"test/margin": 1000},
+    }
+    together = {
+        "metrics": {"test/margin": 0.5},
+        "members": {"test/margin": [0.25, 0.75, None]},
+        "n": {"test/margin": 4},
+    }
+    rest = {"status": "finished", "seconds": {}, "intervals": {}, "git": {"revision": None, "dirty": None}}
+    runs = []
+    for arm, found, hits in (("alone", alone, [805]), ("together", together, [1, 3, 0])):
+        for seed, counted in ((0, {"hits": {"test/margin": hits}}), (10, {})):
+            runs.append(Run(arm, seed, "fit", "", tmp_path / arm / str(seed), 0, frozenset()))
+            runs[-1].folder.mkdir(parents=True)
+            (runs[-1].folder / "results.json").write_text(json.dumps(rest | found | counted))
+    values = report.collect(Study("question", tmp_path, ARMS, MEASURES, [], [], runs))
+    one = values["alone"]["test/margin"]
+    assert one == {0: Measured(0.805, (0.779, 0.829), 1000, 805), 10: Measured(0.805, (0.779, 0.829), 1000, None)}
+    members = values["together"]["test/margin"]
+    assert members[0] == Measured(0.25, wilson_interval(1, 4), 4, 1)
+    assert members[1] == Measured(0.75, wilson_interval(3, 4), 4, 3)
+    assert members[10] == Measured(0.25, None, 4, None)  # without hits it is no proportion
+    for seed in (2, 12):  # a member without a value has no hits
+        assert math.isnan(members[seed].value)
+        assert members[seed].hits is None
 
 
 def test_curves_of_a_run_that_is_taken_up_again_begin_where_it_began(tmp_path):

@@ -31,7 +31,7 @@ def series(values, first=0):
 
 
 def proportion(hits, count):
-    return Measured(hits / count, wilson_interval(hits, count), count)
+    return Measured(hits / count, wilson_interval(hits, count), count, hits)
 
 
 @pytest.mark.parametrize(("seed", "count"), CASES)
@@ -97,6 +97,11 @@ def test_proportions_that_agree_by_chance_are_not_certain():
     assert mean(series([0.0, 0.0, 0.0])).high == 0  # no proportion: nothing tells how many samples are behind
 
 
+def test_only_counted_hits_make_a_proportion():
+    alike = {seed: Measured(0.0, wilson_interval(0, 100), 100) for seed in range(3)}  # a value in Wilson's interval
+    assert (mean(alike).low, mean(alike).high) == (0, 0)
+
+
 def test_seeds_that_are_one_sample_each_are_counted():
     found = mean({seed: proportion(int(seed < 3), 1) for seed in range(64)})
     assert (found.value, found.low, found.high) == (3 / 64, *wilson_interval(3, 64))
@@ -148,16 +153,16 @@ def test_a_ratio_of_proportions_knows_how_many_samples_are_behind():
 
 def test_seeds_that_would_decide_do_decide():
     values = draw(0, 3, centre=0.2)
-    told = seeds_to_decide(mean(series(values)), lambda low, high: low > 0)
-    needed = int(told.split()[1])
-    assert told == f"about {needed} seeds would decide"
+    sentence = seeds_to_decide(mean(series(values)), lambda low, high: low > 0)
+    needed = int(sentence.split()[1])
+    assert sentence == f"about {needed} seeds would decide"
     for count, decided in ((needed - 1, False), (needed, True)):
         half = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / math.sqrt(count)
         assert (values.mean() > half) == decided
 
 
 @pytest.mark.parametrize(
-    ("estimate", "region", "told"),
+    ("estimate", "region", "sentence"),
     [
         (mean(series([0.5, 1.5])), Region(low=1), "more than 1000 seeds would be needed"),
         (
@@ -171,5 +176,5 @@ def test_seeds_that_would_decide_do_decide():
         (rate(series([1.0] * 4), bool), Region(0.9, 1), "about 35 seeds would decide"),
     ],
 )
-def test_how_many_seeds_would_decide(estimate, region, told):
-    assert seeds_to_decide(estimate, region.decides) == told
+def test_how_many_seeds_would_decide(estimate, region, sentence):
+    assert seeds_to_decide(estimate, region.decides) == sentence

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import main as cli
-from studies.engine import attempt, execution
+from studies.engine import local
 
 TINY = {
     "trainer.max_steps": 4,
@@ -70,18 +70,25 @@ class Ended:
 
 
 class AtOnce:
-    """Stands in for submitit's executor: a job runs when it is submitted."""
+    """Stands in for `LocalExecutor`: an attempt runs in this interpreter when it is submitted."""
 
-    def __init__(self, study):
-        (study.folder / "jobs").mkdir(parents=True, exist_ok=True)
+    spares = 0
 
-    def submit(self, job):
-        pickle.loads(pickle.dumps(job))()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def prepare(self, slot, environment):
+        pass
+
+    def submit(self, attempt, slot):
+        pickle.loads(pickle.dumps(attempt))(run_main)
         return Ended()
 
 
 def run_main(line, log, environment):
-    """Stands in for `attempt.run_main`: runs `main` in this interpreter."""
     with open(log, "w") as output, redirect_stdout(output), redirect_stderr(output):
         try:
             cli.main(line)
@@ -97,7 +104,6 @@ def run_main(line, log, environment):
 def in_this_interpreter() -> Iterator[None]:
     """Have the runs of studies take place in this interpreter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "local_executor", AtOnce)
-        patch.setattr(attempt, "run_main", run_main)
+        patch.setattr(local, "LocalExecutor", AtOnce)
         patch.setattr(sys, "argv", ["main.py"])
         yield
