@@ -206,7 +206,7 @@ class ActivationClamp(StagedCallback):
         super().on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         if not trainer.predicting:
             self._labels = labels_of(batch, self.labels)
-            # Generation inside a step switches to eval mode, which tells its forwards from those of a training step.
+            # Generation inside a training step switches to eval mode, and its forwards are not clamped by class.
             self._training_in_step = pl_module.training
 
     def on_stage_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -56,7 +56,7 @@ def refuse_second(trainer: Trainer, callback: Callback) -> None:
 
 
 class EveryNSteps:
-    """Tells at which optimizer steps to do something that is due every n steps: at multiples of n.
+    """Decides at which optimizer steps a callback acts that acts every n steps: at multiples of n.
 
     The trainer's step may jump, as under several optimizers. A jump over a multiple of n counts as reaching it.
 

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 Setting = bool | float | str
 TRAINER_KEYS = ("max_steps", "max_epochs", "precision")
 OPTIMIZER_KEYS = ("lr", "weight_decay")
+WITHOUT_EFFECT = ("data.eval_batch_size", "data.num_workers")  # results do not depend on them
 
 
 def main_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
@@ -21,7 +22,7 @@ def main_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
     - `optimizer`, `lr`, `weight_decay`: class name and arguments of `model.optimizer`;
     - `callbacks`: class names of the configured callbacks.
 
-    Settings that are null are left out.
+    Settings that are null, or that do not change results, are left out.
 
     Args:
         config: The resolved config of a command, as plain types.
@@ -31,6 +32,8 @@ def main_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
     if "model.optimizer" in optimizer:
         settings["optimizer"] = optimizer["model.optimizer"]
     settings |= {key: optimizer[long] for key in OPTIMIZER_KEYS if (long := f"model.optimizer.{key}") in optimizer}
+    for key in WITHOUT_EFFECT:
+        settings.pop(key, None)
     if "data.batch_size" in settings:
         settings["batch_size"] = settings.pop("data.batch_size")
     trainer = config.get("trainer") or {}
@@ -76,7 +79,7 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Setting]) -> None:
     its folder, and hides settings and metrics that only other runs have. Without a list it shows the columns of all
     runs; but if `--logdir` is the folder of one run, rather than a folder above it, the metrics are missing.
     """
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2  # type: ignore[import-untyped]  # no stubs
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
     start = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
     for key, value in settings.items():
@@ -96,11 +99,12 @@ def log_end(trainer: Trainer, success: bool) -> None:
 
 
 def _write(trainer: Trainer, tag: str, content: Any) -> None:
-    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]  # no stubs
-    from tensorboard.plugins.hparams.metadata import NULL_TENSOR, create_summary_metadata
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata
 
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            value = Summary.Value(tag=tag, metadata=create_summary_metadata(content), tensor=NULL_TENSOR)
+            summary_metadata = metadata.create_summary_metadata(content)
+            value = Summary.Value(tag=tag, metadata=summary_metadata, tensor=metadata.NULL_TENSOR)
             logger.experiment._get_file_writer().add_summary(Summary(value=[value]))
             logger.experiment.flush()

@@ -110,7 +110,7 @@ class RunRecord(Callback):
 
     def _log_settings(self, trainer: Trainer, stage: str) -> None:
         if not self._logged_settings:
-            log_settings(trainer, main_settings(self.config))
+            log_settings(trainer, main_settings(self.config) | {"precision": str(trainer.precision)})
             self._logged_settings = True
         if stage == "fit":
             for logger in trainer.loggers:

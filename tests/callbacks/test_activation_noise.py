@@ -20,9 +20,9 @@ def seeded():
 def test_relative_noise_scales_with_each_position():
     x = torch.randn(3, 40, 4096) * torch.rand(3, 40, 1).mul(5).exp()
     x[0, 0] = 0
-    share = (add_noise(x, 0.3, True, seeded()) - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-9)
-    assert share[0, 0] == 0
-    torch.testing.assert_close(share.flatten()[1:], torch.full((119,), 0.3), rtol=0.06, atol=0)
+    ratio = (add_noise(x, 0.3, True, seeded()) - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-9)
+    assert ratio[0, 0] == 0
+    torch.testing.assert_close(ratio.flatten()[1:], torch.full((119,), 0.3), rtol=0.06, atol=0)
 
 
 def test_the_length_of_absolute_noise_does_not_depend_on_x():
@@ -75,7 +75,7 @@ class Watched(LightningModule):
         self.ensemble = members
         self.network = Network()
         self.stacked, _ = stack_module_state([self.network] * members)
-        self.seen = {"train": [], "validate": [], "test": [], "sanity_check": [], "predict": []}
+        self.outputs = {"train": [], "validate": [], "test": [], "sanity_check": [], "predict": []}
 
     def forward(self, x):
         if self.ensemble == 1:
@@ -85,11 +85,11 @@ class Watched(LightningModule):
 
     def training_step(self, batch, batch_idx):
         outputs = self(batch)
-        self.seen[self.trainer.state.stage.value].append(outputs.detach())
+        self.outputs[self.trainer.state.stage.value].append(outputs.detach())
         return outputs.square().mean()
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        self.seen[self.trainer.state.stage.value].append(self(batch))
+        self.outputs[self.trainer.state.stage.value].append(self(batch))
 
     test_step = predict_step = validation_step
 
@@ -106,24 +106,24 @@ def trainer_of(tmp_path, *callbacks, **flags):
 
 
 def run_test(module, tmp_path, *callbacks, loaders=None):
-    module.seen["test"] = []
+    module.outputs["test"] = []
     trainer_of(tmp_path, *callbacks).test(module, loaders or loader(), verbose=False)
-    return module.seen["test"]
+    return module.outputs["test"]
 
 
 def test_noise_depends_on_module_batch_loader_and_seed_and_on_nothing_else(tmp_path):
     noise = ActivationNoise("residual.*", 0.1)
-    seen = run_test(Watched(), tmp_path, noise, loaders=[loader(), loader()])
+    outputs = run_test(Watched(), tmp_path, noise, loaders=[loader(), loader()])
     torch.manual_seed(77)
     again = run_test(Watched(), tmp_path, noise, loaders=[loader(), loader()])
     other = run_test(Watched(), tmp_path, ActivationNoise("residual.*", 0.1, seed=1))
-    assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=True))
-    clean = seen[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+    clean = outputs[0][0]
     # The input is always the same. Batches 0 and 1 of loader 0, batch 0 of loader 1, and the other seed:
-    noises = [x[i] - clean for x in (seen[0], seen[1], seen[3], other[0]) for i in (1, 2)]
+    noises = [x[i] - clean for x in (outputs[0], outputs[1], outputs[3], other[0]) for i in (1, 2)]
     assert all(noise.abs().min() > 0 for noise in noises)
     assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
-    assert all(torch.equal(x[3], clean) for x in seen)
+    assert all(torch.equal(x[3], clean) for x in outputs)
 
 
 def test_the_global_random_state_stays(tmp_path):
@@ -137,14 +137,14 @@ def test_the_global_random_state_stays(tmp_path):
 
 def test_members_get_different_noise_and_repeated_calls_the_same(tmp_path):
     noise = ActivationNoise("residual.0", 0.1)
-    seen, again = (run_test(Watched(members=3), tmp_path, noise) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=True))
-    noise_S = seen[0][:, 1] - seen[0][:, 0]  # for three equal networks
+    outputs, again = (run_test(Watched(members=3), tmp_path, noise) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+    noise_S = outputs[0][:, 1] - outputs[0][:, 0]  # for three equal networks
     assert noise_S.shape == (3, 2, 8)
-    assert torch.equal(seen[0][0, 0], seen[0][1, 0])
+    assert torch.equal(outputs[0][0, 0], outputs[0][1, 0])
     assert len({tuple(noise.flatten().tolist()) for noise in noise_S}) == 3
-    share_S = noise_S.norm(dim=-1) / seen[0][:, 0].norm(dim=-1)
-    assert ((share_S > 0.03) & (share_S < 0.25)).all()
+    ratio_S = noise_S.norm(dim=-1) / outputs[0][:, 0].norm(dim=-1)
+    assert ((ratio_S > 0.03) & (ratio_S < 0.25)).all()
 
 
 def test_noise_changes_only_the_first_element_of_a_tuple(tmp_path):
@@ -163,7 +163,7 @@ def test_noise_acts_in_its_stages_only(during, tmp_path):
     trainer_of(tmp_path, noise, max_steps=3).fit(module, loader(), loader())
     run_test(module, tmp_path, noise)
     trainer_of(tmp_path, noise).predict(module, loader())
-    noisy = {name: not all(torch.equal(x[1], x[0]) for x in seen) for name, seen in module.seen.items()}
+    noisy = {name: not all(torch.equal(x[1], x[0]) for x in outputs) for name, outputs in module.outputs.items()}
     stages = during or ["validate", "test", "predict"]
     assert noisy == {
         "train": "fit" in stages,
@@ -180,7 +180,7 @@ def test_noise_differs_between_steps_of_fit(tmp_path):
     module = Watched()
     flags = {"max_steps": 2, "limit_val_batches": 0}
     trainer_of(tmp_path, ActivationNoise("residual.0", 0.1, during=["fit"]), **flags).fit(module, loader())
-    first, second = module.seen["train"]
+    first, second = module.outputs["train"]
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
 

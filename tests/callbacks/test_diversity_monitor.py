@@ -135,10 +135,10 @@ def test_counts_optimizer_steps_and_continues_after_a_resumption(tmp_path):
 
 
 def test_keeps_nothing_on_other_steps(tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(diversity_monitor, "_values_and_mask", lambda output, site: kept.append(1))
+    captures = []
+    monkeypatch.setattr(diversity_monitor, "_values_and_mask", lambda output, site: captures.append(1))
     fit(tmp_path, DiversityMonitor(every_n_steps=3), max_steps=8)
-    assert len(kept) == 2
+    assert len(captures) == 2
 
 
 def test_warns_once_per_collapse(tmp_path):

@@ -115,10 +115,10 @@ class Norms(Regression):
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.clipped = []
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
-        self.seen.append({name for name, p in self.named_parameters() if p.grad is not None})
+        self.clipped.append({name for name, p in self.named_parameters() if p.grad is not None})
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.norm = torch.stack([p.grad.norm() for p in self.parameters() if p.grad is not None]).norm()
 
@@ -128,7 +128,7 @@ def test_frozen_gradients_stay_out_of_the_clipped_norm(at_step, tmp_path):
     module = Norms()
     everything = {name for name, _ in module.named_parameters()}
     fit(module, tmp_path, [ParameterFreeze(FROZEN, at_step)], max_steps=4, gradient_clip_val=1e-3)
-    assert module.seen == [everything] * at_step + [everything - FROZEN_NAMES] * (4 - at_step)
+    assert module.clipped == [everything] * at_step + [everything - FROZEN_NAMES] * (4 - at_step)
     # The norm of the trained gradients alone is the clipping value.
     torch.testing.assert_close(module.norm, torch.tensor(1e-3), rtol=1e-3, atol=0)
 
@@ -185,13 +185,13 @@ class Buffered(Regression):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("seen", torch.zeros_like(self.net[0].weight))
+        self.register_buffer("at_step_3", torch.zeros_like(self.net[0].weight))
         self.register_buffer("world_size", torch.tensor(0))
 
     def on_train_batch_end(self, *_):
         self.world_size.fill_(self.trainer.world_size)
         if self.trainer.global_step == 3:
-            self.seen.copy_(self.net[0].weight.detach())
+            self.at_step_3.copy_(self.net[0].weight.detach())
 
 
 @pytest.mark.parametrize("at_step", [0, 3])
@@ -204,6 +204,6 @@ def test_two_processes(at_step, tmp_path):
     strategy = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
     fit(module, tmp_path, [freeze], max_steps=6, strategy=strategy, devices=2, enable_checkpointing=True)
     assert module.world_size == 2
-    assert torch.equal(module.net[0].weight, module.seen)
-    assert torch.equal(module.seen, initial) == (at_step == 0)
+    assert torch.equal(module.net[0].weight, module.at_step_3)
+    assert torch.equal(module.at_step_3, initial) == (at_step == 0)
     assert not torch.equal(module.net[4].weight, last)

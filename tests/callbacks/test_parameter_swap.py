@@ -28,36 +28,36 @@ def loader():
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 @pytest.mark.parametrize("members", [1, 2])
 def test_stages_evaluate_the_restored_model_with_the_donors_parameters(stage, members, tmp_path):
-    own, donor = Model(0, members), Model(1, members)
-    path, donor_path = checkpoint(own, tmp_path / "own.ckpt"), checkpoint(donor, tmp_path / "donor.ckpt")
-    with swap_parameters(own, donor.state_dict(), QK):
-        expected = own(TOKENS)
-    restored = Model(7, members)  # Lightning loads the parameters of `own` after the callback's setup
+    model, donor = Model(0, members), Model(1, members)
+    path, donor_path = checkpoint(model, tmp_path / "model.ckpt"), checkpoint(donor, tmp_path / "donor.ckpt")
+    with swap_parameters(model, donor.state_dict(), QK):
+        expected = model(TOKENS)
+    restored = Model(7, members)  # Lightning loads the parameters of `model` after the callback's setup
     trainer = trainer_of(tmp_path, ParameterSwap(donor_path))
     quiet = {} if stage == "predict" else {"verbose": False}
     getattr(trainer, stage)(restored, loader(), ckpt_path=path, weights_only=True, **quiet)
     assert torch.equal(restored.outputs[0], expected)
-    assert_equal(state_of(restored), state_of(own))
+    assert_equal(state_of(restored), state_of(model))
 
 
 def test_self_swap_of_a_checkpoint_changes_no_bit(tmp_path):
-    own, plain = Model(0), Model(0)
-    path = checkpoint(own, tmp_path / "own.ckpt")
-    trainer_of(tmp_path, ParameterSwap(path, parameters=["*"])).test(own, loader(), verbose=False)
+    model, plain = Model(0), Model(0)
+    path = checkpoint(model, tmp_path / "model.ckpt")
+    trainer_of(tmp_path, ParameterSwap(path, parameters=["*"])).test(model, loader(), verbose=False)
     trainer_of(tmp_path).test(plain, loader(), verbose=False)
-    assert torch.equal(own.outputs[0], plain.outputs[0])
+    assert torch.equal(model.outputs[0], plain.outputs[0])
 
 
 def test_random_and_procrustes_reach_the_model(tmp_path):
-    own, donor = Model(0), Model(1)
+    model, donor = Model(0), Model(1)
     path = checkpoint(donor, tmp_path / "donor.ckpt")
     swaps = {"random": ParameterSwap(mode="random", seed=4), "procrustes": ParameterSwap(path, mode="procrustes")}
     for mode, callback in swaps.items():
-        with swap_parameters(own, donor.state_dict(), QK, mode, seed=4):
-            expected = own(TOKENS)
-        own.outputs = []
-        trainer_of(tmp_path, callback).test(own, loader(), verbose=False)
-        assert torch.equal(own.outputs[0], expected)
+        with swap_parameters(model, donor.state_dict(), QK, mode, seed=4):
+            expected = model(TOKENS)
+        model.outputs = []
+        trainer_of(tmp_path, callback).test(model, loader(), verbose=False)
+        assert torch.equal(model.outputs[0], expected)
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

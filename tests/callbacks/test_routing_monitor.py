@@ -164,15 +164,15 @@ def test_held_out_data_of_the_trainer(tmp_path):
 
 
 def test_members_with_different_data_are_probed_on_their_data(tmp_path):
-    module, seen = Shifting(turns=(1, 2)), []
+    module, shapes = Shifting(turns=(1, 2)), []
     batch = {"tokens": torch.zeros(2, 8, 4, dtype=torch.long)}
     module.val_dataloader = lambda: DataLoader([batch], batch_size=None)
-    module.activations = lambda tokens, sites: seen.append(tokens.shape) or (tokens, {"a": torch.ones(2, 3, 1, 4, 4)})
+    module.activations = lambda tokens, sites: shapes.append(tokens.shape) or (tokens, {"a": torch.ones(2, 3, 1, 4, 4)})
     trainer = Trainer(
         accelerator="cpu", max_steps=1, default_root_dir=tmp_path, callbacks=[RoutingMonitor(n_samples=3)], **QUIET
     )
     trainer.fit(module, DataLoader(Sequences()))
-    assert seen == [(2, 3, 4)]
+    assert shapes == [(2, 3, 4)]
 
 
 def test_user_errors(tmp_path):

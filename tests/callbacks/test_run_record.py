@@ -215,7 +215,10 @@ CONFIG = {
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.1, "eps": 0}},
         },
     },
-    "data": {"class_path": "datamodules.WordProblems", "init_args": {"batch_size": 16, "test_sets": {"test": 1000}}},
+    "data": {
+        "class_path": "datamodules.WordProblems",
+        "init_args": {"batch_size": 16, "eval_batch_size": 250, "test_sets": {"test": 1000}},
+    },
     "trainer": {
         "max_steps": 3,
         "precision": "32-true",
@@ -250,7 +253,7 @@ def test_main_settings_are_flat_and_short():
 
 
 class HparamsTab:
-    """What TensorBoard's own plugin shows of a folder in the HPARAMS tab."""
+    """What TensorBoard's plugin shows of a folder in the HPARAMS tab."""
 
     def __init__(self, folder: Path):
         runs = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
@@ -279,7 +282,7 @@ def test_the_hparams_tab_has_a_row_for_each_run(tmp_path):
     assert settings == SETTINGS
     assert (metrics["test/accuracy"], metrics["train/loss"]) == (0.5, 2.0)
     assert status == api_pb2.STATUS_SUCCESS
-    assert tab.row("b")[0] == {"model": "Other", "model.width": 2}
+    assert tab.row("b")[0] == {"model": "Other", "model.width": 2, "precision": "32-true"}
     assert tab.row("b")[1]["test/accuracy"] == 0.5
 
 
