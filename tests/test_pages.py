@@ -10,13 +10,13 @@ from conftest import ROOT
 import main
 from studies.engine.resolver import resolve
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "assets" / "pair" / "README.md"]
-PAGES += [page for page in [ROOT / "CONTRIBUTING.md"] if page.exists()]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "assets/pair/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = re.compile(r"^python main\.py ((?:fit|validate|test|predict) .*)$", re.MULTILINE)
-FILE = re.compile(r"(?<![\w/.])(?:configs|studies|benchmarks|assets)/[\w/]+\.(?:yaml|py|json|svg|md)")
+FILE = re.compile(r"(?<![\w/.])(?:configs|studies|benchmarks|assets|tests|lightning_modules|datamodules|callbacks|cli)/[\w/]+\.(?:yaml|py|json|svg|md)")
 
 
 def anchors(text: str) -> set[str]:
@@ -50,6 +50,7 @@ def test_files_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_resolve(page, workplace):
+    (workplace / "tests").symlink_to(ROOT / "tests")
     for line in run_commands(page.read_text()):
         assert resolve(*shlex.split(line, comments=True))["model"], line
 
