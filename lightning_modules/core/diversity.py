@@ -19,8 +19,8 @@ def cosine_matrix(x_BF: Tensor) -> Tensor:
 def mean_pairwise_cosine(x_BF: Tensor) -> Tensor:
     """Return the mean cosine over all pairs of different inputs.
 
-    (|sum_i u_i|² - sum_i |u_i|²) / (B (B - 1)), u_i = x_i / |x_i|. It is 1 if all inputs give the same direction, about 0
-    for independent directions, and at least -1 / (B - 1). An offset that all inputs share raises it, however much the
+    (|sum_i u_i|² - sum_i |u_i|²) / (B (B - 1)), u_i = x_i / |x_i|. It is 1 if all inputs give the same direction, about
+    0 for independent directions, and at least -1 / (B - 1). An offset that all inputs share raises it, however much the
     inputs differ about that offset. NaN for a single input.
     """
     unit_BF = normalize(_at_least_fp32(x_BF), dim=-1)
@@ -32,9 +32,9 @@ def between_input_variance(x_BKD: Tensor, mask_BK: Tensor | None = None) -> Tens
     """Return the share of the power that depends on the input.
 
     The mean over k of E_i|x_ik - m_k|² / E_i|x_ik|², with m_k = E_i x_ik. It is 0 if every input gives the same output,
-    even if positions differ; a variance over inputs and positions together would count that as diversity. It is 1 if the
-    mean over inputs is zero at every position; B independent inputs about a zero mean give (B - 1) / B. It measures size,
-    not content: noise that does not depend on the input counts as well, and a constant offset lowers it.
+    even if positions differ; a variance over inputs and positions together would count that as diversity. It is 1 if
+    the mean over inputs is zero at every position; B independent inputs about a zero mean give (B - 1) / B. It measures
+    size, not content: noise that does not depend on the input counts as well, and a constant offset lowers it.
 
     Args:
         x_BKD: Outputs by input and position.
@@ -57,8 +57,8 @@ def effective_rank(x_BF: Tensor) -> Tensor:
     """Return the number of directions along which inputs differ (Roy and Vetterli 2007).
 
     exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j, with s_i the singular values of x less its mean over inputs. It lies
-    between 1 and min(B - 1, F), so only values at the same B can be compared; it is 0 if all inputs give the same output.
-    It has no scale: read it beside `between_input_variance`.
+    between 1 and min(B - 1, F), so only values at the same B can be compared; it is 0 if all inputs give the same
+    output. It has no scale: read it beside `between_input_variance`.
     """
     x_BF = _at_least_fp32(x_BF)
     values = torch.linalg.svdvals(x_BF - x_BF.mean(0))
