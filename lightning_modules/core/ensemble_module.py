@@ -4,7 +4,6 @@ Shapes: S ensemble members, B batch, T positions, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import StatefulNetwork
 from lightning_modules.core.ensemble import as_tuple, call_members, observe, stack_members
-from lightning_modules.core.generation import generate
+from lightning_modules.core.generation import GREEDY, Sampling, generate
 from lightning_modules.core.sites import match_modules
 
 
@@ -63,7 +62,7 @@ class EnsembleModule(LightningModule):
         """
         seen: dict[str, Tensor] = {}
 
-        def hook_for(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook_for(name: str) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
             def keep(x: Tensor) -> None:
                 seen[name] = x if self.ensemble > 1 else x[None]
 
@@ -76,7 +75,13 @@ class EnsembleModule(LightningModule):
             for handle in handles:
                 handle.remove()
 
-    def generate(self, prompt_BT: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
+    def generate(
+        self,
+        prompt_BT: Tensor,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Return the new tokens_BN after a prompt; see `core.generation.generate`.
 
         Raises:
@@ -84,7 +89,7 @@ class EnsembleModule(LightningModule):
         """
         if self.ensemble > 1 or not isinstance(self.network, StatefulNetwork):
             raise UserError(f"{type(self).__name__} cannot generate: it needs a single network with `step`")
-        return generate(self.network, prompt_BT, max_new_tokens, **sampling)
+        return generate(self.network, prompt_BT, max_new_tokens, sampling, generator)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

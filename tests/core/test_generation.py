@@ -7,7 +7,7 @@ import torch
 
 from datamodules.errors import UserError
 from lightning_modules.core.decoder import MLP, Decoder
-from lightning_modules.core.generation import generate, sample_token, stream_tokens
+from lightning_modules.core.generation import Sampling, generate, stream_tokens
 from lightning_modules.separability import Separability
 from lightning_modules.separability.attention import Attention
 
@@ -22,7 +22,7 @@ def decoder() -> Decoder:
 
 def drawn(**options) -> set[int]:
     random = torch.Generator().manual_seed(0)
-    return {sample_token(LOGITS_BV, generator=random, **options).item() for _ in range(400)}
+    return {Sampling(**options).choose(LOGITS_BV, random).item() for _ in range(400)}
 
 
 def test_greedy_tokens_are_those_that_whole_forwards_choose(decoder):
@@ -35,8 +35,8 @@ def test_greedy_tokens_are_those_that_whole_forwards_choose(decoder):
 
 def test_a_stream_gives_the_same_tokens_one_by_one(decoder):
     prompt_BT = torch.randint(11, (2, 3))
-    tokens = list(stream_tokens(decoder, prompt_BT, 5, temperature=1.0, generator=torch.Generator().manual_seed(1)))
-    together = generate(decoder, prompt_BT, 5, temperature=1.0, generator=torch.Generator().manual_seed(1))
+    tokens = list(stream_tokens(decoder, prompt_BT, 5, Sampling(1.0), torch.Generator().manual_seed(1)))
+    together = generate(decoder, prompt_BT, 5, Sampling(1.0), torch.Generator().manual_seed(1))
     assert torch.equal(torch.stack(tokens, 1), together)
 
 
@@ -60,7 +60,7 @@ def test_sampling_draws_from_the_tokens_that_it_may(options, expected):
 
 def test_frequencies_are_the_probabilities():
     random = torch.Generator().manual_seed(0)
-    tokens_B = sample_token(LOGITS_BV.expand(40_000, -1), 1.0, generator=random)
+    tokens_B = Sampling(1.0).choose(LOGITS_BV.expand(40_000, -1), random)
     shares = torch.bincount(tokens_B, minlength=4) / 40_000
     torch.testing.assert_close(shares, LOGITS_BV[0].exp(), rtol=0, atol=0.01)
 
@@ -68,7 +68,6 @@ def test_frequencies_are_the_probabilities():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"temperature": float("nan")}, "temperature must be at least 0"),
         ({"top_k": 0}, "top_k must be at least 1"),
@@ -76,14 +75,16 @@ def test_frequencies_are_the_probabilities():
     ],
     ids=str,
 )
-def test_numbers_out_of_range_are_refused_in_a_sentence(decoder, options, said):
+def test_numbers_out_of_range_are_refused_in_a_sentence(options, said):
     with pytest.raises(UserError, match=said):
-        generate(decoder, torch.zeros(1, 1, dtype=torch.long), **{"max_new_tokens": 3} | options)
+        Sampling(**options)
 
 
-def test_an_empty_prompt_is_refused_in_a_sentence(decoder):
+def test_an_empty_prompt_and_no_new_tokens_are_refused_in_a_sentence(decoder):
     with pytest.raises(UserError, match="prompt of at least one token"):
         generate(decoder, torch.zeros(1, 0, dtype=torch.long), 3)
+    with pytest.raises(UserError, match="max_new_tokens must be at least 1, not 0"):
+        generate(decoder, torch.zeros(1, 1, dtype=torch.long), 0)
 
 
 def test_a_module_generates_with_its_network_and_an_ensemble_does_not():
