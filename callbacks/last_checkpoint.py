@@ -1,5 +1,6 @@
 """A checkpoint of the model at the end of training."""
 
+import warnings
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -39,6 +40,12 @@ class LastCheckpoint(ModelCheckpoint):
         if self._is_last(trainer):
             self._last_global_step_saved = 0
         super().on_validation_end(trainer, pl_module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state without Lightning's warning about scores, which a callback without a monitor does not have."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The dirpath has changed")
+            super().load_state_dict(state_dict)
 
     @staticmethod
     def _is_last(trainer: Trainer) -> bool:

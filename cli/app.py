@@ -67,7 +67,7 @@ class CrosstalkCLI(LightningCLI):
                 parser_kwargs={command: _help_texts(command) for command in self.subcommands()},
                 args=renames.renamed_line(self.command),
             )
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             self._end(error)
             raise
 
@@ -151,7 +151,7 @@ class CrosstalkCLI(LightningCLI):
             table = f"\n{self.record.table()}\n" if self.record.record["metrics"] else ""
             print(f"{table}results: {self.record.path}")
 
-    def _end(self, error: Exception) -> None:
+    def _end(self, error: BaseException) -> None:
         """Exit with one sentence if the error is not a bug, and remove what a run that did not start has left."""
         mistake, no_memory = user_message(error), memory_message(error)
         self._tidy(mistake is not None)

@@ -6,7 +6,9 @@ from pickle import UnpicklingError
 
 from datamodules.errors import UserError
 
-FROM_WORKER = re.compile(r"^\w*UserError: ", re.MULTILINE)  # a data loader's worker sends its stack trace as a message
+FROM_WORKER = re.compile(
+    r"^[\w.]*UserError: ", re.MULTILINE
+)  # in the stack trace that a worker sends
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 SIZE = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ [KMGT]iB)", re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""The command line: what a run leaves behind, and how mistakes are told."""
+"""The commands that run a model: what a run writes, and the sentences for mistakes."""
 
 import shutil
 import sys
@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
-import main as cli
-from cli import user_errors
+import main
+from datamodules.errors import UserError
 
 
 class CliHead(torch.nn.Module):
@@ -30,10 +30,16 @@ class CliModel(BoringModel):
         optimizer: OptimizerCallable = torch.optim.SGD,
     ):
         super().__init__()
+        if width == -7:
+            raise KeyboardInterrupt
         if width < 1:
-            raise ValueError("width: expected at least 1")
+            raise UserError("width: expected at least 1")
         self.save_hyperparameters(ignore=["head", "optimizer"])
         self.layer = torch.nn.Linear(32, width)
+        self.optimizer = optimizer
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
 
     def test_step(self, batch, batch_idx):
         self.log("test/accuracy", 0.5)
@@ -48,7 +54,9 @@ class CliData(BoringDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.fault == "user":
-            raise ValueError("data.fault: expected nothing")
+            raise UserError("data.fault: expected nothing")
+        if self.fault == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
         if self.fault == "bug":
             int("not a number")
 
@@ -75,17 +83,16 @@ BASE = {
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs `main` in an empty folder that holds `base.yaml`."""
+    """Return a function that runs `main` in a folder that holds `base.yaml` alone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["main.py"])
-    monkeypatch.setattr(user_errors, "OWN_PACKAGES", user_errors.OWN_PACKAGES | {__name__})
     Path("base.yaml").write_text(yaml.safe_dump(BASE))
-    return lambda command, *args: cli.main([command, "--config", "base.yaml", *args])
+    return lambda command, *args: main.main([command, "--config", "base.yaml", *args])
 
 
 @pytest.fixture
 def refused(run, capsys):
-    """Runs a command that must end in one sentence, and gives the sentence and the hint after it."""
+    """Return a function that runs a command that must end in one sentence; it returns the sentence and the hint."""
 
     def check(*args: str) -> str:
         capsys.readouterr()
@@ -95,9 +102,9 @@ def refused(run, capsys):
         errors = capsys.readouterr().err
         assert "Traceback" not in errors
         assert "usage:" not in errors
-        told = errors[errors.index("error: ") :].splitlines()
-        assert len(told) <= 2
-        return "\n".join(told)
+        sentences = errors[errors.index("error: ") :].splitlines()
+        assert len(sentences) <= 2
+        return "\n".join(sentences)
 
     return check
 
@@ -132,9 +139,9 @@ WRONG_KEYS = {
 @pytest.mark.parametrize("case", WRONG_KEYS)
 def test_a_config_error_is_one_sentence_with_the_near_miss(refused, case):
     args, said, near = WRONG_KEYS[case]
-    told = refused("fit", *args)
-    assert said in told
-    assert not near or f"did you mean {near}" in told or f"did you mean 'trainer.{near}'" in told
+    sentence = refused("fit", *args)
+    assert said in sentence
+    assert not near or f"did you mean {near}" in sentence or f"did you mean 'trainer.{near}'" in sentence
     assert not list(Path().rglob("results.json"))
 
 
@@ -155,15 +162,48 @@ def test_a_typo_in_yaml_is_found_at_any_depth(refused, run, case):
     assert said in refused("fit", "--config", overlay(content))
 
 
-def test_a_wrong_command_names_the_nearest(run, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["fti"])
-    assert "no command 'fti'; did you mean 'fit'?" in capsys.readouterr().err
+UNREADABLE = {
+    "a folder": (None, "--config: wrong.yaml is not a file"),
+    "no YAML": (b"model: [unclosed\n", "wrong.yaml is not valid YAML near line"),
+    "no keys": (b"- model\n", "wrong.yaml does not consist of keys and values"),
+    "empty": (b"", "wrong.yaml does not consist of keys and values"),
+    "no text": (b"\xff\xfemodel", "the config file wrong.yaml cannot be read: 'utf-8' codec"),
+}
 
 
-def test_unreadable_yaml_says_where(refused, run):
-    Path("broken.yaml").write_text("model: [unclosed\n")
-    assert "not valid YAML near line" in refused("fit", "--config", "broken.yaml")
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_an_unreadable_config_file_is_named(refused, case):
+    content, said = UNREADABLE[case]
+    Path("wrong.yaml").mkdir() if content is None else Path("wrong.yaml").write_bytes(content)
+    assert said in refused("fit", "--config", "wrong.yaml")
+
+
+REFUSED = {
+    "seed": (["--seed_everything", "-1"], "seed_everything: -1 is not in bounds"),
+    "trainer": (["--trainer.devices", "x"], "trainer: `devices` selected with `CPUAccelerator`"),
+    "callback": (["--trainer.callbacks+", "EMAWeightAveraging", "--trainer.callbacks.decay", "5"], "Invalid decay"),
+    "optimizer": (["--model.optimizer", "SGD", "--model.optimizer.lr", "-1"], "SGD: Invalid learning rate"),
+    "folder": (["--trainer.default_root_dir", "base.yaml/run"], "trainer.default_root_dir: cannot make the folder"),
+    "logger": (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "base.yaml/x"], "trainer.logger: cannot"),
+    "checkpoint folder": (["--ckpt_path", "."], "--ckpt_path: . is a folder and not a sharded checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_value_that_a_library_refuses_is_one_sentence(refused, case):
+    args, said = REFUSED[case]
+    assert said in refused("fit", *args)
+    assert not Path("runs").exists() or not list(Path("runs").rglob("*.*"))
+
+
+def test_a_runs_folder_that_cannot_be_made_is_named(refused):
+    Path("runs").write_text("")
+    assert "cannot make a folder for the run" in refused("fit")
+
+
+def test_a_file_that_no_run_has_written_is_no_checkpoint(refused):
+    torch.save({"weights": torch.zeros(2)}, "weights.ckpt")
+    assert "weights.ckpt" in refused("fit", "--ckpt_path", "weights.ckpt")
 
 
 def test_overlays_add_callbacks_and_short_keys_reach_init_args(run):
@@ -184,7 +224,7 @@ def test_a_run_has_its_folder_and_tests_after_fit(run):
     record = yaml.safe_load((first.run_dir / "results.json").read_text())
     assert set(record["seconds"]) == {"fit", "test"}
     assert record["metrics"]["test/accuracy"] == 0.5
-    again = cli.main(["fit", "--config", str(first.run_dir / "config.yaml"), "--test_after_fit", "false"])
+    again = main.main(["fit", "--config", str(first.run_dir / "config.yaml"), "--test_after_fit", "false"])
     assert again.run_dir.parent == Path("runs/base")
     assert "test" not in again.record.record["seconds"]
 
@@ -206,16 +246,17 @@ def checkpoint(run):
     return run("fit", "--model.output", "none").run_dir / "checkpoints" / "last.ckpt"
 
 
-def test_the_users_config_wins_over_the_checkpoints(run, checkpoint):
+def test_the_users_config_wins_over_the_checkpoints(run, checkpoint, recwarn):
     done = run("fit", "--ckpt_path", str(checkpoint), "--trainer.max_steps", "3")
     assert done.model.hparams.output == "rms"
     assert done.trainer.global_step == 3
+    assert not [warning for warning in recwarn if "dirpath" in str(warning.message)]
 
 
 def test_a_checkpoint_of_another_width_is_refused_in_words(run, refused, checkpoint):
     before = list(Path("runs/base").iterdir())
-    told = refused("test", "--ckpt_path", str(checkpoint), "--model.width", "3")
-    assert "layer.weight is [2, 32] there and [3, 32] in the model" in told
+    sentence = refused("test", "--ckpt_path", str(checkpoint), "--model.width", "3")
+    assert "layer.weight is [2, 32] there and [3, 32] in the model" in sentence
     assert list(Path("runs/base").iterdir()) == before
 
 
@@ -227,10 +268,10 @@ def test_a_damaged_checkpoint_is_refused_naming_the_intact_one(refused, checkpoi
     damaged = checkpoint.with_name("newer.ckpt")
     damaged.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
     shutil.copy(checkpoint, checkpoint.with_name("newest.ckpt"))
-    told = refused("fit", "--ckpt_path", str(damaged))
-    assert "newer.ckpt is damaged" in told
-    assert "newest intact one beside it is" in told
-    assert "newest.ckpt" in told
+    sentence = refused("fit", "--ckpt_path", str(damaged))
+    assert "newer.ckpt is damaged" in sentence
+    assert "newest intact one beside it is" in sentence
+    assert "newest.ckpt" in sentence
 
 
 def test_a_checkpoint_that_may_run_code_needs_consent(run, refused, checkpoint):
@@ -253,8 +294,24 @@ def test_a_bug_keeps_its_stack_trace(run):
     assert yaml.safe_load(record.read_text())["status"] == "failed"
 
 
+def test_exhausted_memory_is_one_sentence(run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("fit", "--data.fault", "memory")
+    assert ended.value.code == 1
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith("error: out of memory (the last allocation was of 2.00 GiB): lower data.batch_size")
+    (record,) = Path("runs").rglob("results.json")
+    assert yaml.safe_load(record.read_text())["status"] == "failed"
+
+
+def test_control_c_while_the_model_is_built_leaves_no_folder(run):
+    with pytest.raises(KeyboardInterrupt):
+        run("fit", "--model.width", "-7")
+    assert not list(Path("runs").rglob("*-*"))
+
+
 def test_help_begins_with_the_commands(run, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["fit", "--help"])
+        main.main(["fit", "--help"])
     assert ended.value.code == 0
     assert "python main.py fit --config configs/X.yaml" in "\n".join(capsys.readouterr().out.splitlines()[:8])

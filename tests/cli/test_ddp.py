@@ -1,4 +1,4 @@
-"""Two processes do what one does with their batches put together."""
+"""Two processes compute what one process computes with the batches of both."""
 
 import contextlib
 import json
@@ -12,11 +12,11 @@ import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import main as cli
+import main
 
 STEPS, BATCH = 4, 16
 TEST = ["--data.test_sets", '{"test": 32, "twin": 16}', "--model.max_new_tokens", "60"]
-# What a rank's partners are chosen among, or how rows are ordered, before all ranks meet; and the clock
+# These depend on the rows that one rank holds, before the ranks are gathered
 BY_PARTNER = ("ce_shuffled", "source_specificity", "retrieval", "infonce_bound", "entity_chance", "entity_transfer")
 
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def launch(folder):
-    """Runs a command line on one process, or as a program on two with the same global batch."""
+    """Return a function that runs a command line on one process, or as a program on two with the same global batch."""
 
     def call(command: str, where: str, processes: int, *args: object) -> Path:
         sizes = {"data.batch_size": BATCH // processes, "data.validation_size": 32, "trainer.max_steps": STEPS}
@@ -49,7 +49,7 @@ def launch(folder):
 def run(folder: Path, line: list[str], processes: int) -> None:
     if processes == 1:
         with contextlib.chdir(folder):
-            return cli.main(line)
+            return main.main(line)
     ours = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
     others = {name: value for name, value in os.environ.items() if not name.startswith(("CROSSTALK", "PL_"))}
     program = [sys.executable, str(ROOT / "main.py"), *line]
@@ -79,7 +79,7 @@ def test_objectives_over_the_batch_are_the_same_on_two_processes(launch):
 def test_the_loss_of_the_answers_is_the_same_on_two_processes(launch, two):
     one = launch("fit", "one", 1, "--test_after_fit", "false")
     assert series(two, "validation/loss") == pytest.approx(series(one, "validation/loss"), rel=1e-3)
-    # What is logged in training is rank 0's part of it
+    # The training loss in the log is that of rank 0
     assert series(two, "train/loss") == pytest.approx(series(one, "train/loss"), rel=0.2)
 
 

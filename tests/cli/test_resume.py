@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that never stopped; a checkpoint holds the bridge and no more."""
+"""A resumed run is the uninterrupted run; a checkpoint holds the bridge and nothing else."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import main as cli
+from cli.app import CrosstalkCLI
 
 STEPS, MIDDLE = 8, 4
 EMA = "--trainer.callbacks+=EMAWeightAveraging"
@@ -20,9 +20,9 @@ WIDTH = ["--model.bridge.hidden", "32"]
 
 @pytest.fixture
 def train(run):
-    """Trains V16 in a folder of its own; one pass over the data ends between the checkpoint and the last step."""
+    """Return a function that trains V16 in a folder; an epoch ends between the checkpoint and the last step."""
 
-    def call(folder: str, *args: object) -> cli.CrosstalkCLI:
+    def call(folder: str, *args: object) -> CrosstalkCLI:
         options = ["--data.epoch_size", 40, "--trainer.max_steps", STEPS, "--trainer.log_every_n_steps", 1]
         options += [
             "--trainer.val_check_interval",
@@ -38,7 +38,7 @@ def train(run):
 
 
 def series(folder: str) -> dict[str, dict[int, float]]:
-    """Every scalar that a run logged, by step."""
+    """Return every scalar that a run logged, by step."""
     events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
     timed = ("throughput", "epoch")
     names = [name for name in events.Tags()["scalars"] if not name.startswith(timed)]

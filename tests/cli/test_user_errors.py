@@ -1,4 +1,4 @@
-"""Mistakes in a telepathy run: each is one sentence, exit code 2, and nothing left behind."""
+"""Mistakes in a telepathy run: each ends in one sentence and exit code 2, and leaves no file."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from datamodules.problems import generate
 
 @pytest.fixture
 def refused(run, capsys):
-    """Runs a command that must be refused, and gives the sentence."""
+    """Return a function that runs a command that must be refused; it returns the sentence."""
 
     def check(*args: object, config: str = "telepathy_v15") -> str:
         with pytest.raises(SystemExit) as ended:
@@ -63,7 +63,7 @@ def test_a_wrong_field_or_class_names_the_near_miss(refused, case):
 
 VALUES = {
     "no soft tokens": (["--model.bridge.soft_tokens", "0"], "at least 1 soft token and 1 layer, not 0 and "),
-    "heads": (["--model.bridge.heads", "97"], "is not divisible by its 97 heads"),
+    "heads": (["--model.bridge.heads", "97"], "is not divisible by 97 heads"),
     "layer": (["--model.source_layer", "77"], "source_layer 77 does not exist: 'assets/pair/source' has layers 1 to "),
     "layers": (["--model.source_layer", "[1, 99]"], "source_layer 99 does not exist"),
     "layer 0": (["--model.source_layer", "0"], "model.source_layer 0 names no layer"),
@@ -74,7 +74,7 @@ VALUES = {
     "data file": (jsonl("nothing.jsonl"), "no data file at 'nothing.jsonl'"),
     "no data file": (["--data.source", "jsonl"], "data.source 'jsonl' needs data.path"),
     "test set": (["--data.test_sets", "{tests: 8}"], "data.test_sets has no set 'tests'"),
-    "max_steps": (["--trainer.max_steps", "-1"], "trainer.max_steps must say how long to train"),
+    "max_steps": (["--trainer.max_steps", "-1"], "trainer.max_steps must be set"),
     "monitor": (["--trainer.callbacks+", "DiversityMonitor", "--trainer.callbacks.site", "soft_tokn"], "soft_tokn"),
 }
 
@@ -87,7 +87,7 @@ def test_a_value_that_cannot_be_is_refused_in_words(refused, case):
 
 def test_a_bridge_of_no_soft_tokens_a_source_token(refused):
     told = refused("--model.bridge.tokens_per_source", "0", config="telepathy_v16")
-    assert told == "a bridge needs at least 1 soft token a source token, not 0"
+    assert told == "model.bridge needs at least 1 soft token per source token, not 0"
 
 
 @pytest.mark.parametrize("which", ["source", "target"])
@@ -99,10 +99,10 @@ def test_a_tokenizer_without_bos(refused, which):
 
 
 def test_data_files_without_a_problem(refused):
-    assert refused(*jsonl(write("empty.jsonl", []))) == "'empty.jsonl' holds no problem: it is empty"
+    assert refused(*jsonl(write("empty.jsonl", []))) == "'empty.jsonl' (data.path) holds no problem: it is empty"
     broken = write("broken.jsonl", ["{", '{"question": "q"}'])
-    assert "'broken.jsonl' holds no problem: first line 1" in refused(*jsonl(broken))
-    assert "'one.jsonl' holds too few problems" in refused(*jsonl(write("one.jsonl", good(1))))
+    assert "'broken.jsonl' (data.path) holds no problem: first line 1" in refused(*jsonl(broken))
+    assert "'one.jsonl' (data.path) holds too few problems" in refused(*jsonl(write("one.jsonl", good(1))))
 
 
 def test_a_broken_line_is_skipped_and_told_by_its_number(run):
