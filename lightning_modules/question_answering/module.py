@@ -3,7 +3,6 @@
 Shapes: B batch, T positions, N all positions of the batch, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from zlib import crc32
@@ -53,7 +52,6 @@ class HasTexts(Protocol):
 
     def texts(self, count: int) -> list[str]:
         """Return the first `count` training texts, the same on every rank."""
-        ...
 
 
 class QuestionAnswering(LightningModule):
@@ -78,8 +76,7 @@ class QuestionAnswering(LightningModule):
         save_to: Folder for model and tokenizer after `fit`, in the format of `save_pretrained`.
 
     Raises:
-        UserError: Both or neither of `pretrained` and `config` are set, or `config` has no tokenizer or an unknown
-            `model_type`, or `repeat_fraction` is not between 0 and 1.
+        UserError: Settings are out of range, contradict each other or miss one that another needs.
     """
 
     def __init__(
@@ -130,8 +127,8 @@ class QuestionAnswering(LightningModule):
         fields: dict[str, Any] = {name: getattr(self._tokenizer, name, index) for index, name in enumerate(names)}
         fields["vocab_size"] = self.bpe.vocab_size if self.bpe else len(self.tokenizer)
         loader: Any = AutoModelForCausalLM
-        made = loader.from_config(AutoConfig.for_model(**fields | config), attn_implementation="sdpa")
-        return cast("CausalLM", made)
+        model = loader.from_config(AutoConfig.for_model(**fields | config), attn_implementation="sdpa")
+        return cast("CausalLM", model)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -215,7 +212,7 @@ class QuestionAnswering(LightningModule):
         """Log each proportion and record its hits, samples and interval; a model that diverged has no accuracy."""
         for name, metric in self.proportions.items():
             share, _, _, count = metric.compute().tolist()
-            self.log(name, math.nan if self.diverged else share)
+            self.log(name, torch.nan if self.diverged else share)
             self.counts[name] = int(count)
             if not self.diverged:
                 record_proportion(self, name, torch.tensor([share * count]), int(count))

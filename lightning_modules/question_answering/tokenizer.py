@@ -15,7 +15,7 @@ SMALLEST = len(SPECIAL) + 256
 
 @dataclass
 class ByteLevelBPE:
-    """The settings of a tokenizer that is trained on the run's own texts.
+    """The settings of a tokenizer that is trained on the texts of the data.
 
     Attributes:
         vocab_size: Number of tokens, special tokens included.

@@ -120,7 +120,7 @@ class PerceiverBridge(Bridge):
         nn.init.orthogonal_(self.project.weight)
         for layer in layers:
             attention: nn.MultiheadAttention = layer.multihead_attn
-            if attention.in_proj_weight is not None:  # None only where keys and values have widths of their own
+            if attention.in_proj_weight is not None:  # None only where keys and values differ in width
                 nn.init.orthogonal_(attention.in_proj_weight.data[2 * width :])
             nn.init.orthogonal_(attention.out_proj.weight)
 

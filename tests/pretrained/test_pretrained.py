@@ -1,4 +1,4 @@
-"""Loading models and tokenizers: whole, in part, at random, and what is said when it cannot be done."""
+"""Loading models and tokenizers: whole, in part, with random weights, and the errors."""
 
 import json
 import shutil

@@ -1,12 +1,13 @@
-"""Question answering: causality, batches, generation, training, and what the embedded pair can do."""
+"""Question answering: causality, batches, generation, training, and the accuracy of the embedded target."""
 
+import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 
 from datamodules import WordProblems
 from datamodules.batch import IGNORE
@@ -70,6 +71,15 @@ def test_the_target_answers_what_it_reads_and_nothing_blindly(tmp_path):
     assert module.hits.keys() == module.counts.keys()
     for name, (hits,) in module.hits.items():
         assert hits / module.counts[name] == pytest.approx(metrics[name])
+
+
+def test_a_model_that_diverged_has_no_accuracy(tmp_path):
+    module = of_pair("target", max_new_tokens=2)
+    torch.nn.init.constant_(module.model.base_model.norm.weight, torch.nan)
+    data = WordProblems(test_sets={"test": 2}, validation_size=1)
+    (metrics,) = trainer(tmp_path).test(module, data, verbose=False)
+    assert all(math.isnan(value) for value in metrics.values())
+    assert (module.counts, module.hits, module.intervals) == (dict.fromkeys(metrics, 2), {}, {})
 
 
 def test_left_padding_changes_no_answer(problems):
@@ -198,6 +208,10 @@ def test_mistakes_are_told():
         QuestionAnswering(config=TINY | {"model_type": "lama"}, tokenizer=ByteLevelBPE(300, True))
     with pytest.raises(ValueError, match="repeat_fraction must be between 0 and 1"):
         of_pair("target", repeat_fraction=20)
+    untrained = QuestionAnswering(config=TINY, tokenizer=ByteLevelBPE(300, True))
+    untrained.trainer = SimpleNamespace(datamodule=LightningDataModule())
+    with pytest.raises(ValueError, match=r"model.tokenizer: LightningDataModule has no texts to train on"):
+        untrained.setup("fit")
     with pytest.raises(ValueError, match="vocab_size must be at least 259"):
         ByteLevelBPE(100, True)
     with pytest.raises(ValueError, match=r"needs one '{question}'"):

@@ -1,4 +1,4 @@
-"""The Telepathy module: what is trained, what stays as it was, what is read, and that it learns."""
+"""The Telepathy module: trained and frozen parameters, source states, causality, and learning."""
 
 import json
 from functools import partial
@@ -22,7 +22,7 @@ LAST = SOURCE.load_config().num_hidden_layers
 
 
 class Watch(Callback):
-    """Notes, at each step of training, which frozen modules are not in eval mode."""
+    """Record at each training step the frozen modules that are not in eval mode."""
 
     def __init__(self):
         self.steps, self.wrong = 0, []
@@ -46,11 +46,11 @@ def test_only_the_bridge_and_the_scale_get_gradients(telepathy, problems):
     logits_NV = module.target.logits(module.target.soft_frame, module(batch), batch["soft_tail"], batch["soft_packing"])
     logits_NV.square().mean().backward()
     trained = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
-    own = {
+    expected = {
         f"{part}.{name}" for part in ("bridge", "soft_tokens") for name, _ in getattr(module, part).named_parameters()
     }
-    assert trained == own == {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    assert set(module.state_dict()) == own
+    assert trained == expected == {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert set(module.state_dict()) == expected
 
 
 @pytest.mark.parametrize("bridge", [PerceiverBridge, TokenBridge])
@@ -108,7 +108,7 @@ def test_no_logit_depends_on_embeddings_that_come_after(telepathy, problems):
     target, batch = module.target, module.collate(problems[:1], True)
     packing, head = batch["text_packing"], len(module.target.text_frame.head)
     body_BQD = target.embedding(batch["text"]).detach().requires_grad_()
-    # The body again as its own tail: a row whose every logit is asked for, in a packing of no moves
+    # A packing that moves nothing, of head and body alone, with the logits of every position
     size = body_BQD.shape[1]
     packing.order_BT, packing.predict_N = torch.arange(head + size)[None], torch.arange(head + size)
     logits_NV = target.logits(target.text_frame, body_BQD, batch["text_tail"][:, :0], packing)
@@ -140,10 +140,10 @@ def test_soft_tokens_of_a_sample_do_not_depend_on_its_batch(telepathy, problems)
             alone = module.collate([problem], False)
             soft_1KD = module(alone)
             torch.testing.assert_close(soft_BKD[i][batch["soft_mask"][i]], soft_1KD[0], atol=1e-4, rtol=1e-4)
-            (own,) = module.target.answer_losses(
+            (losses_alone,) = module.target.answer_losses(
                 module.target.soft_frame, soft_1KD, alone["soft_mask"], alone["answers"]
             )
-            assert losses[i] == pytest.approx(own, abs=1e-3)
+            assert losses[i] == pytest.approx(losses_alone, abs=1e-3)
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ def test_without_key_norm_states_of_embedding_scale_give_every_input_the_same(ke
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "said"),
+    ("make", "options", "message"),
     [
         (PerceiverBridge, {"soft_tokens": 0}, "at least 1 soft token and 1 layer, not 0 and 2"),
         (PerceiverBridge, {"depth": 0}, "at least 1 soft token and 1 layer, not 32 and 0"),
@@ -109,8 +109,8 @@ def test_without_key_norm_states_of_embedding_scale_give_every_input_the_same(ke
         (TokenBridge, {"tokens_per_source": 0}, "at least 1 soft token per source token, not 0"),
     ],
 )
-def test_sizes_that_make_no_bridge(make, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_sizes_that_make_no_bridge(make, options, message):
+    with pytest.raises(ValueError, match=message):
         make(SOURCE, TARGET, **options)
 
 

@@ -1,4 +1,4 @@
-"""Where tokens stand: cutting at the prompt's seams, packing, and the target driven by embeddings."""
+"""The layout of tokens: cuts at the seams of the prompt, packing, and the target that reads embeddings."""
 
 import pytest
 import torch
@@ -60,17 +60,17 @@ def test_packing_leaves_no_holes_and_asks_for_the_answers(head, after):
     body_BK = 1000 + torch.arange(54).reshape(6, 9)
     parts_BL = torch.cat([torch.arange(2000, 2000 + head).expand(6, -1), body_BK, tail_BA], dim=1)
     packed_BT = parts_BL.gather(1, packing.order_BT)
-    lengths, asked = [], 0
+    lengths, seen = [], 0
     for row, mask_K, body_K, answer in zip(packed_BT.tolist(), mask_BK, body_BK, answers, strict=True):
         wanted = [*range(2000, 2000 + head), *body_K[mask_K].tolist(), *after, *answer]
         assert row[: len(wanted)] == wanted
         start = len(lengths) * packed_BT.shape[1] + len(wanted) - len(answer)
-        assert packing.labels_N[asked : asked + len(answer)].tolist() == answer
-        assert packing.predict_N[asked : asked + len(answer)].tolist() == [start - 1 + i for i in range(len(answer))]
+        assert packing.labels_N[seen : seen + len(answer)].tolist() == answer
+        assert packing.predict_N[seen : seen + len(answer)].tolist() == [start - 1 + i for i in range(len(answer))]
         lengths.append(len(wanted))
-        asked += len(answer)
+        seen += len(answer)
     assert packed_BT.shape[1] == max(lengths)
-    assert asked == len(packing.labels_N)
+    assert seen == len(packing.labels_N)
 
 
 @torch.no_grad()
@@ -92,12 +92,10 @@ def test_question_embeddings_through_the_bridges_way_give_the_logits_of_the_text
     losses = target.answer_losses(
         target.text_frame, body_BQD, batch["text_mask"], module.collate(problems, False)["answers"]
     )
-    for given, logits_AV, problem in zip(losses, plain, problems, strict=True):
-        own = torch.tensor(labels[: len(given)])
-        labels = labels[len(given) :]
-        assert given == pytest.approx(torch.nn.functional.cross_entropy(logits_AV, own, reduction="none"), abs=1e-4), (
-            problem
-        )
+    for losses_A, logits_AV, problem in zip(losses, plain, problems, strict=True):
+        labels_A, labels = torch.tensor(labels[: len(losses_A)]), labels[len(losses_A) :]
+        expected_A = torch.nn.functional.cross_entropy(logits_AV, labels_A, reduction="none")
+        assert losses_A == pytest.approx(expected_A, abs=1e-4), problem
 
 
 @torch.no_grad()
