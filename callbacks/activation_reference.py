@@ -14,10 +14,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from callbacks.base import connected, replacing
+from callbacks.base import replacing
 from callbacks.hooks import HookedCallback, eager, first_tensor
 from callbacks.moments import Moments
 from datamodules.errors import UserError
+from lightning_modules.core.contracts import connected
 from lightning_modules.core.ensemble import observe
 from lightning_modules.core.reporting import ensemble_size, run_folder
 from lightning_modules.core.sites import match_modules

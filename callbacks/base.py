@@ -1,31 +1,15 @@
-"""What callbacks share: checks of arguments, intervals of optimizer steps, logging, files, and release after a run."""
+"""What callbacks share: checks of arguments, intervals of optimizer steps, files, and release after a run."""
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, cast
 
-import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules.errors import UserError
-
-
-class ConnectedTrainer(Protocol):
-    """Attributes that Lightning sets on every trainer but does not declare on the class."""
-
-    callbacks: list[Callback]
-    datamodule: LightningDataModule | None
-    fast_dev_run: int | bool
-    log_every_n_steps: int
-
-
-def connected(trainer: Trainer) -> ConnectedTrainer:
-    """Return the trainer, for access to the attributes that its class does not declare."""
-    return cast(ConnectedTrainer, trainer)
-
+from lightning_modules.core.contracts import connected
 
 # Checks
 
@@ -52,7 +36,7 @@ def refuse_second(trainer: Trainer, callback: Callback) -> None:
         raise UserError(f"Two {type(callback).__name__} callbacks would log under one name; keep one.")
 
 
-# Steps, logging and files
+# Steps and files
 
 
 class EveryNSteps:
@@ -80,22 +64,6 @@ class EveryNSteps:
         """Make `step` the last step, and return whether it was due."""
         due, self._last = self.due(step), step
         return due
-
-
-def logged_step(trainer: Trainer) -> int:
-    """Return the step at which Lightning logs scalars now: the number of batches that ended in an optimizer step."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Log numbers to every logger, at the step of Lightning's scalars."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=logged_step(trainer))
-
-
-def keep_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Put numbers into `trainer.callback_metrics`, which checkpoints, early stopping and the run's record read."""
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 @contextmanager

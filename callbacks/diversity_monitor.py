@@ -12,12 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from callbacks.base import EveryNSteps, check_positive, keep_scalars, log_scalars, logged_step
+from callbacks.base import EveryNSteps, check_positive
 from callbacks.hooks import HookedCallback, eager, first_tensor
 from callbacks.throughput import off_the_clock
 from datamodules.errors import UserError
 from lightning_modules.core.diversity import between_input_variance, cosine_matrix, effective_rank, mean_pairwise_cosine
-from lightning_modules.core.reporting import add_figure
+from lightning_modules.core.reporting import add_figure, keep_scalars, log_scalars, logged_step
 from lightning_modules.core.sites import match_modules
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from callbacks.base import connected
 from datamodules.errors import UserError
+from lightning_modules.core.contracts import connected
 
 
 def validation_loader(trainer: Trainer, pl_module: LightningModule, user: str) -> Iterable[Any]:

@@ -8,14 +8,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from callbacks.base import EveryNSteps, check_positive, connected, keep_scalars, log_scalars, logged_step
+from callbacks.base import EveryNSteps, check_positive
 from callbacks.held_out import evaluation, validation_loader
 from callbacks.throughput import off_the_clock
 from datamodules.errors import UserError
-from lightning_modules.core.contracts import SupportsSampleDataloader, SupportsSampleEval
+from lightning_modules.core.contracts import SupportsSampleDataloader, SupportsSampleEval, connected
 from lightning_modules.core.diversity import distinct, distinct_n
 from lightning_modules.core.intervals import wilson_interval
-from lightning_modules.core.reporting import add_text, run_folder
+from lightning_modules.core.reporting import add_text, is_dry_run, keep_scalars, log_scalars, logged_step, run_folder
 from lightning_modules.core.samples import EvalSample, gather_objects, text_table, write_jsonl
 
 
@@ -114,7 +114,7 @@ class QuickEval(Callback):
         metrics = {f"quick_eval/{name}": value for name, value in summary(samples).items()}
         log_scalars(trainer, metrics)
         keep_scalars(trainer, metrics)
-        if trainer.is_global_zero and not connected(trainer).fast_dev_run:
+        if trainer.is_global_zero and not is_dry_run(trainer):
             shown = samples[:: max(len(samples) // self.n_shown, 1)][: self.n_shown]
             add_text(trainer, "quick_eval/samples", text_table(shown), logged_step(trainer))
             write_jsonl(folder / "samples" / f"quick_eval-{trainer.global_step}.jsonl", samples)

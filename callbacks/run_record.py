@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.base import connected, replacing
+from callbacks.base import replacing
 from callbacks.hyperparameters import log_end, log_settings, main_settings
 from callbacks.provenance import git_state, hardware, run_seed, versions
 from lightning_modules.core.contracts import HasCounts, HasMembers
-from lightning_modules.core.reporting import ensemble_size
+from lightning_modules.core.reporting import ensemble_size, is_dry_run
 
 
 class RunRecord(Callback):
@@ -103,7 +103,7 @@ class RunRecord(Callback):
             log_end(trainer, success=False)
 
     def _open(self, trainer: Trainer, folder: str | None) -> None:
-        if self.path or connected(trainer).fast_dev_run or not trainer.is_global_zero:
+        if self.path or is_dry_run(trainer) or not trainer.is_global_zero:
             return
         self.path = Path(folder or trainer.default_root_dir, "results.json")
         self.record |= {"seed": run_seed(), "git": git_state(), "versions": versions(), "hardware": hardware(trainer)}

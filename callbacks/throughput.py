@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from callbacks.base import EveryNSteps, check_positive, connected, keep_scalars, log_scalars
-from lightning_modules.core.contracts import SupportsWorkload, Workload
+from callbacks.base import EveryNSteps, check_positive
+from lightning_modules.core.contracts import SupportsWorkload, Workload, connected
+from lightning_modules.core.reporting import keep_scalars, log_scalars
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class HasWidth(Protocol):
 class SupportsCollate(Protocol):
     """A module that makes batches from problems in words."""
 
-    def collate(self, problems: Sequence[Any], training: bool) -> dict[str, Any]:
+    def collate(self, problems: Sequence[Any], training: bool) -> Mapping[str, Any]:
         """Return a batch."""
         ...
 

@@ -7,8 +7,9 @@ Shapes: S ensemble members, B batch, T positions, V vocabulary.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
 
 from lightning_modules.core.samples import EvalSample
@@ -134,3 +135,17 @@ class SupportsSampleDataloader(Protocol):
     def sample_dataloader(self, count: int) -> Iterable[Any]:
         """Return batches of the first `count` validation samples."""
         ...
+
+
+class ConnectedTrainer(Protocol):
+    """Attributes that Lightning sets on every trainer but does not declare on the class."""
+
+    callbacks: list[Callback]
+    datamodule: LightningDataModule | None
+    fast_dev_run: int | bool
+    log_every_n_steps: int
+
+
+def connected(trainer: Trainer) -> ConnectedTrainer:
+    """Return the trainer, for access to the attributes that its class does not declare."""
+    return cast(ConnectedTrainer, trainer)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from datamodules.batch import HasEnsemble
 from datamodules.errors import UserError
-from lightning_modules.core.contracts import HasCounts, HasMembers
+from lightning_modules.core.contracts import HasCounts, HasMembers, connected
 from lightning_modules.core.intervals import wilson_interval
 
 if TYPE_CHECKING:
@@ -46,6 +46,22 @@ def ensemble_size(module: torch.nn.Module) -> int:
     return module.ensemble if isinstance(module, HasEnsemble) else 1
 
 
+def logged_step(trainer: Trainer) -> int:
+    """Return the step at which Lightning logs scalars now: the number of batches that ended in an optimizer step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Log numbers to every logger, at the step of Lightning's scalars."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=logged_step(trainer))
+
+
+def keep_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Put numbers into `trainer.callback_metrics`, which checkpoints, early stopping and the run's record read."""
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+
 def report_members(
     trainer: Trainer, module: LightningModule, measures: Mapping[str, Tensor], shares: Collection[str] = ()
 ) -> None:
@@ -61,11 +77,9 @@ def report_members(
         shares: Names of the measures that are 0 or 1 for each member. Each is one sample of a proportion, which the
             module's `counts`, `hits` and `intervals` record, if it has them.
     """
-    means = {name: values_S.detach().float().nanmean() for name, values_S in measures.items()}
-    trainer.callback_metrics.update({name: value.cpu() for name, value in means.items()})
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step at which Lightning logs its own scalars
-    for logger in trainer.loggers:
-        logger.log_metrics({name: value.item() for name, value in means.items()}, step=step)
+    means = {name: values_S.detach().float().nanmean().item() for name, values_S in measures.items()}
+    log_scalars(trainer, means)
+    keep_scalars(trainer, means)
     if isinstance(module, HasMembers):
         module.members.update({name: values_S.detach().float().cpu() for name, values_S in measures.items()})
     if isinstance(module, HasCounts):
@@ -92,7 +106,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 def is_dry_run(trainer: Trainer) -> bool:
     """Return whether the trainer only tries a few batches (`fast_dev_run`) and must leave no files."""
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning, not declared
+    return bool(connected(trainer).fast_dev_run)
 
 
 def add_figure(trainer: Trainer, name: str, figure: "Figure", step: int | None = None) -> None:

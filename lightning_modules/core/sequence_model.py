@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datamodules.batch import IGNORE, TokenBatch
 from datamodules.errors import UserError
 from lightning_modules.core.checkpoints import load_network, write_members
-from lightning_modules.core.contracts import HasBounds, HasVocabulary, SupportsTokenText, Workload
+from lightning_modules.core.contracts import HasBounds, HasVocabulary, SupportsTokenText, Workload, connected
 from lightning_modules.core.decoder import count_weights
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.losses import member_losses
@@ -221,7 +221,7 @@ class SequenceModel(EnsembleModule, ABC):
 
     @property
     def _data(self) -> object:
-        return cast(object, self.trainer.datamodule)  # type: ignore[attr-defined]  # set by Lightning, not declared
+        return connected(self.trainer).datamodule
 
     def _token_text(self, token: int) -> str:
         return self._data.token_text(token) if isinstance(self._data, SupportsTokenText) else str(token)

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import LightningDataModule, Trainer, seed_everything
 
 from datamodules import WordProblems
 from datamodules.batch import IGNORE
 from datamodules.problems import generate, generate_passkey
-from lightning_modules.core.schedule import with_schedule
 from lightning_modules.pretrained.generation import generate as generate_tokens
 from lightning_modules.pretrained.generation import left_pad
 from lightning_modules.pretrained.loading import Pretrained
@@ -224,23 +223,3 @@ def test_prompts_and_padding():
     tokens_BT, mask_BT = pad([[1, 2, 3], [4]], 9)
     assert tokens_BT.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert mask_BT.tolist() == [[True] * 3, [True, False, False]]
-
-
-def test_the_schedule_rises_then_falls_to_zero():
-    module = LightningModule()
-    module.layer = torch.nn.Linear(1, 1)
-    module.layer.bias.requires_grad_(False)
-    module.trainer = SimpleNamespace(max_steps=20)
-    made = with_schedule(module, partial(torch.optim.SGD, lr=1.0), warmup_steps=4)
-    rates = []
-    for _ in range(20):
-        rates.append(made["lr_scheduler"]["scheduler"].get_last_lr()[0])
-        made["optimizer"].step()
-        made["lr_scheduler"]["scheduler"].step()
-    assert rates[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert made["lr_scheduler"]["scheduler"].get_last_lr()[0] == pytest.approx(0.0, abs=1e-9)
-    assert [p.requires_grad for g in made["optimizer"].param_groups for p in g["params"]] == [True]
-    module.trainer = SimpleNamespace(max_steps=-1)
-    with pytest.raises(ValueError, match=r"trainer.max_steps must be set"):
-        with_schedule(module, torch.optim.SGD, 4)
