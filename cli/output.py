@@ -18,7 +18,7 @@ USELESS_WARNINGS = (
     ".*in eval mode at the start",  # frozen models are in eval mode on purpose
     ".*does not have many workers",  # `data_wait` in a run's results tells whether loading is slow
 )
-REDUCED = "It is recommended to use .self.log"  # warns about values that each rank logs; ours are reduced before
+REDUCED = "It is recommended to use .self.log"  # of values that are reduced already
 
 
 def silence() -> None:

@@ -6,9 +6,7 @@ from pickle import UnpicklingError
 
 from datamodules.errors import UserError
 
-FROM_WORKER = re.compile(
-    r"^[\w.]*UserError: ", re.MULTILINE
-)  # in the stack trace that a worker sends
+FROM_WORKER = re.compile(r"^[\w.]*UserError: ", re.MULTILINE)  # in the stack trace that a worker sends
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 SIZE = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ [KMGT]iB)", re.IGNORECASE)
 

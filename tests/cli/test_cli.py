@@ -229,7 +229,7 @@ def test_a_run_has_its_folder_and_tests_after_fit(run):
     assert "test" not in again.record.record["seconds"]
 
 
-def test_a_given_folder_is_used_and_never_shared(run, refused):
+def test_the_users_folder_is_used_and_never_shared(run, refused):
     assert run("fit", "--trainer.default_root_dir", "mine").run_dir is None
     assert Path("mine/results.json").exists()
     assert Path("mine/checkpoints/last.ckpt").exists()

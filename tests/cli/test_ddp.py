@@ -50,10 +50,10 @@ def run(folder: Path, line: list[str], processes: int) -> None:
     if processes == 1:
         with contextlib.chdir(folder):
             return main.main(line)
-    ours = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
+    local = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
     others = {name: value for name, value in os.environ.items() if not name.startswith(("CROSSTALK", "PL_"))}
     program = [sys.executable, str(ROOT / "main.py"), *line]
-    done = subprocess.run(program, cwd=folder, env=others | ours, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program, cwd=folder, env=others | local, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -86,12 +86,12 @@ def test_the_loss_of_the_answers_is_the_same_on_two_processes(launch, two):
 def test_a_checkpoint_has_the_same_measures_on_two_processes(launch, two):
     one = launch("test", "tested", 1, *TEST, "--ckpt_path", two / "checkpoints" / "last.ckpt")
     records = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
-    expected, given = ({k: v for k, v in r["metrics"].items() if k.split("/")[0] in ("test", "twin")} for r in records)
-    assert set(given) == set(expected)
+    expected, found = ({k: v for k, v in r["metrics"].items() if k.split("/")[0] in ("test", "twin")} for r in records)
+    assert set(found) == set(expected)
     for name, value in expected.items():
         measure = name.partition("/")[2]
         if not measure.startswith(BY_PARTNER) and not measure.endswith("_ms"):
-            assert given[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     for name, value in records[0]["n"].items():
         assert records[1]["n"][name] == value
     for name in ("test", "twin"):
@@ -108,10 +108,10 @@ def test_members_have_the_same_measures_on_two_processes(folder):
     sizes |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
     members = []
     for processes in (1, 2):
-        own = {"data.batch_size": BATCH // processes, "data.eval_batch_size": 8 // processes}
-        own |= {"trainer.devices": processes, "trainer.default_root_dir": f"members_{processes}"}
-        own |= {"trainer.strategy": "ddp"} if processes > 1 else {}
-        options = [text for key, value in (sizes | own).items() for text in (f"--{key}", str(value))]
+        shares = {"data.batch_size": BATCH // processes, "data.eval_batch_size": 8 // processes}
+        shares |= {"trainer.devices": processes, "trainer.default_root_dir": f"members_{processes}"}
+        shares |= {"trainer.strategy": "ddp"} if processes > 1 else {}
+        options = [text for key, value in (sizes | shares).items() for text in (f"--{key}", str(value))]
         run(folder, ["fit", "--config", "configs/separability_interleaved.yaml", *options], processes)
         members.append(json.loads((folder / f"members_{processes}" / "results.json").read_text())["members"])
     alone, shared = members

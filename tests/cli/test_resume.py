@@ -55,13 +55,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, options):
     (middle,) = Path("whole/checkpoints").glob(f"*step={MIDDLE}.ckpt")
     resumed = train("resumed", *options, "--ckpt_path", middle)
     assert resumed.trainer.global_step == STEPS
-    expected, given = series("whole"), series("resumed")
+    expected, found = series("whole"), series("resumed")
     assert {"train/loss", "train/lm", "lr-AdamW", "validation/loss"} <= set(expected)
     assert len(expected["train/loss"]) == STEPS
     for name in ("train/loss", "train/lm", "lr-AdamW", "validation/loss"):
         later = {step: value for step, value in expected[name].items() if step >= MIDDLE}
         assert later, name
-        assert given[name] == later, name
+        assert found[name] == later, name
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
@@ -71,15 +71,15 @@ def test_a_checkpoint_holds_the_bridge_and_no_more(train, options):
     done = train("mine", "--trainer.max_steps", 2, *options)
     file = Path("mine/checkpoints/last.ckpt")
     held = torch.load(file, weights_only=True)
-    own = {name for name, value in done.model.named_parameters() if value.requires_grad}
-    own |= {"normalizer.mean_C", "normalizer.std_C"} if "statistical" in options else set()
-    assert set(held["state_dict"]) == own
-    assert {name.partition(".")[0] for name in own} <= {"bridge", "soft_tokens", "normalizer"}
+    trained = {name for name, value in done.model.named_parameters() if value.requires_grad}
+    trained |= {"normalizer.mean_C", "normalizer.std_C"} if "statistical" in options else set()
+    assert set(held["state_dict"]) == trained
+    assert {name.partition(".")[0] for name in trained} <= {"bridge", "soft_tokens", "normalizer"}
     copies = 3 if not options or EMA not in options else 4  # weights, two moments, and the average
     if EMA in options:
-        assert set(held["current_model_state"]) == own
+        assert set(held["current_model_state"]) == trained
         assert not any("source" in key or "target" in key for key in held["averaging_state"])
-    size = sum(4 * done.model.state_dict()[name].numel() for name in own)
+    size = sum(4 * done.model.state_dict()[name].numel() for name in trained)
     assert size * copies < file.stat().st_size < size * copies + 100_000
 
 
@@ -108,8 +108,8 @@ def test_a_checkpoint_of_another_bridge_is_refused_in_words(train, run, capsys, 
     config = ["--ckpt_path", "mine/checkpoints/last.ckpt", "--model.bridge.hidden", 64]
     with pytest.raises(SystemExit) as ended:
         run(command, "telepathy_v16", *(options if options is PERCEIVER else [*config, *options]), *config[:2])
-    told = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said in told[told.index("error: ") :]
-    assert "Traceback" not in told
+    assert said in errors[errors.index("error: ") :]
+    assert "Traceback" not in errors
     assert not Path("runs").exists() or not list(Path("runs").rglob("*.*"))

@@ -56,9 +56,9 @@ FIELDS = {
 @pytest.mark.parametrize("case", FIELDS)
 def test_a_wrong_field_or_class_names_the_near_miss(refused, case):
     args, said, near = FIELDS[case]
-    told = refused(*args)
-    assert said in told
-    assert f"did you mean {near}" in told or not near
+    sentence = refused(*args)
+    assert said in sentence
+    assert f"did you mean {near}" in sentence or not near
 
 
 VALUES = {
@@ -86,8 +86,8 @@ def test_a_value_that_cannot_be_is_refused_in_words(refused, case):
 
 
 def test_a_bridge_of_no_soft_tokens_a_source_token(refused):
-    told = refused("--model.bridge.tokens_per_source", "0", config="telepathy_v16")
-    assert told == "model.bridge needs at least 1 soft token per source token, not 0"
+    sentence = refused("--model.bridge.tokens_per_source", "0", config="telepathy_v16")
+    assert sentence == "model.bridge needs at least 1 soft token per source token, not 0"
 
 
 @pytest.mark.parametrize("which", ["source", "target"])
@@ -105,7 +105,7 @@ def test_data_files_without_a_problem(refused):
     assert "'one.jsonl' (data.path) holds too few problems" in refused(*jsonl(write("one.jsonl", good(1))))
 
 
-def test_a_broken_line_is_skipped_and_told_by_its_number(run):
+def test_a_broken_line_is_skipped_and_named_by_its_number(run):
     lines = good(40)
     lines.insert(6, '{"question": "cut o')
     options = ["--trainer.max_steps", 2, "--trainer.limit_val_batches", 0, "--test_after_fit", "false"]
