@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,7 @@ class Layer:
             torch.cuda.synchronize()
 
 
-def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+def keep(module: nn.Module, args: object, output: Tensor) -> None:
     """Do nothing, as a forward hook: that there is a hook makes the attention compute its weights."""
 
 

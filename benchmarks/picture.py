@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib import rcParams
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]  # no types
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PANELS = {
     "train/lm": "cross-entropy of the answer, training",

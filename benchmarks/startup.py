@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -35,7 +34,7 @@ class AnnounceFirstStep(Callback):
     """Prints a line after the first optimizer step; the fit that is timed has it in its config."""
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Print the line."""
         if trainer.global_step == 1:

@@ -1,7 +1,7 @@
 """Clamps on an activation: its norm, or its spread about the class means, set to the value of a control run."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -145,8 +145,10 @@ class ActivationClamp(StagedCallback):
         for index, module in enumerate(modules.values()):
             self._handles.append(module.register_forward_hook(self._hook(trainer, pl_module, index)))
 
-    def _hook(self, trainer: Trainer, pl_module: LightningModule, index: int) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def _hook(
+        self, trainer: Trainer, pl_module: LightningModule, index: int
+    ) -> Callable[[nn.Module, object, object], object]:
+        def hook(module: nn.Module, args: object, output: object) -> object:
             if self.mode == "identity" or not self._acts(trainer):
                 return output
             if self.mode == "mean_preserving" and pl_module.training is not self._training_in_step:
@@ -200,7 +202,7 @@ class ActivationClamp(StagedCallback):
         return labels
 
     def on_stage_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Note the step, the labels, and the mode of the module."""
         super().on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)

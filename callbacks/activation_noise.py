@@ -1,7 +1,6 @@
 """Noise added to an activation, to measure how much noise the answers survive."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -77,11 +76,11 @@ class ActivationNoise(StagedCallback):
         for index, module in enumerate(match_modules(pl_module, self.site).values()):
             self._handles.append(module.register_forward_hook(self._hook(trainer, index)))
 
-    def _hook(self, trainer: Trainer, index: int) -> Callable[[nn.Module, Any, Any], Any]:
+    def _hook(self, trainer: Trainer, index: int) -> Callable[[nn.Module, object, object], object]:
         def noisy(x: Tensor) -> Tensor:
             return add_noise(x, self.strength, self.relative, self._generator(x, index))
 
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def hook(module: nn.Module, args: object, output: object) -> object:
             acts = self.strength > 0 and self._acts(trainer)
             return replace_first(output, self.site, noisy) if acts else output
 

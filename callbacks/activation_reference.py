@@ -7,7 +7,6 @@ of label -100 has none.
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,7 +23,7 @@ from lightning_modules.core.reporting import ensemble_size, run_folder
 from lightning_modules.core.sites import match_modules
 
 
-def labels_of(batch: Any, key: str) -> Tensor | None:
+def labels_of(batch: object, key: str) -> Tensor | None:
     """Return the labels of the batch, or None if it has none under that key."""
     return batch.get(key) if isinstance(batch, Mapping) else None
 
@@ -113,8 +112,8 @@ class ActivationReference(HookedCallback):
             raise UserError("Two ActivationReference callbacks write one file; give each its own `path`.")
         match_modules(pl_module, self.site)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             if self._in_step:
                 observe(first_tensor(output, self.site).detach(), add)
 
@@ -131,7 +130,7 @@ class ActivationReference(HookedCallback):
         # The hooks stay for this pass only, so that training steps run, and compile, as without the callback.
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
 
-    def _begin_step(self, trainer: Trainer, batch: Any) -> None:
+    def _begin_step(self, trainer: Trainer, batch: object) -> None:
         self._labels = labels_of(batch, self.labels)
         self._in_step = not trainer.sanity_checking
 
@@ -174,13 +173,13 @@ class ActivationReference(HookedCallback):
         self._begin_pass(pl_module)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the labels of the batch."""
         self._begin_step(trainer, batch)
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the labels of the batch."""
         self._begin_step(trainer, batch)
@@ -190,7 +189,7 @@ class ActivationReference(HookedCallback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -202,7 +201,7 @@ class ActivationReference(HookedCallback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

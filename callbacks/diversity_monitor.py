@@ -4,7 +4,7 @@ Shapes: B inputs, K positions, D width, F features.
 """
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -100,7 +100,7 @@ class DiversityMonitor(HookedCallback):
             raise UserError(f"DiversityMonitor watches one module, but {self.site!r} matches {names}.")
         (module,) = modules.values()
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             # Generation inside a step switches to eval mode.
             if self._armed and pl_module.training is self._training_in_step:
                 self._captured = _values_and_mask(output, self.site)
@@ -112,14 +112,14 @@ class DiversityMonitor(HookedCallback):
         """Count from the step at which the fit starts or resumes."""
         self._reset(trainer.global_step)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Decide whether to keep the outputs of this step."""
         self._step_before = trainer.global_step
         self._armed = self._checks.due(self._step_before + 1)
         self._training_in_step = pl_module.training
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Measure the outputs, if the optimizer has made its step."""
         armed, self._armed = self._armed, False
@@ -208,7 +208,7 @@ def figure(matrix: Tensor) -> "Figure":
     return drawing
 
 
-def _values_and_mask(output: Any, site: str) -> tuple[Tensor, Tensor | None]:
+def _values_and_mask(output: object, site: str) -> tuple[Tensor, Tensor | None]:
     x = first_tensor(output, site).detach()
     second = output[1] if isinstance(output, tuple) and len(output) > 1 else None
     is_mask = isinstance(second, Tensor) and second.dtype == torch.bool and second.shape == x.shape[:-1]

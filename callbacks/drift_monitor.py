@@ -122,7 +122,7 @@ class DriftMonitor(Callback):
         self._state["before"] = {name: value.to(device) for name, value in self._state["before"].items()}
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Measure and report at the end of an interval."""
         # The interval counts from the last check, which a checkpoint restores, so that tau is the same in every check.

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +14,7 @@ from datamodules.errors import UserError
 from lightning_modules.core.contracts import connected
 
 
-def validation_loader(trainer: Trainer, pl_module: LightningModule, user: str) -> Iterable[Any]:
+def validation_loader(trainer: Trainer, pl_module: LightningModule, user: str) -> Iterable[object]:
     """Return the first validation loader of the datamodule, of the module, or of the trainer.
 
     Args:
@@ -28,7 +27,7 @@ def validation_loader(trainer: Trainer, pl_module: LightningModule, user: str) -
     """
     owner = connected(trainer).datamodule or pl_module
     loaders = owner.val_dataloader() if is_overridden("val_dataloader", owner) else trainer.val_dataloaders
-    flat: list[Iterable[Any]] = [] if loaders is None else CombinedLoader(loaders, "sequential").flattened
+    flat: list[Iterable[object]] = [] if loaders is None else CombinedLoader(loaders, "sequential").flattened
     if not flat:
         raise UserError(f"{user} found no held-out data: data has no validation loader.")
     return flat[0]

@@ -1,7 +1,7 @@
 """Forward hooks of callbacks: they come off when a run ends, act in some stages, and change the output of a module."""
 
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Literal, ParamSpec, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -34,7 +34,7 @@ def eager(hook: Callable[P, R]) -> Callable[P, R]:
     return cast(Callable[P, R], torch.compiler.disable(hook))  # type: ignore[no-untyped-call]  # torch has no types
 
 
-def first_tensor(output: Any, site: str) -> Tensor:
+def first_tensor(output: object, site: str) -> Tensor:
     """Return the output of a module, or the first element if the module returned a tuple.
 
     Raises:
@@ -46,11 +46,11 @@ def first_tensor(output: Any, site: str) -> Tensor:
     return x
 
 
-def replace_first(output: Any, site: str, change: Callable[[Tensor], Tensor]) -> Any:
+def replace_first(output: object, site: str, change: Callable[[Tensor], Tensor]) -> object:
     """Return the output of a module with its first tensor x replaced by `change(x)`, computed in at least fp32."""
     x = first_tensor(output, site)
     changed = change(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-    return changed if isinstance(output, Tensor) else (changed, *output[1:])
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
 class HookedCallback(ReleasingCallback):
@@ -100,7 +100,7 @@ class StagedCallback(HookedCallback):
         return seeded_generator(self.seed, index, *self._step, device=x.device)
 
     def on_stage_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Note the step; called at the start of every batch of every stage."""
         self._step = (trainer.global_rank, trainer.global_step, batch_idx, dataloader_idx)
@@ -108,30 +108,30 @@ class StagedCallback(HookedCallback):
     def on_stage_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing; called at the end of every batch of every stage."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Call `on_stage_batch_start`."""
         self.on_stage_batch_start(trainer, pl_module, batch, batch_idx, 0)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Call `on_stage_batch_start`."""
         self.on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Call `on_stage_batch_start`."""
         self.on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Call `on_stage_batch_start`."""
         self.on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Call `on_stage_batch_end`."""
         self.on_stage_batch_end(trainer, pl_module)
@@ -141,7 +141,7 @@ class StagedCallback(HookedCallback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -153,7 +153,7 @@ class StagedCallback(HookedCallback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -164,8 +164,8 @@ class StagedCallback(HookedCallback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

@@ -26,7 +26,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(save_last=True)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Save after the last step. At the end of fit it would be too late: the loops are in the next epoch then."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -58,7 +58,7 @@ class QuickEval(Callback):
         self.n_samples = n_samples
         self.n_shown = n_shown
         self._evaluations = EveryNSteps(every_n_steps)
-        self._batches: list[Any] | None = None  # collated once, on the CPU
+        self._batches: list[object] | None = None  # collated once, on the CPU
         self._limit: int | None = None  # samples of this rank, None for all
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -72,7 +72,7 @@ class QuickEval(Callback):
         self._batches = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Evaluate at the end of an interval."""
         if self._evaluations.advance(trainer.global_step):
@@ -100,7 +100,7 @@ class QuickEval(Callback):
         self._batches = batches
         return samples[: self._limit]
 
-    def _loader(self, trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:
+    def _loader(self, trainer: Trainer, pl_module: LightningModule) -> Iterable[object]:
         """Return the held-out batches of this rank, and set how many samples to take from them."""
         owner = connected(trainer).datamodule or pl_module
         if isinstance(owner, SupportsSampleDataloader):
@@ -132,7 +132,7 @@ def summary(samples: Sequence[EvalSample]) -> dict[str, float]:
     return metrics | {"distinct": distinct(outputs), "distinct_2": distinct_n(outputs, 2)}
 
 
-def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+def _to_device(trainer: Trainer, pl_module: LightningModule, batch: object) -> Any:
     # The transfer of Lightning's evaluation loop, with the hooks of the module and the datamodule.
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch)

@@ -5,7 +5,7 @@ Shapes: S ensemble members (1 for an ordinary module), B probe sequences, H head
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -114,7 +114,7 @@ class RoutingMonitor(Callback):
             self._check(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Compare at the end of an interval."""
         if self._checks.advance(trainer.global_step):

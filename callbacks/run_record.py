@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from callbacks.base import replacing
 from callbacks.hyperparameters import log_end, log_settings, main_settings
@@ -152,6 +153,6 @@ def _by_member(module: LightningModule) -> dict[str, list[float | None]]:
     return {name: [_finite(value) for value in values_S.tolist()] for name, values_S in module.members.items()}
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: float | Tensor) -> float | None:
     number = float(f"{float(value):.6g}")  # fp32 holds no more digits
     return number if math.isfinite(number) else None

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
@@ -111,14 +110,14 @@ class Throughput(Callback):
         self._reset()
         self._intervals = EveryNSteps(self.every_n_steps or connected(trainer).log_every_n_steps)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Add the time since the last batch to the wait."""
         waited = time.perf_counter() - self._batch_ended - self._paused_since_batch
         for tally in self._tallies():
             tally.waited += waited
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Count the batch, and log at the end of an interval."""
         interval_ends = self._intervals.advance(trainer.global_step)
@@ -194,7 +193,7 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _workload(pl_module: LightningModule, batch: Any) -> Workload:
+def _workload(pl_module: LightningModule, batch: object) -> Workload:
     if isinstance(pl_module, SupportsWorkload):
         return pl_module.workload(batch)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]

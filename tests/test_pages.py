@@ -16,7 +16,8 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = re.compile(r"^python main\.py ((?:fit|validate|test|predict) .*)$", re.MULTILINE)
-FILE = re.compile(r"(?<![\w/.])(?:configs|studies|benchmarks|assets|tests|lightning_modules|datamodules|callbacks|cli)/[\w/]+\.(?:yaml|py|json|svg|md)")
+FOLDERS = "configs|studies|benchmarks|assets|tests|lightning_modules|datamodules|callbacks|cli"
+FILE = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w/]+\.(?:yaml|py|json|svg|md)")
 
 
 def anchors(text: str) -> set[str]:

@@ -28,18 +28,18 @@ class Frozen(nn.Module):
         """Stay in eval mode."""
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Frozen":
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Call the model."""
         return self.model(*args, **kwargs)
 
 
-def _drop_model(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+def _drop_model(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, object]) -> None:
     for name in [name for name in state_dict if name.startswith(prefix)]:
         del state_dict[name]
 
 
-def _add_model(module: Frozen, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _add_model(module: Frozen, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     state_dict |= {f"{prefix}model.{name}": value for name, value in module.model.state_dict().items()}
