@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.activation_reference import fitting_labels, labels_of, read_reference
-from callbacks.hooks import StagedCallback, Stages, eager, replace_first
+from callbacks.hooks import InterveningCallback, Stages, eager, replace_first
 from datamodules.batch import IGNORE
 from datamodules.errors import UserError
 from lightning_modules.core.ensemble import member_call
@@ -57,7 +57,7 @@ def clamp_spread(x: Tensor, classes: Tensor, spread: float | Tensor) -> Tensor:
     return (x_ND + (scale - 1) * deviation_ND).view_as(x)
 
 
-class ActivationClamp(StagedCallback):
+class ActivationClamp(InterveningCallback):
     """Replaces the output x of every module that matches `site`, differentiably and in at least fp32.
 
     - `naive`: x r*/|x|, so that the norm at every position is the reference's mean radius r*.
@@ -202,7 +202,7 @@ class ActivationClamp(StagedCallback):
         return labels
 
     def on_stage_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Note the step, the labels, and the mode of the module."""
         super().on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)

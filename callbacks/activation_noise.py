@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks.hooks import StagedCallback, Stages, eager, replace_first
+from callbacks.hooks import InterveningCallback, Stages, eager, replace_first
 from datamodules.errors import UserError
 from lightning_modules.core.sites import match_modules
 
@@ -29,7 +29,7 @@ def add_noise(x: Tensor, strength: float, relative: bool, generator: torch.Gener
     return noisy
 
 
-class ActivationNoise(StagedCallback):
+class ActivationNoise(InterveningCallback):
     """Adds Gaussian noise to the output x of every module that matches `site`, in at least fp32.
 
     The output becomes x + sigma u / sqrt(D), with u standard normal in each of D elements, so the length of the noise

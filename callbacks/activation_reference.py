@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from callbacks.base import replacing
-from callbacks.hooks import HookedCallback, eager, first_tensor
+from callbacks.hooks import StageCallback, eager, first_tensor
 from callbacks.moments import Moments
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import connected
@@ -62,7 +61,7 @@ def read_reference(path: str, keys: list[str], members: int = 1) -> list[Tensor]
     return [statistics[key] for key in keys]
 
 
-class ActivationReference(HookedCallback):
+class ActivationReference(StageCallback):
     """Records statistics of an activation over each validation and test, for `ActivationClamp` in another run.
 
     The file has for every module that matches, under `<module name>.`:
@@ -130,11 +129,15 @@ class ActivationReference(HookedCallback):
         # The hooks stay for this pass only, so that training steps run, and compile, as without the callback.
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
 
-    def _begin_step(self, trainer: Trainer, batch: object) -> None:
+    def on_stage_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the labels of the batch."""
         self._labels = labels_of(batch, self.labels)
         self._in_step = not trainer.sanity_checking
 
-    def _end_step(self) -> None:
+    def on_stage_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the labels of the batch."""
         self._labels = None
         self._in_step = False
 
@@ -171,42 +174,6 @@ class ActivationReference(HookedCallback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add hooks, and begin with empty sums."""
         self._begin_pass(pl_module)
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the labels of the batch."""
-        self._begin_step(trainer, batch)
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the labels of the batch."""
-        self._begin_step(trainer, batch)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Forget the labels of the batch."""
-        self._end_step()
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Forget the labels of the batch."""
-        self._end_step()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks, and write the file."""

@@ -1,12 +1,11 @@
 """Forward hooks of callbacks: they come off when a run ends, act in some stages, and change the output of a module."""
 
 from collections.abc import Callable
-from typing import Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -65,7 +64,53 @@ class HookedCallback(ReleasingCallback):
         self._handles = []
 
 
-class StagedCallback(HookedCallback):
+class StageCallback(HookedCallback):
+    """A callback that does the same at the start and at the end of the batches of every stage."""
+
+    def on_stage_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Do nothing; called at the start of every batch of every stage."""
+
+    def on_stage_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing; called at the end of every batch of every stage."""
+
+    # Lightning calls its hooks with positional arguments.
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **_: Any) -> None:
+        """Call `on_stage_batch_start`."""
+        self.on_stage_batch_start(trainer, pl_module, *batch)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **_: Any) -> None:
+        """Call `on_stage_batch_start`."""
+        self.on_stage_batch_start(trainer, pl_module, *batch)
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **_: Any) -> None:
+        """Call `on_stage_batch_start`."""
+        self.on_stage_batch_start(trainer, pl_module, *batch)
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **_: Any) -> None:
+        """Call `on_stage_batch_start`."""
+        self.on_stage_batch_start(trainer, pl_module, *batch)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Call `on_stage_batch_end`."""
+        self.on_stage_batch_end(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Call `on_stage_batch_end`."""
+        self.on_stage_batch_end(trainer, pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Call `on_stage_batch_end`."""
+        self.on_stage_batch_end(trainer, pl_module)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Call `on_stage_batch_end`."""
+        self.on_stage_batch_end(trainer, pl_module)
+
+
+class InterveningCallback(StageCallback):
     """A callback whose hooks act in some stages, with random numbers that depend on the step.
 
     Args:
@@ -100,74 +145,7 @@ class StagedCallback(HookedCallback):
         return seeded_generator(self.seed, index, *self._step, device=x.device)
 
     def on_stage_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Note the step; called at the start of every batch of every stage."""
+        """Note the step."""
         self._step = (trainer.global_rank, trainer.global_step, batch_idx, dataloader_idx)
-
-    def on_stage_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing; called at the end of every batch of every stage."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Call `on_stage_batch_start`."""
-        self.on_stage_batch_start(trainer, pl_module, batch, batch_idx, 0)
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Call `on_stage_batch_start`."""
-        self.on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Call `on_stage_batch_start`."""
-        self.on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Call `on_stage_batch_start`."""
-        self.on_stage_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
-    ) -> None:
-        """Call `on_stage_batch_end`."""
-        self.on_stage_batch_end(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Call `on_stage_batch_end`."""
-        self.on_stage_batch_end(trainer, pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Call `on_stage_batch_end`."""
-        self.on_stage_batch_end(trainer, pl_module)
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Call `on_stage_batch_end`."""
-        self.on_stage_batch_end(trainer, pl_module)
