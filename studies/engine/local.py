@@ -8,11 +8,11 @@ import os
 import pickle
 import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from subprocess import PIPE, Popen
 from types import TracebackType
 from typing import IO
 
@@ -36,9 +36,9 @@ class LocalJob:
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the job)
         # A checkout that is not installed: the interpreter imports the packages from it
         path = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.process = subprocess.Popen(
+        self.process = Popen(
             [sys.executable, "-c", WAIT],
-            stdin=subprocess.PIPE,
+            stdin=PIPE,
             stdout=self._output,
             stderr=self._output,
             env={**os.environ, "PYTHONPATH": path, **environment},

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forked import ForkedStudy
+from light_attempt import LightAttempt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_study import FOLDER, TINY, in_this_interpreter, reports, write_study
 
 import main as cli
+from studies.engine import execution
 
 # Long enough that a kill after the first checkpoint comes before the end of the run
 LONGER = TINY | {"data.batch_size": 64, "data.seq_len": 128, "model.seq_len": 128, "model.width": 64}
@@ -30,13 +33,29 @@ def whole(tmp_path_factory):
         return reports()
 
 
-@pytest.mark.parametrize(
-    ("signal_", "whole_group"),
-    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, True)],
-    ids=["the study killed", "killed with its runs", "Ctrl-C"],
-)
-def test_interrupted_and_called_again_it_ends_with_the_same_report(workplace, whole, signal_, whole_group):
-    line = write_study(set=LONGER)
+def interrupt(process, signal_, whole_group):
+    """Send a signal once there is a checkpoint; check how the study ends."""
+    deadline = time.monotonic() + 120
+    while not list(Path("runs").rglob("last.ckpt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    if whole_group:
+        os.killpg(process.pid, signal_)  # interrupts the current run; else it continues without the study
+    else:
+        os.kill(process.pid, signal_)
+    while (code := process.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    shown = Path("output.txt").read_text()
+    if signal_ == signal.SIGINT:
+        assert code == 130
+        assert shown.endswith("interrupted: call it again to continue\n")
+    assert "Traceback" not in shown
+
+
+def test_ctrl_c_in_the_processes_that_a_user_starts(workplace):
+    line = write_study(set=LONGER, arms={"control": {}}, claims={})
     with open("output.txt", "w") as output:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "main.py"), *line],
@@ -47,20 +66,21 @@ def test_interrupted_and_called_again_it_ends_with_the_same_report(workplace, wh
             # Tests that a shell runs in the background ignore Ctrl-C, and so would the processes that they start
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-    deadline = time.monotonic() + 120
-    while not list(Path("runs").rglob("last.ckpt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    if whole_group:
-        os.killpg(process.pid, signal_)  # interrupts the current run; else it continues without the study
-    else:
-        process.send_signal(signal_)
-    code, shown = process.wait(timeout=60), Path("output.txt").read_text()
-    if signal_ == signal.SIGINT:
-        assert code == 130
-        assert shown.endswith("interrupted: call it again to continue\n")
-    assert "Traceback" not in shown
+    interrupt(process, signal.SIGINT, whole_group=True)
+    (record,) = FOLDER.rglob("results.json")
+    assert json.loads(record.read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("signal_", "whole_group"),
+    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, True)],
+    ids=["the study killed", "killed with its runs", "Ctrl-C"],
+)
+def test_interrupted_and_called_again_it_ends_with_the_same_report(workplace, whole, signal_, whole_group):
+    line = write_study(set=LONGER)
+    with open("output.txt", "w") as output:
+        process = ForkedStudy(line, output)
+    interrupt(process, signal_, whole_group)
     with in_this_interpreter():
         cli.main(line)
     assert reports() == whole
@@ -119,7 +139,8 @@ def test_on_slurm_each_wave_is_an_array(workplace, tmp_path, monkeypatch):
         (stand_ins / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{stand_ins}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # which the study changes
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(execution, "Attempt", LightAttempt)
     options = ["--executor=slurm", "--partition=gpu", "--gpus=0", "--cpus=2", "--hours=1.5", "--memory=4GB", "--jobs=1"]
     cli.main([*write_study(seeds=2), *options, "--setup=[export PREPARED=yes]"])
     calls = [json.loads(line) for line in (stand_ins / "calls.jsonl").read_text().splitlines()]
@@ -134,3 +155,5 @@ def test_on_slurm_each_wave_is_an_array(workplace, tmp_path, monkeypatch):
     data = json.loads(reports()[0])
     assert (data["runs"], data["finished"]) == (4, 4)
     assert len(data["arms"]["silenced"]["values"]["test/accuracy"]) == 2
+    real = next((FOLDER / "runs/control").glob("0-*/results.json"))
+    assert json.loads(real.read_text())["steps"] == TINY["trainer.max_steps"]
