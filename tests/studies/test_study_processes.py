@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from forked import ForkedStudy
 from light_attempt import LightAttempt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_study import FOLDER, TINY, in_this_interpreter, reports, write_study
@@ -33,31 +32,10 @@ def whole(tmp_path_factory):
         return reports()
 
 
-def interrupt(process, signal_, whole_group):
-    """Send a signal once there is a checkpoint; check how the study ends."""
-    deadline = time.monotonic() + 120
-    while not list(Path("runs").rglob("last.ckpt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    if whole_group:
-        os.killpg(process.pid, signal_)  # interrupts the current run; else it continues without the study
-    else:
-        os.kill(process.pid, signal_)
-    while (code := process.poll()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    shown = Path("output.txt").read_text()
-    if signal_ == signal.SIGINT:
-        assert code == 130
-        assert shown.endswith("interrupted: call it again to continue\n")
-    assert "Traceback" not in shown
-
-
-def test_ctrl_c_in_the_processes_that_a_user_starts(workplace):
-    line = write_study(set=LONGER, arms={"control": {}}, claims={})
+def start(line):
+    """Start a study as a user does, in a process group of its own."""
     with open("output.txt", "w") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, str(ROOT / "main.py"), *line],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=output,
@@ -66,9 +44,25 @@ def test_ctrl_c_in_the_processes_that_a_user_starts(workplace):
             # Tests that a shell runs in the background ignore Ctrl-C, and so would the processes that they start
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-    interrupt(process, signal.SIGINT, whole_group=True)
-    (record,) = FOLDER.rglob("results.json")
-    assert json.loads(record.read_text())["status"] == "interrupted"
+
+
+def interrupt(process, signal_, whole_group):
+    """Send a signal once there is a checkpoint; check how the study ends."""
+    deadline = time.monotonic() + 120
+    while not list(Path("runs").rglob("last.ckpt")):
+        assert time.monotonic() < deadline, Path("output.txt").read_text()
+        assert process.poll() is None, Path("output.txt").read_text()
+        time.sleep(0.02)
+    if whole_group:
+        os.killpg(process.pid, signal_)  # interrupts the current run; else it continues without the study
+    else:
+        os.kill(process.pid, signal_)
+    code = process.wait(60)
+    shown = Path("output.txt").read_text()
+    if signal_ == signal.SIGINT:
+        assert code == 130
+        assert shown.endswith("interrupted: call it again to continue\n")
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize(
@@ -78,9 +72,10 @@ def test_ctrl_c_in_the_processes_that_a_user_starts(workplace):
 )
 def test_interrupted_and_called_again_it_ends_with_the_same_report(workplace, whole, signal_, whole_group):
     line = write_study(set=LONGER)
-    with open("output.txt", "w") as output:
-        process = ForkedStudy(line, output)
-    interrupt(process, signal_, whole_group)
+    interrupt(start(line), signal_, whole_group)
+    if signal_ == signal.SIGINT:
+        (record,) = FOLDER.rglob("results.json")
+        assert json.loads(record.read_text())["status"] == "interrupted"
     with in_this_interpreter():
         cli.main(line)
     assert reports() == whole

@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import main as cli
@@ -109,4 +110,9 @@ def in_this_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "LocalExecutor", AtOnce)
         patch.setattr(sys, "argv", ["main.py"])
-        yield
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in the processes that the tests start, for the same sums
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
