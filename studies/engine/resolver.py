@@ -1,12 +1,14 @@
 """The resolved configs of a study's arms."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningArgumentParser
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a hundred arms: the loader in C saves a second
-PARSERS: dict[str, LightningArgumentParser] = {}  # command -> its parser; building one takes longer than using it
+PARSERS: "dict[str, LightningArgumentParser]" = {}  # command -> its parser; building one takes longer than using it
 
 
 def resolve(command: str, *options: str) -> dict[str, Any]:

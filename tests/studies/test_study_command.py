@@ -133,6 +133,6 @@ except SystemExit:
     heavy = {"torch", "lightning", "scipy", "matplotlib", "tensorboard", "submitit", "numpy", "jsonargparse"}
     print("imported:", sorted(heavy & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("imported: []\n"), done.stdout + done.stderr
     assert str(len([entry for entry in ledger.read() if entry.id.startswith("000")])) in done.stdout

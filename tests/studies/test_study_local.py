@@ -43,7 +43,7 @@ def executor(monkeypatch):
 def ended(job):
     deadline = time.monotonic() + 60
     while not job.done():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "the interpreter did not end in a minute"
         time.sleep(0.01)
     return job.process.returncode
 
@@ -92,7 +92,7 @@ def test_no_interpreter_outlives_its_study(executor):
     stubborn = executor.submit(Work(deaf), slot=2)
     deadline = time.monotonic() + 60
     while not polite.stderr() or not stubborn.stderr():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "the interpreters did not begin in a minute"
         time.sleep(0.01)
     executor.__exit__(None, None, None)
     assert ended(spare) == -9
@@ -117,7 +117,9 @@ code = run_here(["study", "--nothing"], Path(sys.argv[1]), {"SHARE": "4"})
 import os
 print(sys.argv[1:], code, os.environ["SHARE"])
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "log.txt")], cwd=local.MAIN.parent, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "log.txt")], cwd=local.MAIN.parent, check=True, timeout=120
+    )
     shown = (tmp_path / "log.txt").read_text()
     assert shown.startswith("error: the following arguments are required: FILE")
     assert "['study', '--nothing'] 2 4" in shown
