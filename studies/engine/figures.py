@@ -128,10 +128,11 @@ def curves(scalar: str, histories: Mapping[str, Mapping[int, Sequence[float]]]) 
 def heat_map(measure: str, grid: Grid) -> Figure:
     """Draw the means of a two-way sweep as colours, with numbers where there is room."""
     rows, columns = grid.means.shape
-    figure = Figure(figsize=(max(WIDTH, 2 + 0.8 * min(columns, MAX_TICKS)), 1.8 + 0.5 * min(rows, MAX_TICKS)))
+    has_room = max(rows, columns) <= MAX_TICKS
+    figure = Figure(figsize=(max(WIDTH, 2 + 0.8 * columns) if has_room else WIDTH, 1.8 + 0.5 * min(rows, MAX_TICKS)))
     axes = figure.subplots()
     image = axes.imshow(grid.means, aspect="auto", origin="lower")
-    if max(rows, columns) <= MAX_TICKS and np.isfinite(grid.means).any():
+    if has_room and np.isfinite(grid.means).any():
         low, high = np.nanmin(grid.means), np.nanmax(grid.means)
         for i, j in np.argwhere(np.isfinite(grid.means)):
             bright = grid.means[i, j] - low > 0.6 * (high - low)
