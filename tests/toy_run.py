@@ -1,74 +1,56 @@
-"""A small model, its data and a callback whose runs take no time, for tests of the command line."""
+"""A module with a record of its counts, a callback that ends a run early, and a trainer for them."""
+
+import math
+from pathlib import Path
 
 import torch
+from conftest import QUIET
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from datamodules.errors import UserError
+from callbacks.run_record import RunRecord
 
 
-class CliHead(torch.nn.Module):
-    def __init__(self, soft_tokens: int = 2):
+class RecordedModel(BoringModel):
+    def __init__(self):
         super().__init__()
+        self.intervals = {"test/accuracy": (0.25, 0.75)}
+        self.counts = {"test/accuracy": 1000}
+        self.hits = {"test/accuracy": [500]}
 
-
-class CliModel(BoringModel):
-    def __init__(
-        self,
-        width: int = 2,
-        output: str = "rms",
-        layers: int | list[int] = 1,
-        head: CliHead | None = None,
-        optimizer: OptimizerCallable = torch.optim.SGD,
-    ):
-        super().__init__()
-        if width == -7:
-            raise KeyboardInterrupt
-        if width < 1:
-            raise UserError("width: expected at least 1")
-        self.save_hyperparameters(ignore=["head", "optimizer"])
-        self.layer = torch.nn.Linear(32, width)
-        self.optimizer = optimizer
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters())
+    def training_step(self, batch, batch_idx):
+        self.log("train/loss", 2.0)
+        return super().training_step(batch, batch_idx)
 
     def test_step(self, batch, batch_idx):
         self.log("test/accuracy", 0.5)
+        self.log("test/undefined", torch.tensor(math.nan))
+        self.log("test/unbounded", torch.tensor(math.inf))
 
 
-class CliData(BoringDataModule):
-    def __init__(self, source: str = "generated", fault: str = ""):
-        super().__init__()
-        self.fault = fault
-        self.source = source
+class Stop(Callback):
+    """Ends the chosen stage with an exception."""
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.fault == "user":
-            raise UserError("data.fault: expected nothing")
-        if self.fault == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
-        if self.fault == "bug":
-            int("not a number")
+    def __init__(self, stage: str, exception: type[BaseException]):
+        self.stage = stage
+        self.exception = exception
 
+    def on_train_batch_end(self, *args):
+        if self.stage == "fit":
+            raise self.exception
 
-class CliWatcher(Callback):
-    def __init__(self, every_n_steps: int = 1):
-        pass
+    def on_test_batch_start(self, *args):
+        if self.stage == "test":
+            raise self.exception
 
 
-BASE = {
-    "model": {"class_path": "CliModel"},
-    "data": {"class_path": "CliData"},
-    "trainer": {
+def make_trainer(folder: Path, record: RunRecord, *others: Callback, **options) -> Trainer:
+    limits = {"max_steps": 3, "limit_val_batches": 1, "limit_test_batches": 1, "log_every_n_steps": 1}
+    outputs = {
+        "default_root_dir": folder,
+        "logger": TensorBoardLogger(folder, name="", version=""),
         "accelerator": "cpu",
-        "max_steps": 2,
-        "limit_val_batches": 1,
-        "limit_test_batches": 1,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-        "callbacks": [{"class_path": "CliWatcher"}],
-    },
-}
+    }
+    return Trainer(callbacks=[record, *others], **QUIET | outputs | limits | options)

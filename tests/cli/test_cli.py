@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toy_run import BASE, CliHead
+from toy_cli import BASE, CliHead
 
 import main
 

@@ -94,6 +94,6 @@ def test_it_learns_and_predicts_from_the_command_line(workplace):
 def test_it_runs_in_a_study(workplace):
     main.main(["study", "tests/example_line/study.yaml"])
     report = json.loads(Path("runs/studies/study/report.json").read_text())
-    assert report["finished"] == report["runs"] == 4
+    assert report["finished"] == report["runs"] == 2
     assert len(report["arms"]["wide"]["values"]["test/accuracy"]) == 4
     assert report["claims"][0]["verdict"] == "held"

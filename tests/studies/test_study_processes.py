@@ -134,7 +134,8 @@ def test_on_slurm_each_wave_is_an_array(workplace, tmp_path, monkeypatch):
         (stand_ins / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{stand_ins}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    known = filter(None, [os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *known]))
     monkeypatch.setattr(execution, "Attempt", LightAttempt)
     options = ["--executor=slurm", "--partition=gpu", "--gpus=0", "--cpus=2", "--hours=1.5", "--memory=4GB", "--jobs=1"]
     cli.main([*write_study(seeds=2), *options, "--setup=[export PREPARED=yes]"])
