@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import IO
 
 from studies.engine.attempt import MAIN, Attempt
+from studies.engine.resolver import import_program
 
 PACKAGES = ("callbacks", "cli", "datamodules", "kernels", "lightning_modules", "studies")
 WAIT = "from studies.engine.local import wait_for_attempt; wait_for_attempt()"
@@ -119,8 +120,7 @@ class LocalExecutor:
 
 def wait_for_attempt() -> None:
     """Import the program, then run the attempt that arrives on stdin; end if none does."""
-    import cli.app  # noqa: F401
-
+    import_program()
     if message := sys.stdin.buffer.read():  # nothing: the study has ended
         attempt: Attempt = pickle.loads(message)
         sys.exit(attempt(run_here))

@@ -1,5 +1,7 @@
 """The resolved configs of a study's arms."""
 
+import gc
+import sys
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -11,6 +13,21 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a hundred arms: the lo
 PARSERS: "dict[str, LightningArgumentParser]" = {}  # command -> its parser; building one takes longer than using it
 
 
+def import_program() -> None:
+    """Import every line of research.
+
+    The garbage collector rests meanwhile: it would search a million objects of modules, of which none is garbage, and
+    take a second or more.
+    """
+    if "cli.app" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import cli.app  # noqa: F401
+    finally:
+        gc.enable()
+
+
 def resolve(command: str, *options: str) -> dict[str, Any]:
     """Return the resolved config of a run's command line, and exit on a user's mistake as the run itself does.
 
@@ -18,8 +35,9 @@ def resolve(command: str, *options: str) -> dict[str, Any]:
         command: `fit`, `validate` or `test`.
         options: The rest of the command line.
     """
+    import_program()
     from cli import renames
-    from cli.app import Resolver  # imports every line of research
+    from cli.app import Resolver
 
     if command not in PARSERS:
         resolver = Resolver([command, *options])
