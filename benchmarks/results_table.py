@@ -1,6 +1,6 @@
 """Print the results of telepathy runs as a markdown table.
 
-python benchmarks/results_table.py benchmarks/results/*.json
+python benchmarks/results_table.py benchmarks/results/telepathy_*.json
 """
 
 import argparse

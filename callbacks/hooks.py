@@ -93,19 +93,19 @@ class StageCallback(HookedCallback):
         """Call `on_stage_batch_start`."""
         self.on_stage_batch_start(trainer, pl_module, *batch)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object, **__: object) -> None:
         """Call `on_stage_batch_end`."""
         self.on_stage_batch_end(trainer, pl_module)
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object, **__: object) -> None:
         """Call `on_stage_batch_end`."""
         self.on_stage_batch_end(trainer, pl_module)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object, **__: object) -> None:
         """Call `on_stage_batch_end`."""
         self.on_stage_batch_end(trainer, pl_module)
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object, **__: object) -> None:
         """Call `on_stage_batch_end`."""
         self.on_stage_batch_end(trainer, pl_module)
 

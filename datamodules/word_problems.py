@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -55,7 +55,7 @@ def read_jsonl(path: str | Path, key: str = "data.path") -> list[Problem]:
     return problems
 
 
-def _problem(row: Any) -> Problem:
+def _problem(row: object) -> Problem:
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
         raise UserError("needs the texts 'question' and 'answer'")
     if final_answer(row["answer"]) is None:
@@ -179,7 +179,7 @@ class WordProblems(TaskDataModule):
             problems = self.train_problems[:count]
         return [f"{problem.question} {problem.answer}" for problem in problems]
 
-    def train_dataloader(self) -> BatchLoader[Any]:
+    def train_dataloader(self) -> BatchLoader[object]:
         """Return length-bucketed training batches, the same global batches for any number of ranks."""
         size = self.batch_size * self._world
         if self.source != "generated":
@@ -189,23 +189,23 @@ class WordProblems(TaskDataModule):
             batches = StreamBatches(self.train_problem, self.epoch_size, size, _length)
         return self._loader(batches, self._collate(training=True), self.num_workers)
 
-    def val_dataloader(self) -> BatchLoader[Any]:
+    def val_dataloader(self) -> BatchLoader[object]:
         """Return the validation set."""
         return self._eval_loader("validation")
 
-    def test_dataloader(self) -> dict[str, BatchLoader[Any]]:
+    def test_dataloader(self) -> dict[str, BatchLoader[object]]:
         """Return each test set by its name."""
         return {name: self._eval_loader(name) for name in self.test_sets}
 
-    def predict_dataloader(self) -> UnchangedLoader[Any]:
+    def predict_dataloader(self) -> UnchangedLoader[object]:
         """Return the first test set."""
         return UnchangedLoader(self._eval_loader(next(iter(self.test_sets), "validation")))
 
-    def sample_dataloader(self, count: int) -> BatchLoader[Any]:
+    def sample_dataloader(self, count: int) -> BatchLoader[object]:
         """Return the first `count` validation problems, an unbiased sample for evaluation during training."""
         return self._eval_loader("validation", count)
 
-    def _eval_loader(self, name: str, count: int | None = None) -> BatchLoader[Any]:
+    def _eval_loader(self, name: str, count: int | None = None) -> BatchLoader[object]:
         batches = self._finite(name, self.eval_problems[name][:count], self.eval_batch_size * self._world)
         return self._loader(batches, self._collate(training=False))
 
@@ -215,7 +215,7 @@ class WordProblems(TaskDataModule):
         self._check_shares(f"{len(problems)} {name} problems", len(batches), batches.smallest)
         return batches
 
-    def _collate(self, training: bool) -> Callable[[list[Problem]], Any]:
+    def _collate(self, training: bool) -> Callable[[list[Problem]], object]:
         return partial(self._module.collate, training=training) if isinstance(self._module, SupportsCollate) else list
 
 

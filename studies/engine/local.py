@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE, Popen
 from types import TracebackType
@@ -48,11 +49,8 @@ class LocalJob:
     def begin(self, attempt: Attempt) -> None:
         """Have the interpreter run an attempt."""
         assert self.process.stdin is not None  # it is a pipe
-        try:
-            with self.process.stdin as pipe:
-                pipe.write(pickle.dumps(attempt))
-        except BrokenPipeError:
-            pass  # it has ended already, and `stderr` says why
+        with suppress(BrokenPipeError), self.process.stdin as pipe:  # broken if it has ended: `stderr` says why
+            pipe.write(pickle.dumps(attempt))
 
     def done(self) -> bool:
         """Return whether the interpreter has ended."""
