@@ -67,11 +67,11 @@ class HasMembers(Protocol):
 
 @runtime_checkable
 class HasCounts(Protocol):
-    """A module that keeps what stands behind its measures, by metric name; `RunRecord` writes it to `results.json`.
+    """A module that keeps the counts and intervals of its measures, by metric name, for `results.json`.
 
     Attributes:
-        counts: Samples behind a measure (of each ensemble member).
-        hits: Of a proportion, how many of these samples are hits: one number per ensemble member.
+        counts: Number of samples of a measure, for each ensemble member the same.
+        hits: Number of hits of a proportion: one per ensemble member.
         intervals: 95 % intervals, (low, high).
     """
 

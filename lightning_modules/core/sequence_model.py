@@ -31,10 +31,10 @@ Penalties = dict[str, tuple[float, Tensor]]  # name -> (weight, value_S)
 class SequenceModel(EnsembleModule, ABC):
     """A network that is trained to predict what comes next, alone or as an ensemble of S seeds in one program.
 
-    Batches are `TokenBatch`: `labels` are aligned with the logits, and `IGNORE` where nothing is asked. The network
+    Batches are `TokenBatch`: `labels` are aligned with the logits, and `IGNORE` where there is no target. The network
     maps tokens_BT to logits_BTV, or to a tuple that begins with logits_BTV. Nothing is assumed about its parts.
 
-    A line of research writes `make_network`, and may write `make_measures` and `update_measures` (its own measures),
+    A line of research writes `make_network`, and may write `make_measures` and `update_measures` (measures of the line),
     `penalties` (terms added to the loss) and `test_measures` (measures of the parameters). It stores the options that
     `make_network` reads before it calls `super().__init__`.
 
@@ -135,7 +135,7 @@ class SequenceModel(EnsembleModule, ABC):
         return member_losses(outputs[0], labels, self.double_loss), outputs
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """Return the sum of the members' losses, so that each member has the gradient of a run of its own."""
+        """Return the sum of the members' losses, so that each member has the gradient of a separate run."""
         self._last_step = None  # frees the logits before there are new ones
         loss_S, outputs = self._step_losses(batch["tokens"], batch["labels"])
         self.members["train/loss"] = loss_S.detach()
@@ -165,7 +165,7 @@ class SequenceModel(EnsembleModule, ABC):
     # Validation, test and predict
 
     def on_validation_epoch_start(self) -> None:
-        """Log the accuracy of the last training step, over all ranks; it costs no forward of its own."""
+        """Log the accuracy of the last training step, over all ranks; no further forward is needed."""
         if self._last_step is None:
             return
         logits_SBTV, labels = self._last_step
