@@ -1,6 +1,6 @@
 """Generation from networks that carry a state, one position at a time.
 
-Networks of transformers generate by `lightning_modules.pretrained.generation` instead.
+Models of the transformers library generate by `lightning_modules.pretrained.generation` instead.
 
 Shapes: B batch, T prompt tokens, N new tokens, V vocabulary.
 """

@@ -34,9 +34,9 @@ class SequenceModel(EnsembleModule, ABC):
     Batches are `TokenBatch`: `labels` are aligned with the logits, and `IGNORE` where there is no target. The network
     maps tokens_BT to logits_BTV, or to a tuple that begins with logits_BTV. Nothing is assumed about its parts.
 
-    A line of research writes `make_network`, and may write `make_measures` and `update_measures` (measures of the line),
-    `penalties` (terms added to the loss) and `test_measures` (measures of the parameters). It stores the options that
-    `make_network` reads before it calls `super().__init__`.
+    A line of research writes `make_network`, and may write `make_measures` and `update_measures` (measures of the
+    line), `penalties` (terms added to the loss) and `test_measures` (measures of the parameters). It stores the options
+    that `make_network` reads before it calls `super().__init__`.
 
     With `ensemble: S` each member has the initial weights, the order of data and the gradient clipping of an ordinary
     run with seed + s. Every parameter then has a first axis of S.
