@@ -163,5 +163,5 @@ class DriftMonitor(Callback):
         return dict(self._state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the parameters of the last check, and the counts."""
         self._state = dict(state_dict)

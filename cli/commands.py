@@ -65,7 +65,7 @@ def refuse_unknown(word: str) -> None:
 
 
 def reader_is_gone() -> bool:
-    """Whether the process that read our output or our errors through a pipe has ended."""
+    """Return whether the process that read our output or our errors through a pipe has ended."""
     import select
 
     poll = select.poll()

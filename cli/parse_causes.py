@@ -40,7 +40,7 @@ class Finding:
         return ".".join(self.keys)
 
     def enter(self, text: str) -> None:
-        """Go one level further in."""
+        """Add the message of the next inner level."""
         self.cause = text.strip()
         if match := OWNER.match(self.cause):
             self.owner, self.union = _imported(match[1]), []

@@ -1,4 +1,4 @@
-"""Tells a user's mistake, which ends in one sentence, from a bug, which keeps its stack trace."""
+"""Distinguishes a user's mistake, which ends in one sentence, from a bug, which keeps its stack trace."""
 
 import re
 from collections.abc import Iterator

@@ -57,7 +57,7 @@ class LocalJob:
         return self.process.poll() is not None
 
     def stderr(self) -> str:
-        """Return what the interpreter wrote before the run began; the run has a log of its own."""
+        """Return what the interpreter wrote before the run began; the run itself writes to `log.txt`."""
         self._output.seek(0)
         return self._output.read().decode(errors="replace")
 
