@@ -108,7 +108,7 @@ class ActivationReference(StageCallback):
         """Refuse a second callback with the same file, and a site that matches nothing."""
         writers = [other for other in connected(trainer).callbacks if isinstance(other, ActivationReference)]
         if any(other is not self and other.path == self.path for other in writers):
-            raise UserError("Two ActivationReference callbacks write one file; give each its own `path`.")
+            raise UserError("Two ActivationReference callbacks write one file; give each a different `path`.")
         match_modules(pl_module, self.site)
 
     def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:

@@ -89,12 +89,15 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Setting]) -> None:
     _write(trainer, metadata.SESSION_START_INFO_TAG, content)
 
 
-def log_end(trainer: Trainer, success: bool) -> None:
-    """Write whether the run has finished, by which the HPARAMS tab can filter rows."""
+def log_end(trainer: Trainer) -> None:
+    """Write that the run has finished, by which the HPARAMS tab can filter rows.
+
+    TensorBoard keeps the first such entry. A resumed run keeps the events of its first attempt, so an attempt that is
+    interrupted or fails writes none.
+    """
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-    status = api_pb2.STATUS_SUCCESS if success else api_pb2.STATUS_FAILURE
-    end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+    end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
     _write(trainer, metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=end))
 
 

@@ -84,7 +84,7 @@ class RunRecord(Callback):
             self.record["members"] = self.record.get("members", {}) | members
         self._write()
         if self.path and self.config and ends:
-            log_end(trainer, success=True)
+            log_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a line with the values of every member of an ensemble."""
@@ -100,8 +100,6 @@ class RunRecord(Callback):
         stage = trainer.state.fn.value if trainer.state.fn else "fit"
         self._update(trainer, stage, "interrupted" if interrupted else "failed")
         self._write()
-        if self._logged_settings:
-            log_end(trainer, success=False)
 
     def _open(self, trainer: Trainer, folder: str | None) -> None:
         if self.path or is_dry_run(trainer) or not trainer.is_global_zero:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 CLASSES = {
     "LanguageModel": "QuestionAnswering",
     "lightning_modules.LanguageModel": "QuestionAnswering",
+    "lightning_modules.language_model.LanguageModel": "QuestionAnswering",
     "lightning_modules.Orthogonality": "Orthogonality",
     "lightning_modules.PerceiverBridge": "PerceiverBridge",
     "lightning_modules.Separability": "Separability",

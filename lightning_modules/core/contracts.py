@@ -82,7 +82,7 @@ class HasCounts(Protocol):
 
 @runtime_checkable
 class HasVocabulary(Protocol):
-    """A datamodule of token sequences.
+    """A datamodule of token sequences, with both of these sizes.
 
     Attributes:
         vocab_size: Tokens that the task knows.
@@ -95,7 +95,7 @@ class HasVocabulary(Protocol):
 
 @runtime_checkable
 class HasBounds(Protocol):
-    """A datamodule that knows what accuracies mean.
+    """A datamodule that knows what accuracies mean, with both of these bounds.
 
     Attributes:
         chance: Accuracy of the best guess that sees no input.

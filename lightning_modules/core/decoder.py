@@ -63,8 +63,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
-    Sites: the mixer under its own name, `mid_residual` (the stream after the mixer), `mlp`, and `residual` (the stream
-    after the MLP).
+    Sites: the mixer, under the name in its `site` attribute, `mid_residual` (the stream after the mixer), `mlp`, and
+    `residual` (the stream after the MLP).
 
     Args:
         width: D.
@@ -171,8 +171,11 @@ class Decoder(nn.Module):
         """Return the state before the first position.
 
         Raises:
-            UserError: A mixer cannot run one position at a time.
+            UserError: A mixer cannot run one position at a time, or a callback has a hook on the network, which expects
+            whole rows.
         """
+        if hooked := [name for name, module in self.named_modules() if module._forward_hooks]:
+            raise UserError(f"generation runs one position at a time, without the hook of a callback on {hooked[0]}")
         states = []
         for block in self._blocks():
             if not isinstance(block.mixer, StatefulMixer):

@@ -57,6 +57,8 @@ class EnsembleModule(LightningModule):
     def activations(self, tokens: Tensor, sites: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits_SBTV, and the outputs of the modules that match `sites`, by name, each with a first axis of S.
 
+        For a module that runs several times, such as a recurrent cell, it is the last output.
+
         Raises:
             UserError: A pattern matches no module.
         """

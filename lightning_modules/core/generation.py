@@ -61,6 +61,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@torch.no_grad()  # inside the generator only: the caller keeps its mode
 def stream_tokens(
     network: StatefulNetwork,
     prompt_BT: Tensor,
@@ -79,15 +80,14 @@ def stream_tokens(
         raise UserError("generation needs a prompt of at least one token")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    with torch.no_grad():
-        state, logits_BV = network.init_state(len(prompt_BT)), torch.empty(0)
-        for token_B in prompt_BT.unbind(1):
+    state, logits_BV = network.init_state(len(prompt_BT)), torch.empty(0)
+    for token_B in prompt_BT.unbind(1):
+        logits_BV, state = network.step(token_B, state)
+    for index in range(max_new_tokens):
+        token_B = sampling.choose(logits_BV, generator)
+        yield token_B
+        if index + 1 < max_new_tokens:
             logits_BV, state = network.step(token_B, state)
-        for index in range(max_new_tokens):
-            token_B = sampling.choose(logits_BV, generator)
-            yield token_B
-            if index + 1 < max_new_tokens:
-                logits_BV, state = network.step(token_B, state)
 
 
 def generate(

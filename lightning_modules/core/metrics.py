@@ -97,7 +97,7 @@ class TokenMeasures(Metric):
     def compute(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Return measure -> values_S, proportion -> hits_S, and the number of labelled positions.
 
-        Values are NaN without labelled positions.
+        Values are NaN without labelled positions, and for a member that diverged: NaN logits have no largest one.
         """
-        means = {"accuracy": self.accuracy / self.count, "loss": self.loss / self.count}
-        return means, {"accuracy": self.accuracy.clone()}, self.count
+        hits_S = self.accuracy.where(~self.loss.isnan(), torch.nan)
+        return {"accuracy": hits_S / self.count, "loss": self.loss / self.count}, {"accuracy": hits_S}, self.count

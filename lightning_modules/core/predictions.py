@@ -73,7 +73,7 @@ def _lines(
 
 def pattern_sites(network: nn.Module) -> list[str]:
     """Return the names of the modules called `pattern`, whose outputs are attention weights."""
-    return [f"*.{name}" for name, _ in network.named_modules() if name.rpartition(".")[2] == "pattern"]
+    return [f"network.{name}" for name, _ in network.named_modules() if name.rpartition(".")[2] == "pattern"]
 
 
 def show_attention(

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from datamodules.batch import HasEnsemble
-from datamodules.errors import UserError
 from lightning_modules.core.contracts import HasCounts, HasMembers, connected
 from lightning_modules.core.intervals import wilson_interval
 
@@ -90,13 +89,18 @@ def report_members(
 def record_proportion(module: HasCounts, name: str, hits_S: Tensor, count: int) -> None:
     """Record the hits of each member's proportion, the number of samples, and the Wilson interval of a single module.
 
-    Intervals over the members of an ensemble are made by studies.
+    NaN stands for a member without a proportion, such as one that diverged; a single module then gets neither hits nor
+    an interval. Studies make the intervals over the members of an ensemble.
     """
-    # torchmetrics gives the value of a single member without its axis; NaN stands for a member without a sample
-    hits = [0 if hit != hit else round(hit) for hit in hits_S.double().reshape(-1).tolist()]
-    module.counts[name], module.hits[name] = count, hits
-    if len(hits) == 1:
-        module.intervals[name] = wilson_interval(hits[0], count)
+    hits_S = hits_S.double().reshape(-1)  # torchmetrics gives the value of a single member without its axis
+    module.counts[name] = count
+    module.hits.pop(name, None)
+    module.intervals.pop(name, None)
+    if len(hits_S) == 1 and hits_S.isnan():
+        return
+    module.hits[name] = [0 if hit.isnan() else round(hit.item()) for hit in hits_S]
+    if len(hits_S) == 1:
+        module.intervals[name] = wilson_interval(module.hits[name][0], count)
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -123,14 +127,3 @@ def add_text(trainer: Trainer, name: str, markdown: str, step: int | None = None
         writer = getattr(logger, "experiment", None)
         if isinstance(writer, TakesTexts):
             writer.add_text(name, markdown, trainer.global_step if step is None else step)
-
-
-def refuse_second(trainer: Trainer, callback: Callback) -> None:
-    """Refuse a second callback of one class, whose measures would have the same names.
-
-    Raises:
-        UserError: The trainer has two.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
-    if any(isinstance(other, type(callback)) and other is not callback for other in callbacks):
-        raise UserError(f"Two {type(callback).__name__} callbacks would log under one name; keep one.")

@@ -114,8 +114,9 @@ class SequenceModel(EnsembleModule, ABC):
             raise UserError(f"trainer.precision: {precision} rounds small updates away, use bf16-mixed or 32-true")
         data = self._data
         if isinstance(data, HasVocabulary):
-            for name, needed in {"vocab_size": data.vocab_size, "seq_len": data.seq_len}.items():
-                if needed > (size := getattr(self, name)):
+            needs = ("vocab_size", self.vocab_size, data.vocab_size), ("seq_len", self.seq_len, data.seq_len)
+            for name, size, needed in needs:
+                if needed > size:
                     raise UserError(f"model.{name} is {size} and the data needs {needed}: set --model.{name} {needed}")
         if self.start and not self.trainer.ckpt_path:  # a checkpoint of the run itself comes first
             self.network.load_state_dict(load_network(self.start, self.network, self.ensemble, "model.start"))
@@ -152,8 +153,10 @@ class SequenceModel(EnsembleModule, ABC):
 
     def on_fit_end(self) -> None:
         """Write the checkpoints of the members, if `save_members` is set."""
+        if not self.save_members or is_dry_run(self.trainer):
+            return
         folder = run_folder(self.trainer) / "members"
-        if self.save_members and self.trainer.is_global_zero and not is_dry_run(self.trainer):
+        if self.trainer.is_global_zero:
             write_members(folder, self.network, self.seeds, self.current_epoch, self.global_step)
 
     def workload(self, batch: TokenBatch) -> Workload:
@@ -170,9 +173,10 @@ class SequenceModel(EnsembleModule, ABC):
             return
         logits_SBTV, labels = self._last_step
         labelled, hit = labels != IGNORE, logits_SBTV.argmax(3) == labels
-        counts_2S = torch.stack([(hit & labelled).flatten(1).sum(1), labelled.expand(hit.shape).flatten(1).sum(1)])
-        hits_S, count_S = cast(Tensor, self.trainer.strategy.reduce(counts_2S, reduce_op="sum"))
-        self.log_members({"train/accuracy": hits_S / count_S})
+        parts = hit & labelled, labelled.expand(hit.shape), logits_SBTV.isnan().any(3)
+        counts_3S = torch.stack([part.flatten(1).sum(1) for part in parts])
+        hits_S, count_S, nan_S = cast(Tensor, self.trainer.strategy.reduce(counts_3S, reduce_op="sum"))
+        self.log_members({"train/accuracy": (hits_S / count_S).where(nan_S == 0, torch.nan)})
         loss_S = self.trainer.strategy.reduce(self.members["train/loss"], reduce_op="mean")
         self.members["train/loss"] = cast(Tensor, loss_S)
 
@@ -191,8 +195,10 @@ class SequenceModel(EnsembleModule, ABC):
 
     def on_test_epoch_end(self) -> None:
         """Log the measures and the bounds of the task, and draw the attention of one input."""
-        if self._shown is not None:  # drawn here, since in a step a clamp has the labels of a whole batch
-            _, patterns = self.activations(self._shown, pattern_sites(self.network))
+        sites = pattern_sites(self.network)
+        # Here and not in a step, in which a clamp has the labels of a whole batch
+        if self._shown is not None and sites and self.trainer.loggers and not is_dry_run(self.trainer):
+            _, patterns = self.activations(self._shown, sites)
             show_attention(self.trainer, "test/attention", patterns, self._shown, self._token_text)
         self._log_measures("test")
         self.log_members({f"test/{name}": values_S for name, values_S in self.test_measures().items()})

@@ -12,11 +12,12 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from datamodules.batch import IGNORE, TokenBatch
 from datamodules.errors import UserError
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import Workload
+from lightning_modules.core.contracts import Workload, connected
 from lightning_modules.core.metrics import Proportion
 from lightning_modules.core.reporting import is_dry_run, record_proportion
 from lightning_modules.core.samples import EvalSample
@@ -111,7 +112,9 @@ class QuestionAnswering(LightningModule):
             self.model = self._new_model(config)
         else:
             raise UserError("model needs either 'pretrained' or 'config', not both and not neither")
+        self.validation_loss = MeanMetric()  # over the labelled tokens of all ranks
         self.proportions: dict[str, Proportion] = {}
+        self.blind_output, self.diverged = "", False  # of the current test
         self.intervals: dict[str, tuple[float, float]] = {}
         self.counts: dict[str, int] = {}
         self.hits: dict[str, list[int]] = {}
@@ -144,7 +147,7 @@ class QuestionAnswering(LightningModule):
             UserError: The data has no texts to train a tokenizer on.
         """
         if self._tokenizer is None and self.bpe is not None:
-            data = getattr(self.trainer, "datamodule", None)  # Lightning adds this attribute without declaring it
+            data: object = connected(self.trainer).datamodule
             if not isinstance(data, HasTexts):
                 raise UserError(f"model.tokenizer: {type(data).__name__} has no texts to train on; name a folder")
             self._tokenizer = self.bpe.train(data.texts(self.bpe.texts))
@@ -189,8 +192,10 @@ class QuestionAnswering(LightningModule):
         return loss
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Log the held-out loss."""
-        self.log("validation/loss", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True, prog_bar=True)
+        """Log the held-out loss, a mean over the labelled tokens of all batches and ranks."""
+        count = int((batch["labels"] != IGNORE).sum())
+        self.validation_loss.update(self.loss(batch), weight=count)
+        self.log("validation/loss", self.validation_loss, batch_size=count, prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
         """Generate the answer to a prompt without a question; only chance makes it right."""
@@ -205,8 +210,9 @@ class QuestionAnswering(LightningModule):
         hits = {"accuracy": sum(sample.scores["accuracy"] for sample in self.sample_eval(batch))}
         hits["blind_accuracy"] = sum(problem.is_correct(self.blind_output) for problem in problems)
         for measure, number in hits.items():
-            metric = self.proportions.setdefault(f"{name}/{measure}", Proportion().to(self.device))
-            metric.update(number, len(problems))
+            if (key := f"{name}/{measure}") not in self.proportions:
+                self.proportions[key] = Proportion().to(self.device)
+            self.proportions[key].update(number, len(problems))
 
     def on_test_epoch_end(self) -> None:
         """Log each proportion and record its hits, samples and interval; a model that diverged has no accuracy."""

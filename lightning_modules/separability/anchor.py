@@ -31,7 +31,7 @@ class Orthogonality:
     Args:
         anchor: Checkpoint of the anchor: a model of the same shape, or an ensemble, member by member.
         weight: lambda, the factor of the penalty; 0 only measures.
-        form: Which of the two.
+        form: `squared` or `seed`, as above.
     """
 
     def __init__(self, anchor: str, weight: float = 1.0, form: Literal["squared", "seed"] = "squared"):

@@ -45,7 +45,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; the query, key, value and output map of each head is a parameter of its own.
+    """Causal multi-head attention; the query, key, value and output map of each head is a separate parameter.
 
     o_T = sum_h O_h sum_s softmax_s(<Q_h x_t, K_h x_s> / sqrt(K)) V_h x_s over s <= t.
 

@@ -99,7 +99,8 @@ class Separation(TokenMeasures):
 def position_overlap(position_STD: Tensor) -> Tensor:
     """Root mean square cosine between the vectors of different positions, [S].
 
-    At least sqrt((T - D) / (D (T - 1))) where T > D (Welch 1974): so far, crowding is geometry and not learned.
+    At least sqrt((T - D) / (D (T - 1))) where T > D (Welch 1974). Up to this bound, overlap
+    follows from the geometry and is not learned.
     """
     unit_STD = torch.nn.functional.normalize(position_STD.double(), dim=2)
     gram_STT = unit_STD @ unit_STD.mT

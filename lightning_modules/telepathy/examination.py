@@ -142,8 +142,10 @@ class Examination:
         add_text(trainer, f"{self.name}/samples", text_table(samples[:SHOWN]))
         add_figure(trainer, f"{self.name}/loss_by_position", loss_by_position([result.losses for result in results]))
         kept = {i: result.soft_KD for i, result in enumerate(results) if result.soft_KD is not None}
+        if len(kept) < 3:
+            return
         soft_BF = stack_soft(list(kept.values())).reshape(len(kept), -1)
-        if len(kept) > 2 and np.isfinite(soft_BF).all():
+        if np.isfinite(soft_BF).all():
             templates = [results[i].problem.template for i in kept]
             add_figure(trainer, f"{self.name}/soft_tokens", soft_token_map(soft_BF, templates))
             add_figure(trainer, f"{self.name}/soft_token_cosines", cosine_map(soft_BF, templates))

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 
 from datamodules.errors import UserError
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import SupportsSampleDataloader, Workload
+from lightning_modules.core.contracts import SupportsSampleDataloader, Workload, connected
 from lightning_modules.core.reporting import is_dry_run, run_folder
 from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
 from lightning_modules.core.schedule import with_schedule
@@ -210,7 +210,7 @@ class Telepathy(LightningModule):
         """
         if not isinstance(self.normalizer, StatisticalNormalizer):
             return
-        data = getattr(self.trainer, "datamodule", None)  # Lightning adds this attribute without declaring it
+        data: object = connected(self.trainer).datamodule
         if not isinstance(data, SupportsSampleDataloader):
             raise UserError(f"model.normalizer: {type(data).__name__} gives no held-out questions, choose WordProblems")
         states = []

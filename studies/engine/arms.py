@@ -106,6 +106,8 @@ def resolve_arm(name: str, shared: Arm, arm: Arm, resolve: Callable[..., Config]
                 line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     try:
         config = deepcopy(resolve(*line))
+    except UserError as error:
+        raise UserError(f"arms.{name}: {error}") from error
     except SystemExit:
         sys.stderr.write(f"in the study's arms.{name}\n")
         raise

@@ -39,7 +39,7 @@ class LocalJob:
         # A checkout that is not installed: the interpreter imports the packages from it
         path = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = Popen(
-            [sys.executable, "-c", WAIT],
+            [sys.executable, "-P", "-c", WAIT],  # -P: packages in the working directory must not shadow the checkout's
             stdin=PIPE,
             stdout=self._output,
             stderr=self._output,

@@ -111,7 +111,8 @@ def test_a_run_that_ends_early_has_its_settings_in_the_hparams_tab(tmp_path, exc
     with pytest.raises(raised):
         make_trainer(tmp_path, RunRecord(config=CONFIG), Stop("fit", exception)).fit(RecordedModel())
     settings, _, status = HparamsTab(tmp_path).row(".")
-    assert (settings, status) == (SETTINGS, api_pb2.STATUS_FAILURE)
+    # TensorBoard keeps the first end of a run, and this one may be resumed in the same folder
+    assert (settings, status) == (SETTINGS, api_pb2.STATUS_UNKNOWN)
 
 
 def test_a_run_that_is_killed_has_its_settings_in_the_hparams_tab(tmp_path):

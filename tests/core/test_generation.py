@@ -94,3 +94,15 @@ def test_a_module_generates_with_its_network_and_an_ensemble_does_not():
     assert torch.equal(module.generate(prompt_BT, 4), generate(module.network, prompt_BT, 4))
     with pytest.raises(UserError, match="needs a single network"):
         Separability(**sizes, ensemble=2).generate(prompt_BT, 4)
+
+
+def test_the_caller_of_a_stream_keeps_its_gradients(decoder):
+    stream = stream_tokens(decoder, torch.zeros(1, 1, dtype=torch.long), 3)
+    next(stream)
+    assert torch.is_grad_enabled()
+
+
+def test_generation_refuses_hooks_that_expect_whole_rows(decoder):
+    decoder.blocks[1].attn.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(UserError, match=r"without the hook of a callback on blocks.1.attn"):
+        generate(decoder, torch.zeros(1, 1, dtype=torch.long), 3)

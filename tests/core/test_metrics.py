@@ -1,12 +1,14 @@
 """Proportions and their intervals."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_modules.core.intervals import wilson_interval
-from lightning_modules.core.metrics import Proportion
+from lightning_modules.core.metrics import Proportion, TokenMeasures
+from lightning_modules.core.reporting import record_proportion
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,28 @@ def test_proportion_of_nothing_is_unknown():
     share, low, high, count = Proportion().compute().tolist()
     assert math.isnan(share)
     assert (low, high, count) == (0.0, 1.0, 0.0)
+
+
+def test_a_member_that_diverged_has_no_accuracy():
+    measures = TokenMeasures(2)
+    logits_SBTV = torch.zeros(2, 1, 3, 5)
+    logits_SBTV[0, :, :, 2] = 1.0
+    logits_SBTV[1] = torch.nan
+    measures.update(logits_SBTV, torch.tensor([[2, 1, -100]]))
+    values, hits, count = measures.compute()
+    assert count == 2
+    assert hits["accuracy"][0] == 1
+    assert values["accuracy"][0] == 0.5
+    assert values["accuracy"][1].isnan()
+    assert values["loss"][1].isnan()
+
+
+def test_a_proportion_without_a_value_has_neither_hits_nor_interval():
+    module = SimpleNamespace(counts={}, hits={"test/accuracy": [3]}, intervals={"test/accuracy": (0.1, 0.9)})
+    record_proportion(module, "test/accuracy", torch.tensor(torch.nan), 4)
+    assert (module.counts, module.hits, module.intervals) == ({"test/accuracy": 4}, {}, {})
+    record_proportion(module, "test/accuracy", torch.tensor(3.0), 4)
+    assert module.hits == {"test/accuracy": [3]}
+    assert module.intervals["test/accuracy"] == wilson_interval(3, 4)
+    record_proportion(module, "test/share", torch.tensor([1.0, torch.nan]), 4)
+    assert module.hits["test/share"] == [1, 0]

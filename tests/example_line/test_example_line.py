@@ -85,9 +85,9 @@ def test_it_learns_and_predicts_from_the_command_line(workplace):
         round(results["metrics"]["test/accuracy"] * results["n"]["test/accuracy"])
     ]
     checkpoint = ["--ckpt_path", "fitted/checkpoints/last.ckpt"]
-    predict = ["--trainer.default_root_dir", "told", "--data.inputs", "[1 2 3]"]
+    predict = ["--trainer.default_root_dir", "predicted", "--data.inputs", "[1 2 3]"]
     main.main(["predict", "--config", config, *quiet, *checkpoint, *predict])
-    lines = Path("told/predictions/positions-0.jsonl").read_text().splitlines()
+    lines = Path("predicted/predictions/positions-0.jsonl").read_text().splitlines()
     assert [json.loads(line)["token"] for line in lines] == ["1", "2", "3"]
 
 
