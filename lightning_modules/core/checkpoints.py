@@ -9,7 +9,6 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import cast
 
 import lightning
@@ -73,10 +72,7 @@ def read_state(path: str, option: str) -> dict[str, Tensor]:
     check_checkpoint(path, option)
     if not Path(path).is_file():
         raise UserError(f"{option}: {path} is not one checkpoint file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError) as error:
-        raise UserError(f"{option}: {path} holds more than the plain data of a checkpoint") from error
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{option}: {path} is not the checkpoint of a run, it has no 'state_dict'")
     return cast(dict[str, Tensor], content["state_dict"])

@@ -85,11 +85,14 @@ def test_a_spare_that_does_not_fit_is_replaced(executor, monkeypatch, tmp_path, 
 
 
 def test_no_interpreter_outlives_its_study(executor, monkeypatch):
-    monkeypatch.setattr(local, "GRACE", 5.0)  # on a busy machine an interrupted interpreter takes a while to end
+    monkeypatch.setattr(local, "GRACE", 3.0)  # on a busy machine an interrupted interpreter takes a while to end
     executor.prepare(0, {})
     spare = executor._spares[0]
-    polite = executor.submit(Work("import time; print('begun', flush=True); time.sleep(60)"), slot=1)
+    # Tests that a shell runs in the background ignore Ctrl-C, and so do the interpreters that they start
+    hearing = "import signal, time; signal.signal(2, signal.default_int_handler); print('begun', flush=True)"
+    hearing += "; time.sleep(60)"
     deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
+    polite = executor.submit(Work(hearing), slot=1)
     stubborn = executor.submit(Work(deaf), slot=2)
     deadline = time.monotonic() + 60
     while not polite.stderr() or not stubborn.stderr():
