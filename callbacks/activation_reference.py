@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks.base import replacing
 from callbacks.hooks import StageCallback, eager, first_tensor
 from callbacks.moments import Moments
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.ensemble import observe
+from lightning_modules.core.files import replacing
 from lightning_modules.core.reporting import ensemble_size, run_folder
 from lightning_modules.core.sites import match_modules
 

@@ -1,10 +1,6 @@
-"""What callbacks share: checks of arguments, intervals of optimizer steps, files, and release after a run."""
+"""What callbacks share: checks of arguments, intervals of optimizer steps, and release after a run."""
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -36,7 +32,7 @@ def refuse_second(trainer: Trainer, callback: Callback) -> None:
         raise UserError(f"Two {type(callback).__name__} callbacks would log under one name; keep one.")
 
 
-# Steps and files
+# Steps
 
 
 class EveryNSteps:
@@ -64,24 +60,6 @@ class EveryNSteps:
         """Make `step` the last step, and return whether it was due."""
         due, self._last = self.due(step), step
         return due
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` for the block to write to; then flush that file and rename it to `path`.
-
-    A reader finds the old file or the new one, never half of a file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.tmp")
-    try:
-        yield draft
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 # What ends with the run

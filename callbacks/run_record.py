@@ -13,10 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from callbacks.base import replacing
 from callbacks.hyperparameters import log_end, log_settings, main_settings
 from callbacks.provenance import git_state, hardware, run_seed, versions
 from lightning_modules.core.contracts import HasCounts, HasMembers
+from lightning_modules.core.files import replacing
 from lightning_modules.core.reporting import ensemble_size, is_dry_run
 
 

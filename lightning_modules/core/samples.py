@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lightning_modules.core.files import replacing
+
 T = TypeVar("T")
 _MARKDOWN = re.compile(r"([\\`*_\[\]|])")
 
@@ -43,11 +45,9 @@ def gather_objects(item: T) -> list[T]:
 
 def write_jsonl(path: Path, samples: Sequence[EvalSample]) -> None:
     """Write one sample per line; a reader sees all samples or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".jsonl.tmp")
     lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
-    draft.write_text("".join(lines), encoding="utf-8")
-    draft.replace(path)
+    with replacing(path) as draft:
+        draft.write_text("".join(lines), encoding="utf-8")
 
 
 def text_table(samples: Sequence[EvalSample]) -> str:

@@ -6,10 +6,10 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from datamodules.errors import UserError
+from lightning_modules.core.files import replacing
 from lightning_modules.core.intervals import wilson_interval
 from studies.engine import events, figures
 from studies.engine.attempt import Record
@@ -84,8 +84,10 @@ def write(study: Study) -> str:
         figure.savefig(pictures / f"{name}.png")
     text = render(study, data)
     links = [f"![{name}](figures/{name}.png)" for name in drawn]
-    _replace(study.folder / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
-    _replace(study.folder / "report.md", "\n\n".join([text, *links]) + "\n")
+    with replacing(study.folder / "report.json") as draft:
+        draft.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    with replacing(study.folder / "report.md") as draft:
+        draft.write_text("\n\n".join([text, *links]) + "\n")
     _write_runs(study)
     metrics = {(run.arm, run.seed): all_metrics(record) for run in study.runs if (record := run.result)}
     events.write(study, drawn, metrics)
@@ -100,13 +102,6 @@ def _refuse_unknown_measures(study: Study, values: Values) -> None:
         if not any(values[arm][measure] for arm in study.arms):
             known = ", ".join(sorted(all_metrics(finished[0][1])))
             raise UserError(f"measures: no finished run has '{measure}'; the first has {known}")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file as a whole: a reader sees the old text or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 def summary(study: Study, values: Values, verdicts: dict[str, Judgement]) -> dict[str, Any]:
@@ -197,7 +192,7 @@ def _interval(estimate: dict[str, Any]) -> str:
 
 
 def _write_runs(study: Study) -> None:
-    with open(study.folder / "runs.csv", "w", newline="") as file:
+    with replacing(study.folder / "runs.csv") as draft, open(draft, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", "seed", "status", "seconds", "revision", "dirty", "folder", *study.measures])
         for run in study.runs:
