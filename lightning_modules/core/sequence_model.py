@@ -128,7 +128,11 @@ class SequenceModel(EnsembleModule, ABC):
         if self.compile_step and hooked:
             rank_zero_warn(f"model.compile is ignored: a callback has a hook on {hooked[0]}")
         elif self.compile_step:
-            self._step_losses = torch.compile(self.losses)
+            self.compile_losses()
+
+    def compile_losses(self) -> None:
+        """Compile the forward and the loss of the training step."""
+        self._step_losses = torch.compile(self.losses)
 
     def losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the cross-entropy of each member, loss_S, and the outputs of the network."""

@@ -78,10 +78,10 @@ class Separability(SequenceModel):
         if self.orthogonality:
             self.orthogonality.load(self.network, self.ensemble)
 
-    def on_fit_start(self) -> None:
-        """Compile the anchor's forward together with the step."""
-        super().on_fit_start()
-        if self.orthogonality and self._step_losses != self.losses:
+    def compile_losses(self) -> None:
+        """Compile the step, and the anchor's forward."""
+        super().compile_losses()
+        if self.orthogonality:
             self.orthogonality.train_residual = torch.compile(self.orthogonality.residual)
 
     def penalties(self, outputs: tuple[Tensor, ...], batch: TokenBatch) -> Penalties:
