@@ -158,13 +158,12 @@ class ActivationReference(StageCallback):
             self._write(path, statistics, {"site": self.site, "stage": stage, "step": str(trainer.global_step)})
 
     def _write(self, path: Path, statistics: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         try:
             with replacing(path) as draft:
-                save_file(statistics, draft, metadata)
-        except (OSError, SafetensorError) as error:
+                draft.write_bytes(save(statistics, metadata))
+        except OSError as error:
             raise UserError(f"ActivationReference: `path` {str(path)!r} cannot be written: {error}") from error
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,12 +4,14 @@ A batch is a function of (epoch, number) and of nothing else. Ranks therefore sh
 communication, workers need no state, and a run that resumes within an epoch continues with the next batch.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from random import Random
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 POOL = 16  # batches per pool; samples are sorted by length within a pool: little padding, and the order stays random
@@ -199,7 +201,15 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
         share = _RankShare(batches, rank, world)
         numbers = _BatchNumbers(share)
         collate_fn: Callable[[Any], BatchT] = collate  # DataLoader's annotation expects a list of samples
-        super().__init__(share, batch_size=None, sampler=numbers, collate_fn=collate_fn, **options)
+        super().__init__(
+            share,
+            batch_size=None,
+            sampler=numbers,
+            collate_fn=collate_fn,
+            worker_init_fn=leave_signals_to_the_run,
+            generator=torch.Generator(),  # an iterator takes no random number from the training, also after a resume
+            **options,
+        )
         self.numbers, self.done = numbers, 0
 
     def __iter__(self) -> Iterator[BatchT]:  # type: ignore[override]  # torch's annotation is a private class
@@ -216,6 +226,12 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Make the next iteration start after the batches that `state` counts."""
         self.numbers.start = state["done"] % len(self)
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM in a worker, so that the run can end its step; the worker ends with the run."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class UnchangedLoader(Generic[BatchT]):
