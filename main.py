@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports ends the process without a stack trace
 
 from cli.commands import overview, reader_is_gone, refuse_unknown, speed_up_help
 
@@ -29,6 +33,8 @@ def main(args: list[str] | None = None) -> CrosstalkCLI | None:
     if line[0] in ("study", "ledger"):
         from studies.engine.command import run
 
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         run(line)
         return None
     speed_up_help(line)
@@ -38,7 +44,7 @@ def main(args: list[str] | None = None) -> CrosstalkCLI | None:
 
 
 def program() -> None:
-    """Run the process's command line; Ctrl-C and the end of a pipe's reader leave no stack trace."""
+    """Run the process's command line; Ctrl-C in a study and the end of a pipe's reader leave no stack trace."""
     try:
         try:
             main()

@@ -1,8 +1,12 @@
-"""What callbacks share: checks of arguments, intervals of optimizer steps, and release after a run."""
+"""What callbacks share: checks of arguments, steps at which they act, decisions of all ranks, release after a run."""
 
+import time
 from abc import ABC, abstractmethod
+from typing import cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import connected
@@ -60,6 +64,35 @@ class EveryNSteps:
         """Make `step` the last step, and return whether it was due."""
         due, self._last = self.due(step), step
         return due
+
+
+class CommonDecision:
+    """A decision between yes and no that all ranks take at the same training step.
+
+    One process decides at once, without the device. Several ranks ask one another only every few steps, because each
+    question waits for the device: as many steps apart as fit into `seconds` on the slowest rank.
+
+    Args:
+        seconds: Time between two questions, about.
+    """
+
+    def __init__(self, seconds: float = 2.0) -> None:
+        self.seconds = seconds
+        self._waited, self._every, self._asked = 0, 1, time.monotonic()
+
+    def __call__(self, trainer: Trainer, wish: bool) -> bool:
+        """Return whether any rank wishes it; every rank calls this after every optimizer step."""
+        if trainer.world_size == 1:
+            return wish
+        self._waited += 1
+        if self._waited < self._every:
+            return False
+        now = time.monotonic()
+        per_step = (now - self._asked) / self._waited
+        parts_2 = torch.tensor([float(wish), per_step], dtype=torch.float64, device=trainer.strategy.root_device)
+        any_wish, slowest = cast(Tensor, trainer.strategy.reduce(parts_2, reduce_op="max")).tolist()
+        self._waited, self._asked, self._every = 0, now, max(1, int(self.seconds / max(slowest, 1e-6)))
+        return bool(any_wish)
 
 
 # What ends with the run

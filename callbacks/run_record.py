@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,32 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from callbacks.divergence import Diverged
 from callbacks.hyperparameters import log_end, log_settings, main_settings
+from callbacks.interruption import Interrupted
 from callbacks.provenance import git_state, hardware, run_seed, versions
 from lightning_modules.core.contracts import HasCounts, HasMembers
 from lightning_modules.core.files import replacing
 from lightning_modules.core.reporting import ensemble_size, is_dry_run
+
+FIT = TrainerFn.FITTING.value
+MEASURED = ("metrics", "intervals", "n", "hits")  # the parts of the record that are measures; ensembles have `members`
 
 
 class RunRecord(Callback):
     """Writes `results.json` into the run's folder: the command, its environment, its duration and its metrics.
 
     The file exists from the start (`status: running`) and is replaced as a whole after every stage, so a killed run
-    still has its last state. Beside the metrics it has `intervals`, `n` (number of samples) and `hits` (hits of a
-    proportion, one number per ensemble member), if the module keeps them (`HasCounts`). For an ensemble, `members` has
-    the value of each measure for every member, in order of their seeds, and `members.jsonl` has these values at every
-    validation. NaN and infinity become null.
+    still has its last state. The other values of `status` are `finished`, `interrupted` (by a signal), `diverged` (with
+    the `step` and the `reason`, and without metrics) and `failed`. Beside the metrics it has `intervals`, `n` (number
+    of samples) and `hits` (hits of a proportion, one number per ensemble member), if the module keeps them
+    (`HasCounts`). For an ensemble, `members` has the value of each measure for every member, in order of their seeds,
+    and `members.jsonl` has these values at every validation. NaN and infinity become null.
 
-    The config goes to every logger as hyperparameters. TensorBoard's HPARAMS tab gets the main settings, see
-    `callbacks.hyperparameters`, and shows them beside the run's scalars. The command line adds this callback to every
-    run.
+    Checkpoints hold the config (`config`) and the record so far: a resumed run continues the durations, and keeps the
+    metrics that it does not measure again. The config goes to every logger as hyperparameters. TensorBoard's HPARAMS
+    tab gets the main settings, see `callbacks.hyperparameters`, and shows them beside the run's scalars. The command
+    line adds this callback to every run.
 
     Example::
 
@@ -54,10 +62,11 @@ class RunRecord(Callback):
         self.configs = list(configs)
         self.config = config or {}
         self.record: dict[str, Any] = {"status": "running", "command": list(command), "configs": self.configs}
-        self.record |= {"seconds": {}, "steps": 0, "metrics": {}, "intervals": {}, "n": {}, "hits": {}}
+        self.record |= {"seconds": {}, "steps": 0} | {key: {} for key in MEASURED}
         self.path: Path | None = None
         self.test_follows = False
         self._started = time.monotonic()
+        self._seconds_before = 0.0  # of the fit, in the attempts that this one continues
         self._logged_settings = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -71,20 +80,26 @@ class RunRecord(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add the duration, the metrics, and the samples behind them."""
-        metrics = trainer.callback_metrics  # on all ranks, because it may synchronise metrics
         ends = stage != "fit" or not self.test_follows
+        self._add_metrics(trainer, pl_module)
         self._update(trainer, stage, "finished" if ends else "running")
-        self.record["metrics"] |= {name: _finite(value) for name, value in metrics.items() if value.numel() == 1}
-        if isinstance(pl_module, HasCounts):
-            for name, (low, high) in pl_module.intervals.items():
-                self.record["intervals"][name] = [_finite(low), _finite(high)]
-            self.record["n"] |= {name: int(count) for name, count in pl_module.counts.items()}
-            self.record["hits"] |= {name: [int(hit) for hit in hits] for name, hits in pl_module.hits.items()}
-        if members := _by_member(pl_module):
-            self.record["members"] = self.record.get("members", {}) | members
         self._write()
         if self.path and self.config and ends:
             log_end(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the config and the record so far to a checkpoint."""
+        self._add_metrics(trainer, pl_module)
+        checkpoint["config"] = self.config
+        state = {key: self.record[key] for key in (*MEASURED, "members") if key in self.record}
+        checkpoint["callbacks"][self.state_key] = state | {"seconds": self._seconds(FIT)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Continue the record of the run that a fit resumes."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state and trainer.state.fn == TrainerFn.FITTING:
+            self._seconds_before = state["seconds"]
+            self.record |= {key: value for key, value in state.items() if key != "seconds"}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a line with the values of every member of an ensemble."""
@@ -94,11 +109,19 @@ class RunRecord(Callback):
                 file.write(json.dumps({"step": trainer.global_step} | _by_member(pl_module)) + "\n")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Record how the run ended; the metrics of finished stages stay."""
+        """Record how the run ended; the metrics of finished stages stay, unless the run has diverged."""
         self._open(trainer, trainer.default_root_dir)  # the setup of a datamodule may fail before that of callbacks
-        interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        stage = trainer.state.fn.value if trainer.state.fn else "fit"
-        self._update(trainer, stage, "interrupted" if interrupted else "failed")
+        if isinstance(exception, Diverged):
+            self.record |= {key: {} for key in MEASURED} | {"step": exception.step, "reason": exception.reason}
+            self.record.pop("members", None)
+        stage = trainer.state.fn.value if trainer.state.fn else FIT
+        self._update(trainer, stage, _ending(exception))
+        with suppress(OSError):  # the disk may be full, which may be the exception
+            self._write()
+
+    def end(self, status: str) -> None:
+        """Record the end of a run whose process ends at once."""
+        self.record["status"] = status
         self._write()
 
     def _open(self, trainer: Trainer, folder: str | None) -> None:
@@ -120,8 +143,23 @@ class RunRecord(Callback):
 
     def _update(self, trainer: Trainer, stage: str, status: str) -> None:
         self.record["status"] = status
-        self.record["seconds"][stage] = round(time.monotonic() - self._started, 3)
+        self.record["seconds"][stage] = self._seconds(stage)
         self.record["steps"] = trainer.global_step
+
+    def _seconds(self, stage: str) -> float:
+        before = self._seconds_before if stage == FIT else 0.0
+        return round(before + time.monotonic() - self._started, 3)
+
+    def _add_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics  # on all ranks, because it may synchronise metrics
+        self.record["metrics"] |= {name: _finite(value) for name, value in metrics.items() if value.numel() == 1}
+        if isinstance(pl_module, HasCounts):
+            for name, (low, high) in pl_module.intervals.items():
+                self.record["intervals"][name] = [_finite(low), _finite(high)]
+            self.record["n"] |= {name: int(count) for name, count in pl_module.counts.items()}
+            self.record["hits"] |= {name: [int(hit) for hit in hits] for name, hits in pl_module.hits.items()}
+        if members := _by_member(pl_module):
+            self.record["members"] = self.record.get("members", {}) | members
 
     def _write(self) -> None:
         if self.path is not None:
@@ -142,6 +180,12 @@ class RunRecord(Callback):
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [f"{n:<{widths[0]}}  {v:>{widths[1]}}  {i:>{widths[2]}}  {c:>{widths[3]}}" for n, v, i, c in rows]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _ending(exception: BaseException) -> str:
+    if isinstance(exception, Interrupted | KeyboardInterrupt | SIGTERMException):
+        return "interrupted"
+    return "diverged" if isinstance(exception, Diverged) else "failed"
 
 
 def _by_member(module: LightningModule) -> dict[str, list[float | None]]:

@@ -2,13 +2,16 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
 import yaml
+from jsonargparse.typing import PositiveFloat
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -17,13 +20,16 @@ import datamodules  # noqa: F401
 import lightning_modules.question_answering
 import lightning_modules.separability
 import lightning_modules.telepathy  # noqa: F401
+from callbacks.divergence import Diverged
+from callbacks.interruption import Interrupted, Interruption, end_ranks
+from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.run_record import RunRecord
 from cli import output, renames
 from cli.commands import run_help
 from cli.config_errors import FriendlyParser
 from cli.run_folder import check_checkpoint, check_folder, make_run_dir
 from cli.trainer import build, with_defaults
-from cli.user_errors import memory_message, user_message
+from cli.user_errors import host_message, user_message
 from datamodules.errors import UserError
 
 RUN_DIR_VARIABLE = "CROSSTALK_RUN_DIR"  # passes the folder to the processes that DDP starts
@@ -34,6 +40,13 @@ renames.install()
 
 class RunParser(FriendlyParser, LightningArgumentParser):
     """Lightning's parser, with errors of one sentence."""
+
+
+class NoSignals(_SignalConnector):
+    """Leaves signals to `Interruption`: Lightning's own handlers make exit code 0 of SIGTERM and may never return."""
+
+    def register_signal_handlers(self) -> None:
+        """Set no handlers."""
 
 
 class CrosstalkCLI(LightningCLI):
@@ -54,22 +67,27 @@ class CrosstalkCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         self.command = sys.argv[1:] if args is None else args
+        self.interruption = Interruption()
         try:
-            super().__init__(
-                LightningModule,
-                LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                seed_everything_default=0,
-                trainer_defaults={"use_distributed_sampler": False},  # the datamodules shard themselves
-                auto_configure_optimizers=False,  # modules take their optimizer as an argument
-                parser_class=RunParser,
-                parser_kwargs={command: _help_texts(command) for command in self.subcommands()},
-                args=renames.renamed_line(self.command),
-            )
-        except (Exception, KeyboardInterrupt) as error:
+            with self.interruption:
+                self._run_line()
+        except BaseException as error:
             self._end(error)
             raise
+
+    def _run_line(self) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False},  # the datamodules shard themselves
+            auto_configure_optimizers=False,  # modules take their optimizer as an argument
+            parser_class=RunParser,
+            parser_kwargs={command: _help_texts(command) for command in self.subcommands()},
+            args=renames.renamed_line(self.command),
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would replace the user's model config with the checkpoint's hyperparameters."""
@@ -85,8 +103,10 @@ class CrosstalkCLI(LightningCLI):
         self.parser.add_instantiator(build, object)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the project's key; every command accepts it, since the config.yaml of a fit holds it."""
+        """Add the project's keys; every command accepts them, since the config.yaml of a fit holds them."""
         parser.add_argument("--test_after_fit", type=bool, default=True, help="Whether fit ends with a test.")
+        minutes = "Longest time between two checkpoints, in minutes; a killed run loses no more work."
+        parser.add_argument("--checkpoint_minutes", type=PositiveFloat, default=5.0, help=minutes)
 
     def before_instantiate_classes(self) -> None:
         """Refuse a damaged checkpoint, then give the run its folder."""
@@ -96,6 +116,7 @@ class CrosstalkCLI(LightningCLI):
         resolved = self.parser.dump(self.config, skip_unset=False)  # a null may stand against a default
         configs = [str(path) for path in config.config or []]
         self.record = RunRecord(self.command, configs, yaml.safe_load(resolved)[self.subcommand])
+        self.interruption.before_end = partial(self.record.end, "interrupted")
         self.log_dir = Path(config.trainer.default_root_dir or os.environ.get(RUN_DIR_VARIABLE, "runs"))
         if config.trainer.fast_dev_run:
             return  # it writes nothing
@@ -116,10 +137,14 @@ class CrosstalkCLI(LightningCLI):
             raise UserError(f"trainer.default_root_dir: {self.log_dir} already holds a run, name another folder")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer with what every run has: record, progress bar, checkpoints, TensorBoard."""
-        flags = with_defaults(self._get(self.config_init, "trainer"), self.log_dir, self.record)
+        """Build the trainer with what every run has: record, progress bar, checkpoints, signals, TensorBoard."""
+        minutes = self._get(self.config_init, "checkpoint_minutes")
+        users = self._get(self.config_init, "trainer")
+        flags = with_defaults(users, self.log_dir, minutes, self.record, self.interruption)
         try:
-            return super().instantiate_trainer(**flags, **kwargs)
+            trainer = super().instantiate_trainer(**flags, **kwargs)
+            trainer._signal_connector = NoSignals(trainer)
+            return trainer
         except (TypeError, ValueError) as error:  # flags that Lightning checks itself
             raise UserError(f"trainer: {error}") from error
 
@@ -142,7 +167,10 @@ class CrosstalkCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the trained weights, if there is a test set."""
         if self.record.test_follows:
-            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            # After its last step, a resumed run has the weights of training, and its checkpoint those of the test
+            ended = any(isinstance(own, LastCheckpoint) and own.nothing_trained for own in self.trainer.callbacks)
+            path = self.config.fit.ckpt_path if ended else None
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, ckpt_path=path)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command, then print its results."""
@@ -153,11 +181,26 @@ class CrosstalkCLI(LightningCLI):
 
     def _end(self, error: BaseException) -> None:
         """Exit with one sentence if the error is not a bug, and remove what a run that did not start has left."""
-        mistake, no_memory = user_message(error), memory_message(error)
+        trainer = vars(self).get("trainer")
+        end_ranks(trainer)
+        mistake, host = user_message(error), host_message(error)
         self._tidy(mistake is not None)
-        if mistake or no_memory:
-            sys.stderr.write(f"error: {mistake or no_memory}\n")
+        agreed = trainer is not None and trainer.global_rank > 0  # Lightning kills rank 0 when another rank fails
+        if isinstance(error, Interrupted):
+            sys.exit(0 if agreed else error.exit_code)
+        if isinstance(error, Diverged):
+            self._explain_divergence(error)
+            sys.exit(0 if agreed else 1)
+        if mistake or host:
+            sys.stderr.write(f"error: {mistake or host}\n")
             sys.exit(2 if mistake else 1)
+
+    @rank_zero_only
+    def _explain_divergence(self, error: Diverged) -> None:
+        advice = "lower the learning rate, or set model.on_nonfinite to continue"
+        last = self.log_dir / "checkpoints" / "last.ckpt"
+        kept = f"; the last finite checkpoint is {last}" if last.exists() else ""
+        sys.stderr.write(f"error: {error}{kept}; {advice}\n")
 
     def _tidy(self, mistake: bool) -> None:
         """Remove the folder of a run that ended on a user's mistake before it trained, and an empty one in any case."""

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
+from callbacks.divergence import Divergence
 from callbacks.last_checkpoint import LastCheckpoint
+from cli.checkpoint_io import WholeFiles
 from cli.output import ParameterTable
 from cli.run_folder import check_folder
 from datamodules.errors import UserError
@@ -31,26 +35,34 @@ def build(class_type: type[T], *args: Any, **kwargs: Any) -> T:
         raise UserError(f"{class_type.__name__}: {error}") from error
 
 
-def with_defaults(flags: Namespace, folder: Path, *always: Callback) -> dict[str, Any]:
+def with_defaults(flags: Namespace, folder: Path, minutes: float, *always: Callback) -> dict[str, Any]:
     """Return the trainer flags that complete the user's: callbacks, folder, TensorBoard, no summary by Lightning.
 
     Args:
         flags: The user's trainer flags, with callbacks and loggers built.
         folder: The run's folder.
+        minutes: Time between two checkpoints.
         always: Callbacks that every run has.
 
     Raises:
         UserError: A logger cannot write into its folder.
     """
     users = _callbacks(flags)
-    added: list[Callback] = [*always]
+    added: list[Callback] = [Divergence()]
     changed: dict[str, Any] = {"default_root_dir": folder}
     if flags.enable_progress_bar is not False and not _has(users, ProgressBar):
         # A refresh waits for the device, and in a log file each refresh is one line.
         added.append(TQDMProgressBar(refresh_rate=10 if sys.stdout.isatty() else 100))
     saves = flags.enable_checkpointing is not False and not flags.fast_dev_run
-    if saves and not _has(users, Checkpoint):
-        added.append(LastCheckpoint())
+    if saves and not _has(users, LastCheckpoint):
+        added.append(LastCheckpoint(minutes))
+    for callback in users if saves else []:
+        if isinstance(callback, ModelCheckpoint) and callback.save_last:
+            rank_zero_warn("trainer.callbacks: save_last of ModelCheckpoint is ignored, every run has its last.ckpt")
+            callback.save_last = None
+    plugins = flags.plugins if isinstance(flags.plugins, list) else [flags.plugins] if flags.plugins else []
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        changed["plugins"] = [*plugins, WholeFiles()]
     if flags.enable_model_summary is not False and not _has(users, ModelSummary):
         added.append(ParameterTable())
         changed["enable_model_summary"] = False  # Lightning's summary shows FLOPs that it has not counted
@@ -59,7 +71,7 @@ def with_defaults(flags: Namespace, folder: Path, *always: Callback) -> dict[str
             check_folder(Path(logger.save_dir), "trainer.logger")
     if flags.logger is None or flags.logger is True:
         changed["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
-    return changed | {"callbacks": users + added}
+    return changed | {"callbacks": [*users, *added, *always]}
 
 
 def _callbacks(flags: Namespace) -> list[Callback]:

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterator
+from errno import EDQUOT, EFBIG, ENOSPC, EROFS
 from pickle import UnpicklingError
 
 from datamodules.errors import UserError
 
 FROM_WORKER = re.compile(r"^[\w.]*UserError: ", re.MULTILINE)  # in the stack trace that a worker sends
+DISK_ERRORS = {ENOSPC, EDQUOT, EFBIG, EROFS}
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 SIZE = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ [KMGT]iB)", re.IGNORECASE)
 
@@ -20,9 +22,12 @@ def user_message(error: BaseException) -> str | None:
     return next((sentence for cause in _chain(error) if (sentence := _sentence(cause))), None)
 
 
-def memory_message(error: BaseException) -> str | None:
-    """Return the sentence for exhausted memory of the device or of the host, or None for other errors."""
+def host_message(error: BaseException) -> str | None:
+    """Return the sentence for a full disk or exhausted memory, of the device or of the host; None for other errors."""
     for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            place = f"cannot write {cause.filename}: " if cause.filename else ""
+            return f"{place}{cause.strerror}; the checkpoints and results that were written before are whole"
         if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and NO_MEMORY.search(str(cause))):
             size = SIZE.search(str(cause))
             amount = f" (the last allocation was of {_readable(size[1])})" if size else ""

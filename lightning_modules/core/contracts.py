@@ -7,7 +7,7 @@ Shapes: S ensemble members, B batch, T positions, V vocabulary.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
@@ -78,6 +78,16 @@ class HasCounts(Protocol):
     counts: dict[str, int]
     hits: dict[str, list[int]]
     intervals: dict[str, tuple[float, float]]
+
+
+OnNonfinite = Literal["stop", "continue"]  # what a run does when its loss or a trained parameter is not finite
+
+
+@runtime_checkable
+class HasNonfinitePolicy(Protocol):
+    """A module that says what a run does when it diverges."""
+
+    on_nonfinite: OnNonfinite
 
 
 @runtime_checkable

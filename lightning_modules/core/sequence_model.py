@@ -14,9 +14,16 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from datamodules.batch import IGNORE, TokenBatch
-from datamodules.errors import UserError
+from datamodules.errors import SEEDS, SIZE, UserError, check_numbers
 from lightning_modules.core.checkpoints import load_network, write_members
-from lightning_modules.core.contracts import HasBounds, HasVocabulary, SupportsTokenText, Workload, connected
+from lightning_modules.core.contracts import (
+    HasBounds,
+    HasVocabulary,
+    OnNonfinite,
+    SupportsTokenText,
+    Workload,
+    connected,
+)
 from lightning_modules.core.decoder import count_weights
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.losses import member_losses
@@ -25,6 +32,7 @@ from lightning_modules.core.predictions import pattern_sites, show_attention, wr
 from lightning_modules.core.reporting import is_dry_run, record_proportion, run_folder
 from lightning_modules.core.schedule import Schedule, with_schedule
 
+MOST_MEMBERS = 4096  # of an ensemble
 Penalties = dict[str, tuple[float, Tensor]]  # name -> (weight, value_S)
 
 
@@ -53,6 +61,7 @@ class SequenceModel(EnsembleModule, ABC):
         loss_precision: Precision of the cross-entropy; fp32 rounds losses below about 1e-7 to zero.
         compile: Compile the training step. Ignored, with a warning, if a callback has a hook on the network.
         save_members: Write the weights of each member after fit to `members/`, as checkpoints of ordinary models.
+        on_nonfinite: Whether a run ends when the loss or a weight is not finite, in all members of an ensemble.
 
     Raises:
         UserError: A size is below 1; at `setup`, the precision is unsuitable, or a checkpoint or the data does not fit.
@@ -71,14 +80,18 @@ class SequenceModel(EnsembleModule, ABC):
         loss_precision: Literal["fp32", "fp64"] = "fp32",
         compile: bool = False,
         save_members: bool = False,
+        on_nonfinite: OnNonfinite = "stop",
     ):
-        check_sizes(vocab_size=vocab_size, seq_len=seq_len, ensemble=ensemble)
+        check_sizes(vocab_size=vocab_size, seq_len=seq_len)
+        check_numbers("model", 1, MOST_MEMBERS, ensemble=ensemble)
+        check_numbers("model", 0, SEEDS - ensemble, seed=seed)
+        check_numbers("model", 0, warmup_steps=warmup_steps)
         self.vocab_size, self.seq_len = vocab_size, seq_len
         first = torch.initial_seed() if seed is None else seed
         super().__init__(self.make_network, [first + member for member in range(ensemble)])
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         self.start, self.double_loss = start, loss_precision == "fp64"
-        self.compile_step, self.save_members = compile, save_members
+        self.compile_step, self.save_members, self.on_nonfinite = compile, save_members, on_nonfinite
         self.measures = self.make_measures()
         self._last_step: tuple[Tensor, Tensor] | None = None  # logits and labels
         self._shown: Tensor | None = None  # the input whose attention the test draws
@@ -238,11 +251,9 @@ class SequenceModel(EnsembleModule, ABC):
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Refuse sizes below 1; None stands for a default.
+    """Check sizes of a network; None stands for a default.
 
     Raises:
-        UserError: A size is below 1; names `model.<size>`.
+        UserError: A size is below 1 or above 2^24; names `model.<size>`.
     """
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise UserError(f"model.{name} must be at least 1, not {size}")
+    check_numbers("model", 1, SIZE, **sizes)

@@ -15,16 +15,16 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from datamodules.batch import IGNORE, TokenBatch
-from datamodules.errors import UserError
+from datamodules.errors import UserError, check_numbers
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import Workload, connected
+from lightning_modules.core.contracts import OnNonfinite, Workload, connected
 from lightning_modules.core.metrics import Proportion
 from lightning_modules.core.reporting import is_dry_run, record_proportion
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
 from lightning_modules.pretrained.generation import generate
 from lightning_modules.pretrained.loading import Pretrained, quiet
-from lightning_modules.pretrained.prompts import Prompt, encode, pad
+from lightning_modules.pretrained.prompts import LONGEST, Prompt, encode, pad
 from lightning_modules.question_answering.tokenizer import ByteLevelBPE
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class QuestionAnswering(LightningModule):
         answer_only: Leave the prompt out of the loss (usual when fine-tuning a large model).
         max_new_tokens: Length limit of generated answers, in tokens.
         save_to: Folder for model and tokenizer after `fit`, in the format of `save_pretrained`.
+        on_nonfinite: Whether a run ends when the loss or a weight is not finite.
 
     Raises:
         UserError: Settings are out of range, contradict each other or miss one that another needs.
@@ -93,11 +94,14 @@ class QuestionAnswering(LightningModule):
         answer_only: bool = False,
         max_new_tokens: int = 100,
         save_to: str | None = None,
+        on_nonfinite: OnNonfinite = "stop",
     ):
         super().__init__()
-        if not 0 <= repeat_fraction <= 1:
-            raise UserError(f"model.repeat_fraction must be between 0 and 1, not {repeat_fraction}")
+        check_numbers("model", 0, 1, repeat_fraction=repeat_fraction)
+        check_numbers("model", 0, warmup_steps=warmup_steps)
+        check_numbers("model", 1, LONGEST, max_new_tokens=max_new_tokens)
         self.optimizer, self.warmup_steps, self.save_to = optimizer, warmup_steps, save_to
+        self.on_nonfinite = on_nonfinite
         self.prompt, self.repeat_prompt = Prompt(prompt), Prompt(repeat_prompt)
         self.repeat_fraction, self.answer_only, self.max_new_tokens = repeat_fraction, answer_only, max_new_tokens
         self.bpe = tokenizer if isinstance(tokenizer, ByteLevelBPE) else None

@@ -16,14 +16,14 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, check_numbers
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import SupportsSampleDataloader, Workload, connected
+from lightning_modules.core.contracts import OnNonfinite, SupportsSampleDataloader, Workload, connected
 from lightning_modules.core.reporting import is_dry_run, run_folder
 from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
 from lightning_modules.core.schedule import with_schedule
 from lightning_modules.pretrained.loading import Pretrained
-from lightning_modules.pretrained.prompts import Prompt
+from lightning_modules.pretrained.prompts import LONGEST, Prompt
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch, pack_rows, tokenize
 from lightning_modules.telepathy.bridges import BridgeFactory, OutputScale
 from lightning_modules.telepathy.examination import Examination
@@ -60,9 +60,11 @@ class Telepathy(LightningModule):
         reproduce_flaws: Reproduce the flaws of the notes, all or a list. `key_scale`: states at the scale of Mistral's
             embeddings (rms 0.003) before a cross-attention without LayerNorm and without positions. `bos_behind`: no
             prompt, and the BOS between soft tokens and answer.
+        on_nonfinite: Whether a run ends when the loss or a weight is not finite.
 
     Raises:
-        UserError: `source_layer` or `objectives` names something that does not exist, or no objective has a weight.
+        UserError: `source_layer` or `objectives` names something that does not exist, no objective has a
+            weight, or a number is out of range.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Telepathy(LightningModule):
         prompt: str = "Question: {question}\nAnswer:",
         max_new_tokens: int = 100,
         reproduce_flaws: bool | list[Flaw] = False,
+        on_nonfinite: OnNonfinite = "stop",
     ):
         super().__init__()
         self.layers = [source_layer] if isinstance(source_layer, int) else source_layer
@@ -86,8 +89,11 @@ class Telepathy(LightningModule):
         if not self.layers or min(self.layers) < 1:
             raise UserError(f"model.source_layer {source_layer} names no layer: they count from 1")
         check_weights(self.objectives)
+        check_numbers("model", 0, warmup_steps=warmup_steps)
+        check_numbers("model", 1, LONGEST, max_new_tokens=max_new_tokens)
         self.needs_text = any(OBJECTIVES[name].needs_text for name in self.objectives)
         self.optimizer, self.warmup_steps, self.max_new_tokens = optimizer, warmup_steps, max_new_tokens
+        self.on_nonfinite = on_nonfinite
         flaws = reproduce_flaws if isinstance(reproduce_flaws, list) else get_args(Flaw) if reproduce_flaws else ()
         notes_scale = "key_scale" in flaws
         self.prompt = Prompt(prompt)

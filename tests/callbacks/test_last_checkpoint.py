@@ -1,53 +1,103 @@
-"""`last.ckpt` is the model after the last step, and a run that resumes from it continues the first run."""
+"""`last.ckpt` is never lost or late, and a run that resumes from it is the uninterrupted run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
 
 from callbacks import LastCheckpoint, StabilityMonitor
 from datamodules import ModularArithmetic
 from lightning_modules.separability import Separability
 
-SIZES = {"vocab_size": 12, "seq_len": 3, "width": 8, "heads": 2, "schedule": "constant", "seed": 0}
+SIZES = {"vocab_size": 14, "seq_len": 3, "width": 8, "heads": 2, "schedule": "constant", "seed": 0}
 
 
-def fit(folder: Path, steps: int, callbacks=(), checkpoint=None, min_steps=None, **options) -> Separability:
-    module = Separability(**SIZES)
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+class StopAt(Callback):
+    """Ends the run in a hook, at a step: files stay as they are then."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        def stop(trainer: Trainer, *_: object, **__: object) -> None:
+            if trainer.global_step == step and not trainer.sanity_checking:
+                raise Stopped
+
+        setattr(self, hook, stop)
+
+
+class Validations(Callback):
+    """Notes the steps of validations and their losses."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, *_: object) -> None:
+        if not trainer.sanity_checking:
+            self.seen.append((trainer.global_step, trainer.callback_metrics["validation/loss"].item()))
+
+
+class Dropped(Separability):
+    """Depends on random numbers in every training step."""
+
+    def make_network(self) -> nn.Module:
+        network = super().make_network()
+        network.blocks[0].mlp = nn.Sequential(network.blocks[0].mlp, nn.Dropout(0.5))
+        return network
+
+
+def fit(folder: Path, steps: int, callbacks=(), checkpoint=None, make=Separability, **options):
+    module, ckpt_path = make(**SIZES), options.pop("ckpt_path", None)
+    torch.manual_seed(1 if ckpt_path else 0)  # a resumed run takes the random numbers from its checkpoint
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    options = {"val_check_interval": 4, "check_val_every_n_epoch": None} | options
     trainer = Trainer(
         max_steps=steps,
-        val_check_interval=4,
-        check_val_every_n_epoch=None,
-        min_steps=min_steps,
         callbacks=[*callbacks, checkpoint or LastCheckpoint()],
         default_root_dir=folder,
         accelerator="cpu",
         **quiet,
+        **options,
     )
-    trainer.fit(module, datamodule=ModularArithmetic(p=11, batch_size=12, seed=0), **options)
+    data = ModularArithmetic(p=13, batch_size=12, seed=0)  # four batches are a pass over the data
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module
+
+
+def held(folder: Path, name: str = "last") -> dict:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def assert_same(first, second):
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("steps", [3, 4, 6], ids=["before any validation", "at a validation", "after one"])
 def test_it_has_the_last_step(tmp_path, steps):
     module = fit(tmp_path, steps)
-    files = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert len(files) == 2
-    assert files[1] == "last.ckpt"
-    for name in files:
-        held = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
-        assert held["global_step"] == steps
-        assert all(torch.equal(value, held["state_dict"][key]) for key, value in module.state_dict().items())
+    checkpoint = held(tmp_path)
+    assert checkpoint["global_step"] == steps
+    assert all(torch.equal(value, checkpoint["state_dict"][key]) for key, value in module.state_dict().items())
+
+
+def test_the_checkpoint_before_it_is_kept_and_nothing_else(tmp_path):
+    fit(tmp_path, 10)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
+    assert (held(tmp_path, "previous")["global_step"], held(tmp_path)["global_step"]) == (8, 10)
 
 
 def test_it_has_the_state_of_callbacks_after_the_last_validation(tmp_path):
     monitor = StabilityMonitor(reached=0.0, collapsed=0.0)
     fit(tmp_path, 4, callbacks=[monitor])
-    held = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["StabilityMonitor"]
-    assert held["reached_step_S"].item() == 4
-    assert held["up_S"].item()
+    state = held(tmp_path)["callbacks"]["StabilityMonitor"]
+    assert state["reached_step_S"].item() == 4
+    assert state["up_S"].item()
 
 
 def test_a_stop_before_min_steps_saves_nothing(tmp_path):
@@ -58,9 +108,9 @@ def test_a_stop_before_min_steps_saves_nothing(tmp_path):
     saved = []
 
     class Count(LastCheckpoint):
-        def _save_last_checkpoint(self, trainer, candidates):
+        def save(self, trainer):
             saved.append(trainer.global_step)
-            super()._save_last_checkpoint(trainer, candidates)
+            super().save(trainer)
 
     fit(tmp_path, 9, checkpoint=Count(), callbacks=[Stop()], min_steps=6)
     assert saved
@@ -68,9 +118,74 @@ def test_a_stop_before_min_steps_saves_nothing(tmp_path):
     assert len([step for step in saved if step < 6]) <= 1
 
 
-def test_a_resumed_run_equals_the_uninterrupted_run(tmp_path):
-    whole = fit(tmp_path / "whole", 11)
+def test_it_saves_in_time(tmp_path, monkeypatch):
+    seconds = iter(range(0, 10**6, 25))
+    monkeypatch.setattr("callbacks.last_checkpoint.time.monotonic", lambda: next(seconds))
+    with pytest.raises(Stopped):
+        fit(tmp_path, 9, [StopAt("on_train_batch_start", 3)], LastCheckpoint(1.0), limit_val_batches=0)
+    assert held(tmp_path)["global_step"] >= 2
+    with pytest.raises(ValueError, match="`every_minutes` must be positive"):
+        LastCheckpoint(0.0)
+
+
+def test_gradients_that_accumulate_are_not_lost(tmp_path):
+    whole = fit(tmp_path / "whole", 6, accumulate_grad_batches=3, limit_val_batches=0)
+    stop = [StopAt("on_train_batch_start", 2)]
+    with pytest.raises(Stopped):
+        fit(tmp_path / "cut", 6, stop, LastCheckpoint(1e-9), accumulate_grad_batches=3, limit_val_batches=0)
+    assert held(tmp_path / "cut")["global_step"] == 2
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    assert_same(whole, fit(tmp_path / "on", 6, accumulate_grad_batches=3, limit_val_batches=0, ckpt_path=last))
+
+
+CUTS = {
+    "in a step": ("on_before_optimizer_step", 6),
+    "before a validation": ("on_validation_start", 4),
+    "in a validation": ("on_validation_batch_end", 8),
+    "after a validation": ("on_validation_end", 8),
+    "before the last validation": ("on_validation_start", 12),
+    "in the last validation": ("on_validation_batch_end", 12),
+    "after the last validation": ("on_train_end", 12),
+}
+EPOCHS = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+
+
+@pytest.mark.parametrize("case", CUTS)
+@pytest.mark.parametrize(
+    ("callbacks", "options"),
+    [((), {}), ((), EPOCHS), ((EMAWeightAveraging,), {})],
+    ids=["by steps", "by epochs", "EMA"],
+)
+def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, case, callbacks, options):
+    hook, step = CUTS[case]
+    monkeypatch.setattr("datamodules.modular_arithmetic.EPOCH", 4)
+    expected, found, cut = Validations(), Validations(), Validations()
+    whole = fit(tmp_path / "whole", 12, [make() for make in callbacks] + [expected], make=Dropped, **options)
+    parts = [make() for make in callbacks] + [cut, StopAt(hook, step)]
+    with pytest.raises(Stopped):
+        fit(tmp_path / "cut", 12, parts, make=Dropped, **options)
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    parts = [make() for make in callbacks] + [found]
+    resumed = fit(tmp_path / "on", 12, parts, make=Dropped, ckpt_path=last, **options)
+    if case != "after the last validation":  # then nothing is left to do
+        assert_same(whole, resumed)
+        assert expected.seen[-1] == found.seen[-1]
+    assert sorted({*cut.seen, *found.seen}) == expected.seen
+    expected_state, found_state = held(tmp_path / "whole"), held(tmp_path / "on")
+    assert found_state["global_step"] == 12
+    for name, value in expected_state["state_dict"].items():
+        assert torch.equal(value, found_state["state_dict"][name]), name
+
+
+def test_a_run_resumed_at_its_end_leaves_its_checkpoint(tmp_path):
     fit(tmp_path / "first", 6)
-    resumed = fit(tmp_path / "resumed", 11, ckpt_path=tmp_path / "first" / "checkpoints" / "last.ckpt")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    source, copy = (tmp_path / name / "checkpoints" / "last.ckpt" for name in ("first", "again"))
+    callback = LastCheckpoint()
+    fit(tmp_path / "again", 6, checkpoint=callback, ckpt_path=source)
+    assert callback.nothing_trained
+    assert copy.read_bytes() == source.read_bytes()
+    shutil.rmtree(tmp_path / "first")
+    longer = LastCheckpoint()
+    fit(tmp_path / "longer", 7, checkpoint=longer, ckpt_path=copy)
+    assert not longer.nothing_trained
+    assert held(tmp_path / "longer")["global_step"] == 7

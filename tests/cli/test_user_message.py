@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from cli.user_errors import memory_message, user_message
+from cli.user_errors import host_message, user_message
 from datamodules.errors import UserError
 
 
@@ -28,7 +28,7 @@ def test_a_users_mistake_is_its_sentence():
 @pytest.mark.parametrize("error", [ValueError("x"), OSError("x"), RuntimeError("x"), UnpicklingError("x"), KeyError(1)])
 def test_a_bug_has_no_sentence(error):
     assert user_message(error) is None
-    assert memory_message(error) is None
+    assert host_message(error) is None
 
 
 class Refusing:
@@ -60,7 +60,7 @@ MEMORY = {
 @pytest.mark.parametrize("case", MEMORY)
 def test_exhausted_memory_says_what_to_lower(case):
     error, said = MEMORY[case]
-    sentence = memory_message(error)
+    sentence = host_message(error)
     assert said in sentence
     assert "data.batch_size" in sentence
     assert "bf16-mixed" in sentence
