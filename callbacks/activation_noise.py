@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from callbacks.hooks import InterveningCallback, Stages, eager, replace_first
-from datamodules.errors import UserError
+from datamodules.errors import check_numbers
 from lightning_modules.core.sites import match_modules
 
 
@@ -52,8 +52,8 @@ class ActivationNoise(InterveningCallback):
         seed: Seed of the noise.
 
     Raises:
-        UserError: `strength` is negative, `during` is empty, or the seed is negative; at `setup`, the site matches
-            nothing; in a step, the module returns no tensor.
+        UserError: `strength` is negative or not finite, `during` is empty, or the seed is negative; at `setup`, the
+            site matches nothing; in a step, the module returns no tensor.
     """
 
     def __init__(
@@ -64,8 +64,7 @@ class ActivationNoise(InterveningCallback):
         during: Stages | None = None,
         seed: int = 0,
     ) -> None:
-        if strength < 0:
-            raise UserError(f"ActivationNoise: `strength` must not be negative, got {strength}.")
+        check_numbers("ActivationNoise", 0, strength=strength)
         super().__init__(during, ["validate", "test", "predict"], seed)
         self.site = site
         self.strength = strength

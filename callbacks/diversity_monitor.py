@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from callbacks.base import EveryNSteps, check_positive
 from callbacks.hooks import HookedCallback, eager, first_tensor
 from callbacks.throughput import off_the_clock
-from datamodules.errors import UserError
+from datamodules.errors import UserError, check_numbers
 from lightning_modules.core.diversity import between_input_variance, cosine_matrix, effective_rank, mean_pairwise_cosine
 from lightning_modules.core.reporting import add_figure, keep_scalars, log_scalars, logged_step
 from lightning_modules.core.sites import match_modules
@@ -56,7 +56,7 @@ class DiversityMonitor(HookedCallback):
         patience: Number of checks in a row that make a collapse.
 
     Raises:
-        UserError: A number is not positive; at `setup` for fit, the site is not one module; in a step, the module
+        UserError: A number is out of range; at `setup` for fit, the site is not one module; in a step, the module
             returns no tensor.
     """
 
@@ -71,6 +71,8 @@ class DiversityMonitor(HookedCallback):
     ) -> None:
         super().__init__()
         check_positive(self, every_n_steps=every_n_steps, patience=patience)
+        check_numbers("DiversityMonitor", -1, max_cosine=max_cosine)
+        check_numbers("DiversityMonitor", 0, 1, min_variance=min_variance)
         self.site = site
         self.every_n_steps = every_n_steps
         self.on_collapse = on_collapse

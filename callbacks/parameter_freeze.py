@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from callbacks.base import ReleasingCallback
-from datamodules.errors import UserError
+from datamodules.errors import UserError, check_numbers
 from lightning_modules.core.sites import match_parameters
 
 
@@ -40,8 +40,7 @@ class ParameterFreeze(ReleasingCallback):
     """
 
     def __init__(self, parameters: list[str], at_step: int = 0) -> None:
-        if at_step < 0:
-            raise UserError(f"ParameterFreeze: `at_step` counts optimizer steps from 0, got {at_step}.")
+        check_numbers("ParameterFreeze", 0, at_step=at_step)
         self.parameters = parameters
         self.at_step = at_step
         self._matched: list[nn.Parameter] = []

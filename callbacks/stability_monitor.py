@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from callbacks.base import refuse_second
-from datamodules.errors import UserError
+from datamodules.errors import MOST, UserError, check_numbers
 from lightning_modules.core.contracts import HasMembers
 from lightning_modules.core.reporting import report_members
 
@@ -97,17 +97,17 @@ class StabilityMonitor(Callback):
         settle: Checks after coming up that make a member stable.
 
     Raises:
-        UserError: `collapsed` is above `reached`, or `settle` is negative; at `setup`, there are two of these
+        UserError: `collapsed` is above `reached`, or a number is out of range; at `setup`, there are two of these
             callbacks; at the end of a validation, the metric was not logged.
     """
 
     def __init__(
         self, metric: str = "validation/accuracy", reached: float = 0.99, collapsed: float = 0.9, settle: int = 5
     ) -> None:
+        check_numbers("StabilityMonitor", -MOST, reached=reached, collapsed=collapsed)
+        check_numbers("StabilityMonitor", 0, settle=settle)
         if collapsed > reached:
             raise UserError(f"StabilityMonitor: `collapsed` ({collapsed}) must not be above `reached` ({reached}).")
-        if settle < 0:
-            raise UserError(f"StabilityMonitor: `settle` counts checks from 0, got {settle}.")
         self.metric = metric
         self.reached = reached
         self.collapsed = collapsed

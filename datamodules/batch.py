@@ -13,7 +13,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from datamodules.batches import LANES, Batches, BatchLoader, BatchT, SamplesT
-from datamodules.errors import UserError
+from datamodules.errors import SIZE, UserError, check_numbers
 
 IGNORE = -100  # the label of a position without a target; the loss and all measures leave it out
 
@@ -67,16 +67,17 @@ class TaskDataModule(LightningDataModule, ABC):
         sizes: More sizes to check, by their key under `data`.
 
     Raises:
-        UserError: A size is below 1, an epoch is smaller than a batch, or `num_workers` does not divide `LANES`.
+        UserError: A size is below 1 or above `SIZE`, an epoch is smaller than a batch, or `num_workers` does not divide
+            `LANES`.
     """
 
     def __init__(
         self, batch_size: int, eval_batch_size: int, num_workers: int, epoch_size: int, sizes: Mapping[str, int]
     ):
         super().__init__()
-        for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, **sizes}.items():
-            if size < 1:
-                raise UserError(f"data.{name} must be at least 1, not {size}")
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, **sizes}
+        check_numbers("data", 1, SIZE, **sizes)
+        check_numbers("data", 1, epoch_size=epoch_size)
         if num_workers not in (0, *(n for n in range(1, LANES + 1) if LANES % n == 0)):
             raise UserError(f"data.num_workers must be 0, 1, 2, 4 or 8, not {num_workers}")
         if epoch_size < batch_size:

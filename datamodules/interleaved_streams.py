@@ -10,7 +10,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from datamodules.batch import IGNORE, HasWidth, Integers
-from datamodules.errors import UserError
+from datamodules.errors import SEEDS, SIZE, UserError, check_numbers
 from datamodules.modular_arithmetic import is_prime
 from datamodules.sequence_task import TASK, SequenceTask, held_out_stream, label_next, stream
 
@@ -67,8 +67,8 @@ class InterleavedStreams(SequenceTask):
         **common: Any,
     ):
         super().__init__(**common)
-        if n_streams < 1:
-            raise UserError(f"data.n_streams must be at least 1, not {n_streams}")
+        check_numbers("data", 1, SIZE, n_streams=n_streams, vocab_size=vocab_size, seq_len=seq_len)
+        check_numbers("data", 0, SEEDS, task_seed=task_seed)
         if interleave == "random" and shared_vocab and n_streams > 1:
             raise UserError(
                 "data.interleave 'random' needs data.shared_vocab false: a shared token does not tell its stream"

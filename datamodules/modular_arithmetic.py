@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.batch import IGNORE, Integers
 from datamodules.batches import Batches
-from datamodules.errors import UserError
+from datamodules.errors import SEEDS, UserError, check_numbers
 from datamodules.sequence_task import TASK, TRAINING, SequenceTask, Split, by_member, stream
 
+LARGEST = 4096  # of p: there are p^2 pairs in memory
 EPOCH = 1000  # approximate steps per epoch, so that the work between epochs takes a negligible part of the time
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "square_sum": "+"}
 
@@ -95,8 +96,9 @@ class ModularArithmetic(SequenceTask):
         validation_size: int | None = None,
         **common: Any,
     ):
-        if p < 2:
-            raise UserError(f"data.p must be at least 2, not {p}")
+        check_numbers("data", 2, LARGEST, p=p)
+        check_numbers("data", 0, 1, train_fraction=train_fraction)
+        check_numbers("data", 0, SEEDS, task_seed=task_seed)
         if op == "div" and not is_prime(p):
             raise UserError(f"data.p must be prime for data.op 'div', and {p} is not: some numbers have no inverse")
         self.p, self.op, self.seq_len, self.vocab_size = p, op, 3, p + 1

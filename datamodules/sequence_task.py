@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.batch import IGNORE, HasEnsemble, Integers, SupportsCollate, TaskDataModule, TokenBatch
 from datamodules.batches import Batches, BatchLoader, UnchangedLoader
-from datamodules.errors import UserError
+from datamodules.errors import SEEDS, UserError, check_numbers
 
 SHOWN = 8  # test rows that `predict` takes without inputs
 TRAINING, HELD_OUT, TASK = range(3)  # first keys of independent random streams
@@ -131,8 +131,7 @@ class SequenceTask(TaskDataModule):
     ):
         sizes = {"validation_size": validation_size, "test_size": test_size}
         super().__init__(batch_size, eval_batch_size, num_workers, epoch_size, sizes)
-        if seed is not None and seed < 0:
-            raise UserError(f"data.seed must be at least 0, not {seed}")
+        check_numbers("data", 0, SEEDS, seed=seed)
         if inputs is not None and not inputs:
             raise UserError("data.inputs is empty: give at least one input, or leave the key out")
         self.validation_size, self.test_size = validation_size, test_size

@@ -1,25 +1,67 @@
 """Files and hub data sets that the user named: what goes wrong while they are read becomes a UserError."""
 
+import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datamodules.errors import UserError
+from datamodules.hub import offline_without_hub, reason_of
+
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:/+")
+VARIABLE = re.compile(r"\$\w|\$\{|%\w+%")
+
+
+def check_path(path: str | Path, key: str) -> None:
+    """Check that a text names a file or folder of this machine, which may not exist yet.
+
+    Args:
+        path: The text.
+        key: The setting that holds it, such as `data.path`.
+
+    Raises:
+        UserError: The text is empty, an address, holds what only a shell expands, or cannot be a path.
+    """
+    text = str(path)
+    if not text.strip():
+        raise UserError(f"{key}: the path is empty")
+    try:
+        text.encode()
+        if os.path.lexists(text):
+            return
+    except ValueError as error:  # half of a surrogate pair, or a null byte
+        raise UserError(f"{key}: {text!a} holds characters that no path has") from error
+    if ADDRESS.match(text):
+        raise UserError(f"{key}: {text} is an address, and a path on this machine is needed: download it first")
+    if text.startswith("~") or VARIABLE.search(text):
+        expanded = os.path.expanduser(os.path.expandvars(text))
+        advice = f"write {expanded}" if expanded != text else "write the whole path"
+        raise UserError(f"{key}: '{text}' is not expanded in a config, {advice}")
+    longest = max(len(os.fsencode(part)) for part in Path(text).parts)
+    if longest > 255 or len(os.fsencode(os.path.abspath(text))) > 4095:
+        raise UserError(f"{key}: {_shortened(text)} is too long for a path")
 
 
 @contextmanager
 def reading(path: str | Path, key: str) -> Iterator[None]:
-    """Translate what the operating system raises while a file is opened and read.
+    """Check a file before it is read, and translate what the operating system raises while it is opened and read.
 
     Args:
         path: The file.
         key: The setting that names the file, such as `data.path`.
 
     Raises:
-        UserError: The file is missing or cannot be read.
+        UserError: The file is missing, is not a regular file, or cannot be read.
     """
+    check_path(path, key)
     try:
+        # Opening a pipe without a writer would wait for ever
+        if not stat.S_ISREG(mode := os.stat(path).st_mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise UserError(f"{key}: cannot read '{path}': it is {kind}")
         yield
     except FileNotFoundError as error:
         raise UserError(f"no data file at '{path}' ({key})") from error
@@ -30,7 +72,7 @@ def reading(path: str | Path, key: str) -> Iterator[None]:
 def hub_rows(
     name: str, *config: str, split: str, streaming: bool = False, local_source: str
 ) -> Iterator[dict[str, Any]]:
-    """Iterate over the rows of a data set on the Hugging Face hub.
+    """Iterate over the rows of a data set on the Hugging Face hub, or of its copy in the cache.
 
     Args:
         name: The data set's name on the hub, the user's `data.path`.
@@ -47,12 +89,17 @@ def hub_rows(
     from datasets.exceptions import DatasetGenerationError, DatasetsError  # type: ignore[import-untyped]  # likewise
 
     try:
-        yield from load_dataset(name, *config, split=split, streaming=streaming)
+        with offline_without_hub():
+            yield from load_dataset(name, *config, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         # RuntimeError: a data set that is a script. A DatasetGenerationError does not name the reason, its cause does
         reason = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
-        sentence = " ".join(str(reason).split()).rstrip(".")
+        sentence = reason_of(reason, name) or " ".join(str(reason).split()).rstrip(".")
         raise UserError(
             f"data.path: cannot read '{name}' from the Hugging Face hub: {sentence}; "
             f"data.source '{local_source}' reads a local file"
         ) from error
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) < 80 else f"{text[:40]}...{text[-20:]}"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.batch import Integers
-from datamodules.errors import UserError
+from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.sequence_task import SequenceTask, Split, label_next
 from datamodules.sources import hub_rows, reading
 
@@ -66,12 +66,9 @@ class TextCorpus(SequenceTask):
         super().__init__(**common)
         if (path is None) != (source == "docs"):
             raise UserError("data.path goes with data.source 'file' or 'hub', which need it, and not with 'docs'")
-        if seq_len < 1:
-            raise UserError(f"data.seq_len must be at least 1, not {seq_len}")
-        if max_size is not None and max_size < 1:
-            raise UserError(f"data.max_size must be at least 1, not {max_size}")
-        if bpe_vocab < 256:
-            raise UserError(f"data.bpe_vocab must be at least 256, the number of bytes, not {bpe_vocab}")
+        check_numbers("data", 1, SIZE, seq_len=seq_len)
+        check_numbers("data", 1, max_size=max_size)
+        check_numbers("data", 256, SIZE, bpe_vocab=bpe_vocab)  # a token for each byte
         self.source, self.path, self.text_column, self.max_size = source, path or "", text_column, max_size
         self.level, self.bpe_vocab, self.seq_len = level, bpe_vocab, seq_len
 
@@ -166,7 +163,7 @@ class TextCorpus(SequenceTask):
                 with open(self.path, "rb") as file:
                     return file.read(size)
             try:
-                with open(self.path, encoding="utf-8", newline="") as text_file:
+                with open(self.path, encoding="utf-8-sig", newline="") as text_file:
                     return text_file.read(size)
             except UnicodeDecodeError as error:
                 raise UserError(

@@ -10,11 +10,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.batch import SupportsCollate, TaskDataModule
 from datamodules.batches import Batches, BatchLoader, FiniteBatches, StreamBatches, UnchangedLoader
-from datamodules.errors import UserError
+from datamodules.errors import SEEDS, UserError, check_numbers
 from datamodules.problems import Problem, final_answer, generate, generate_passkey, generate_twins, read_entities
 from datamodules.sources import hub_rows, reading
 
 HUB_DEFAULT = "openai/gsm8k"
+LONGEST = 100_000  # characters of a line, a hundred times a long problem
 FIXED = 2000  # problems in each fixed set of the generated source
 GENERATORS: dict[str, Callable[[int], Problem]] = {
     "validation": lambda i: generate(0, "validation", i),
@@ -39,13 +40,14 @@ def read_jsonl(path: str | Path, key: str = "data.path") -> list[Problem]:
     """
     problems: list[Problem] = []
     broken: list[str] = []
-    with reading(path, key), open(path, "rb") as lines:  # bytes, so that a wrong encoding spoils one line only
+    # A wrong encoding spoils one line only: its bytes become surrogates, which no question may hold
+    with reading(path, key), open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                problems.append(_problem(json.loads(line)))
-            except ValueError as error:
+                problems.append(_problem(_parsed(line)))
+            except (ValueError, RecursionError) as error:
                 broken.append(f"line {number} ({error})")
     if not problems:
         reason = f"first {broken[0]}" if broken else "it is empty"
@@ -55,9 +57,28 @@ def read_jsonl(path: str | Path, key: str = "data.path") -> list[Problem]:
     return problems
 
 
+def _parsed(line: str) -> object:
+    if len(line) > LONGEST:
+        raise UserError(f"longer than {LONGEST} characters")
+    return json.loads(line, object_pairs_hook=_without_duplicates)
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise UserError("a key occurs twice")
+    return row
+
+
 def _problem(row: object) -> Problem:
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
         raise UserError("needs the texts 'question' and 'answer'")
+    if not row["question"].strip():
+        raise UserError("the question is empty")
+    try:
+        (row["question"] + row["answer"]).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("not a text in UTF-8, or half of a surrogate pair") from error
     if final_answer(row["answer"]) is None:
         raise UserError("the answer has no '####'")
     return Problem(row["question"], row["answer"], read_entities(row["question"], row["answer"]))
@@ -109,6 +130,8 @@ class WordProblems(TaskDataModule):
         test_sets = {"test": 1000} if test_sets is None else test_sets
         sizes = {"validation_size": validation_size} | {f"test_sets.{name}": n for name, n in test_sets.items()}
         super().__init__(batch_size, eval_batch_size, num_workers, epoch_size, sizes)
+        check_numbers("data", 0, 1, passkey_fraction=passkey_fraction)
+        check_numbers("data", 0, SEEDS, seed=seed)
         if source == "jsonl" and path is None:
             raise UserError("data.source 'jsonl' needs data.path, a file with one problem per line")
         if source != "jsonl" and test_path is not None:

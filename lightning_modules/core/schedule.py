@@ -1,18 +1,29 @@
 """The learning-rate schedules that the lines share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
-from datamodules.errors import UserError
+from datamodules.errors import MOST, POSITIVE, UserError, check_numbers
 
 Schedule = Literal["cosine", "constant"]
+SHARE, NOT_NEGATIVE = (0, 1), (0, MOST)
+BOUNDS: dict[str, tuple[float, float]] = {  # of an optimizer's arguments; others may be any finite number
+    "lr": (POSITIVE, MOST),
+    "betas": SHARE,
+    "momentum": SHARE,
+    "dampening": SHARE,
+    "weight_decay": NOT_NEGATIVE,
+    "eps": NOT_NEGATIVE,
+}
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -40,9 +51,10 @@ def with_schedule(
     schedule.
 
     Raises:
-        UserError: A cosine without `trainer.max_steps`.
+        UserError: The optimizer refuses its arguments, a number among them is out of range, or a cosine has no
+            `trainer.max_steps`.
     """
-    made = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    made = _made(optimizer, [parameter for parameter in module.parameters() if parameter.requires_grad])
     factor: Callable[[int], float]
     if schedule == "constant":
         factor = partial(warmup, warmup_steps=warmup_steps)
@@ -52,3 +64,25 @@ def with_schedule(
             raise UserError("trainer.max_steps must be set: the learning rate falls to zero at that step")
         factor = partial(warmup_cosine, warmup_steps=min(warmup_steps, total // 2), total_steps=total)
     return {"optimizer": made, "lr_scheduler": {"scheduler": LambdaLR(made, factor), "interval": "step"}}
+
+
+def _made(optimizer: OptimizerCallable, parameters: list[Parameter]) -> torch.optim.Optimizer:
+    try:
+        made = optimizer(parameters)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"model.optimizer: {error}") from error
+    if isinstance(made, torch.optim.SparseAdam):
+        raise UserError("model.optimizer: SparseAdam takes sparse gradients only, and those here are dense: use Adam")
+    for group in made.param_groups:
+        _check_arguments({name: value for name, value in group.items() if name != "params"})
+    return made
+
+
+def _check_arguments(arguments: Mapping[str, object]) -> None:
+    """Check the numbers among an optimizer's arguments; torch itself lets infinity pass, and SGD any momentum."""
+    for name, value in arguments.items():
+        for number in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(number, torch.Tensor) and number.numel() == 1:
+                number = number.item()
+            if isinstance(number, int | float):
+                check_numbers("model.optimizer", *BOUNDS.get(name, (-MOST, MOST)), **{name: number})

@@ -3,9 +3,7 @@
 import numpy as np
 import torch
 
-from datamodules.errors import UserError
-
-LIMIT = 2**64
+from datamodules.errors import SEEDS, UserError
 
 
 def check_seed(seed: int, setting: str) -> None:
@@ -14,7 +12,7 @@ def check_seed(seed: int, setting: str) -> None:
     Raises:
         UserError: The seed is negative or does not fit into 64 bits; names `setting`.
     """
-    if not 0 <= seed < LIMIT:
+    if not 0 <= seed <= SEEDS:
         raise UserError(f"{setting} must be an integer from 0 to 2^64 - 1, got {seed}.")
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.hub import offline_without_hub, reason_of
+from datamodules.sources import check_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,13 +152,21 @@ def _load(from_pretrained: Callable[..., Any], what: str, path: str, **options: 
         UserError: It fails; the sentence says what is missing and where.
     """
     quiet()
-    if not os.path.isdir(path) and os.path.isdir(os.path.dirname(path)):
-        raise UserError(f"cannot load {what} from '{path}': there is no such folder")
+    where = f"cannot load {what} from '{path}'"
+    check_path(path, where)
+    if os.path.isfile(path):
+        raise UserError(f"{where}: it is a file, name the folder that save_pretrained wrote")
+    if os.path.isdir(path):
+        context: AbstractContextManager[None] = nullcontext()
+    elif os.path.isdir(os.path.dirname(path)) or path.count("/") > 1 or path.startswith((".", "/")):
+        raise UserError(f"{where}: there is no such folder")
+    else:
+        context = offline_without_hub()
     try:
-        return from_pretrained(path, trust_remote_code=False, **options)
+        with context:
+            return from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # transformers, safetensors and tokenizers have no common class of errors
-        if os.path.isdir(path):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        else:
-            reason = "there is no such folder, and the hub does not provide it (private, misspelt, or no network?)"
-        raise UserError(f"cannot load {what} from '{path}': {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not os.path.isdir(path):
+            reason = f"there is no such folder, and {reason_of(error, path) or reason}"
+        raise UserError(f"{where}: {reason}") from error

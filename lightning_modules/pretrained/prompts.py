@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LONGEST = 65536  # tokens of an answer, far above any
+
+
 class Prompt:
     """A text with one `{question}` in it, such as `"Question: {question}\\nAnswer:"`.
 

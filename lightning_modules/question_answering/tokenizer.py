@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from datamodules.errors import UserError
+from datamodules.errors import SIZE, check_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ class ByteLevelBPE:
         texts: Number of training texts to learn the merges from.
 
     Raises:
-        UserError: `vocab_size` has no room for all bytes and the special tokens.
+        UserError: `vocab_size` has no room for all bytes and the special tokens, or a size is out of range.
     """
 
     vocab_size: int
@@ -32,11 +32,8 @@ class ByteLevelBPE:
     texts: int = 50_000
 
     def __post_init__(self) -> None:
-        if self.vocab_size < SMALLEST:
-            raise UserError(
-                f"model.tokenizer.vocab_size must be at least {SMALLEST}, for all bytes and the special tokens, not "
-                f"{self.vocab_size}"
-            )
+        check_numbers("model.tokenizer", SMALLEST, SIZE, vocab_size=self.vocab_size)
+        check_numbers("model.tokenizer", 1, SIZE, texts=self.texts)
 
     def train(self, texts: Iterable[str]) -> "PreTrainedTokenizerBase":
         """Learn the merges. `<pad>`, `<s>` and `</s>` are tokens 0, 1 and 2."""

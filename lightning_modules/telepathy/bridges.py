@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from datamodules.errors import UserError
+from datamodules.errors import SIZE, UserError, check_numbers
 
 SLOPE = 4.0  # of attention over distance at the start: nearly all weight is on the nearest token
 
@@ -63,7 +63,7 @@ class PerceiverBridge(Bridge):
         span: Source positions over which the c_q are spread: about the length of the longest question.
 
     Raises:
-        UserError: The sizes do not fit each other.
+        UserError: A size is out of range, or the sizes do not fit each other.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class PerceiverBridge(Bridge):
         span: int = 32,
     ):
         super().__init__()
+        sizes = {"soft_tokens": soft_tokens, "tokens_per_query": tokens_per_query, "depth": depth, "heads": heads}
+        check_numbers("model.bridge", 1, SIZE, **sizes, width=width, span=span)
         width = width or target_dim
-        if soft_tokens < 1 or depth < 1:
-            raise UserError(f"model.bridge needs at least 1 soft token and 1 layer, not {soft_tokens} and {depth}")
         if width % heads:
             raise UserError(f"model.bridge: width {width} is not divisible by {heads} heads")
-        if tokens_per_query < 1 or soft_tokens % tokens_per_query:
+        if soft_tokens % tokens_per_query:
             raise UserError(f"model.bridge: {soft_tokens} soft tokens do not divide into {tokens_per_query} per query")
         queries = soft_tokens // tokens_per_query
         self.soft_tokens, self.tokens_per_query, self.heads = soft_tokens, tokens_per_query, heads
@@ -152,7 +152,7 @@ class TokenBridge(Bridge):
         hidden: Width of the hidden layer of an MLP; a linear map if None.
 
     Raises:
-        UserError: `tokens_per_source` is not positive.
+        UserError: A size is out of range.
     """
 
     def __init__(
@@ -164,8 +164,7 @@ class TokenBridge(Bridge):
         hidden: int | None = None,
     ):
         super().__init__()
-        if tokens_per_source < 1:
-            raise UserError(f"model.bridge needs at least 1 soft token per source token, not {tokens_per_source}")
+        check_numbers("model.bridge", 1, SIZE, tokens_per_source=tokens_per_source, hidden=hidden)
         self.tokens_per_source, self.target_dim = tokens_per_source, target_dim
         self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
         out = tokens_per_source * target_dim

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, check_numbers
 from lightning_modules.core.diversity import mean_pairwise_cosine
 from lightning_modules.telepathy.batch import TrainingBatch
 from lightning_modules.telepathy.target import Target
@@ -128,11 +128,12 @@ def check_weights(weights: Mapping[ObjectiveName, float]) -> None:
     """Check the weights of objectives.
 
     Raises:
-        UserError: There is no such objective, or none has a weight.
+        UserError: There is no such objective, a weight is negative or not finite, or none has a weight.
     """
     for name in weights:
         if name not in OBJECTIVES:
             raise UserError(f"model.objectives has no '{name}': choose among {', '.join(OBJECTIVES)}")
+    check_numbers("model.objectives", 0, **weights)
     if not any(weights.values()):
         raise UserError("model.objectives is empty: give at least one objective a weight, such as {lm: 1.0}")
 

@@ -186,7 +186,7 @@ def test_noise_differs_between_steps_of_fit(tmp_path):
 
 
 def test_user_errors(tmp_path):
-    with pytest.raises(ValueError, match="`strength` must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"ActivationNoise.strength must be at least 0, not -1"):
         ActivationNoise("residual.*", -1)
     with pytest.raises(ValueError, match="ActivationNoise: `during` names no stage"):
         ActivationNoise("residual.*", 0.1, during=[])

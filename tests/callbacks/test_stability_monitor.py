@@ -147,7 +147,7 @@ def test_a_second_fit_starts_anew(tmp_path):
 def test_user_errors(tmp_path):
     with pytest.raises(ValueError, match=r"`collapsed` \(0.9\) must not be above `reached` \(0.5\)"):
         StabilityMonitor(reached=0.5)
-    with pytest.raises(ValueError, match="`settle` counts checks from 0, got -1"):
+    with pytest.raises(ValueError, match=r"StabilityMonitor.settle must be at least 0, not -1"):
         StabilityMonitor(settle=-1)
     with pytest.raises(ValueError, match="no 'validation/acuracy'; the nearest names are: 'validation/accuracy'"):
         fit(Scripted([[1.0]]), tmp_path, StabilityMonitor("validation/acuracy"), 1)

@@ -176,7 +176,7 @@ def test_a_module_without_a_width_is_not_measured(monkeypatch):
         ({"rule": "repeat", "vocab_size": 6}, "gives a stream 6 tokens, and 'repeat' needs 7"),
         ({"vocab_size": 3, "shared_vocab": False}, "gives a stream 1 tokens, and 'permutation' needs 2"),
         ({"rule": "affine", "seq_len": 5}, "data.seq_len 5 is too short: 'affine' with 2 streams needs 6"),
-        ({"rule": "iid", "seq_len": 0}, "data.seq_len 0 is too short"),
+        ({"rule": "iid", "seq_len": 0}, "data.seq_len must be at least 1, not 0"),
     ],
 )
 def test_user_errors(options, reason):

@@ -89,7 +89,7 @@ def test_word_problems_from_the_hub(monkeypatch):
 def test_a_folder_is_not_a_file(tmp_path, make, key):
     good = tmp_path / "good.jsonl"
     good.write_text('{"question": "1?", "answer": "#### 1"}\n')
-    with pytest.raises(UserError, match=rf"^{key}: cannot read '{tmp_path}': Is a directory$"):
+    with pytest.raises(UserError, match=rf"^{key}: cannot read '{tmp_path}': it is a folder$"):
         make(str(tmp_path), str(good)).setup("fit")
     with pytest.raises(UserError, match=rf"^no data file at '{tmp_path}/none' \({key}\)$"):
         make(str(tmp_path / "none"), str(good)).setup("fit")

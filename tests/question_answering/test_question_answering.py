@@ -205,7 +205,7 @@ def test_mistakes_are_told():
         QuestionAnswering(config=TINY)
     with pytest.raises(ValueError, match=r"model_type must be .* not 'lama'"):
         QuestionAnswering(config=TINY | {"model_type": "lama"}, tokenizer=ByteLevelBPE(300, True))
-    with pytest.raises(ValueError, match="repeat_fraction must be between 0 and 1"):
+    with pytest.raises(ValueError, match="repeat_fraction must be at most 1, not 20"):
         of_pair("target", repeat_fraction=20)
     untrained = QuestionAnswering(config=TINY, tokenizer=ByteLevelBPE(300, True))
     untrained.trainer = SimpleNamespace(datamodule=LightningDataModule())

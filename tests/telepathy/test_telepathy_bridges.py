@@ -102,11 +102,11 @@ def test_without_key_norm_states_of_embedding_scale_give_every_input_the_same(ke
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (PerceiverBridge, {"soft_tokens": 0}, "at least 1 soft token and 1 layer, not 0 and 2"),
-        (PerceiverBridge, {"depth": 0}, "at least 1 soft token and 1 layer, not 32 and 0"),
+        (PerceiverBridge, {"soft_tokens": 0}, "model.bridge.soft_tokens must be at least 1, not 0"),
+        (PerceiverBridge, {"depth": 0}, "model.bridge.depth must be at least 1, not 0"),
         (PerceiverBridge, {"soft_tokens": 5, "tokens_per_query": 2}, "5 soft tokens do not divide into 2 per query"),
         (PerceiverBridge, {"heads": 3}, "model.bridge: width 8 is not divisible by 3 heads"),
-        (TokenBridge, {"tokens_per_source": 0}, "at least 1 soft token per source token, not 0"),
+        (TokenBridge, {"tokens_per_source": 0}, "model.bridge.tokens_per_source must be at least 1, not 0"),
     ],
 )
 def test_sizes_that_make_no_bridge(make, options, message):
