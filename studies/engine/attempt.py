@@ -1,7 +1,6 @@
 """One attempt at a run; imports little, because submitit's process on SLURM only waits for the run."""
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -9,69 +8,38 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
 
-if TYPE_CHECKING:
-    from submitit.helpers import DelayedSubmission
+from studies.engine.outcome import Outcome, beside, changed_files, outcome, remember_files
+from studies.engine.products import LAST, Saved, found, newest, saved_step
+from studies.engine.records import Damaged
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
-LAST = Path("checkpoints", "last.ckpt")
+NOTES = "notes.txt"  # in the run's folder: what an attempt has to say to the user
 RunMain = Callable[[list[str], Path, dict[str, str]], int]  # command line, log, environment -> exit code
-
-
-class GitState(TypedDict):
-    """The revision of the code that made a run, and whether the checkout had other changes."""
-
-    revision: str | None
-    dirty: bool | None
-
-
-class Record(TypedDict):
-    """What a study reads of a run's `results.json`; `RunRecord` writes it.
-
-    Attributes:
-        status: `finished` for a run that came to its end.
-        seconds: Stage -> duration.
-        metrics: Name -> value; null where the run has no finite value.
-        intervals: Name -> 95 % interval over the run's test samples.
-        n: Name -> number of samples behind the measure.
-        hits: Name of a proportion -> number of hits for each ensemble member (one for an ordinary run).
-        members: Of an ensemble: name -> value for each member, in the order of their seeds.
-        git: The revision of the code.
-    """
-
-    status: str
-    seconds: dict[str, float]
-    metrics: dict[str, float | None]
-    intervals: dict[str, tuple[float | None, float | None]]
-    n: dict[str, int]
-    hits: NotRequired[dict[str, list[int]]]  # absent from records of earlier revisions
-    members: NotRequired[dict[str, list[float | None]]]
-    git: GitState
-
-
-def read_result(folder: Path) -> Record | None:
-    """Return the `results.json` of a run that came to its end; None for every other run."""
-    path = folder / "results.json"
-    record: Record | None = json.loads(path.read_text()) if path.exists() else None
-    return record if record and record.get("status") == "finished" else None
 
 
 @dataclass
 class Attempt:
     """Runs the ordinary command line for one run of a study.
 
+    The run has two folders: its own, and one with the suffix `.interrupted` for the attempt before. At every moment one
+    of them has the last whole checkpoint.
+
     Attributes:
         command: `fit`, `validate` or `test`.
         config: The resolved config, as YAML.
         folder: The run's folder.
         environment: Environment variables of the run.
+        leaves: Files in the folder that other runs need.
+        uses: Files of other runs that the run uses.
     """
 
     command: str
     config: str
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
+    leaves: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
 
     def __call__(self, run: RunMain | None = None) -> int:
         """Run, from the last checkpoint of an interrupted attempt if there is one.
@@ -80,56 +48,125 @@ class Attempt:
             run: Runs the command line; None means in a new process.
 
         Returns:
-            The exit code.
+            0 if the run has come to its end, by its results; else the exit code, or 1 if that is 0.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._beside(".lock"), "w") as lock:
+        with open(beside(self.folder, ".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt of a study that was killed may still run: wait for it
-            if read_result(self.folder):
+            if self.outcome().record:
                 return 0
-            checkpoint = self._set_aside()
-            self._beside(".yaml").write_text(self.config)
-            line = [self.command, "--config", str(self._beside(".yaml"))]
+            checkpoint = self._make_folder()
+            line = [self.command, "--config", str(self._write_config())]
             line += ["--trainer.default_root_dir", str(self.folder)]
-            line += ["--ckpt_path", str(checkpoint)] if checkpoint and self.command == "fit" else []
+            line += ["--ckpt_path", str(checkpoint)] if checkpoint else []
             code = (run or run_main)(line, self.folder / "log.txt", self.environment)
-            if code == 0:
-                shutil.rmtree(self._beside(".interrupted"), ignore_errors=True)
-            return code
+            if self.outcome().record:
+                remove_aside(self.folder)
+                return 0
+            return code or 1
 
-    def checkpoint(self) -> "DelayedSubmission":
-        """Return the same attempt for submitit to queue again; submitit calls this before SLURM ends the job."""
-        from submitit.helpers import DelayedSubmission  # `study` needs this module, and submitit only to run
+    def outcome(self) -> Outcome:
+        """Return how the run stands."""
+        return outcome(self.folder, self.leaves, self.uses)
 
-        return DelayedSubmission(self)
+    def saved(self) -> Saved | None:
+        """Return the newest checkpoint from which the run can continue."""
+        both = [saved for folder in (self.folder, beside(self.folder, ".interrupted")) if (saved := newest(folder))]
+        return max(both, key=lambda saved: saved.step, default=None)  # of equal ones, that of the run's own folder
 
-    def _beside(self, suffix: str) -> Path:
-        return self.folder.with_name(self.folder.name + suffix)
+    def note(self, sentence: str) -> None:
+        """Add a line to what the study tells about this run."""
+        with open(self.folder / NOTES, "a") as file:
+            file.write(sentence + "\n")
 
-    def _set_aside(self) -> Path | None:
-        """Empty the folder; return the last checkpoint of an interrupted attempt, if it is intact."""
-        aside = self._beside(".interrupted")
-        if _is_intact(self.folder / LAST):
-            shutil.rmtree(aside, ignore_errors=True)
-            self.folder.rename(aside)
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _make_folder(self) -> Path | None:
+        """Make an empty folder for the run; return the checkpoint from which it continues."""
+        aside = beside(self.folder, ".interrupted")
+        checkpoint = None
+        if changed := self._changed():
+            note = f"begins anew, because {changed}"
+            _remove(self.folder)
+            _remove(aside)
+        else:
+            checkpoint, note = self._set_aside(aside)
         self.folder.mkdir()
-        for curves in [*aside.glob("events.out.tfevents*"), *aside.glob("members.jsonl")]:
+        for curves in aside.glob("events.out.tfevents*"):
             shutil.copy(curves, self.folder)  # so that curves begin where the run began
-        return aside / LAST if _is_intact(aside / LAST) else None
+        if (members := aside / "members.jsonl").exists():
+            _copy_lines(members, self.folder)
+        if note:
+            self.note(note)
+        if self.uses:
+            remember_files(self.folder, self.uses)
+        return checkpoint
+
+    def _changed(self) -> str:
+        """Return why a checkpoint of an earlier attempt is of no use, in words; an empty string if it is."""
+        try:
+            changed = changed_files(self.folder, self.uses)
+        except Damaged as error:
+            return str(error)
+        return f"{changed[0]} has changed since the last attempt used it" if changed else ""
+
+    def _set_aside(self, aside: Path) -> tuple[Path | None, str]:
+        """Leave the newest whole checkpoint in the folder aside, and nothing in the run's own folder.
+
+        Returns:
+            The checkpoint, and a sentence if it is not the one that the last attempt wrote last.
+        """
+        saved = self.saved() if self.command == "fit" else None
+        if saved is None:
+            lost = [*found(self.folder), *found(aside)] if self.command == "fit" else []
+            _remove(self.folder)
+            _remove(aside)
+            return None, f"begins anew, because it cannot continue from {lost[0]}" if lost else ""
+        place = self.folder if saved.path.is_relative_to(self.folder) else aside
+        damaged = [path for path in (self.folder / LAST, place / LAST) if path.exists() and saved_step(path) is None]
+        note = f"{damaged[0]} is damaged: continues from {saved.path.name}, step {saved.step}" if damaged else ""
+        if place == self.folder:
+            _remove(aside)
+            self.folder.rename(aside)
+        else:
+            _remove(self.folder)
+        return aside / saved.path.relative_to(place), note
+
+    def _write_config(self) -> Path:
+        from lightning_modules.core.files import replacing
+
+        path = beside(self.folder, ".yaml")
+        with replacing(path) as draft:
+            draft.write_text(self.config, encoding="utf-8")
+        return path
+
+
+def remove_aside(folder: Path) -> None:
+    """Remove what the attempt before has left, unless it has a newer checkpoint than the run's folder."""
+    aside = beside(folder, ".interrupted")
+    if not aside.exists():
+        return
+    ours, theirs = newest(folder), newest(aside)
+    if theirs is None or (ours is not None and ours.step >= theirs.step):
+        shutil.rmtree(aside, ignore_errors=True)  # another call of the study may remove it too
 
 
 def run_main(line: list[str], log: Path, environment: dict[str, str]) -> int:
     """Run `main.py` with a command line in a new process, its output in a file; return the exit code."""
+    return start_main(line, log, environment).wait()
+
+
+def start_main(line: list[str], log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """Start `main.py` with a command line in a new process, its output in a file."""
     with open(log, "w") as output:
         command = [sys.executable, str(MAIN), *line]
-        variables = {**os.environ, **environment}
-        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=variables).returncode
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment})
 
 
-def _is_intact(path: Path) -> bool:
-    if not path.exists():
-        return False
-    from lightning_modules.core.checkpoints import is_intact  # imports torch, which most attempts do not need
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
-    return is_intact(path)
+
+def _copy_lines(file: Path, folder: Path) -> None:
+    """Copy the lines of a file that were written to their end."""
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    (folder / file.name).write_bytes(whole + b"\n" if whole else b"")

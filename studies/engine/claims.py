@@ -1,4 +1,4 @@
-"""Claims: comparisons over the arms of a study in one line, parsed and judged.
+"""Claims: comparisons over the arms of a study in one line, parsed; `judgement` judges them.
 
 value     := operand | difference(operand, operand) | ratio(operand, operand) | rate(operand compare number)
 claim     := value compare number | value in [number, number]
@@ -8,20 +8,16 @@ operand   := arm | arm.measure          (an arm alone means the study's first me
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from cli.choices import near
 from datamodules.errors import UserError
-from studies.engine.statistics import Estimate, Series, Values, difference, mean, rate, ratio, seeds_to_decide
 
-Verdict = Literal["held", "refuted", "undecided"]
 TOKEN = re.compile(
     r"\s*(?:(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|(?P<name>[A-Za-z_][\w/]*)|(?P<mark><=|>=|\S))"
 )
-OF_TWO: dict[str, Callable[[Series, Series], Estimate]] = {"difference": difference, "ratio": ratio}
-FUNCTIONS = [*OF_TWO, "rate"]
+FUNCTIONS = ["difference", "ratio", "rate"]
 
 
 @dataclass(frozen=True)
@@ -92,21 +88,6 @@ class Claim:
     operands: tuple[Operand, ...]
     region: Region
     condition: Region | None = None
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """The verdict on a claim.
-
-    Attributes:
-        verdict: `held`, `refuted` or `undecided`.
-        estimate: The claim's value with its interval.
-        note: Why the claim is undecided, and what the interval covers if that is not the seeds.
-    """
-
-    verdict: Verdict
-    estimate: Estimate
-    note: str
 
 
 class ClaimError(UserError):
@@ -221,36 +202,3 @@ def parse(name: str, text: str, arms: Collection[str], measures: Sequence[str]) 
         ClaimError: The claim does not follow the grammar, or names an arm or a measure that does not exist.
     """
     return _Parser(name, text, arms, measures).claim()
-
-
-def judge(claim: Claim, values: Values) -> Judgement:
-    """Judge a claim: held if the 95 % interval lies inside its region, refuted if outside, else undecided.
-
-    Args:
-        claim: The claim.
-        values: Arm -> measure -> seed -> value.
-    """
-    series = [values[operand.arm][operand.measure] for operand in claim.operands]
-    missing = [operand.arm for operand, seeds in zip(claim.operands, series, strict=True) if not seeds]
-    if missing:
-        return Judgement("undecided", Estimate(math.nan), f"no finished run of {' or '.join(missing)}")
-    diverged = [
-        f"{operand.arm}, seed {seed}"
-        for operand, seeds in zip(claim.operands, series, strict=True)
-        for seed, measured in seeds.items()
-        if math.isnan(measured.value)
-    ]
-    if diverged and claim.condition is None:  # a rate counts them as seeds that do not satisfy its condition
-        return Judgement("undecided", Estimate(math.nan), f"no value in {'; '.join(diverged)}")
-    if claim.condition is not None:
-        estimate = rate(series[0], claim.condition.__contains__)
-    elif claim.function in OF_TWO:
-        estimate = OF_TWO[claim.function](series[0], series[1])
-    else:
-        estimate = mean(series[0])
-    if claim.region.holds(estimate.low, estimate.high):
-        return Judgement("held", estimate, estimate.note)
-    if claim.region.misses(estimate.low, estimate.high):
-        return Judgement("refuted", estimate, estimate.note)
-    needed = seeds_to_decide(estimate, claim.region.decides)
-    return Judgement("undecided", estimate, "; ".join(note for note in (estimate.note, needed) if note))

@@ -8,6 +8,8 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING, NoReturn
 
+from studies.engine.interruption import ADVICE, Interrupted, Interruption, interruptible
+
 if TYPE_CHECKING:
     from studies.engine.execution import Cluster
     from studies.engine.study import Study
@@ -26,10 +28,11 @@ def run(line: list[str]) -> None:
         line: `study FILE ...` or `ledger ...`.
     """
     try:
-        code = _study(line[1:]) if line[0] == "study" else _ledger(line[1:])
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: call it again to continue\n")
-        sys.exit(130)
+        with interruptible() as interruption:
+            code = _study(line[1:], interruption) if line[0] == "study" else _ledger(line[1:])
+    except Interrupted as ended:
+        sys.stderr.write(f"interrupted: {ADVICE}\n")
+        sys.exit(ended.exit_code)
     except Exception as error:
         from datamodules.errors import UserError  # the package imports torch, without which the ledger starts at once
 
@@ -63,7 +66,7 @@ class PlainParser(ArgumentParser):
         self.exit(2)
 
 
-def _study(line: list[str]) -> int:
+def _study(line: list[str], interruption: Interruption) -> int:
     options = _study_parser().parse_args(line)
     cluster = make_cluster(options)
 
@@ -73,15 +76,22 @@ def _study(line: list[str]) -> int:
 
     file = read(options.file)
     with LocalExecutor() as executor:
+        interruption.before_end = executor.kill
         if not options.report_only:
-            prepare(executor, cluster)
+            prepare(executor, cluster, file)
         study = resolve_arms(file, options.file)
         _make_folder(study)
         failed = [] if options.report_only else execute(study, cluster, executor)
 
     from studies.engine import report  # after the runs have begun: scipy and matplotlib take seconds to import
 
-    print(report.write(study))
+    try:
+        text = report.write(study)
+    except OSError as error:  # a full disk, or a folder without permission to write
+        from datamodules.errors import UserError
+
+        raise UserError(f"the report in {study.folder} cannot be written: {error.strerror or error}") from error
+    print(text)
     if failed:
         print(f"\n{len(failed)} of {len(study.runs)} runs failed: {', '.join(run.name for run in failed)}")
     return 1 if failed else 0

@@ -6,24 +6,20 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
 from datamodules.errors import UserError
-from studies.engine.attempt import MAIN, Attempt
+from studies.engine import slurm
+from studies.engine.attempt import NOTES, Attempt, remove_aside
 from studies.engine.local import LocalExecutor
-from studies.engine.study import Run, Study
-
-if TYPE_CHECKING:
-    import submitit
+from studies.engine.study import Run, Study, StudyFile, first_wave
 
 TAIL = 12  # lines of a failed run's log that are shown
-MAX_REQUEUES = 1000  # times that a run may reach its time limit on SLURM
 POLL = {"local": 0.05, "slurm": 0.5}  # seconds; on SLURM every look goes to a shared file system
-# With this job name Lightning takes the job for an interactive shell: it starts the processes of a run on several GPUs
-# itself, and leaves the signal before the time limit to submitit. Otherwise both would answer it.
-SLURM = {"SLURM_JOB_NAME": "interactive"}
 
 
 class Job(Protocol):
@@ -53,14 +49,17 @@ class Cluster:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def prepare(executor: LocalExecutor, cluster: Cluster) -> None:
+def prepare(executor: LocalExecutor, cluster: Cluster, file: StudyFile) -> None:
     """Start the interpreter of the first run on this machine; it imports while the study is checked."""
     if cluster.executor == "local":
-        executor.prepare(0, _environment(0, cluster.jobs))
+        executor.prepare(0, _environment(0, min(cluster.jobs, first_wave(file))))
 
 
 def execute(study: Study, cluster: Cluster, executor: LocalExecutor) -> list[Run]:
-    """Run every unfinished run, wave by wave; return the runs that failed or had to be left out.
+    """Run every run that has not come to its end, wave by wave; return the runs that failed.
+
+    A run is left out if it needs files of a run that failed, in which case it counts as failed, or of a run that
+    diverged.
 
     Args:
         study: The study.
@@ -68,28 +67,53 @@ def execute(study: Study, cluster: Cluster, executor: LocalExecutor) -> list[Run
         executor: Runs attempts on this machine. When the caller leaves its context, it interrupts those that still
             run; they continue from their last checkpoints in the next execution.
     """
-    failed: list[Run] = []
-    todo = [run for run in study.runs if not run.result]
-    finished = len(study.runs) - len(todo)
-    if finished:
-        print(f"{finished} of {len(study.runs)} runs are already finished")
+    todo = _unfinished(study)
     if not todo:
-        return failed
+        return []
+    failed: list[Run] = []
+    left_out: list[Run] = []
     interval = 0.5 if sys.stderr.isatty() else 30  # in a log file every refresh is a new line
     with tqdm(total=len(todo), unit="run", dynamic_ncols=True, mininterval=interval) as bar:
-        for wave in sorted({run.wave for run in todo}):
-            lost = {(run.arm, run.seed) for run in failed}
+        for wave, runs in groupby(study.runs, lambda run: run.wave):
             ready = []
-            for run in (run for run in todo if run.wave == wave):
-                if missing := sorted(arm for arm in run.needs if (arm, run.seed) in lost):
-                    bar.write(f"left out: {run.name}, because {' and '.join(missing)} failed")
-                    failed.append(run)
+            for run in (run for run in runs if not run.outcome.record):
+                if run not in todo:  # what it used has changed with this execution
+                    bar.total += 1
+                if lost := [(other, fate) for other in study.needed(run) if (fate := _fate(other, failed, left_out))]:
+                    bar.write(f"left out: {run.name}, because {' and '.join(f'{a.arm} {fate}' for a, fate in lost)}")
+                    (failed if any(other in failed for other, _ in lost) else left_out).append(run)
                 else:
                     ready.append(run)
             if ready:
                 later = [run for run in todo if run.wave > wave]
                 failed += _Wave(study, cluster, executor, bar).run(ready, later)
     return failed
+
+
+def _unfinished(study: Study) -> list[Run]:
+    """Return the runs that have not come to their end; tell how many have, and which only seem to."""
+    todo = []
+    for run in study.runs:
+        found = run.outcome
+        if found.record:
+            remove_aside(run.folder)  # the last execution may have been killed before it did
+        else:
+            todo.append(run)
+        if found.damage:
+            print(f"not finished: {run.name}: {found.damage}")
+    diverged = sum(run.divergence is not None for run in study.runs)
+    if finished := len(study.runs) - len(todo) - diverged:
+        print(f"{finished} of {len(study.runs)} runs are already finished")
+    if diverged:
+        print(f"{diverged} of {len(study.runs)} runs have diverged")
+    return todo
+
+
+def _fate(run: Run, failed: list[Run], left_out: list[Run]) -> str:
+    """Return why the files of a run cannot be used; an empty string if they can."""
+    if run.divergence:
+        return "diverged"
+    return "failed" if run in failed else "was left out" if run in left_out else ""
 
 
 class _Wave:
@@ -139,14 +163,18 @@ class _Wave:
 
     def _on_slurm(self, runs: list[Run]) -> list[Run]:
         failed: list[Run] = []
-        jobs = _submit_array(self.study, runs, self.cluster)
+        attempts = [_attempt(run, slurm.ENVIRONMENT) for run in runs]
+        options = {"slurm_array_parallelism": self.cluster.jobs or len(runs), **self.cluster.options}
+        try:
+            jobs = slurm.submit(attempts, f"{self.study.name}-wave{runs[0].wave}", self.study.folder / "jobs", options)
+        except RuntimeError as error:  # this machine has no SLURM, or SLURM refuses the job
+            raise UserError(f"--executor slurm: {error}") from error
         self.running = dict(zip(jobs, runs, strict=True))
         try:
             while self.running:
                 failed += self._report(self._done())
         except BaseException:
-            for job in jobs:
-                job.cancel(check=False)
+            slurm.cancel(jobs)
             raise
         return failed
 
@@ -165,33 +193,22 @@ class _Wave:
         """Write a line on each run that has ended; return those that failed."""
         failed = []
         for job, run in done.items():
+            for note in _lines(run.folder / NOTES):
+                self.bar.write(f"{run.name}: {note}")
             if headline := _headline(self.study, run):
                 self.bar.write(f"finished: {run.name}, {headline}")
+            elif diverged := run.divergence:
+                self.bar.write(f"DIVERGED: {run.name}, at step {diverged.get('step')}")
             else:
                 failed.append(run)
-                self.bar.write(f"FAILED: {run.name}\n{_last_lines(run, job)}")
+                why = run.outcome.damage or run.outcome.state
+                self.bar.write(f"FAILED: {run.name}{f' ({why})' if why else ''}\n{_last_lines(run, job)}")
             self.bar.update()
         return failed
 
 
 def _attempt(run: Run, environment: dict[str, str]) -> Attempt:
-    return Attempt(run.command, run.config, run.folder, environment)
-
-
-def _submit_array(study: Study, runs: list[Run], cluster: Cluster) -> "list[submitit.Job[int]]":
-    """Submit the runs of a wave as one job array."""
-    import submitit
-
-    # A checkout that is not installed: jobs import the packages from it
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    try:
-        executor = submitit.AutoExecutor(study.folder / "jobs", cluster="slurm", slurm_max_num_timeout=MAX_REQUEUES)
-        parallel = {"slurm_array_parallelism": cluster.jobs or len(runs)}
-        executor.update_parameters(name=f"{study.name}-wave{runs[0].wave}", **parallel, **cluster.options)
-        with executor.batch():
-            return [executor.submit(_attempt(run, SLURM)) for run in runs]
-    except RuntimeError as error:  # this machine has no SLURM, or SLURM refuses the job
-        raise UserError(f"--executor slurm: {error}") from error
+    return Attempt(run.command, run.config, run.folder, environment, run.leaves, run.uses)
 
 
 def _environment(slot: int, at_once: int) -> dict[str, str]:
@@ -218,15 +235,15 @@ def _headline(study: Study, run: Run) -> str:
     return ", ".join([*shown, f"{sum(record['seconds'].values()):.0f} s"])
 
 
-def _log(run: Run) -> list[str]:
-    path = run.folder / "log.txt"
+def _lines(path: Path) -> list[str]:
     text = path.read_text(errors="replace") if path.exists() else ""
     return [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
 
 
 def _last_lines(run: Run, job: Job) -> str:
-    lines = _log(run) or (job.stderr() or "no log").splitlines()
-    return "\n".join(f"    {line}" for line in [*lines[-TAIL:], f"log: {run.folder / 'log.txt'}"])
+    log = run.folder / "log.txt"
+    lines = _lines(log) or (job.stderr() or "no log").splitlines()
+    return "\n".join(f"    {line}" for line in [*lines[-TAIL:], f"log: {log}"])
 
 
 def _progress(runs: Iterable[Run]) -> str:
@@ -234,5 +251,5 @@ def _progress(runs: Iterable[Run]) -> str:
     first = next(iter(runs), None)
     if first is None:
         return ""
-    line = (_log(first) or [""])[-1]
+    line = (_lines(first.folder / "log.txt") or [""])[-1]
     return f"{first.name}: {line[:70]}"

@@ -5,19 +5,23 @@ Sizes are for TensorBoard, which shows a figure about 500 pixels wide.
 
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from google.protobuf.message import DecodeError
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.errors import OpError
 
 from studies.engine.statistics import Series, Values, mean, t_interval
 from studies.engine.study import Run, Study
@@ -178,22 +182,42 @@ def _grids(study: Study, by_arm: Mapping[str, Series]) -> dict[str, Grid]:
 
 def _logged(run: Run) -> Logged:
     """Return a function that gives what a run logged; it reads the run's files once."""
-    path = run.folder / "members.jsonl"
-    members = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    members = _member_lines(run.folder / "members.jsonl")
 
     @cache
-    def events() -> EventAccumulator:
-        return EventAccumulator(str(run.folder), size_guidance=KEEP_ALL).Reload()
+    def events() -> dict[str, dict[int, float]]:
+        return _scalars(run.folder)
 
     def of(scalar: str) -> dict[int, list[float]]:
         if any(scalar in line for line in members):
             return {line["step"]: [x for x in line.get(scalar, []) if x is not None] for line in members}
-        if scalar not in events().Tags()["scalars"]:
-            return {}
-        # By step: an interrupted run may have passed a step twice
-        return {event.step: [event.value] for event in events().Scalars(scalar)}
+        return {step: [value] for step, value in events().get(scalar, {}).items()}
 
     return of
+
+
+def _member_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines that an ensemble wrote at its validations, without those that a kill or a full disk has cut."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append({key: value for key, value in line.items() if key == "step" or isinstance(value, list)})
+    return lines
+
+
+def _scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Return the scalars in a run's events: name -> step -> value, the last one if a step was passed twice."""
+    try:
+        events = EventAccumulator(str(folder), size_guidance=KEEP_ALL).Reload()
+        names = events.Tags()["scalars"]
+        return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
+    except (OSError, DecodeError, OpError) as error:
+        sys.stderr.write(f"no curves of {folder}, because its TensorBoard events cannot be read: {error}\n")
+        return {}
 
 
 def _histories(scalar: str, runs: list[tuple[str, Logged]]) -> dict[str, dict[int, list[float]]]:

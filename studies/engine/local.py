@@ -22,7 +22,7 @@ from studies.engine.resolver import import_program
 
 PACKAGES = ("callbacks", "cli", "datamodules", "kernels", "lightning_modules", "studies")
 WAIT = "from studies.engine.local import wait_for_attempt; wait_for_attempt()"
-GRACE = 10.0  # seconds that an interrupted run has to end by itself
+GRACE = 30.0  # seconds that an interrupted run has to save and to end; a run allows its last step 20
 
 
 class LocalJob:
@@ -44,6 +44,7 @@ class LocalJob:
             stdout=self._output,
             stderr=self._output,
             env={**os.environ, "PYTHONPATH": path, **environment},
+            process_group=0,  # of its own: Ctrl-C reaches the study alone, and `kill` reaches ranks and workers too
         )
 
     def begin(self, attempt: Attempt) -> None:
@@ -55,6 +56,11 @@ class LocalJob:
     def done(self) -> bool:
         """Return whether the interpreter has ended."""
         return self.process.poll() is not None
+
+    def kill(self) -> None:
+        """End the interpreter and every process that it has started, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def stderr(self) -> str:
         """Return what the interpreter wrote before the run began; the run itself writes to `log.txt`."""
@@ -70,7 +76,8 @@ class LocalJob:
 class LocalExecutor:
     """Runs attempts in slots of this machine; a slot may hold a spare interpreter for its next attempt.
 
-    Leaving the context ends the spares, and interrupts attempts that are still running.
+    Leaving the context ends the spares, and interrupts attempts that are still running: each gets SIGTERM, upon which a
+    run saves a checkpoint, and is killed if it has not ended in time.
     """
 
     def __init__(self) -> None:
@@ -82,17 +89,21 @@ class LocalExecutor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for spare in self._spares.values():
-            spare.process.kill()
+            spare.kill()
         running = [job for job in self._running if not job.done()]
-        try:
-            for job in running:
-                job.process.send_signal(signal.SIGINT)
-            deadline = time.monotonic() + GRACE
-            while time.monotonic() < deadline and not all(job.done() for job in running):
-                time.sleep(0.05)
-        finally:  # also if Ctrl-C comes again
-            for job in running:
-                job.process.kill()
+        for job in running:
+            job.process.terminate()
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and not all(job.done() for job in running):
+            time.sleep(0.05)
+        for job in running:
+            job.kill()  # also where the run has ended: a rank or a worker may not have
+
+    def kill(self) -> None:
+        """End every interpreter at once, with the processes that it has started."""
+        for job in [*self._spares.values(), *self._running]:
+            if not job.done():  # else the number of its group may be another's by now
+                job.kill()
 
     def prepare(self, slot: int, environment: dict[str, str]) -> None:
         """Start a spare interpreter for the next attempt in a slot, unless the slot has one."""
@@ -103,11 +114,11 @@ class LocalExecutor:
         """Start an attempt, in the spare interpreter of the slot if that has the environment and the current code."""
         job = self._spares.pop(slot, None)
         if job and (job.done() or job.environment != attempt.environment or not job.is_current()):
-            job.process.kill()
+            job.kill()
             job = None
         job = job or LocalJob(attempt.environment)
-        job.begin(attempt)
         self._running.append(job)
+        job.begin(attempt)
         return job
 
     @property

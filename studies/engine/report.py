@@ -12,25 +12,30 @@ from datamodules.errors import UserError
 from lightning_modules.core.files import replacing
 from lightning_modules.core.intervals import wilson_interval
 from studies.engine import events, figures
-from studies.engine.attempt import Record
-from studies.engine.claims import Judgement, judge
+from studies.engine.judgement import Judgement, judge
+from studies.engine.records import Record
 from studies.engine.statistics import Measured, Values, difference, effect_size, mean, p_value
 from studies.engine.study import Run, Study
 from studies.engine.tables import markdown_table
 
+DIVERGED = Measured(math.nan, diverged=True)
+
 
 def collect(study: Study) -> Values:
-    """Return what the finished runs measured: arm -> measure -> seed -> value.
+    """Return what the runs measured that came to their end: arm -> measure -> seed -> value.
 
-    Each member of an ensemble is a seed, counted from the seed of its run. The measures `seconds/fit` and
-    `seconds/test` are the durations of a run's stages.
+    A diverged run has no values. Each member of an ensemble is a seed, counted from the seed of its run. The measures
+    `seconds/fit` and `seconds/test` are the durations of a run's stages.
     """
     values: dict[str, dict[str, dict[int, Measured]]]
     values = {arm: {measure: {} for measure in study.measures} for arm in study.arms}
     for run in study.runs:
-        if record := run.result:
-            for measure in study.measures:
+        for measure in study.measures:
+            if record := run.result:
                 values[run.arm][measure] |= _measured(record, run.seed, measure)
+            elif run.divergence:
+                members = 1 if measure.startswith("seconds/") else run.members
+                values[run.arm][measure] |= dict.fromkeys(range(run.seed, run.seed + members), DIVERGED)
     return values
 
 
@@ -99,7 +104,7 @@ def _refuse_unknown_measures(study: Study, values: Values) -> None:
     if {arm for arm, _ in finished} != set(study.arms):
         return  # an arm that has the measure may have no finished run yet
     for measure in study.measures:
-        if not any(values[arm][measure] for arm in study.arms):
+        if not any(not measured.diverged for arm in study.arms for measured in values[arm][measure].values()):
             known = ", ".join(sorted(all_metrics(finished[0][1])))
             raise UserError(f"measures: no finished run has '{measure}'; the first has {known}")
 
@@ -127,8 +132,11 @@ def summary(study: Study, values: Values, verdicts: dict[str, Judgement]) -> dic
         claims.append(row | {key: getattr(judged.estimate, key) for key in ("value", "low", "high", "seeds")})
     states = [record["git"] for run in study.runs if (record := run.result)]
     revisions = sorted({f"{state['revision']}{' + changes' if state['dirty'] else ''}" for state in states})
-    data = {"study": study.name, "runs": len(study.runs), "finished": len(states), "revisions": revisions}
-    plain: dict[str, Any] = _plain(data | {"arms": arms, "comparisons": comparisons, "claims": claims})
+    ends = [(run, record) for run in study.runs if (record := run.divergence)]
+    diverged = [{"arm": run.arm, "seed": run.seed, "step": record.get("step")} for run, record in ends]
+    data = {"study": study.name, "runs": len(study.runs), "finished": len(states), "diverged": diverged}
+    data |= {"revisions": revisions, "arms": arms, "comparisons": comparisons, "claims": claims}
+    plain: dict[str, Any] = _plain(data)
     return plain
 
 
@@ -145,8 +153,14 @@ def _plain(data: Any) -> Any:
 
 def render(study: Study, data: dict[str, Any]) -> str:
     """Return the report as Markdown."""
-    missing = [run.name for run in study.runs if not run.result]
+    missing = [
+        f"{run.name} ({found.damage})" if found.damage else run.name
+        for run in study.runs
+        if not (found := run.outcome).record
+    ]
     parts = [f"# {study.name}", f"{data['finished']} of {data['runs']} runs finished."]
+    for row in data["diverged"]:
+        parts.append(f"{row['arm']}, seed {row['seed']}, diverged at step {row['step']}.")
     if missing:
         parts.append(f"Missing: {'; '.join(missing)}.")
     if len(data["revisions"]) > 1:
@@ -200,9 +214,9 @@ def _write_runs(study: Study) -> None:
 
 
 def _csv_row(study: Study, run: Run) -> list[Any]:
-    if (record := run.result) is None:
+    if (record := run.outcome.record) is None:
         return [run.arm, run.seed, "missing", "", "", "", run.folder, *("" for _ in study.measures)]
-    known = all_metrics(record)
+    known = all_metrics(record) if record["status"] == "finished" else {}
     metrics = [known.get(measure) for measure in study.measures]
     seconds, git = round(sum(record["seconds"].values()), 1), record["git"]
-    return [run.arm, run.seed, "finished", seconds, git["revision"], git["dirty"], run.folder, *metrics]
+    return [run.arm, run.seed, record["status"], seconds, git["revision"], git["dirty"], run.folder, *metrics]

@@ -24,12 +24,14 @@ class Measured:
         interval: The run's 95 % interval, over its test samples.
         count: Number of those samples.
         hits: Number of hits among them, if the measure is a proportion; None for every other measure.
+        diverged: Whether the run diverged, so that it has no value.
     """
 
     value: float
     interval: tuple[float, float] | None = None
     count: int | None = None
     hits: int | None = None
+    diverged: bool = False
 
 
 Series = Mapping[int, Measured]  # seed -> value

@@ -13,6 +13,7 @@ claims:
 
 import hashlib
 import itertools
+import json
 import re
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -23,9 +24,21 @@ from typing import Any
 import yaml
 
 from datamodules.errors import UserError
-from studies.engine.arms import PRODUCTS, REFERENCE, Arm, Config, Factors, differences, expand, needs_of, resolve_arm
-from studies.engine.attempt import Record, read_result
+from studies.engine.arms import (
+    LIKE_REFERENCE,
+    PRODUCTS,
+    REFERENCE,
+    Arm,
+    Config,
+    Factors,
+    differences,
+    expand,
+    needs_of,
+    resolve_arm,
+)
 from studies.engine.claims import Claim, parse
+from studies.engine.outcome import Outcome, outcome
+from studies.engine.records import Record
 from studies.engine.resolver import resolve
 
 NAME = re.compile(r"[A-Za-z_]\w*")
@@ -65,7 +78,9 @@ class Run:
         config: The resolved config, as YAML.
         folder: The run's folder. Its name has a hash of the config, so that a finished run is not run again.
         wave: The runs of a wave need only files of runs of earlier waves.
-        needs: Arms whose files the run uses.
+        uses: Files of other runs that the run uses.
+        leaves: Files in the folder that other runs use.
+        members: Number of ensemble members, each with a seed of its own.
     """
 
     arm: str
@@ -74,7 +89,9 @@ class Run:
     config: str
     folder: Path
     wave: int
-    needs: frozenset[str]
+    uses: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    members: int = 1
 
     @property
     def name(self) -> str:
@@ -82,9 +99,21 @@ class Run:
         return f"{self.arm}, seed {self.seed}"
 
     @property
+    def outcome(self) -> Outcome:
+        """How the run stands, by its files."""
+        return outcome(self.folder, self.leaves, self.uses)
+
+    @property
     def result(self) -> Record | None:
-        """The run's `results.json`; None until the run has come to its end."""
-        return read_result(self.folder)
+        """The run's `results.json`; None unless the run is finished."""
+        record = self.outcome.record
+        return record if record and record["status"] == "finished" else None
+
+    @property
+    def divergence(self) -> Record | None:
+        """The run's `results.json`; None unless the run has diverged."""
+        record = self.outcome.record
+        return record if record and record["status"] == "diverged" else None
 
 
 @dataclass(frozen=True)
@@ -112,6 +141,11 @@ class Study:
     runs: list[Run]
     factors: dict[str, Factors] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def needed(self, run: Run) -> list[Run]:
+        """Return the runs whose files a run uses."""
+        folders = {folder for path in map(Path, run.uses) for folder in (path, *path.parents)}
+        return [other for other in self.runs if other.folder in folders]
 
 
 def load(path: str, parent: str = "runs/studies") -> Study:
@@ -170,24 +204,34 @@ def read(path: str) -> StudyFile:
     return study
 
 
+def first_wave(file: StudyFile) -> int:
+    """Return the number of runs that use no other run, as far as the study's file shows it."""
+    arms, _ = expand(file.arms)
+    free = [arm for arm in arms.values() if not LIKE_REFERENCE.search(json.dumps(arm.set, default=str))]
+    return max(1, len(free)) * (file.seeds if isinstance(file.seeds, int) else len(file.seeds))
+
+
 def _make_runs(arms: dict[str, Arm], configs: dict[str, Config], seeds: list[int], parent: Path) -> list[Run]:
     """Return a run for each arm and seed, by wave."""
     needs = {name: needs_of(name, config, arms) for name, config in configs.items()}
+    named = {pair for config in configs.values() for pair in REFERENCE.findall(json.dumps(config, default=str))}
+    leaves = {name: tuple(sorted(PRODUCTS[product] for arm, product in named if arm == name)) for name in arms}
     runs: dict[tuple[str, int], Run] = {}
     for wave, names in enumerate(_waves(needs)):
         for name, number in itertools.product(names, seeds):
-            members = configs[name]["model"].get("init_args", {}).get("ensemble", 1)
+            members: int = configs[name]["model"].get("init_args", {}).get("ensemble", 1)
             seed = number * members  # so that no two runs share a member
             text = yaml.safe_dump(configs[name] | {"seed_everything": seed}, sort_keys=False, width=1000)
 
-            def path_of(reference: re.Match[str], number: int = number) -> str:
-                return str(runs[reference[1], number].folder / PRODUCTS[reference[2]])
-
-            text = REFERENCE.sub(path_of, text)
+            uses: dict[str, str] = {}  # reference -> path
+            for reference in REFERENCE.finditer(text):
+                uses[reference[0]] = str(runs[reference[1], number].folder / PRODUCTS[reference[2]])
+            text = REFERENCE.sub(lambda reference, uses=uses: uses[reference[0]], text)
             command = arms[name].command
             digest = hashlib.sha256(f"{command}\n{text}".encode()).hexdigest()[:8]
             folder = parent / name / f"{seed}-{digest}"
-            runs[name, number] = Run(name, seed, command, text, folder, wave, frozenset(needs[name]))
+            files = tuple(sorted(uses.values())), leaves[name]
+            runs[name, number] = Run(name, seed, command, text, folder, wave, *files, members)
     return list(runs.values())
 
 

@@ -56,7 +56,8 @@ def test_arms_by_seeds_in_waves(study):
     for run, config in zip(made.runs[4:], configs[4:], strict=True):
         control = next(other for other in made.runs if (other.arm, other.seed) == ("control", run.seed))
         assert config["ckpt_path"] == str(control.folder / "checkpoints" / "last.ckpt")
-        assert run.needs == {"control"}
+        assert (run.uses, made.needed(run)) == ((config["ckpt_path"],), [control])
+        assert (control.leaves, run.leaves) == (("checkpoints/last.ckpt",), ())
         assert [callback["class_path"] for callback in config["trainer"]["callbacks"]] == ["callbacks.ActivationClamp"]
 
 

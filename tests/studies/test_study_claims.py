@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from studies.engine.claims import ClaimError, Region, judge, parse
+from studies.engine.claims import ClaimError, Region, parse
+from studies.engine.judgement import judge
 from studies.engine.statistics import Measured
 
 ARMS = ["control", "constraint", "naive"]

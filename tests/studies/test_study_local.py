@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -88,10 +89,8 @@ def test_no_interpreter_outlives_its_study(executor, monkeypatch):
     monkeypatch.setattr(local, "GRACE", 3.0)  # on a busy machine an interrupted interpreter takes a while to end
     executor.prepare(0, {})
     spare = executor._spares[0]
-    # Tests that a shell runs in the background ignore Ctrl-C, and so do the interpreters that they start
-    hearing = "import signal, time; signal.signal(2, signal.default_int_handler); print('begun', flush=True)"
-    hearing += "; time.sleep(60)"
-    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
+    begin = "import signal, time; signal.signal(15, {}); print('begun', flush=True); time.sleep(60)"
+    hearing, deaf = begin.format("lambda *_: exec('raise SystemExit(143)')"), begin.format("signal.SIG_IGN")
     polite = executor.submit(Work(hearing), slot=1)
     stubborn = executor.submit(Work(deaf), slot=2)
     deadline = time.monotonic() + 60
@@ -100,9 +99,32 @@ def test_no_interpreter_outlives_its_study(executor, monkeypatch):
         time.sleep(0.01)
     executor.__exit__(None, None, None)
     assert ended(spare) == -9
-    assert "KeyboardInterrupt" in polite.stderr()
-    assert ended(polite) not in (0, -9)
+    assert ended(polite) == 143
     assert ended(stubborn) == -9
+
+
+def test_what_a_run_has_started_ends_with_it(executor, tmp_path):
+    """A rank or a loader worker that does not hear SIGTERM."""
+    start = "import subprocess, time; child = subprocess.Popen(['sleep', '60']); "
+    code = start + f"open({str(tmp_path / 'child')!r}, 'w').write(f'{{child.pid}}\\n'); time.sleep(60)"
+    executor.submit(Work(code), slot=0)
+    executor.submit(Work("import signal; signal.signal(15, signal.SIG_IGN); " + code.replace("child'", "deaf'")), slot=1)
+    deadline = time.monotonic() + 60
+    files = [tmp_path / "child", tmp_path / "deaf"]
+    while not all(file.exists() and file.read_text().endswith("\n") for file in files):
+        assert time.monotonic() < deadline, "the interpreters did not begin in a minute"
+        time.sleep(0.01)
+    executor.__exit__(None, None, None)
+    for child in (int(file.read_text()) for file in files):
+        while is_running(child):
+            assert time.monotonic() < deadline, "a child has outlived its run"
+            time.sleep(0.01)
+
+
+def is_running(process):
+    """Whether a process is there and no zombie."""
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def test_an_interpreter_that_fails_says_why(executor):

@@ -10,7 +10,8 @@ from scipy import stats
 from lightning_modules.core.intervals import wilson_interval
 from studies.engine import report
 from studies.engine.attempt import Attempt
-from studies.engine.claims import judge, parse
+from studies.engine.claims import parse
+from studies.engine.judgement import judge
 from studies.engine.statistics import Measured
 from studies.engine.study import Run, Study
 
@@ -37,7 +38,7 @@ def study(tmp_path):
         runs = []
         for arm, by_seed in margins.items():
             for seed, margin in by_seed.items():
-                runs.append(Run(arm, seed, "fit", "", tmp_path / "runs" / arm / str(seed), 0, frozenset()))
+                runs.append(Run(arm, seed, "fit", "", tmp_path / "runs" / arm / str(seed), 0))
                 runs[-1].folder.mkdir(parents=True)
                 results = record(margin, seconds=10.0 + seed if arm == "alone" else 4.0)
                 (runs[-1].folder / "results.json").write_text(json.dumps(results))
@@ -75,7 +76,7 @@ def test_hits_make_a_proportion_of_a_run_and_of_each_member(tmp_path):
     runs = []
     for arm, found, hits in (("alone", alone, [805]), ("together", together, [1, 3, 0])):
         for seed, counted in ((0, {"hits": {"test/margin": hits}}), (10, {})):
-            runs.append(Run(arm, seed, "fit", "", tmp_path / arm / str(seed), 0, frozenset()))
+            runs.append(Run(arm, seed, "fit", "", tmp_path / arm / str(seed), 0))
             runs[-1].folder.mkdir(parents=True)
             (runs[-1].folder / "results.json").write_text(json.dumps(rest | found | counted))
     values = report.collect(Study("question", tmp_path, ARMS, MEASURES, [], [], runs))
@@ -93,13 +94,14 @@ def test_hits_make_a_proportion_of_a_run_and_of_each_member(tmp_path):
 def test_curves_of_a_run_that_is_taken_up_again_begin_where_it_began(tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
-    torch.save({"global_step": 7}, folder / "checkpoints" / "last.ckpt")
+    content = {"global_step": 7, "state_dict": {}, "optimizer_states": []}
+    torch.save(content, folder / "checkpoints" / "last.ckpt")
     for name in ("members.jsonl", "events.out.tfevents.1", "results.json"):
-        (folder / name).write_text(name)
-    checkpoint = Attempt("fit", "", folder)._set_aside()
-    assert torch.load(checkpoint, weights_only=True) == {"global_step": 7}
+        (folder / name).write_text(f"{name}\nhalf a li")
+    checkpoint = Attempt("fit", "", folder)._make_folder()
+    assert torch.load(checkpoint, weights_only=True) == content
     assert sorted(path.name for path in folder.iterdir()) == ["events.out.tfevents.1", "members.jsonl"]
-    assert (folder / "members.jsonl").read_text() == "members.jsonl"
+    assert (folder / "members.jsonl").read_text() == "members.jsonl\n"  # the half line of a kill would spoil the next
 
 
 def test_an_ordinary_runs_seed_is_its_own(study):

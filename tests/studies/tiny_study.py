@@ -84,6 +84,9 @@ class AtOnce:
     def __exit__(self, *error):
         pass
 
+    def kill(self):
+        pass
+
     def prepare(self, slot, environment):
         pass
 
