@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -25,9 +26,12 @@ from callbacks.interruption import Interrupted, Interruption, end_ranks
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.run_record import RunRecord
 from cli import output, renames
+from cli.checkpoint import check_files, check_fit
 from cli.commands import run_help
 from cli.config_errors import FriendlyParser
-from cli.run_folder import check_checkpoint, check_folder, make_run_dir
+from cli.flags import check_flags
+from cli.given_folder import GivenFolder
+from cli.run_folder import make_run_dir
 from cli.trainer import build, with_defaults
 from cli.user_errors import host_message, user_message
 from datamodules.errors import UserError
@@ -57,12 +61,14 @@ class CrosstalkCLI(LightningCLI):
 
     Attributes:
         record: The run's record.
-        run_dir: The run's folder if this process made it.
+        run_dir: The run's folder if this process chose it.
+        given_folder: The run's folder if the user named it and this process writes into it.
         log_dir: The run's folder.
     """
 
     record: RunRecord
     run_dir: Path | None = None
+    given_folder: GivenFolder | None = None
     log_dir: Path
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -74,6 +80,9 @@ class CrosstalkCLI(LightningCLI):
         except BaseException as error:
             self._end(error)
             raise
+        finally:
+            if self.given_folder:
+                self.given_folder.release()
 
     def _run_line(self) -> None:
         super().__init__(
@@ -109,13 +118,14 @@ class CrosstalkCLI(LightningCLI):
         parser.add_argument("--checkpoint_minutes", type=PositiveFloat, default=5.0, help=minutes)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a damaged checkpoint, then give the run its folder."""
+        """Refuse files that are no checkpoints of use, then give the run its folder."""
         config = self.config[self.subcommand]
-        if config.ckpt_path:
-            check_checkpoint(str(config.ckpt_path))
         resolved = self.parser.dump(self.config, skip_unset=False)  # a null may stand against a default
+        settings = yaml.safe_load(resolved)[self.subcommand]
+        check_flags(self.subcommand, settings)
+        check_files(self.subcommand, settings)
         configs = [str(path) for path in config.config or []]
-        self.record = RunRecord(self.command, configs, yaml.safe_load(resolved)[self.subcommand])
+        self.record = RunRecord(self.command, configs, settings)
         self.interruption.before_end = partial(self.record.end, "interrupted")
         self.log_dir = Path(config.trainer.default_root_dir or os.environ.get(RUN_DIR_VARIABLE, "runs"))
         if config.trainer.fast_dev_run:
@@ -132,9 +142,7 @@ class CrosstalkCLI(LightningCLI):
 
     @rank_zero_only
     def _check_given_folder(self) -> None:
-        check_folder(self.log_dir, "trainer.default_root_dir")
-        if (self.log_dir / "config.yaml").exists():
-            raise UserError(f"trainer.default_root_dir: {self.log_dir} already holds a run, name another folder")
+        self.given_folder = GivenFolder(self.log_dir, "trainer.default_root_dir")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with what every run has: record, progress bar, checkpoints, signals, TensorBoard."""
@@ -149,7 +157,8 @@ class CrosstalkCLI(LightningCLI):
             raise UserError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Suppress the hints that do not apply to the project's modules."""
+        """Check that checkpoints fit the model, and suppress the hints that do not apply to the project's modules."""
+        check_fit(self.subcommand, self.record.config, self.model, self.trainer)
         output.silence_reduction_hints(self.model)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -204,11 +213,16 @@ class CrosstalkCLI(LightningCLI):
 
     def _tidy(self, mistake: bool) -> None:
         """Remove the folder of a run that ended on a user's mistake before it trained, and an empty one in any case."""
+        trained = "trainer" in vars(self) and self.trainer.global_step > 0
+        if self.given_folder and mistake and not trained:
+            self.given_folder.clear()
         if self.run_dir is None:
             return
-        trained = "trainer" in vars(self) and self.trainer.global_step > 0
         if not any(self.run_dir.iterdir()) or (mistake and not trained and not any(self.run_dir.rglob("*.ckpt"))):
             rmtree(self.run_dir)
+            for parent in self.run_dir.parents[:2]:  # `runs/<config>` and `runs`, if no run is in them
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 class Resolver(CrosstalkCLI):

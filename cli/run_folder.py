@@ -2,13 +2,10 @@
 
 import hashlib
 import os
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from pickle import UnpicklingError
 
 from datamodules.errors import UserError
-from lightning_modules.core.checkpoints import read_state
 
 
 def make_run_dir(config_file: str | None, resolved: str, parent: str = "runs") -> Path:
@@ -55,19 +52,3 @@ def check_folder(folder: Path, option: str) -> None:
         raise UserError(f"{option}: cannot make the folder {folder}, for {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{option}: no permission to write into {existing}")
-
-
-def check_checkpoint(path: str) -> None:
-    """Check the checkpoint of `--ckpt_path` before anything is built.
-
-    Raises:
-        UserError: The checkpoint is missing or damaged, or no run has written it.
-    """
-    if "://" in path:
-        return
-    if Path(path).is_dir():
-        if not any(Path(path, part).exists() for part in ("meta.pt", ".metadata", "checkpoint")):
-            raise UserError(f"--ckpt_path: {path} is a folder and not a sharded checkpoint, name a file in it")
-        return
-    with suppress(UnpicklingError):  # it may run code, which the user may have allowed
-        read_state(path, "--ckpt_path")

@@ -3,22 +3,24 @@
 Shapes: S ensemble members.
 """
 
-import difflib
-import os
 import re
-import zipfile
-import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning
 import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from lightning_modules.core.archive import is_intact as is_intact  # the file and what it holds are asked for together
+from lightning_modules.core.archive import nearest_file as nearest_file
+from lightning_modules.core.archive import read_archive
 from lightning_modules.core.ensemble import fit_state, member_state
 
 PREFIX = "network."  # of the network's parameters in the state dict of a sequence model
+AVERAGED = "current_model_state"  # the weights that are trained, in the checkpoint of a run with an average of weights
+CHUNK = 2**22  # values that are checked at once
 SIZE_MISMATCH = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
     r"the shape in current model is torch\.Size\((.*?)\)"
@@ -26,56 +28,104 @@ SIZE_MISMATCH = re.compile(
 OTHER_KEYS = re.compile(r"(Missing|Unexpected) key\(s\) in state_dict: \"([^\"]+)\"")
 
 
-def is_intact(path: Path) -> bool:
-    """Return whether a file is a complete torch archive: it has every member, each with the right checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
-        return False
-
-
-def check_checkpoint(path: str, option: str = "--ckpt_path") -> None:
-    """Refuse a checkpoint that cannot be read whole, before anything else starts.
-
-    Folders (sharded checkpoints) and addresses such as `s3://...` are left to Lightning.
+def read_checkpoint(path: str, option: str, weights_only: bool = True) -> dict[str, Any]:
+    """Return the content of a checkpoint, on the CPU, mapped into memory; its parameters are under `state_dict`.
 
     Args:
         path: The path as the user gave it.
-        option: The option that took the path, for the message.
+        option: The option that took the path, for messages.
+        weights_only: Refuse a file that may run code.
 
     Raises:
-        UserError: The file does not exist or is damaged. The message names the newest intact checkpoint beside it. The
-            user decides whether to use that one, since it changes what is measured.
+        UserError: The file does not exist, cannot be read, is damaged, or does not hold named parameters.
     """
-    file = Path(path)
-    if "://" in path or file.is_dir():
-        return
-    if not file.is_file():
-        # To Lightning `last` and `best` mean files of the same run, and a run that begins has none.
-        advice = ": name a file, as in runs/X/.../checkpoints/last.ckpt" if path in {"last", "best", "hpc"} else ""
-        raise UserError(f"{option}: there is no file {path}{advice or nearest_file(path)}")
-    if is_intact(file):
-        return
-    siblings = sorted(file.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
-    intact = next((other for other in siblings if other != file and is_intact(other)), None)
-    advice = f"the newest intact one beside it is {intact}" if intact else f"{file.parent} holds no intact one"
-    raise UserError(f"{option}: {path} is damaged or was not written to its end; {advice}")
+    content = read_archive(path, option, weights_only)
+    if not isinstance(content, dict):
+        kind = "a tensor" if isinstance(content, Tensor) else f"a {type(content).__name__}"
+        raise UserError(f"{option}: {path} is not the checkpoint of a run, it holds {kind}")
+    if "state_dict" not in content:
+        bare = bool(content) and all(isinstance(value, Tensor) for value in content.values())
+        hint = ": it holds parameters alone, without the rest of a checkpoint" if bare else ""
+        raise UserError(f"{option}: {path} is not the checkpoint of a run, it has no 'state_dict'{hint}")
+    for key in {"state_dict", AVERAGED}.intersection(content):
+        if fault := _fault(content[key]):
+            raise UserError(f"{option}: {path} is not the checkpoint of a run, {fault} in its '{key}'")
+    return content
+
+
+def _fault(state: object) -> str | None:
+    """Return why an object is no state dict, or None."""
+    if not isinstance(state, dict):
+        return "there are no named parameters"
+    for name, value in state.items():
+        if not isinstance(name, str):
+            return f"the name of a parameter is {name!r}"
+        if isinstance(value, Tensor):
+            if value.layout is not torch.strided or value.is_meta:
+                return f"{name} is {'a tensor without values' if value.is_meta else 'a sparse tensor'}"
+        elif not name.endswith("_extra_state"):  # whatever the module's `get_extra_state` returns
+            return f"{name} is a {type(value).__name__} instead of a tensor"
+    return None
 
 
 def read_state(path: str, option: str) -> dict[str, Tensor]:
     """Return the state dict of another run's checkpoint, on the CPU.
 
     Raises:
-        UserError: The file does not exist, is damaged, is not one file, or has no state dict; names `option`.
+        UserError: See `read_checkpoint`; names `option`.
     """
-    check_checkpoint(path, option)
-    if not Path(path).is_file():
-        raise UserError(f"{option}: {path} is not one checkpoint file")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{option}: {path} is not the checkpoint of a run, it has no 'state_dict'")
-    return cast(dict[str, Tensor], content["state_dict"])
+    return cast(dict[str, Tensor], read_checkpoint(path, option)["state_dict"])
+
+
+def check_finite(content: Mapping[str, Any], option: str, path: str, members: int | None = None) -> None:
+    """Refuse weights that are not finite; of an ensemble only if those of every member are not.
+
+    Args:
+        content: The content of a checkpoint.
+        option: The option that took the path, for the message.
+        path: The path, for the message.
+        members: S of a checkpoint that does not name it in its config.
+
+    Raises:
+        UserError: A weight is NaN or infinite.
+    """
+    ensemble = ensemble_of(content) or members or 1
+    for key in {"state_dict", AVERAGED}.intersection(content):
+        finite, culprit = torch.ones(ensemble, dtype=torch.bool), ""
+        for name, value in content[key].items():
+            if not isinstance(value, Tensor):
+                continue
+            stacked = ensemble > 1 and value.dim() > 0 and len(value) == ensemble
+            parts = [value[member] for member in range(ensemble)] if stacked else [value]
+            finite &= torch.tensor([_is_finite(part) for part in parts])
+            if not finite.any():
+                culprit = name
+                break
+        if culprit:
+            whose = f"every one of its {ensemble} members has weights that are" if ensemble > 1 else f"{culprit} is"
+            raise UserError(f"{option}: the weights in {path} have diverged: {whose} not finite")
+
+
+def ensemble_of(content: Mapping[str, Any]) -> int | None:
+    """Return the number of ensemble members that a checkpoint's config names, or None."""
+    try:
+        members = content["config"]["model"]["init_args"]["ensemble"]
+    except (KeyError, TypeError):
+        return None
+    return members if isinstance(members, int) else None
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        value = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())  # fewer values, expanded to a shape
+    for part in value.flatten().split(CHUNK):
+        values = part if part.element_size() > 1 else part.float()  # torch knows no isfinite for 8 bits
+        # A buffer may hold a mask of zeros and -inf.
+        if not values.isfinite().all() and not ((values == 0) | (values == -torch.inf)).all():
+            return False
+    return True
 
 
 def load_network(path: str, network: nn.Module, members: int, option: str) -> dict[str, Tensor]:
@@ -106,16 +156,6 @@ def write_members(folder: Path, network: nn.Module, seeds: list[int], epoch: int
         content = {"state_dict": {PREFIX + name: value.cpu() for name, value in parameters.items()}}
         versions = {"pytorch-lightning_version": lightning.__version__}
         torch.save(content | {"epoch": epoch, "global_step": step} | versions, folder / f"{seed}.ckpt")
-
-
-def nearest_file(path: str) -> str:
-    """Return `; did you mean X?` with the most similar name in the same folder, or an empty string."""
-    folder, name = os.path.split(os.path.relpath(path))
-    siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    stem, suffix = os.path.splitext(name)  # without the suffix, which would make all names similar
-    stems = [os.path.splitext(file)[0] for file in siblings if file.endswith(suffix)]
-    close = difflib.get_close_matches(stem, stems, 1)
-    return f"; did you mean {os.path.join(folder, close[0] + suffix)}?" if close else ""
 
 
 def describe_mismatch(error: RuntimeError) -> str | None:

@@ -86,7 +86,7 @@ def test_user_errors(tmp_path):
         ParameterSwap(mode="random", seed=-1)
     with pytest.raises(UserError, match=r"^ParameterSwap's donor: there is no file .*did you mean .*donor.ckpt"):
         run_test(str(tmp_path / "doner.ckpt"))
-    with pytest.raises(ValueError, match="is not one checkpoint file"):
+    with pytest.raises(ValueError, match="is a folder, name a checkpoint file"):
         run_test(str(tmp_path))
     with pytest.raises(ValueError, match="No parameter matches 'q_porj'; the nearest names are"):
         run_test(path, ["q_porj"])

@@ -96,8 +96,11 @@ def test_a_checkpoint_is_tested_as_it_was_at_the_end_of_the_fit(train, run):
     ("options", "said"),
     [
         (WIDTH, "does not fit the config: bridge.map"),
-        (PERCEIVER, "holds another kind of bridge"),
-        (["--model.normalizer", "statistical"], "the checkpoint does not have 'normalizer.mean_C'"),
+        (PERCEIVER, "made with model.bridge TokenBridge, and this run has PerceiverBridge"),
+        (
+            ["--model.normalizer", "statistical"],
+            "it lacks the model's parameter normalizer.mean_C; it was made with model.normalizer none",
+        ),
     ],
     ids=["width", "kind", "normalizer"],
 )
