@@ -57,9 +57,7 @@ class Divergence(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if stops(pl_module) and isinstance(loss, Tensor):
             assert self._first is not None  # training has started
-            if ensemble_size(pl_module) > 1 and isinstance(pl_module, HasMembers):
-                loss = pl_module.members.get("train/loss", loss)  # `loss` is a sum over members
-            diverged = ~loss.detach().isfinite().any()
+            diverged = ~_by_member(pl_module, "train/loss", loss).isfinite().any()
             self._first = torch.where(diverged & (self._first < 0), trainer.global_step, self._first)
             if trainer.global_step % max(1, connected(trainer).log_every_n_steps) == 0:
                 self._check_loss(trainer)
@@ -70,7 +68,8 @@ class Divergence(Callback):
             return
         self._check_loss(trainer)
         for name, value in trainer.callback_metrics.items():
-            if name.startswith("validation/") and name.endswith("loss") and not value.isfinite().all():
+            is_loss = name.startswith("validation/") and name.endswith("loss")
+            if is_loss and not _by_member(pl_module, name, value).isfinite().any():
                 raise Diverged(trainer.global_step, f"{name} is not finite")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,6 +95,13 @@ class Divergence(Callback):
         name = nonfinite_parameter(module)
         if trainer.strategy.reduce_boolean_decision(name is not None, all=False):  # ranks may hold parts of them
             raise Diverged(trainer.global_step, f"{name or 'a parameter'} is not finite")
+
+
+def _by_member(module: LightningModule, name: str, value: Tensor) -> Tensor:
+    """Return the values of an ensemble's members, instead of their sum or mean; `value` for an ordinary module."""
+    if ensemble_size(module) > 1 and isinstance(module, HasMembers):
+        return module.members.get(name, value)
+    return value.detach()
 
 
 def stops(module: LightningModule) -> bool:

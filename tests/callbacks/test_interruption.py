@@ -1,0 +1,113 @@
+"""A signal ends a run in order: at the end of a step, with a checkpoint and a record, and in any case."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+from lightning import Callback
+from toy_fit import assert_same, fit, held
+
+from callbacks.interruption import Interrupted, Interruption
+from callbacks.run_record import RunRecord
+
+
+class Send(Callback):
+    """Sends a signal to this process, once, in a hook at a step."""
+
+    def __init__(self, hook: str, step: int, number: int) -> None:
+        def send(trainer, *_, **__):
+            if trainer.global_step == step and not trainer.sanity_checking and not self.sent:
+                self.sent = True
+                signal.raise_signal(number)
+
+        self.sent = False
+        setattr(self, hook, send)
+
+
+def interrupted(folder, hook, step, number, **options):
+    """Return how a fit of twelve steps ends."""
+    with Interruption() as interruption, pytest.raises(Interrupted) as ended:
+        fit(folder, 12, [RunRecord(), Send(hook, step, number), interruption], **options)
+    assert json.loads((folder / "results.json").read_text())["status"] == "interrupted"
+    return ended.value
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_it_ends_with_the_step_and_a_checkpoint(tmp_path, number):
+    error = interrupted(tmp_path, "on_train_batch_start", 5, number)
+    assert error.exit_code == 128 + number
+    assert held(tmp_path)["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"),
+    [
+        ("on_before_backward", 0, 1),
+        ("on_validation_batch_start", 8, 8),
+        ("on_validation_end", 8, 9),
+        ("on_train_batch_end", 11, 11),
+        ("on_validation_batch_start", 12, 12),
+    ],
+    ids=["in the first step", "in a validation", "after one", "in the step before the last", "in the last validation"],
+)
+def test_wherever_it_comes_no_step_is_lost(tmp_path, hook, step, saved):
+    whole = fit(tmp_path / "whole", 12)
+    interrupted(tmp_path / "cut", hook, step, signal.SIGTERM)
+    assert held(tmp_path / "cut")["global_step"] == saved
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    assert_same(whole, fit(tmp_path / "on", 12, ckpt_path=last))
+
+
+def test_gradients_that_accumulate_are_completed(tmp_path):
+    interrupted(tmp_path, "on_train_batch_start", 2, signal.SIGTERM, accumulate_grad_batches=3, limit_val_batches=0)
+    assert held(tmp_path)["global_step"] == 3
+
+
+def test_before_training_it_ends_at_once(tmp_path):
+    interrupted(tmp_path, "on_fit_start", 0, signal.SIGTERM)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_handlers_come_back_and_ignored_signals_stay_ignored():
+    before = signal.getsignal(signal.SIGTERM)
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption():
+            assert signal.getsignal(signal.SIGTERM) != before
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+HANGS = """
+import signal, time
+from types import SimpleNamespace
+from callbacks import interruption
+
+interruption.GRACE, interruption.REPEATED = {grace}, 0.1
+with interruption.Interruption() as running:
+    running.before_end = lambda: print("recorded", flush=True)
+    running._enter_loop(SimpleNamespace(is_global_zero=True, training=True, strategy=SimpleNamespace(launcher=None)))
+    signal.raise_signal(signal.SIGTERM)
+    if {second}:
+        time.sleep(0.3)
+        signal.raise_signal(signal.SIGINT)
+    while True:
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(("grace", "second"), [(60, True), (0.3, False)], ids=["a second signal", "no end in time"])
+def test_a_run_that_hangs_is_ended(grace, second):
+    script = textwrap.dedent(HANGS.format(grace=grace, second=second))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 143
+    assert ended.stdout == "recorded\n"
+    assert "Traceback" not in ended.stderr
