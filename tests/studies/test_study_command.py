@@ -85,6 +85,49 @@ def test_a_failing_arm_leaves_the_others_and_a_bad_exit_code(study):
     assert data["arms"]["control"]["values"]["test/loss"]
 
 
+def test_a_diverged_arm_is_an_end_without_values(study):
+    dependent = {"command": "test", "set": {"ckpt_path": "{arms.hot.checkpoint}"}}
+    hot = {"set": {"model.optimizer.lr": 1.0e18}}
+    claims = {"one": "hot.loss > 0", "two": "difference(control, hot) < 9", "three": "rate(hot.accuracy > 0.5) < 0.9"}
+    shown = study(arms={"control": {}, "hot": hot, "dependent": dependent}, claims=claims)
+    (record,) = (json.loads(path.read_text()) for path in FOLDER.glob("runs/hot/*/results.json"))
+    assert record["status"] == "diverged"
+    step = record["step"]
+    assert f"DIVERGED: hot, seed 0, at step {step}" in shown
+    assert "left out: dependent, seed 0, because hot diverged" in shown
+    data, text = reports()
+    assert f"hot, seed 0, diverged at step {step}." in text
+    assert "Missing: dependent, seed 0." in text
+    report = json.loads(data)
+    assert (report["finished"], report["diverged"]) == (1, [{"arm": "hot", "seed": 0, "step": step}])
+    assert report["arms"]["hot"]["values"] == {measure: {"0": None} for measure in STUDY["measures"]}
+    assert [row["verdict"] for row in report["claims"]] == ["undecided", "undecided", "held"]  # a rate counts a miss
+    assert [row["note"] for row in report["claims"]][:2] == ["diverged: hot, seed 0"] * 2
+    assert ",diverged," in (FOLDER / "runs.csv").read_text()
+    again = study(arms={"control": {}, "hot": hot, "dependent": dependent}, claims=claims)
+    assert "1 of 3 runs have diverged" in again
+    assert "DIVERGED" not in again
+    assert reports() == [data, text]
+
+
+def test_arms_that_used_a_changed_checkpoint_run_again(study):
+    study()
+    (control,) = FOLDER.glob("runs/control/*/")
+    (silenced,) = FOLDER.glob("runs/silenced/*/results.json")
+    first, made = reports(), silenced.stat().st_mtime_ns
+    last = control / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    shown = study()
+    assert f"not finished: control, seed 0: {last}, which other runs need, is damaged" in shown
+    assert f"control, seed 0: {last} is damaged: continues from previous.ckpt" in shown
+    assert reports() == first
+    assert silenced.stat().st_mtime_ns != made  # another file, so the arm that used it ran again
+    last.unlink()
+    (control / "results.json").unlink()
+    shown = study("--report-only")
+    assert "1 of 2 runs finished" in shown
+
+
 def test_help_reads_well(workplace, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["study", "--help"])

@@ -108,7 +108,9 @@ def test_what_a_run_has_started_ends_with_it(executor, tmp_path):
     start = "import subprocess, time; child = subprocess.Popen(['sleep', '60']); "
     code = start + f"open({str(tmp_path / 'child')!r}, 'w').write(f'{{child.pid}}\\n'); time.sleep(60)"
     executor.submit(Work(code), slot=0)
-    executor.submit(Work("import signal; signal.signal(15, signal.SIG_IGN); " + code.replace("child'", "deaf'")), slot=1)
+    executor.submit(
+        Work("import signal; signal.signal(15, signal.SIG_IGN); " + code.replace("child'", "deaf'")), slot=1
+    )
     deadline = time.monotonic() + 60
     files = [tmp_path / "child", tmp_path / "deaf"]
     while not all(file.exists() and file.read_text().endswith("\n") for file in files):
