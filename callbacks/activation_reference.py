@@ -86,7 +86,8 @@ class ActivationReference(StageCallback):
         labels: Key of the target labels in the batch, one label per position of x.
 
     Raises:
-        UserError: At `setup`, the site matches nothing, or two of these callbacks would write one file; after a
+        UserError: At `setup`, the site matches nothing, `path` cannot be a file, or two of these callbacks
+            would write one file; after a
             validation or test, the file cannot be written.
     """
 
@@ -105,11 +106,15 @@ class ActivationReference(StageCallback):
         return self._generate_state_key(site=self.site, path=self.path)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second callback with the same file, and a site that matches nothing."""
+        """Refuse a second callback with the same file, a path for no file, and a site that matches nothing."""
         writers = [other for other in connected(trainer).callbacks if isinstance(other, ActivationReference)]
         if any(other is not self and other.path == self.path for other in writers):
             raise UserError("Two ActivationReference callbacks write one file; give each a different `path`.")
         match_modules(pl_module, self.site)
+        if self.path is not None and (Path(self.path).is_dir() or any(up.is_file() for up in Path(self.path).parents)):
+            raise UserError(
+                f"ActivationReference: `path` {self.path!r} cannot be written: it is a folder, or lies beneath a file."
+            )
 
     def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, output: object) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from datamodules.errors import UserError
+from datamodules.errors import MOST, UserError
 from lightning_modules.core.contracts import connected
 
 # Checks
@@ -21,7 +21,7 @@ def check_positive(callback: Callback, **numbers: float | None) -> None:
         UserError: A number is not positive.
     """
     for name, number in numbers.items():
-        if number is not None and not number > 0:
+        if number is not None and not 0 < number <= MOST:
             at_least = "at least 1" if isinstance(number, int) else "positive"
             raise UserError(f"{type(callback).__name__}: `{name}` must be {at_least}, got {number}.")
 

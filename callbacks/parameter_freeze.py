@@ -35,12 +35,14 @@ class ParameterFreeze(ReleasingCallback):
         at_step: Number of optimizer steps that the parameters take before they freeze.
 
     Raises:
-        UserError: `at_step` is negative; at `setup`, a pattern matches nothing, or no parameter is left to train from
-            step 0 on.
+        UserError: `at_step` is negative, or there is no pattern; at `setup`, a pattern matches nothing, or no parameter
+            is left to train from step 0 on.
     """
 
     def __init__(self, parameters: list[str], at_step: int = 0) -> None:
         check_numbers("ParameterFreeze", 0, at_step=at_step)
+        if not parameters:
+            raise UserError("ParameterFreeze: `parameters` names no parameter.")
         self.parameters = parameters
         self.at_step = at_step
         self._matched: list[nn.Parameter] = []

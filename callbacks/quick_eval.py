@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from callbacks.base import EveryNSteps, check_positive
+from callbacks.base import EveryNSteps, check_positive, refuse_second
 from callbacks.held_out import evaluation, validation_loader
 from callbacks.throughput import off_the_clock
 from datamodules.errors import UserError
@@ -48,7 +48,8 @@ class QuickEval(Callback):
         n_shown: Samples in the table. They are spread evenly, because loaders may sort by length.
 
     Raises:
-        UserError: A number is not positive; at `setup` for fit, the module has no `sample_eval`; at the first
+        UserError: A number is not positive; at `setup`, there are two of these callbacks, or
+            the module of a fit has no `sample_eval`; at the first
             evaluation, there is no held-out data.
     """
 
@@ -62,7 +63,8 @@ class QuickEval(Callback):
         self._limit: int | None = None  # samples of this rank, None for all
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module without `sample_eval`."""
+        """Refuse a second callback, and a module without `sample_eval`."""
+        refuse_second(trainer, self)
         if stage == "fit" and not isinstance(pl_module, SupportsSampleEval):
             raise UserError(f"QuickEval needs `sample_eval(batch)`, which {type(pl_module).__name__} does not have.")
 

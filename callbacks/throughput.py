@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from callbacks.base import EveryNSteps, check_positive
+from callbacks.base import EveryNSteps, check_positive, refuse_second
 from lightning_modules.core.contracts import SupportsWorkload, Workload, connected
 from lightning_modules.core.reporting import keep_scalars, log_scalars
 
@@ -79,7 +79,7 @@ class Throughput(Callback):
             not know every device and warns then.
 
     Raises:
-        UserError: A number is not positive.
+        UserError: A number is not positive; at `setup`, there are two of these callbacks.
     """
 
     def __init__(self, every_n_steps: int | None = None, peak_flops: float | None = None) -> None:
@@ -100,6 +100,7 @@ class Throughput(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look up the peak of the device, which warns for a device that Lightning does not know."""
+        refuse_second(trainer, self)
         self._peak = self.peak_flops
         if stage == "fit" and self._peak is None and isinstance(pl_module, SupportsWorkload):
             dtype = _plugin_to_compute_dtype(trainer.precision_plugin)

@@ -33,7 +33,7 @@ from cli.flags import check_flags
 from cli.given_folder import GivenFolder
 from cli.run_folder import make_run_dir
 from cli.trainer import build, with_defaults
-from cli.user_errors import host_message, user_message
+from cli.user_errors import host_message, library_message, user_message
 from datamodules.errors import UserError
 
 RUN_DIR_VARIABLE = "CROSSTALK_RUN_DIR"  # passes the folder to the processes that DDP starts
@@ -98,6 +98,10 @@ class CrosstalkCLI(LightningCLI):
             args=renames.renamed_line(self.command),
         )
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "CrosstalkCLI":
+        # jsonargparse's factories, such as a model's optimizer, refer to this object; weight averaging copies the model
+        return self
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would replace the user's model config with the checkpoint's hyperparameters."""
 
@@ -153,7 +157,7 @@ class CrosstalkCLI(LightningCLI):
             trainer = super().instantiate_trainer(**flags, **kwargs)
             trainer._signal_connector = NoSignals(trainer)
             return trainer
-        except (TypeError, ValueError) as error:  # flags that Lightning checks itself
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # flags that Lightning checks itself
             raise UserError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
@@ -192,7 +196,8 @@ class CrosstalkCLI(LightningCLI):
         """Exit with one sentence if the error is not a bug, and remove what a run that did not start has left."""
         trainer = vars(self).get("trainer")
         end_ranks(trainer)
-        mistake, host = user_message(error), host_message(error)
+        trained = trainer is not None and trainer.global_step > 0
+        mistake, host = user_message(error) or (None if trained else library_message(error)), host_message(error)
         self._tidy(mistake is not None)
         agreed = trainer is not None and trainer.global_rank > 0  # Lightning kills rank 0 when another rank fails
         if isinstance(error, Interrupted):

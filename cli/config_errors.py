@@ -3,14 +3,17 @@
 import inspect
 import os
 import re
+import stat
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from cli.choices import arguments, listed, near, options, subclasses
+from cli.flags import check_line
 from cli.parse_causes import KEY, Finding, find, plain
 from datamodules.errors import UserError
 
@@ -36,6 +39,12 @@ class FriendlyParser(ArgumentParser):
         settings: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False} | kwargs
         super().__init__(*args, **settings)
 
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Namespace:
+        """Check and parse a command line."""
+        check_line(sys.argv[1:] if args is None else args)
+        parsed: Namespace = super().parse_args(args, *others, **options)
+        return parsed
+
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
         """Parse a config file.
 
@@ -44,9 +53,13 @@ class FriendlyParser(ArgumentParser):
         """
         self.file = os.path.relpath(path)  # now, for jsonargparse changes the working directory while it parses
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe without a writer would make the program wait for ever
+                raise UserError(f"the config file {self.file} cannot be read: it is not a regular file")
             config: Namespace = super().parse_path(path, *args, **kwargs)
-        except (OSError, UnicodeError) as error:
-            raise UserError(f"the config file {self.file} cannot be read: {error}") from error
+        except UnicodeError as error:
+            raise UserError(f"the config file {self.file} is not a text in UTF-8 ({error})") from error
+        except OSError as error:
+            raise UserError(f"the config file {self.file} cannot be read: {error.strerror or error}") from error
         self.file = ""
         return config
 
@@ -146,7 +159,7 @@ def _unknown_class(problem: Problem, name: str) -> Explanation:
     kind = next((base for base in choices if choices[base]), "class")
     known = set().union(*choices.values())
     hint = f"Choices: {listed(known)}" if 0 < len(known) <= 15 else problem._replace(finding=Finding("")).hint
-    return f"{found.path}: there is no {kind} '{name}'{near(name.rpartition('.')[2], known)}", hint
+    return f"{found.path or 'help'}: there is no {kind} '{name}'{near(name.rpartition('.')[2], known)}", hint
 
 
 def _wrong_value(problem: Problem) -> Explanation | None:
@@ -187,6 +200,8 @@ def _unreadable(problem: Problem) -> Explanation | None:
     found = problem.finding
     option = "--config" if found.path in ("", "config") else found.path
     if match := re.search(r"File does not exist: '?(.*?)'?$", found.cause):
+        if os.path.islink(match[1]):
+            return f"{option}: {os.path.relpath(match[1])} is a link to a file that does not exist", problem.hint
         from lightning_modules.core.checkpoints import nearest_file  # imports torch
 
         return f"{option}: there is no file {os.path.relpath(match[1])}{nearest_file(match[1])}", problem.hint
@@ -195,11 +210,27 @@ def _unreadable(problem: Problem) -> Explanation | None:
     file = getattr(problem.parser, "file", "") or "a config"
     if found.cause.startswith("Unexpected config:"):
         return f"{file} does not consist of keys and values, such as 'trainer: {{max_steps: 10}}'", problem.hint
-    yaml_error = getattr(problem.error, "__cause__", None)
-    if mark := getattr(yaml_error, "problem_mark", None):
-        reason = getattr(yaml_error, "problem", "")
-        return f"{file} is not valid YAML near line {mark.line + 1}: {reason}", problem.hint
+    if yaml_error := _yaml_error(problem.error):
+        mark = getattr(yaml_error, "problem_mark", None)
+        near_line = f" near line {mark.line + 1}" if mark else ""
+        reason = getattr(yaml_error, "problem", None) or getattr(yaml_error, "reason", "")
+        return f"{file} is not valid YAML{near_line}: {reason}", problem.hint
     return None
+
+
+def _yaml_error(error: BaseException | None) -> yaml.YAMLError | None:
+    while error is not None and not isinstance(error, yaml.YAMLError):
+        error = error.__cause__
+    return error
+
+
+def _no_class(problem: Problem) -> Explanation | None:
+    found = problem.finding
+    if not re.match(
+        r"Not a valid subclass of|argument of type '\w+' is not |'\w+' object has no attribute", found.cause
+    ):
+        return None
+    return f"{found.path}: expected a class, as {{class_path: NAME, init_args: {{KEY: VALUE}}}}", problem.hint
 
 
 RULES: tuple[Callable[[Problem], Explanation | None], ...] = (
@@ -209,4 +240,5 @@ RULES: tuple[Callable[[Problem], Explanation | None], ...] = (
     _wrong_command,
     _missing,
     _unreadable,
+    _no_class,
 )

@@ -5,12 +5,15 @@ YAML loader of jsonargparse; the keys of a command line are rewritten before it 
 """
 
 import re
+from enum import Enum
 from functools import cache
 from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.utilities import rank_zero_warn
+
+from cli.yaml_text import check_text
 
 CLASSES = {
     "LanguageModel": "QuestionAnswering",
@@ -32,9 +35,15 @@ def install() -> None:
     load = get_loader("yaml")
 
     def load_renamed(text: str) -> Any:
-        return renamed(load(text))
+        check_text(text)
+        try:
+            return renamed(load(text))
+        except (ValueError, RecursionError) as error:  # a number or a date that Python does not take
+            raise yaml.MarkedYAMLError(problem=str(error)) from error
 
     set_loader("yaml", load_renamed, exceptions=(yaml.YAMLError,))
+    # Some arguments of Lightning's classes have members of enumerations as defaults
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def renamed(config: Any) -> Any:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from datamodules.errors import UserError
 
@@ -28,9 +29,12 @@ def make_run_dir(config_file: str | None, resolved: str, parent: str = "runs") -
     folder, copies = family / name, 1
     while True:
         try:
-            folder.mkdir(parents=True)  # atomic, so that parallel runs never share a folder
+            family.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()  # atomic, so that parallel runs never share a folder
             return folder
-        except FileExistsError:
+        except FileExistsError as error:
+            if not family.is_dir():  # it is a file, or a link that leads nowhere
+                raise UserError(f"cannot make a folder for the run: {family} is not a folder") from error
             copies += 1
             folder = family / f"{name}-{copies}"
         except OSError as error:
@@ -52,3 +56,8 @@ def check_folder(folder: Path, option: str) -> None:
         raise UserError(f"{option}: cannot make the folder {folder}, for {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{option}: no permission to write into {existing}")
+    try:
+        with TemporaryFile(dir=existing):
+            pass
+    except OSError as error:  # the file system may take no files
+        raise UserError(f"{option}: cannot write into {existing}: {error.strerror}") from error

@@ -16,6 +16,7 @@ from callbacks.last_checkpoint import LastCheckpoint
 from cli.checkpoint_io import WholeFiles
 from cli.output import ParameterTable
 from cli.run_folder import check_folder
+from cli.user_errors import is_too_large
 from datamodules.errors import UserError
 
 T = TypeVar("T")
@@ -25,12 +26,17 @@ def build(class_type: type[T], *args: Any, **kwargs: Any) -> T:
     """Build an object that the config names.
 
     Raises:
-        UserError: A class of torch or Lightning refuses its arguments, or needs a package that is not installed.
+        UserError: A class of torch or Lightning refuses its arguments, or needs a package that is not installed; or
+            an object of these sizes does not fit into memory.
     """
     try:
         return class_type(*args, **kwargs)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        if class_type.__module__.partition(".")[0] not in ("lightning", "torch"):
+    except (MemoryError, RuntimeError) as error:
+        if not is_too_large(error):
+            raise
+        raise UserError(f"{class_type.__name__}: it does not fit into memory, choose smaller sizes") from error
+    except Exception as error:  # each class of a library has errors of its own for its arguments
+        if isinstance(error, UserError) or class_type.__module__.partition(".")[0] not in ("lightning", "torch"):
             raise
         raise UserError(f"{class_type.__name__}: {error}") from error
 

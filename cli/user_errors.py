@@ -4,11 +4,16 @@ import re
 from collections.abc import Iterator
 from errno import EDQUOT, EFBIG, ENOSPC, EROFS
 from pickle import UnpicklingError
+from traceback import walk_tb
 
 from datamodules.errors import UserError
 
 FROM_WORKER = re.compile(r"^[\w.]*UserError: ", re.MULTILINE)  # in the stack trace that a worker sends
+OWN = ("callbacks.", "datamodules.", "lightning_modules.")
+CONFIGURED = tuple(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "plugins", "profilers", "tuner"))
 DISK_ERRORS = {ENOSPC, EDQUOT, EFBIG, EROFS}
+NO_METRIC = "conditioned on metric"  # EarlyStopping finds only at a validation that nothing logs its metric
+TOO_LARGE = re.compile(r"Storage size calculation overflowed|numel: integer multiplication overflow|[Ii]nvalid size")
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 SIZE = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ [KMGT]iB)", re.IGNORECASE)
 
@@ -38,6 +43,26 @@ def host_message(error: BaseException) -> str | None:
     return None
 
 
+def library_message(error: BaseException) -> str | None:
+    """Return the sentence for an error of a library's callback, logger, profiler or plugin that the user configured.
+
+    Before the first training step, what these refuse is a setting: a missing package, a folder that cannot be made, a
+    model without what a callback needs.
+    """
+    if not isinstance(error, AttributeError | ImportError | OSError | ValueError):
+        return None
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    last_own = max((i for i, name in enumerate(modules) if name.startswith(OWN)), default=-1)
+    configured = [name for name in modules[last_own + 1 :] if name.startswith(CONFIGURED)]
+    full = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    return None if full or not configured else _joined(f"trainer: {configured[-1].rpartition('.')[2]}: {error}")
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Return whether an error says that memory has no room for what should be made."""
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)) or TOO_LARGE.search(str(error)))
+
+
 def _sentence(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return _joined(FROM_WORKER.split(str(error))[-1])
@@ -50,6 +75,8 @@ def _sentence(error: BaseException) -> str | None:
         return _joined(str(error))
     if isinstance(error, UnpicklingError) and "Weights only load failed" in str(error):
         return "the checkpoint holds more than plain data and may run code: if you trust it, add --weights_only false"
+    if isinstance(error, RuntimeError) and NO_METRIC in str(error):
+        return _joined(str(error))
     return describe_mismatch(error) if isinstance(error, RuntimeError) else None
 
 

@@ -15,6 +15,11 @@ ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:/+")
 VARIABLE = re.compile(r"\$\w|\$\{|%\w+%")
 
 
+def is_broken(text: str) -> bool:
+    """Return whether a text holds half of a surrogate pair, which no file and no tokenizer takes."""
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def check_path(path: str | Path, key: str) -> None:
     """Check that a text names a file or folder of this machine, which may not exist yet.
 
@@ -28,14 +33,12 @@ def check_path(path: str | Path, key: str) -> None:
     text = str(path)
     if not text.strip():
         raise UserError(f"{key}: the path is empty")
-    try:
-        text.encode()
-        if os.path.lexists(text):
-            return
-    except ValueError as error:  # half of a surrogate pair, or a null byte
-        raise UserError(f"{key}: {text!a} holds characters that no path has") from error
+    if "\0" in text or is_broken(text):
+        raise UserError(f"{key}: {text!a} holds a character that no path has")
+    if os.path.lexists(text):
+        return
     if ADDRESS.match(text):
-        raise UserError(f"{key}: {text} is an address, and a path on this machine is needed: download it first")
+        raise UserError(f"{key}: {text} is an address, and a path on this machine is needed")
     if text.startswith("~") or VARIABLE.search(text):
         expanded = os.path.expanduser(os.path.expandvars(text))
         advice = f"write {expanded}" if expanded != text else "write the whole path"

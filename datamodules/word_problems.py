@@ -12,7 +12,7 @@ from datamodules.batch import SupportsCollate, TaskDataModule
 from datamodules.batches import Batches, BatchLoader, FiniteBatches, StreamBatches, UnchangedLoader
 from datamodules.errors import SEEDS, UserError, check_numbers
 from datamodules.problems import Problem, final_answer, generate, generate_passkey, generate_twins, read_entities
-from datamodules.sources import hub_rows, reading
+from datamodules.sources import hub_rows, is_broken, reading
 
 HUB_DEFAULT = "openai/gsm8k"
 LONGEST = 100_000  # characters of a line, a hundred times a long problem
@@ -75,10 +75,8 @@ def _problem(row: object) -> Problem:
         raise UserError("needs the texts 'question' and 'answer'")
     if not row["question"].strip():
         raise UserError("the question is empty")
-    try:
-        (row["question"] + row["answer"]).encode()
-    except UnicodeEncodeError as error:
-        raise UserError("not a text in UTF-8, or half of a surrogate pair") from error
+    if is_broken(row["question"]) or is_broken(row["answer"]):
+        raise UserError("not a text in UTF-8, or half of a surrogate pair")
     if final_answer(row["answer"]) is None:
         raise UserError("the answer has no '####'")
     return Problem(row["question"], row["answer"], read_entities(row["question"], row["answer"]))

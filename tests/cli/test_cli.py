@@ -98,7 +98,7 @@ UNREADABLE = {
     "no YAML": (b"model: [unclosed\n", "wrong.yaml is not valid YAML near line"),
     "no keys": (b"- model\n", "wrong.yaml does not consist of keys and values"),
     "empty": (b"", "wrong.yaml does not consist of keys and values"),
-    "no text": (b"\xff\xfemodel", "the config file wrong.yaml cannot be read: 'utf-8' codec"),
+    "no text": (b"\xff\xfemodel", "the config file wrong.yaml is not a text in UTF-8 ('utf-8' codec"),
 }
 
 
@@ -115,7 +115,10 @@ REFUSED = {
     "callback": (["--trainer.callbacks+", "EMAWeightAveraging", "--trainer.callbacks.decay", "5"], "Invalid decay"),
     "optimizer": (["--model.optimizer", "SGD", "--model.optimizer.lr", "-1"], "SGD: Invalid learning rate"),
     "folder": (["--trainer.default_root_dir", "base.yaml/run"], "trainer.default_root_dir: cannot make the folder"),
-    "logger": (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "base.yaml/x"], "trainer.logger: cannot"),
+    "logger": (
+        ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "base.yaml/x"],
+        "logger.save_dir: cannot",
+    ),
     "checkpoint folder": (["--ckpt_path", "."], "--ckpt_path: . is a folder and not a sharded checkpoint"),
 }
 

@@ -62,7 +62,7 @@ def test_a_wrong_field_or_class_names_the_near_miss(refused, case):
 
 
 VALUES = {
-    "no soft tokens": (["--model.bridge.soft_tokens", "0"], "at least 1 soft token and 1 layer, not 0 and "),
+    "no soft tokens": (["--model.bridge.soft_tokens", "0"], "model.bridge.soft_tokens must be at least 1, not 0"),
     "heads": (["--model.bridge.heads", "97"], "is not divisible by 97 heads"),
     "layer": (["--model.source_layer", "77"], "source_layer 77 does not exist: 'assets/pair/source' has layers 1 to "),
     "layers": (["--model.source_layer", "[1, 99]"], "source_layer 99 does not exist"),
@@ -87,7 +87,7 @@ def test_a_value_that_cannot_be_is_refused_in_words(refused, case):
 
 def test_a_bridge_of_no_soft_tokens_a_source_token(refused):
     sentence = refused("--model.bridge.tokens_per_source", "0", config="telepathy_v16")
-    assert sentence == "model.bridge needs at least 1 soft token per source token, not 0"
+    assert sentence == "model.bridge.tokens_per_source must be at least 1, not 0"
 
 
 @pytest.mark.parametrize("which", ["source", "target"])

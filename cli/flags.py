@@ -1,0 +1,83 @@
+"""Checks of a command line and of what its config says, before anything is built: the trainer's numbers, and paths."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from cli.run_folder import check_folder
+from datamodules.errors import POSITIVE, UserError, check_numbers
+from datamodules.sources import check_path, is_broken
+
+COUNTS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "num_nodes")
+NOT_NEGATIVE = ("gradient_clip_val", "min_epochs", "min_steps", "reload_dataloaders_every_n_epochs", "fast_dev_run")
+FOLDERS = ("dirpath", "save_dir", "save_to")  # into which a run writes
+PATHS = {"default_root_dir", "dirpath", "path", "reference", "save_dir", "save_to", "test_path"}
+
+
+def check_line(line: Sequence[str]) -> None:
+    """Check the texts of a command line before they are parsed.
+
+    Raises:
+        UserError: A text is not UTF-8, or `--config` names no file of this machine.
+    """
+    for before, text in pairwise(["", *line]):
+        if is_broken(text):
+            raise UserError(f"{text!a} on the command line is not a text in UTF-8")
+        option, _, value = text.partition("=") if text.startswith("--config=") else (before, "", text)
+        if option in ("-c", "--config") and "{" not in value and "\n" not in value:  # else a config itself
+            check_path(value, "--config")
+
+
+def check_flags(command: str, config: Mapping[str, Any]) -> None:
+    """Check the flags of the trainer that Lightning takes without a word, and all paths; NaN is no setting.
+
+    Args:
+        command: Such as `fit`.
+        config: The resolved config of the command, as plain types.
+
+    Raises:
+        UserError: A number is out of range or NaN, or a text that should be a path is none.
+    """
+    flags = config["trainer"]
+    if not isinstance(flags, Mapping):
+        raise UserError(f"trainer: expected keys and values, such as {{max_steps: 10}}, got {flags!r}")
+    for name in ("max_steps", "max_epochs"):
+        if flags[name] != -1:  # no limit
+            check_numbers("trainer", 1, **{name: flags[name]})
+    check_numbers("trainer", 1, **{name: flags[name] for name in COUNTS})
+    check_numbers("trainer", 0, **{name: flags[name] for name in NOT_NEGATIVE})
+    check_numbers("trainer", -1, num_sanity_val_steps=flags["num_sanity_val_steps"])
+    interval = flags["val_check_interval"]  # or a time, as text
+    if isinstance(interval, int | float):
+        check_numbers("trainer", 1 if isinstance(interval, int) else POSITIVE, val_check_interval=interval)
+    if command == "fit" and flags["limit_train_batches"] == 0:
+        raise UserError("trainer.limit_train_batches must not be 0: nothing would be trained")
+    _check_processes(flags["accelerator"], flags["devices"])
+    for key, value in _values(config, ""):
+        if value != value:
+            raise UserError(f"{key} must be a number, not nan")
+        if key.rpartition(".")[2] in PATHS and isinstance(value, str):
+            check_path(value, key)
+            if key.rpartition(".")[2] in FOLDERS:
+                check_folder(Path(value), key)
+
+
+def _check_processes(accelerator: object, devices: object) -> None:
+    """Refuse far more processes than the machine has cores; each device of the accelerator `cpu` is a process."""
+    most = 4 * max(os.cpu_count() or 1, 4)
+    if accelerator == "cpu" and str(devices).isdecimal() and int(str(devices)) > most:
+        raise UserError(f"trainer.devices must be at most {most} with the accelerator cpu here, not {devices}")
+
+
+def _values(value: object, key: str) -> Iterator[tuple[str, object]]:
+    """Yield the dotted name and the value of every setting that is neither a mapping nor a list."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _values(item, key)
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _values(inner, key if name == "init_args" else f"{key}.{name}".lstrip("."))
+    else:
+        yield key, value
