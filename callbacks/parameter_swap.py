@@ -8,7 +8,8 @@ from torch import Tensor
 
 from callbacks.base import ReleasingCallback
 from datamodules.errors import UserError
-from lightning_modules.core.checkpoints import read_state
+from lightning_modules.core.checkpoints import check_finite, read_checkpoint
+from lightning_modules.core.reporting import ensemble_size
 from lightning_modules.core.seeding import check_seed
 from lightning_modules.core.sites import match_parameters
 from lightning_modules.core.swapping import SwapMode, swap_parameters
@@ -41,7 +42,8 @@ class ParameterSwap(ReleasingCallback):
 
     Raises:
         UserError: The mode lacks its donor, or the seed is negative; at `setup`, the stage is fit, a pattern matches
-            nothing, or the donor does not exist or is damaged; at the start of the evaluation, the donor does not fit.
+            nothing, or the donor does not exist, is damaged or is not finite; at the start of the evaluation, the donor
+            does not fit.
     """
 
     def __init__(
@@ -71,7 +73,10 @@ class ParameterSwap(ReleasingCallback):
             raise UserError("ParameterSwap acts on validate, test and predict; take it out of the callbacks of fit.")
         match_parameters(pl_module, self.parameters)
         # The donor is read early to find mistakes, and used later: Lightning restores `--ckpt_path` after `setup`.
-        self._donor_state = None if self.donor is None else read_state(self.donor, DONOR)
+        if self.donor is not None:
+            content = read_checkpoint(self.donor, DONOR)
+            check_finite(content, DONOR, self.donor, ensemble_size(pl_module))
+            self._donor_state = content["state_dict"]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the values in place."""

@@ -18,10 +18,11 @@ from callbacks.parameter_swap import DONOR
 from cli.checkpoint_fit import check_loops, check_optimizer, misfit_of_parameters
 from cli.checkpoint_settings import changes_of_training, class_of, made_with, setting
 from datamodules.errors import UserError
-from lightning_modules.core.checkpoints import check_finite, load_network, read_checkpoint, read_state
+from lightning_modules.core.checkpoints import check_finite, load_network, read_checkpoint
 from lightning_modules.core.ensemble_module import EnsembleModule
+from lightning_modules.separability.anchor import ANCHOR
 
-CKPT = "--ckpt_path"
+CKPT, START = "--ckpt_path", "model.start"
 ANSWER_S = 10.0  # how long an address may take to answer
 SHARDED = ("meta.pt", ".metadata", "checkpoint")  # one of them is in the folder of a sharded checkpoint
 SHARDING = (
@@ -47,20 +48,20 @@ def check_files(command: str, config: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: A file is missing, damaged, not the checkpoint of a run, not suited to the command, or holds weights
-            that are not finite, which `model.on_nonfinite: continue` allows.
+            that are not finite. `model.on_nonfinite: continue` allows such weights to be trained on.
     """
-    checked = []
-    if config["ckpt_path"] is not None:
-        content = _read(config)
-        if content is not None:
-            _check_keys(content, command, str(config["ckpt_path"]), setting(config, "model.start", absent=True))
-            checked.append((CKPT, str(config["ckpt_path"]), content))
-    checked += [(option, path, {"state_dict": read_state(path, option)}) for option, path in _others(config)]
-    if setting(config, "model.on_nonfinite") == "continue":
-        return
     members = setting(config, "model.ensemble")
-    for option, path, content in checked:
-        check_finite(content, option, path, members if isinstance(members, int) else None)
+    members = members if isinstance(members, int) else None
+    continues = setting(config, "model.on_nonfinite") == "continue"
+    if config["ckpt_path"] is not None and (content := _read(config)) is not None:
+        path = str(config["ckpt_path"])
+        _check_keys(content, command, path, setting(config, START, absent=True))
+        if not continues:
+            check_finite(content, CKPT, path, members)
+    for option, path in _others(config):
+        content = read_checkpoint(path, option)
+        if option != START or not continues:
+            check_finite(content, option, path, members)
 
 
 def check_fit(command: str, config: Mapping[str, Any], model: LightningModule, trainer: Trainer) -> None:
@@ -100,9 +101,9 @@ def check_fit(command: str, config: Mapping[str, Any], model: LightningModule, t
 
 def _others(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return option and path of the checkpoints that a config names beside `--ckpt_path`."""
-    named = [("model.orthogonality.anchor", setting(config, "model.orthogonality.anchor"))]
+    named = [(ANCHOR, setting(config, ANCHOR))]
     if config["ckpt_path"] is None:
-        named.append(("model.start", setting(config, "model.start")))
+        named.append((START, setting(config, START)))
     callbacks = config["trainer"]["callbacks"] or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         one = {"callback": callback}

@@ -84,12 +84,12 @@ def check_finite(content: Mapping[str, Any], option: str, path: str, members: in
         content: The content of a checkpoint.
         option: The option that took the path, for the message.
         path: The path, for the message.
-        members: S of a checkpoint that does not name it in its config.
+        members: S of a checkpoint without a config.
 
     Raises:
         UserError: A weight is NaN or infinite.
     """
-    ensemble = ensemble_of(content) or members or 1
+    ensemble = _ensemble_of(content) or members or 1
     for key in {"state_dict", AVERAGED}.intersection(content):
         finite, culprit = torch.ones(ensemble, dtype=torch.bool), ""
         for name, value in content[key].items():
@@ -106,13 +106,16 @@ def check_finite(content: Mapping[str, Any], option: str, path: str, members: in
             raise UserError(f"{option}: the weights in {path} have diverged: {whose} not finite")
 
 
-def ensemble_of(content: Mapping[str, Any]) -> int | None:
-    """Return the number of ensemble members that a checkpoint's config names, or None."""
-    try:
-        members = content["config"]["model"]["init_args"]["ensemble"]
-    except (KeyError, TypeError):
+def _ensemble_of(content: Mapping[str, Any]) -> int | None:
+    """Return the number of ensemble members by a checkpoint's config; None for a checkpoint without a config."""
+    config = content.get("config")
+    if not isinstance(config, Mapping):
         return None
-    return members if isinstance(members, int) else None
+    try:
+        members = config["model"]["init_args"]["ensemble"]
+    except (KeyError, TypeError):
+        return 1  # a model that knows no ensembles
+    return members if isinstance(members, int) else 1
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -12,8 +12,10 @@ from torch.nn.functional import cosine_similarity
 
 from datamodules.batch import IGNORE
 from datamodules.errors import UserError
-from lightning_modules.core.checkpoints import load_network
+from lightning_modules.core.checkpoints import check_finite, load_network
 from lightning_modules.core.ensemble import call_members
+
+ANCHOR = "model.orthogonality.anchor"
 
 
 class Orthogonality:
@@ -43,9 +45,14 @@ class Orthogonality:
         self.train_residual = self.residual  # compiled with the training step
 
     def load(self, network: nn.Module, members: int) -> None:
-        """Make the anchor model, once: a copy of the network without hooks, which is no submodule of the model."""
+        """Make the anchor model, once: a copy of the network without hooks, which is no submodule of the model.
+
+        Raises:
+            UserError: The checkpoint does not exist, is damaged, does not fit, or holds weights that are not finite.
+        """
         if self.network is None:
-            state = load_network(self.anchor, network, members, "model.orthogonality.anchor")
+            state = load_network(self.anchor, network, members, ANCHOR)
+            check_finite({"state_dict": state}, ANCHOR, self.anchor, members)
             self.network, self.members = _copy(network).requires_grad_(False), members
             self.network.load_state_dict(state)
 
