@@ -31,10 +31,10 @@ class WholeFiles(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        try:
-            with replacing(Path(path)) as draft, open(draft, "wb") as file:
+        with replacing(Path(path)) as draft, open(draft, "wb") as file:
+            try:
                 torch.save(checkpoint, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # what torch says of it names neither the file nor the reason
-                raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
-            raise
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch's error does not give the reason
+                    raise error.__context__ from error
+                raise

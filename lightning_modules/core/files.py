@@ -22,6 +22,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Yields:
         The path to write to. It has no suffix that a library could take the format from.
+
+    Raises:
+        OSError: The file cannot be written; it names `path`, which is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -37,6 +40,9 @@ def replacing(path: Path) -> Iterator[Path]:
             os.link(f"/proc/self/fd/{unnamed}", draft, src_dir_fd=unnamed, follow_symlinks=True)
         draft.replace(path)
         _flush_folder(path.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name of the file is part of the reason
     except BaseException:
         draft.unlink(missing_ok=True)
         raise

@@ -5,7 +5,7 @@ Shapes: S ensemble members, B batch, T positions, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -94,6 +94,7 @@ class SequenceModel(EnsembleModule, ABC):
         self.compile_step, self.save_members, self.on_nonfinite = compile, save_members, on_nonfinite
         self.measures = self.make_measures()
         self._last_step: tuple[Tensor, Tensor] | None = None  # logits and labels
+        self._resumed_step: dict[str, Tensor] | None = None  # of the checkpoint that the run resumes
         self._shown: Tensor | None = None  # the input whose attention the test draws
         self._step_losses: Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]] = self.losses
 
@@ -186,16 +187,29 @@ class SequenceModel(EnsembleModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Log the accuracy of the last training step, over all ranks; no further forward is needed."""
+        if (step := self._last_training_step()) is not None:
+            self.log_members({"train/accuracy": step["accuracy"].to(self.device)})
+            self.members["train/loss"] = step["loss"]
+
+    def _last_training_step(self) -> dict[str, Tensor] | None:
+        """Return accuracy_S and loss_S of the last training step over all ranks; None before training."""
         if self._last_step is None:
-            return
+            return self._resumed_step
         logits_SBTV, labels = self._last_step
         labelled, hit = labels != IGNORE, logits_SBTV.argmax(3) == labels
         parts = hit & labelled, labelled.expand(hit.shape), logits_SBTV.isnan().any(3)
         counts_3S = torch.stack([part.flatten(1).sum(1) for part in parts])
         hits_S, count_S, nan_S = cast(Tensor, self.trainer.strategy.reduce(counts_3S, reduce_op="sum"))
-        self.log_members({"train/accuracy": (hits_S / count_S).where(nan_S == 0, torch.nan)})
-        loss_S = self.trainer.strategy.reduce(self.members["train/loss"], reduce_op="mean")
-        self.members["train/loss"] = cast(Tensor, loss_S)
+        loss_S = cast(Tensor, self.trainer.strategy.reduce(self.members["train/loss"], reduce_op="mean"))
+        return {"accuracy": (hits_S / count_S).where(nan_S == 0, torch.nan), "loss": loss_S}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the validation after this step reports of the step; a resumed run may begin with that validation."""
+        checkpoint["last_training_step"] = self._last_training_step()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what a checkpoint says of its last training step."""
+        self._resumed_step = checkpoint.get("last_training_step")
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Measure a held-out batch."""

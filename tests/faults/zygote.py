@@ -1,0 +1,98 @@
+"""Starts runs of `main.py` from an interpreter that has imported the program: an import takes longer than a run."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+STEPS = 200
+SIZES = {
+    "data.vocab_size": 32,
+    "data.seq_len": 16,
+    "data.batch_size": 4,
+    "data.validation_size": 32,
+    "data.eval_batch_size": 8,
+    "data.test_size": 64,
+    "model.vocab_size": 32,
+    "model.seq_len": 16,
+    "model.width": 16,
+    "model.warmup_steps": 10,
+    "trainer.max_steps": STEPS,
+    "trainer.val_check_interval": 45,
+    "trainer.log_every_n_steps": 10,
+    "trainer.accelerator": "cpu",
+    "trainer.enable_progress_bar": "false",
+    "trainer.callbacks": "[{class_path: slow_steps.SlowSteps}]",
+    "checkpoint_minutes": 0.003,  # several in each run
+}
+
+
+class Zygote:
+    """An interpreter that forks a process for each run, one at a time."""
+
+    def __init__(self) -> None:
+        places = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from zygote import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def start(self, line: Sequence[str], folder: Path, output: Path, **variables: str) -> int:
+        """Start a run in a working directory; return its process number."""
+        request = {"line": list(line), "folder": str(folder), "output": str(output), "variables": variables}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        """Wait for the run; return its exit code, negative for a signal that the run did not handle."""
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """End the interpreter."""
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+def serve() -> None:
+    """Answer each line of stdin with a process number, and then with its exit code."""
+    from studies.engine.resolver import import_program
+
+    import_program()
+    print("ready", flush=True)
+    while request := sys.stdin.readline():
+        child = os.fork()
+        if child == 0:
+            _run(json.loads(request))
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _run(request: dict) -> None:
+    code = 1
+    try:
+        os.chdir(request["folder"])
+        os.environ.update(request["variables"])
+        output = os.open(request["output"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        for stream, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+            os.dup2(source, stream)
+        sys.argv = [str(ROOT / "main.py"), *request["line"]]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
