@@ -78,7 +78,7 @@ def execute(study: Study, cluster: Cluster, executor: LocalExecutor) -> list[Run
             ready = []
             for run in (run for run in runs if not run.outcome.record):
                 if run not in todo:  # what it used has changed with this execution
-                    bar.total += 1
+                    bar.total = (bar.total or 0) + 1
                 if lost := [(other, fate) for other in study.needed(run) if (fate := _fate(other, failed, left_out))]:
                     bar.write(f"left out: {run.name}, because {' and '.join(f'{a.arm} {fate}' for a, fate in lost)}")
                     (failed if any(other in failed for other, _ in lost) else left_out).append(run)

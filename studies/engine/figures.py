@@ -15,7 +15,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from google.protobuf.message import DecodeError
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -215,7 +214,7 @@ def _scalars(folder: Path) -> dict[str, dict[int, float]]:
         events = EventAccumulator(str(folder), size_guidance=KEEP_ALL).Reload()
         names = events.Tags()["scalars"]
         return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
-    except (OSError, DecodeError, OpError) as error:
+    except (OSError, OpError) as error:
         sys.stderr.write(f"no curves of {folder}, because its TensorBoard events cannot be read: {error}\n")
         return {}
 

@@ -226,7 +226,8 @@ def _make_runs(arms: dict[str, Arm], configs: dict[str, Config], seeds: list[int
             uses: dict[str, str] = {}  # reference -> path
             for reference in REFERENCE.finditer(text):
                 uses[reference[0]] = str(runs[reference[1], number].folder / PRODUCTS[reference[2]])
-            text = REFERENCE.sub(lambda reference, uses=uses: uses[reference[0]], text)
+            for written, path in uses.items():
+                text = text.replace(written, path)
             command = arms[name].command
             digest = hashlib.sha256(f"{command}\n{text}".encode()).hexdigest()[:8]
             folder = parent / name / f"{seed}-{digest}"

@@ -14,6 +14,12 @@ class LightAttempt(Attempt):
 
 
 def leave_result(line, log, environment):
+    if line[0] == "fit":
+        import torch  # the one process that needs it
+
+        (log.parent / "checkpoints").mkdir()
+        content = {"state_dict": {}, "optimizer_states": [], "global_step": 4}
+        torch.save(content, log.parent / "checkpoints" / "last.ckpt")
     record = {"status": "finished", "seconds": {"test": 1.0}, "intervals": {}, "n": {}}
     record |= {"metrics": {"test/loss": 3.0, "test/accuracy": 0.5}, "git": {"revision": None, "dirty": None}}
     log.with_name("results.json").write_text(json.dumps(record))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,34 +47,43 @@ def start(line):
         )
 
 
-def interrupt(process, signal_, whole_group):
+def interrupt(process, signal_, everything):
     """Send a signal once there is a checkpoint; check how the study ends."""
     deadline = time.monotonic() + 120
     while not list(Path("runs").rglob("last.ckpt")):
         assert time.monotonic() < deadline, Path("output.txt").read_text()
         assert process.poll() is None, Path("output.txt").read_text()
         time.sleep(0.02)
-    if whole_group:
-        os.killpg(process.pid, signal_)  # interrupts the current run; else it continues without the study
-    else:
-        os.kill(process.pid, signal_)
+    for target in processes(process.pid) if everything else [process.pid]:
+        os.kill(target, signal_)
     code = process.wait(60)
     shown = Path("output.txt").read_text()
-    if signal_ == signal.SIGINT:
-        assert code == 130
+    if signal_ != signal.SIGKILL:
+        assert code == 128 + signal_
         assert shown.endswith("interrupted: call it again to continue\n")
+        assert processes(process.pid) == []
     assert "Traceback" not in shown
 
 
+def processes(session):
+    """The processes of a session that are no zombies: a study and its runs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, owner, *_ = path.read_text().rpartition(")")[2].split()
+            found += [int(path.parent.name)] if int(owner) == session and state != "Z" else []
+    return found
+
+
 @pytest.mark.parametrize(
-    ("signal_", "whole_group"),
-    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, True)],
-    ids=["the study killed", "killed with its runs", "Ctrl-C"],
+    ("signal_", "everything"),
+    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, False), (signal.SIGTERM, True)],
+    ids=["the study killed", "killed with its runs", "Ctrl-C", "SIGTERM to all"],
 )
-def test_interrupted_and_called_again_it_ends_with_the_same_report(workplace, whole, signal_, whole_group):
+def test_interrupted_and_called_again_it_ends_with_the_same_report(workplace, whole, signal_, everything):
     line = write_study(set=LONGER)
-    interrupt(start(line), signal_, whole_group)
-    if signal_ == signal.SIGINT:
+    interrupt(start(line), signal_, everything)
+    if signal_ != signal.SIGKILL:
         (record,) = FOLDER.rglob("results.json")
         assert json.loads(record.read_text())["status"] == "interrupted"
     with in_this_interpreter():
