@@ -117,7 +117,7 @@ REFUSED = {
     "folder": (["--trainer.default_root_dir", "base.yaml/run"], "trainer.default_root_dir: cannot make the folder"),
     "logger": (
         ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "base.yaml/x"],
-        "logger.save_dir: cannot",
+        "save_dir: cannot",
     ),
     "checkpoint folder": (["--ckpt_path", "."], "--ckpt_path: . is a folder and not a sharded checkpoint"),
 }
