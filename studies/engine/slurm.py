@@ -93,7 +93,7 @@ class OnSlurm:
         while True:
             done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
             if done.returncode == 0:
-                _wait_for_the_end()
+                sys.exit(1)  # without a result, which would tell submitit that the job is over
             if time.monotonic() > deadline:
                 break
             time.sleep(2)  # the controller may be starting
@@ -101,7 +101,7 @@ class OnSlurm:
 
 
 def _wait_for_the_end() -> NoReturn:
-    """Wait until SLURM ends this process; a result would tell submitit that the job is over."""
+    """Wait until SLURM ends this process: a job that ends by itself would not be queued again."""
     time.sleep(600)
     sys.exit(1)
 

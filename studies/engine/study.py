@@ -182,6 +182,8 @@ def read(path: str) -> StudyFile:
     Raises:
         UserError: The file cannot be read, or a key is wrong; the message says which.
     """
+    from jsonargparse import namespace_to_dict
+
     from cli.config_errors import FriendlyParser
 
     try:
@@ -192,8 +194,10 @@ def read(path: str) -> StudyFile:
         raise UserError(f"the study {path} cannot be read: {error}") from error
     parser = FriendlyParser(prog="main.py study FILE")
     parser.add_class_arguments(StudyFile)
-    file = parser.instantiate_classes(parser.parse_path(path))
-    study = StudyFile(**{key.name: file[key.name] for key in fields(StudyFile)})
+    # Not `instantiate_classes`, which would build the callbacks that `set` names
+    content = namespace_to_dict(parser.parse_path(path))
+    study = StudyFile(**{key.name: content[key.name] for key in fields(StudyFile)})
+    study.arms = {name: Arm(**arm) if arm else None for name, arm in content["arms"].items()}
     if not study.arms or not study.measures:
         raise UserError(f"{path}: a study needs at least one arm and one measure")
     if not study.seeds or (isinstance(study.seeds, int) and study.seeds < 1):

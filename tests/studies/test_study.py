@@ -202,3 +202,13 @@ def test_every_study_in_the_repository_is_sound(workplace, name):
     made = load(str(path))
     assert made.claims
     assert set(yaml.safe_load(path.read_text())) <= set(StudyFile.__dataclass_fields__)
+
+
+def test_a_callback_of_another_package_is_kept_as_written(study):
+    monitor = {
+        "class_path": "lightning.pytorch.callbacks.LearningRateMonitor",
+        "init_args": {"logging_interval": "step"},
+    }
+    arms = {"control": {}, "watched": {"set": {"trainer.callbacks": [monitor]}}}
+    config = yaml.safe_load(study(arms=arms, claims={}, seeds=1).runs[1].config)
+    assert [callback["init_args"]["logging_interval"] for callback in config["trainer"]["callbacks"]] == ["step"]
