@@ -50,20 +50,36 @@ class Attempt:
         Returns:
             0 if the run has come to its end, by its results; else the exit code, or 1 if that is 0.
         """
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside(self.folder, ".lock"), "w") as lock:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(beside(self.folder, ".lock"), "w")  # noqa: SIM115  (the next block closes it)
+        except OSError as error:
+            return self._refuse(error)
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt of a study that was killed may still run: wait for it
             if self.outcome().record:
                 return 0
-            checkpoint = self._make_folder()
-            line = [self.command, "--config", str(self._write_config())]
-            line += ["--trainer.default_root_dir", str(self.folder)]
-            line += ["--ckpt_path", str(checkpoint)] if checkpoint else []
+            try:
+                line = self._prepare()
+            except OSError as error:
+                return self._refuse(error)
             code = (run or run_main)(line, self.folder / "log.txt", self.environment)
             if self.outcome().record:
                 remove_aside(self.folder)
                 return 0
             return code or 1
+
+    def _prepare(self) -> list[str]:
+        """Make the run's folder and its config; return the command line."""
+        checkpoint = self._make_folder()
+        line = [self.command, "--config", str(self._write_config())]
+        line += ["--trainer.default_root_dir", str(self.folder)]
+        return line + (["--ckpt_path", str(checkpoint)] if checkpoint else [])
+
+    def _refuse(self, error: OSError) -> int:
+        """Say why the run cannot begin, such as a full disk; return the exit code."""
+        sys.stderr.write(f"error: cannot prepare the folder {self.folder}: {error}\n")
+        return 1
 
     def outcome(self) -> Outcome:
         """Return how the run stands."""

@@ -5,7 +5,7 @@ As root, where Debian's packages `slurm-wlm` and `munge` are installed:
     apt-get install --no-install-recommends slurm-wlm munge
     python -m pytest -m slurm tests/slurm
 
-By hand, until Ctrl-C: `python tests/slurm/one_node.py`, then `export SLURM_CONF=...` as it says, in another shell.
+By hand, until Ctrl-C or SIGTERM: `python tests/slurm/one_node.py`, and in another shell the `export` that it prints.
 """
 
 import os
@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
@@ -159,7 +160,8 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignore Ctrl-C
+        signal.signal(number, lambda *_: sys.exit())
     with OneNode() as node:
         print(f"export SLURM_CONF={node.folder}/slurm.conf", flush=True)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
+        signal.pause()

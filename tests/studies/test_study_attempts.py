@@ -1,5 +1,6 @@
 """Attempts at a run: what counts as its end, which checkpoint it continues from, and that none is ever lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -142,6 +143,25 @@ def test_a_run_whose_inputs_changed_runs_again(make, tmp_path):
     assert attempt(trains_to(4, "finished", 0, seen)) == 0
     assert seen == [None, None]  # and not from its own checkpoint
     assert attempt.outcome().record
+
+
+@pytest.mark.parametrize("step", ["parent", "curves"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(make, tmp_path, capsys, monkeypatch, step):
+    attempt = make()
+    if step == "parent":
+        attempt.folder = tmp_path / "file" / "run"
+        (tmp_path / "file").write_text("in the way")
+    else:
+        save(attempt.folder, 4)
+        (attempt.folder / "events.out.tfevents.1").touch()
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(shutil, "copy", lambda *_: (_ for _ in ()).throw(full))
+    assert attempt(lambda *_: pytest.fail("it ran")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot prepare the folder {attempt.folder}: [Errno ")
+    assert error.count("\n") == 1
+    if step == "curves":
+        assert attempt.saved().step == 4  # a full disk costs nothing
 
 
 def kill_at(number, attempt, run):
