@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # fsspec has no types
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from packaging.version import InvalidVersion, Version
@@ -116,11 +115,11 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the content of `--ckpt_path`; None for a sharded checkpoint or a remote file, which Lightning reads."""
     path = str(config["ckpt_path"])
     if "://" in path:
-        system, inner = _file_system(path)
+        system = _file_system(path)
         if not isinstance(system, LocalFileSystem):
-            _check_that_it_answers(system, path, inner)
+            _check_that_it_answers(system, path)
             return None
-        path = inner
+        path = LocalFileSystem._strip_protocol(path)
     elif os.path.isdir(path):
         _check_sharded(path, config["trainer"]["strategy"])
         return None
@@ -128,25 +127,24 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return read_checkpoint(path, CKPT, weights_only=not trusted)
 
 
-def _file_system(address: str) -> tuple[AbstractFileSystem, str]:
+def _file_system(address: str) -> Any:
     if address.startswith(("http://", "https://")):
         # Lightning would keep the file by its last name alone and take it for every other address of that name.
         raise UserError(f"{CKPT}: {address} is a web address; download the file and name your copy of it")
     try:
-        system, path = url_to_fs(address)
+        return get_filesystem(address)
     except ImportError as error:
         raise UserError(f"{CKPT}: {address} needs a package that is not installed: {error}") from error
     except Exception as error:  # every file system has its own
         raise UserError(f"{CKPT}: {address} is no address of a checkpoint: {error}") from error
-    return system, str(path)
 
 
-def _check_that_it_answers(system: AbstractFileSystem, address: str, path: str) -> None:
+def _check_that_it_answers(system: Any, address: str) -> None:
     outcome: list[str] = []
 
     def look() -> None:
         try:
-            outcome.append("" if system.exists(path) else "there is nothing at that address")
+            outcome.append("" if system.exists(address) else "there is nothing at that address")
         except Exception as error:  # every file system has its own
             outcome.append(f"{type(error).__name__}: {error}")
 

@@ -11,6 +11,7 @@ from callbacks.parameter_freeze import ParameterFreeze
 from cli.checkpoint_settings import class_of
 from datamodules.errors import UserError
 from lightning_modules.core.checkpoints import AVERAGED
+from lightning_modules.core.contracts import connected
 from lightning_modules.core.sites import match_parameters
 
 # Hooks with which a module of the user's may change its parameters or the checkpoint before it is restored
@@ -125,7 +126,7 @@ def _is_other_kind(groups: list[Mapping[str, Any]], kind: str) -> bool:
 def _trained(model: LightningModule, trainer: Trainer) -> dict[str, Tensor]:
     """Return the parameters that the optimizer will have, name -> value."""
     frozen: set[str] = set()
-    for callback in trainer.callbacks:
+    for callback in connected(trainer).callbacks:
         if isinstance(callback, ParameterFreeze) and callback.at_step == 0:
             frozen |= match_parameters(model, callback.parameters).keys()
     return {name: value for name, value in model.named_parameters() if value.requires_grad and name not in frozen}

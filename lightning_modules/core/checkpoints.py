@@ -123,7 +123,9 @@ def _is_finite(value: Tensor) -> bool:
         return True
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         value = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())  # fewer values, expanded to a shape
-    for part in value.flatten().split(CHUNK):
+    flat = value.flatten()
+    for start in range(0, len(flat), CHUNK):
+        part = flat[start : start + CHUNK]
         values = part if part.element_size() > 1 else part.float()  # torch knows no isfinite for 8 bits
         # A buffer may hold a mask of zeros and -inf.
         if not values.isfinite().all() and not ((values == 0) | (values == -torch.inf)).all():
