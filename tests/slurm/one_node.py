@@ -116,12 +116,16 @@ class OneNode:
         done = subprocess.run(line, env=os.environ | self.environment, capture_output=True, text=True)
         return done.stdout if done.returncode == 0 else ""
 
+    def cancel_jobs(self) -> None:
+        """End every job at once and wait until none is left."""
+        self.call("scancel", "--signal=KILL", "--full", "--user=root")
+        self.call("scancel", "--user=root")
+        self._wait_for("", "squeue", "--noheader")
+
     def close(self) -> None:
         """Cancel the jobs, end the daemons, and remove the folder."""
         if "slurmctld" in self._daemons:
-            self.call("scancel", "--signal=KILL", "--full", "--user=root")
-            self.call("scancel", "--user=root")
-            self._wait_for("", "squeue", "--noheader")
+            self.cancel_jobs()
         for daemon in reversed(self._daemons.values()):
             daemon.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):

@@ -1,6 +1,7 @@
 """`study` from end to end, on runs of a second that share one interpreter: report, failure, options."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from tiny_study import FOLDER, STUDY, in_this_interpreter, reports, write_study
+from tiny_study import FOLDER, STUDY, AtOnce, Ended, in_this_interpreter, reports, write_study
 
 import main as cli
 from studies.engine import ledger
@@ -126,6 +127,17 @@ def test_arms_that_used_a_changed_checkpoint_run_again(study):
     (control / "results.json").unlink()
     shown = study("--report-only")
     assert "1 of 2 runs finished" in shown
+
+
+def test_the_first_spare_interpreter_is_of_use_where_the_wave_is_smaller_than_the_number_of_jobs(study, monkeypatch):
+    prepared, used = {}, {}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(AtOnce, "prepare", lambda self, slot, environment: prepared.setdefault(slot, environment))
+    monkeypatch.setattr(AtOnce, "submit", lambda self, attempt, slot: used.setdefault(slot, attempt) and Ended())
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    study("--jobs", "4", seeds=2, exit_code=1)
+    assert prepared[0] == used[0].environment
+    assert prepared[0]["OMP_NUM_THREADS"] == "4"
 
 
 def test_help_reads_well(workplace, capsys):
