@@ -124,7 +124,8 @@ class CrosstalkCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse files that are no checkpoints of use, then give the run its folder."""
         config = self.config[self.subcommand]
-        resolved = self.parser.dump(self.config, skip_unset=False)  # a null may stand against a default
+        # A null may stand against a default; parsing was a validation
+        resolved = self.parser.dump(self.config, skip_unset=False, skip_validation=True)
         settings = yaml.safe_load(resolved)[self.subcommand]
         check_flags(self.subcommand, settings)
         check_files(self.subcommand, settings)

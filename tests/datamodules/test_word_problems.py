@@ -154,6 +154,21 @@ def test_broken_lines_are_counted_in_one_warning(tmp_path):
     assert len(caught) == 1
 
 
+def test_lines_that_no_tokenizer_takes_are_skipped(tmp_path):
+    path = write(tmp_path / "a.jsonl", rows(3))
+    good = path.read_text().replace("\n", "\r")  # line ends of other systems
+    lines = [
+        '{"question": "\\ud800?", "answer": "#### 1"}',
+        '{"question": ' + "[" * 40_000,
+        '{"question": ' + "9" * 5000,
+    ]
+    lines.append('{"question": "\\ud83d\\ude00 1?", "answer": "#### 1"}')  # a whole pair is one character
+    path.write_text(good + "\n".join(lines))
+    with pytest.warns(UserWarning, match="skipped 3 of 7 lines"):
+        problems = read_jsonl(path)
+    assert problems[-1].question == "\U0001f600 1?"
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

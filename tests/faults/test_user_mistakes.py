@@ -284,11 +284,11 @@ for base in ("text", "qa"):
     add_data("folder", base, "assets", "data.path: cannot read 'assets': it is a folder")
     add_data("pipe", base, "pipe", "it is not a regular file", lambda: os.mkfifo("pipe"))
     add_data("device", base, "/dev/zero", "it is not a regular file")
-    add_data("address", base, "https://host/x.txt", "data.path: https://host/x.txt is an address")
-    add_data("home", base, "~/x.txt", "data.path: '~/x.txt' is not expanded")
-    add_data("long", base, "x" * 300, "is too long for a path")
-    add_data("empty path", base, "", "data.path: the path is empty")
     add_data("empty", base, "d", "empty", file("d", ""))
+add_data("address", "qa", "https://host/x.txt", "data.path: https://host/x.txt is an address")
+add_data("home", "qa", "~/x.txt", "data.path: '~/x.txt' is not expanded")
+add_data("long", "qa", "x" * 300, "is too long for a path")
+add_data("empty path", "qa", "", "data.path: the path is empty")
 GOOD = [json.dumps({"question": p.question, "answer": p.answer}) for p in (generate(0, "train", i) for i in range(3))]
 UNUSABLE = {
     "lone surrogate": '{"question": "\\ud800?", "answer": "#### 1"}',
@@ -332,7 +332,7 @@ def parsers() -> dict[str, object]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, parsers):
-    """Change to a folder with the configs, and keep the parser, whose making takes longer than most mistakes."""
+    """Change to a folder with the configs, and leave out what takes longer than most mistakes."""
     make = CrosstalkCLI.setup_parser
 
     def setup_parser(self, *args):
@@ -343,6 +343,9 @@ def folder(tmp_path, monkeypatch, parsers):
         vars(self).update(parsers)
 
     monkeypatch.setattr(CrosstalkCLI, "setup_parser", setup_parser)
+    monkeypatch.setattr(
+        CrosstalkCLI, "config_dump", {"data": {}, "model": {}}, raising=False
+    )  # for hyperparameters in checkpoints
     monkeypatch.setattr("sys.argv", ["main.py"])
     monkeypatch.delenv("CROSSTALK_RUN_DIR", raising=False)
     monkeypatch.chdir(tmp_path)

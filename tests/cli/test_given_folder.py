@@ -1,0 +1,31 @@
+"""A folder that the user named belongs to one run."""
+
+import pytest
+
+from cli.given_folder import GivenFolder
+from datamodules.errors import UserError
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    folder = tmp_path / "mine"
+    first = GivenFolder(folder, "data.x")
+    with pytest.raises(UserError, match=r"data.x: another run writes into .*mine now"):
+        GivenFolder(folder, "data.x")
+    first.release()
+    second = GivenFolder(folder, "data.x")
+    (folder / "config.yaml").touch()
+    second.release()
+    with pytest.raises(UserError, match=r"data.x: .*mine already holds a run"):
+        GivenFolder(folder, "data.x")
+
+
+def test_what_was_there_before_stays(tmp_path):
+    (tmp_path / "log.txt").touch()
+    given = GivenFolder(tmp_path, "data.x")
+    (tmp_path / "results.json").touch()
+    (tmp_path / "samples").mkdir()
+    given.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    made = GivenFolder(tmp_path / "new" / "deep", "data.x")
+    made.clear()
+    assert not (tmp_path / "new").exists()
