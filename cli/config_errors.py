@@ -6,7 +6,7 @@ import re
 import stat
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
@@ -39,11 +39,10 @@ class FriendlyParser(ArgumentParser):
         settings: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False} | kwargs
         super().__init__(*args, **settings)
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Namespace:
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
         """Check and parse a command line."""
         check_line(sys.argv[1:] if args is None else args)
-        parsed: Namespace = super().parse_args(args, *others, **options)
-        return parsed
+        return super().parse_args(args, *others, **options)
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
         """Parse a config file.

@@ -30,7 +30,7 @@ def check_line(line: Sequence[str]) -> None:
             check_path(value, "--config")
 
 
-def check_flags(command: str, config: Mapping[str, Any]) -> None:
+def check_flags(command: str | None, config: Mapping[str, Any]) -> None:
     """Check the flags of the trainer that Lightning takes without a word, and all paths; NaN is no setting.
 
     Args:

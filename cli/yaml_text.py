@@ -1,8 +1,10 @@
 """Checks of a YAML text: what YAML allows and a config must not hold."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import yaml
+from yaml.error import Mark
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_VALUES = 100_000  # of a config, with aliases written out
@@ -47,7 +49,7 @@ class _Reader:
             case yaml.AliasEvent(anchor=anchor):
                 if any(outer.anchor == anchor for outer in self.opened):
                     return f"the alias *{anchor} stands inside what it names"
-                return self._key(None) or self._add(self.sizes.get(anchor, 1), None)
+                return self._key(None) or self._add(self.sizes.get(str(anchor), 1), None)
             case yaml.ScalarEvent(anchor=anchor, value=value):
                 return self._key(value) or self._add(1, anchor)
             case yaml.CollectionStartEvent(anchor=anchor):
@@ -86,4 +88,4 @@ def check_text(text: str) -> None:
     reader = _Reader()
     for event in yaml.parse(text, Loader=LOADER):
         if wrong := reader.read(event):
-            raise yaml.MarkedYAMLError(problem=wrong, problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=wrong, problem_mark=cast(Mark, event.start_mark))

@@ -4,7 +4,6 @@ Shapes: B batch, T positions, N all positions of the batch, V vocabulary.
 """
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from zlib import crc32
 
@@ -26,16 +25,13 @@ from lightning_modules.core.schedule import with_schedule
 from lightning_modules.pretrained.generation import generate
 from lightning_modules.pretrained.loading import Pretrained, quiet
 from lightning_modules.pretrained.prompts import LONGEST, Prompt, encode, pad
+from lightning_modules.question_answering.new_model import new_model
 from lightning_modules.question_answering.tokenizer import ByteLevelBPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lightning_modules.pretrained.loading import CausalLM
-
-
-def _nearest(name: str, known: set[str]) -> str:
-    return f"the nearest names are: {', '.join(get_close_matches(name, known, n=3, cutoff=0.0))}"
 
 
 class EvaluationBatch(TokenBatch):
@@ -130,29 +126,9 @@ class QuestionAnswering(LightningModule):
 
     def _new_model(self, config: dict[str, Any]) -> "CausalLM":
         """Build a model with random weights; the tokenizer sets vocabulary and special tokens."""
-        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-
-        if config.get("model_type") not in CONFIG_MAPPING:
-            known = "one that transformers knows, such as llama or mistral"
-            raise UserError(f"model.config.model_type must be {known}, not {config.get('model_type')!r}")
         names = ("pad_token_id", "bos_token_id", "eos_token_id")  # tokens 0, 1 and 2 of a new tokenizer
-        fields: dict[str, Any] = {name: getattr(self._tokenizer, name, index) for index, name in enumerate(names)}
-        tokens = self.bpe.vocab_size if self.bpe else len(self.tokenizer)
-        loader: Any = AutoModelForCausalLM
-        try:
-            made = AutoConfig.for_model(**fields | {"vocab_size": tokens} | config)
-            known = {*vars(CONFIG_MAPPING[config["model_type"]]()), *made.attribute_map}
-            for name in config.keys() - known - {"model_type"}:
-                raise UserError(f"model.config: {config['model_type']} has no '{name}'; {_nearest(name, known)}")
-            if made.vocab_size < tokens:
-                raise UserError(f"model.config.vocab_size must be at least {tokens}, the tokens of the tokenizer")
-            model = loader.from_config(made, attn_implementation="sdpa")
-        except UserError:
-            raise
-        except Exception as error:  # transformers has no class of errors for fields that do not fit each other
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise UserError(f"model.config makes no model: {' '.join(lines) or type(error).__name__}") from error
-        return cast("CausalLM", model)
+        special = {name: getattr(self._tokenizer, name, index) for index, name in enumerate(names)}
+        return new_model(config, self.bpe.vocab_size if self.bpe else len(self.tokenizer), special)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":

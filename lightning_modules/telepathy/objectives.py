@@ -133,7 +133,7 @@ def check_weights(weights: Mapping[ObjectiveName, float]) -> None:
     for name in weights:
         if name not in OBJECTIVES:
             raise UserError(f"model.objectives has no '{name}': choose among {', '.join(OBJECTIVES)}")
-    check_numbers("model.objectives", 0, **weights)
+    check_numbers("model.objectives", 0, **{str(name): weight for name, weight in weights.items()})
     if not any(weights.values()):
         raise UserError("model.objectives is empty: give at least one objective a weight, such as {lm: 1.0}")
 
