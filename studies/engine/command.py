@@ -72,7 +72,8 @@ def _study(line: list[str], interruption: Interruption) -> int:
 
     from studies.engine.execution import execute, prepare
     from studies.engine.local import LocalExecutor
-    from studies.engine.study import read, resolve_arms
+    from studies.engine.study import resolve_arms
+    from studies.engine.study_file import read
 
     file = read(options.file)
     with LocalExecutor() as executor:

@@ -4,11 +4,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -16,22 +14,11 @@ from datamodules.errors import UserError
 from studies.engine import slurm
 from studies.engine.attempt import NOTES, Attempt, remove_aside
 from studies.engine.local import LocalExecutor
-from studies.engine.study import Run, Study, StudyFile, first_wave
+from studies.engine.progress import Job, headline_of, last_lines, lines_of, progress
+from studies.engine.study import Run, Study
+from studies.engine.study_file import StudyFile, first_wave
 
-TAIL = 12  # lines of a failed run's log that are shown
 POLL = {"local": 0.05, "slurm": 0.5}  # seconds; on SLURM every look goes to a shared file system
-
-
-class Job(Protocol):
-    """An attempt that has been started."""
-
-    def done(self) -> bool:
-        """Return whether the attempt has ended."""
-        ...
-
-    def stderr(self) -> str | None:
-        """Return the errors of the process around the run."""
-        ...
 
 
 @dataclass
@@ -183,7 +170,7 @@ class _Wave:
         done = {job: run for job, run in self.running.items() if job.done()}
         self.running = {job: run for job, run in self.running.items() if job not in done}
         if time.monotonic() - self.shown > self.bar.mininterval:
-            self.bar.set_postfix_str(_progress(self.running.values()))
+            self.bar.set_postfix_str(progress(self.running.values()))
             self.shown = time.monotonic()
         if not done:
             time.sleep(POLL[self.cluster.executor])
@@ -193,16 +180,16 @@ class _Wave:
         """Write a line on each run that has ended; return those that failed."""
         failed = []
         for job, run in done.items():
-            for note in _lines(run.folder / NOTES):
+            for note in lines_of(run.folder / NOTES):
                 self.bar.write(f"{run.name}: {note}")
-            if headline := _headline(self.study, run):
+            if headline := headline_of(self.study, run):
                 self.bar.write(f"finished: {run.name}, {headline}")
             elif diverged := run.divergence:
                 self.bar.write(f"DIVERGED: {run.name}, at step {diverged.get('step')}")
             else:
                 failed.append(run)
                 why = run.outcome.damage or run.outcome.state
-                self.bar.write(f"FAILED: {run.name}{f' ({why})' if why else ''}\n{_last_lines(run, job)}")
+                self.bar.write(f"FAILED: {run.name}{f' ({why})' if why else ''}\n{last_lines(run, job)}")
             self.bar.update()
         return failed
 
@@ -224,32 +211,3 @@ def _environment(slot: int, at_once: int) -> dict[str, str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(device) for device in range(torch.cuda.device_count())]
     return shared | ({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {})
-
-
-def _headline(study: Study, run: Run) -> str:
-    """Return the first measures of a finished run and its duration; an empty string for every other run."""
-    if (record := run.result) is None:
-        return ""
-    known = {name: record["metrics"].get(name) for name in study.measures[:2]}
-    shown = [f"{name} {value:.4g}" for name, value in known.items() if value is not None]
-    return ", ".join([*shown, f"{sum(record['seconds'].values()):.0f} s"])
-
-
-def _lines(path: Path) -> list[str]:
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-
-
-def _last_lines(run: Run, job: Job) -> str:
-    log = run.folder / "log.txt"
-    lines = _lines(log) or (job.stderr() or "no log").splitlines()
-    return "\n".join(f"    {line}" for line in [*lines[-TAIL:], f"log: {log}"])
-
-
-def _progress(runs: Iterable[Run]) -> str:
-    """Return the last line in the log of the run that has been running longest."""
-    first = next(iter(runs), None)
-    if first is None:
-        return ""
-    line = (_lines(first.folder / "log.txt") or [""])[-1]
-    return f"{first.name}: {line[:70]}"

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from one_node import OneNode, missing
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing())]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 sys.path.append(str(ROOT / "tests" / "studies"))
 from tiny_study import FOLDER, TINY, in_this_interpreter, write_study  # noqa: E402
 
 import main as cli  # noqa: E402
 
-HERE = Path(__file__).parent
 STEPS = 30
 MINUTE = 0.0167  # hours; SLURM counts minutes
 SLOW = TINY | {"trainer.max_steps": STEPS, "trainer.val_check_interval": STEPS, "trainer.log_every_n_steps": 1}

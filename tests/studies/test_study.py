@@ -12,7 +12,8 @@ from cli.app import Resolver
 from datamodules.errors import UserError
 from studies.engine.arms import Factors
 from studies.engine.resolver import resolve
-from studies.engine.study import StudyFile, load
+from studies.engine.study import load
+from studies.engine.study_file import StudyFile
 
 BASE = {
     "base": ["configs/telepathy_v15.yaml"],

@@ -1,0 +1,85 @@
+"""The YAML file of a study.
+
+base: [configs/telepathy_v15.yaml]
+seeds: 3
+arms:
+  control: {}
+  small: {configs: [overlay.yaml], set: {data.batch_size: 8}}
+  silenced: {command: test, set: {ckpt_path: "{arms.control.checkpoint}"}}
+measures: [test/accuracy]
+claims:
+  004-12: difference(control, small) > 0
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from datamodules.errors import UserError
+from studies.engine.arms import LIKE_REFERENCE, Arm, expand
+
+NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+@dataclass
+class StudyFile:
+    """The keys of a study's YAML file.
+
+    Attributes:
+        base: Config files that all arms share. If empty, the configs of each arm come before `set`.
+        arms: Name -> condition. The report compares the others with the first.
+        measures: Names of metrics in `results.json`. A claim that names an arm alone means the first.
+        seeds: Number of seeds, which start at 0, or a list of seeds.
+        claims: Id -> claim. The id is any name, or the number of a claim in the ledger.
+        curves: Names of logged scalars that the report draws over steps.
+        set: Key -> value, for all arms.
+    """
+
+    base: list[str]
+    arms: dict[str, Arm | None]
+    measures: list[str]
+    seeds: int | list[int] = 1
+    claims: dict[str, str] = field(default_factory=dict)
+    curves: list[str] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+def read(path: str) -> StudyFile:
+    """Read the file of a study.
+
+    Raises:
+        UserError: The file cannot be read, or a key is wrong; the message says which.
+    """
+    from jsonargparse import namespace_to_dict
+
+    from cli.config_errors import FriendlyParser
+
+    try:
+        Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no study {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the study {path} cannot be read: {error}") from error
+    parser = FriendlyParser(prog="main.py study FILE")
+    parser.add_class_arguments(StudyFile)
+    # Not `instantiate_classes`, which would build the callbacks that `set` names
+    content = namespace_to_dict(parser.parse_path(path))
+    study = StudyFile(**{key.name: content[key.name] for key in fields(StudyFile)})
+    study.arms = {name: Arm(**arm) if arm else None for name, arm in content["arms"].items()}
+    if not study.arms or not study.measures:
+        raise UserError(f"{path}: a study needs at least one arm and one measure")
+    if not study.seeds or (isinstance(study.seeds, int) and study.seeds < 1):
+        raise UserError(f"{path}: seeds must be at least 1, or a list of seeds")
+    for name in study.arms:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UserError(f"{path}: arms.{name}: use letters, digits and _, so that claims can name it")
+    return study
+
+
+def first_wave(file: StudyFile) -> int:
+    """Return the number of runs that use no other run, as far as the study's file shows it."""
+    arms, _ = expand(file.arms)
+    free = [arm for arm in arms.values() if not LIKE_REFERENCE.search(json.dumps(arm.set, default=str))]
+    return max(1, len(free)) * (file.seeds if isinstance(file.seeds, int) else len(file.seeds))
