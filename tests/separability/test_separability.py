@@ -143,7 +143,7 @@ def test_it_starts_where_a_checkpoint_ended(tmp_path):
     done.fit(first, datamodule=streams())
     done.save_checkpoint(tmp_path / "first.ckpt")
     start = str(tmp_path / "first.ckpt")
-    module = Separability(**SIZES, seed=1, ensemble=2, start=start, optimizer=lambda p: torch.optim.AdamW(p, lr=0.0))
+    module = Separability(**SIZES, seed=1, ensemble=2, start=start, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-30))
     trainer(tmp_path, 1).fit(module, datamodule=streams())
     for name, value in first.network.state_dict().items():
         own_S = module.network.state_dict()[name]
