@@ -13,7 +13,7 @@ def test_a_full_disk(zygote, tmp_path):
     line = ["fit", "--config", "configs/separability_interleaved.yaml"]
     line += [f"--{key}={value}" for key, value in sizes.items()]
     zygote.start(line, tmp_path, tmp_path / "output.txt")
-    assert zygote.wait() == 1
+    assert zygote.wait() == [1]
     output = (tmp_path / "output.txt").read_text()
     assert "Traceback" not in output
     assert output.count("error: ") == 1

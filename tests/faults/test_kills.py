@@ -40,12 +40,12 @@ class Campaign:
         begin = self.newest()
         line += [f"--ckpt_path={begin}"] if begin else []
         output = self.folder / f"{folder.name}.txt"
-        run = self.zygote.start(line, self.folder, output, TMPDIR=str(self.temporary))
+        (run,) = self.zygote.start(line, self.folder, output, TMPDIR=str(self.temporary))
         if number is not None:
             time.sleep(after)
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(run, number)
-        code = self.zygote.wait()
+        (code,) = self.zygote.wait()
         self.attempts.append(folder)
         self.check(folder, code, output.read_text(), step_of(begin) if begin else 0)
         if number is None or code == 0:

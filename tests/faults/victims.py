@@ -1,6 +1,7 @@
-"""A callback for runs that are killed: it makes them last, and notes which steps they train."""
+"""Callbacks of runs that are killed."""
 
 import os
+import signal
 import time
 
 from lightning import Callback
@@ -27,3 +28,18 @@ class SlowSteps(Callback):
 
     def on_test_batch_end(self, *_):
         time.sleep(20 * self.seconds)
+
+
+class KillAt(Callback):
+    """Kills the process in a step.
+
+    Args:
+        step: Number of the steps before it.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
