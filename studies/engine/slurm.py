@@ -6,6 +6,7 @@ What a job has achieved stands in the run's folder. SLURM is only asked which jo
 (`sacct`) is an option that many clusters lack.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import submitit
 
 WARNING = signal.SIGURG
+EARLY = 60  # seconds by which SLURM may warn too early
 MAX_NOTICE = 90  # seconds from the warning to the time limit, of which the last quarter is for the requeue
 NOTICE_PER_MINUTE = 15  # seconds; less than MAX_NOTICE where the time limit is below six minutes
 ASK_EVERY = 5.0  # seconds between two looks at SLURM's queue
@@ -42,23 +44,24 @@ class OnSlurm:
 
     Attributes:
         attempt: The attempt.
-        grace: Seconds from the warning in which the run has to save and to end.
+        minutes: The time limit.
     """
 
     attempt: Attempt
-    grace: float
-    _warned_at: float | None = field(default=None, init=False)
+    minutes: int
+    _end_at: float = field(default=math.inf, init=False)  # when the run is told to save and to end
     _told_to_end: bool = field(default=False, init=False)
 
     def __call__(self) -> int:
         """Run; return the exit code, unless SLURM ends the job or queues it again."""
-        signal.signal(WARNING, self._warn)
+        started = time.monotonic()
+        signal.signal(WARNING, lambda *_: self._warn(started))
         signal.signal(signal.SIGTERM, self._end)
         before = self.attempt.saved()
         code = self.attempt(self._run)
         if code == 0 or self.attempt.outcome().state == "failed":
             return code
-        if self._warned_at is not None:
+        if time.monotonic() > self._end_at:
             after = self.attempt.saved()
             if after is not None and (before is None or after.step > before.step):
                 self._requeue()
@@ -68,8 +71,10 @@ class OnSlurm:
             _wait_for_the_end()  # SLURM has another job for the node and will queue this one again, or it was cancelled
         return code
 
-    def _warn(self, number: int, frame: FrameType | None) -> None:
-        self._warned_at = time.monotonic()
+    def _warn(self, started: float) -> None:
+        """Plan the end of the run: in time before the limit, or at once if SLURM wants the node for another job."""
+        now, planned = time.monotonic(), started + 60 * self.minutes - notice(self.minutes)
+        self._end_at = planned if now < planned < now + EARLY else now
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self._told_to_end = True  # and so was the run: SLURM sends SIGTERM to every process
@@ -79,10 +84,10 @@ class OnSlurm:
         process = start_main(line, log, environment)
         told = False
         while process.poll() is None:
-            if self._warned_at is not None and not told:
+            if not told and time.monotonic() > self._end_at:
                 process.send_signal(signal.SIGUSR2)
                 told = True
-            elif self._warned_at is not None and time.monotonic() - self._warned_at > self.grace:
+            elif time.monotonic() > self._end_at + 0.75 * notice(self.minutes):
                 process.kill()
             time.sleep(0.1)
         return process.returncode
@@ -169,12 +174,12 @@ def submit(attempts: Sequence[Attempt], name: str, folder: Path, options: dict[s
 
     # A checkout that is not installed: jobs import the packages from it
     os.environ["PYTHONPATH"] = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    seconds = notice(options["slurm_time"])
-    own = {"signal": f"{WARNING.name.removeprefix('SIG')}@{seconds}", "requeue": True}
+    minutes = options["slurm_time"]
+    own = {"signal": f"{WARNING.name.removeprefix('SIG')}@{notice(minutes)}", "requeue": True}
     executor = submitit.AutoExecutor(folder, cluster="slurm")
     executor.update_parameters(name=name, slurm_additional_parameters=own, **options)
     with executor.batch():
-        jobs = [executor.submit(OnSlurm(attempt, 0.75 * seconds)) for attempt in attempts]
+        jobs = [executor.submit(OnSlurm(attempt, minutes)) for attempt in attempts]
     queue = Queue()
     return [SlurmJob(job, queue) for job in jobs]
 
