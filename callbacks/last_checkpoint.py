@@ -38,7 +38,7 @@ class LastCheckpoint(Checkpoint):
             - {class_path: LastCheckpoint, init_args: {every_minutes: 1}}
 
     Args:
-        every_minutes: The time between two saves, and so the most work that is lost when a process is killed.
+        every_minutes: The most work that is lost when a process is killed. A step that takes longer is lost whole.
 
     Attributes:
         nothing_trained: Whether the last fit resumed from its last step.
@@ -49,7 +49,8 @@ class LastCheckpoint(Checkpoint):
         self.every_minutes = every_minutes
         self.nothing_trained = False
         self._folder = Path()
-        self._saved_step, self._saved_at = -1, 0.0
+        self._saved_step, self._saved_at, self._save_took = -1, 0.0, 0.0
+        self._step_ended = 0.0
         self._time_is_up = CommonDecision()
         self._resumed: dict[str, Any] = {}  # the state in the checkpoint that this fit resumes from
         self._raised = False  # whether `max_steps` is one too many
@@ -90,6 +91,7 @@ class LastCheckpoint(Checkpoint):
         if len(states) == trainer.world_size:
             _set_random_state(states[trainer.global_rank])
         self.nothing_trained, self._saved_at = False, time.monotonic()
+        self._step_ended = self._saved_at
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the checkpoint that the run resumed from, if that was the last step."""
@@ -109,9 +111,11 @@ class LastCheckpoint(Checkpoint):
         """Save if a validation follows, if this was the last step, or if it is time."""
         if trainer.fit_loop._should_accumulate():
             return  # the gradients so far would be lost
-        late = time.monotonic() - self._saved_at > 60 * self.every_minutes
-        late = self._time_is_up(trainer, late)
-        if late or validation_follows(trainer) or _is_last(trainer):
+        now = time.monotonic()
+        step_took, self._step_ended = now - self._step_ended, now
+        # After the next step, and the time that a checkpoint takes, it would be too late
+        late = now + step_took + self._save_took - self._saved_at > 60 * self.every_minutes
+        if self._time_is_up(trainer, late) or validation_follows(trainer) or _is_last(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,11 +128,11 @@ class LastCheckpoint(Checkpoint):
         """Save, unless this step is saved already; every rank calls it, after an optimizer step or a validation."""
         if is_dry_run(trainer) or self._saved_step == trainer.global_step:
             return
-        last = self._folder / LAST
+        began, last = time.monotonic(), self._folder / LAST
         if trainer.is_global_zero and last.is_file():
             keep_as(last, last.with_name(PREVIOUS))
         trainer.save_checkpoint(last, weights_only=False)
-        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        self._saved_step, self._saved_at, self._save_took = trainer.global_step, began, time.monotonic() - began
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random states of all ranks, and whether a validation follows; it is then part of the resumed run."""
@@ -142,7 +146,7 @@ class LastCheckpoint(Checkpoint):
 def validation_follows(trainer: Trainer) -> bool:
     """Return whether the trainer is at the end of a training step after which it validates, whatever stops it."""
     loop = trainer.fit_loop.epoch_loop
-    progress = loop.batch_progress.total
+    progress: Any = loop.batch_progress.total  # Lightning declares a type with fewer counts
     in_step = trainer.state.fn == TrainerFn.FITTING and progress.completed == progress.processed - 1
     if not in_step or getattr(trainer, "_val_check_time_interval", None) is not None:
         return False

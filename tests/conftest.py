@@ -3,9 +3,10 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from datamodules import WordProblems
 from datamodules.problems import Problem, generate
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.telepathy import Telepathy, TokenBridge
+
+if TYPE_CHECKING:
+    from faults.zygote import Zygote
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process per core: more threads would wait for one another
@@ -85,3 +89,13 @@ def fit(tmp_path) -> Callable[..., Trainer]:
         return trainer
 
     return train
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator["Zygote"]:
+    """Return an interpreter that has imported the program and forks the processes of runs."""
+    from faults.zygote import Zygote
+
+    made = Zygote()
+    yield made
+    made.close()

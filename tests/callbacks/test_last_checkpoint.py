@@ -73,12 +73,21 @@ def test_a_stop_before_min_steps_saves_nothing(tmp_path):
     assert len([step for step in saved if step < 6]) <= 1
 
 
-def test_it_saves_in_time(tmp_path, monkeypatch):
-    seconds = iter(range(0, 10**6, 25))
-    monkeypatch.setattr("callbacks.last_checkpoint.time.monotonic", lambda: next(seconds))
-    with pytest.raises(Stopped):
-        fit(tmp_path, 9, [StopAt("on_train_batch_start", 3)], LastCheckpoint(1.0), limit_val_batches=0)
-    assert held(tmp_path)["global_step"] >= 2
+def test_a_kill_loses_no_more_than_the_interval(tmp_path, monkeypatch):
+    clock, saved = [0.0], []  # 7 seconds a step, 2 a checkpoint
+
+    class Steps(Callback):
+        def on_before_optimizer_step(self, trainer, *_):
+            clock[0] += 7
+            assert clock[0] - (saved[-1] if saved else 0) <= 30  # what a kill at this moment would lose
+
+        def on_save_checkpoint(self, trainer, *_):
+            saved.append(clock[0])
+            clock[0] += 2
+
+    monkeypatch.setattr("callbacks.last_checkpoint.time.monotonic", lambda: clock[0])
+    fit(tmp_path, 20, [Steps()], LastCheckpoint(0.5), limit_val_batches=0)
+    assert len(saved) == 7  # after step 4, then every third step, and the last
     with pytest.raises(ValueError, match="`every_minutes` must be positive"):
         LastCheckpoint(0.0)
 
