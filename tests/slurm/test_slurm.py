@@ -110,7 +110,7 @@ def begun():
 
 
 def test_a_run_that_needs_three_time_limits_ends_with_the_same_weights(study, whole):
-    code, shown = output_of(study(MINUTE, seconds_per_step=1.5, seeds=1, arms={"control": {}}))
+    code, shown = output_of(study(MINUTE, seconds_per_step=3.5, seeds=1, arms={"control": {}}))
     assert (code, "finished: control, seed 0" in shown) == (0, True), shown
     job = next((FOLDER / "jobs").glob("*_0_log.out"))
     assert job.read_text().count("Loading pickle") >= 3, job.read_text()
