@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from packaging.version import InvalidVersion, Version
 
 from callbacks.parameter_swap import DONOR
-from cli.checkpoint_fit import check_loops, check_optimizer, misfit_of_parameters
+from cli.checkpoint_fit import check_loops, misfit_of_parameters
+from cli.checkpoint_optimizer import check_optimizer
 from cli.checkpoint_settings import changes_of_training, class_of, made_with, setting
 from datamodules.errors import UserError
 from lightning_modules.core.checkpoints import check_finite, load_network, read_checkpoint

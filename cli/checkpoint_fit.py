@@ -3,22 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.parameter_freeze import ParameterFreeze
-from cli.checkpoint_settings import class_of
 from datamodules.errors import UserError
 from lightning_modules.core.checkpoints import AVERAGED
-from lightning_modules.core.contracts import connected
-from lightning_modules.core.sites import match_parameters
 
 # Hooks with which a module of the user's may change its parameters or the checkpoint before it is restored
 HOOKS = ("configure_model", "on_load_checkpoint", "setup")
 KNOWN = ("lightning_modules.", "lightning.")  # code whose hooks do not
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg")  # of the shape of their parameter
-OF_SCHEDULES = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 LOOPS = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
 
 
@@ -83,65 +76,3 @@ def _misfit(saved: Any, form: Any, name: str) -> str | None:
     if isinstance(form, int) and (not isinstance(saved, int) or saved < 0):
         return f"{name} is {saved!r}"
     return None
-
-
-def check_optimizer(
-    content: Mapping[str, Any], model: LightningModule, trainer: Trainer, kind: str | None, option: str
-) -> None:
-    """Check that a checkpoint holds the state of the optimizer that the config names.
-
-    Raises:
-        UserError: It is of another class, or of other parameters.
-    """
-    states = content["optimizer_states"]
-    for state in states:
-        groups = state.get("param_groups") if isinstance(state, Mapping) else None
-        whole = isinstance(groups, list) and all(isinstance(group, Mapping) and "params" in group for group in groups)
-        if not whole or not isinstance(state.get("state"), Mapping):
-            raise UserError(f"{option}: the checkpoint holds no state of an optimizer under 'optimizer_states'")
-    groups = [group for state in states for group in state["param_groups"]]
-    made = class_of(content.get("config") or {}, "model.optimizer")
-    if kind and (made != kind if made else _is_other_kind(groups, kind)):
-        advice = f"set model.optimizer to {made or 'the one of its run'}"
-        whose = made or f"another optimizer than {kind}"
-        raise UserError(f"{option}: the checkpoint holds the state of {whose}, and model.optimizer is {kind}: {advice}")
-    if type(model).__module__.startswith("lightning_modules."):  # with the optimizer of `with_schedule`
-        counts = len(states), len(groups), len(content["lr_schedulers"])
-        if counts != (1, 1, 1):
-            found = "{} optimizers, {} groups of parameters and {} schedules".format(*counts)
-            raise UserError(f"{option}: the checkpoint holds {found}, and {type(model).__name__} has one of each")
-        _check_moments(groups[0]["params"], states[0]["state"], _trained(model, trainer), option)
-
-
-def _is_other_kind(groups: list[Mapping[str, Any]], kind: str) -> bool:
-    """Return whether groups have settings that an optimizer of torch lacks, and lack others that it has."""
-    optimizer = getattr(torch.optim, kind, None)
-    if not groups or not isinstance(optimizer, type):
-        return False
-    known = optimizer([torch.nn.Parameter(torch.zeros(1, 1))]).defaults.keys()
-    saved = groups[0].keys() - OF_SCHEDULES
-    return bool(saved - known) and bool(known - saved)  # versions of torch may differ in one direction
-
-
-def _trained(model: LightningModule, trainer: Trainer) -> dict[str, Tensor]:
-    """Return the parameters that the optimizer will have, name -> value."""
-    frozen: set[str] = set()
-    for callback in connected(trainer).callbacks:
-        if isinstance(callback, ParameterFreeze) and callback.at_step == 0:
-            frozen |= match_parameters(model, callback.parameters).keys()
-    return {name: value for name, value in model.named_parameters() if value.requires_grad and name not in frozen}
-
-
-def _check_moments(
-    params: list[int], state: Mapping[int, Mapping[str, Any]], trained: dict[str, Tensor], option: str
-) -> None:
-    if len(params) != len(trained):
-        counts = f"{len(params)} parameters there and {len(trained)} here"
-        raise UserError(
-            f"{option}: the optimizer in the checkpoint has other parameters than that of this run: {counts}"
-        )
-    for index, (name, parameter) in zip(params, trained.items(), strict=True):
-        for key, value in state.get(index, {}).items():
-            if key in MOMENTS and isinstance(value, Tensor) and value.shape != parameter.shape:
-                shapes = f"{list(value.shape)} there and {list(parameter.shape)} in the model"
-                raise UserError(f"{option}: the optimizer's {key} of {name} does not fit the config: {shapes}")

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning_modules.core.checkpoints import saved_config
+
 # Settings that change neither the weights nor what is measured
 INDIFFERENT = {
     "data.eval_batch_size",
@@ -80,7 +82,7 @@ def made_with(command: str, content: Mapping[str, Any], config: Mapping[str, Any
         content: The content of the checkpoint.
         config: The resolved config of this run.
     """
-    found = _differences(command, _saved(content), config)
+    found = _differences(command, saved_config(content), config)
     parts = [f"with {name} {_text(there)}, and this run has {_text(here)}" for name, there, here in found]
     return f"made {'; '.join(parts)}" if parts else ""
 
@@ -90,15 +92,10 @@ def changes_of_training(content: Mapping[str, Any], config: Mapping[str, Any]) -
     sentences = []
     for name, there, here in _ignored(content, config):
         sentences.append(f"the resume ignores {name} {_text(here)} and keeps {_text(there)} of the checkpoint")
-    for name, there, here in _schedule(_saved(content), config):
+    for name, there, here in _schedule(saved_config(content), config):
         change = f"from {_text(there)} to {_text(here)}"
         sentences.append(f"{name} changes {change}, and with it the schedule of the learning rate")
     return sentences
-
-
-def _saved(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    config = content.get("config")  # older checkpoints have none
-    return config if isinstance(config, Mapping) else {}
 
 
 def _differences(command: str, saved: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[Difference]:
@@ -124,12 +121,17 @@ def _compare(name: str, there: Any, here: Any, indifferent: set[str]) -> Iterato
         if bare[0] != bare[1]:
             yield name, *bare
             return
-        there, here = there.get("init_args") or {}, here.get("init_args") or {}
+        there, here = _init_args(there), _init_args(here)
     elif not (isinstance(there, Mapping) and isinstance(here, Mapping) and there.keys() == here.keys()):
         yield name, *(path or value for path, value in zip(classes, (there, here), strict=True))
         return
     for key in sorted(there.keys() & here.keys(), key=str):
         yield from _compare(f"{name}.{key}", there[key], here[key], indifferent)
+
+
+def _init_args(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    arguments = spec.get("init_args")
+    return arguments if isinstance(arguments, Mapping) else {}
 
 
 def _same(there: object, here: object) -> bool:
@@ -147,7 +149,7 @@ def _ignored(content: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[
         # A schedule changes `lr` and keeps the value that it multiplies.
         values = [group.get("initial_lr", group.get(key)) if key == "lr" else group.get(key) for group in groups]
         values = [list(value) if isinstance(value, tuple) else value for value in values]
-        if all(key in group for group in groups) and not any(_same(value, here) for value in values):
+        if groups and all(key in group for group in groups) and not any(_same(value, here) for value in values):
             yield f"model.optimizer.{key}", values[0], here
 
 

@@ -3,6 +3,7 @@
 Shapes: S ensemble members.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,10 +107,20 @@ def check_finite(content: Mapping[str, Any], option: str, path: str, members: in
             raise UserError(f"{option}: the weights in {path} have diverged: {whose} not finite")
 
 
+def saved_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config that a checkpoint was made with; empty for a checkpoint without a config of plain types."""
+    config = content.get("config")
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def _ensemble_of(content: Mapping[str, Any]) -> int | None:
     """Return the number of ensemble members by a checkpoint's config; None for a checkpoint without a config."""
-    config = content.get("config")
-    if not isinstance(config, Mapping):
+    config = saved_config(content)
+    if not config:
         return None
     try:
         members = config["model"]["init_args"]["ensemble"]

@@ -237,6 +237,14 @@ def another_model_without_config(content: Content) -> None:
     del content["config"]
 
 
+def drop_moment(content: Content) -> None:
+    del content["optimizer_states"][0]["state"][0]["exp_avg"]
+
+
+def drop_decay(content: Content) -> None:
+    del content["optimizer_states"][0]["param_groups"][0]["weight_decay"]
+
+
 NAN, INF = (torch.full((2,), value) for value in (torch.nan, torch.inf))
 BIAS, STATE = ("state_dict", "layer.bias"), ("optimizer_states", 0)
 PROGRESS = ("loops", "fit_loop", "epoch_progress")
@@ -284,6 +292,16 @@ CONTENTS: dict[str, tuple[str, Change, str]] = {
     "an optimizer as text": ("fit", put("x", *STATE), "no state of an optimizer under 'optimizer_states'"),
     "groups as text": ("fit", put("x", *STATE, "param_groups"), "no state of an optimizer"),
     "a group without parameters": ("fit", put([{"lr": 1.0}], *STATE, "param_groups"), "no state of an optimizer"),
+    "no optimizer": ("fit", put([], "optimizer_states"), "no state of an optimizer under 'optimizer_states'"),
+    "moments as text": ("fit", put("x", *STATE, "state", 0), "no state of an optimizer"),
+    "a missing moment": ("fit", drop_moment, "state of AdamW in the checkpoint is damaged: exp_avg of a parameter is"),
+    "a moment as text": ("fit", put("x", *STATE, "state", 0, "exp_avg"), "damaged: exp_avg of a parameter is 'x'"),
+    "a negative count": ("fit", put(-1, *STATE, "state", 0, "step"), "damaged: step of a parameter is -1"),
+    "a rate as text": ("fit", put("x", *STATE, "param_groups", 0, "lr"), "state of AdamW in the checkpoint is damaged"),
+    "a rate of NaN": ("fit", put(NAN[0].item(), *STATE, "param_groups", 0, "lr"), "Invalid learning rate: nan"),
+    "one beta": ("fit", put([0.9], *STATE, "param_groups", 0, "betas"), "state of AdamW in the checkpoint is damaged"),
+    "no decay": ("fit", drop_decay, "state of AdamW in the checkpoint is damaged: weight_decay is missing"),
+    "more parameters": ("fit", put([0, 1, 2], *STATE, "param_groups", 0, "params"), "3 parameters, and this run has 2"),
     "another line": ("test", another_model, "it was made with model Separability, and this run has CliModel"),
     "another line without config": ("fit", another_model_without_config, "it has no parameter of this CliModel"),
 }
@@ -296,6 +314,18 @@ def test_an_archive_that_is_not_the_checkpoint_of_such_a_run_is_refused(place, c
     change(content)
     torch.save(content, "bad.ckpt")
     refuse(capsys, [command, *ADAM_LINE, "--ckpt_path", "bad.ckpt"], said)
+
+
+def test_a_state_that_its_owner_refuses_ends_in_a_sentence(place, capsys):
+    content = torch.load("good/good.ckpt", weights_only=True)
+    content["optimizer_states"][0]["param_groups"][0]["params"] = [0]  # as if one parameter had been frozen
+    torch.save(content, "bad.ckpt")
+    with pytest.raises(SystemExit) as ended:
+        main.main(["fit", "--config", "base.yaml", *ADAM_LINE, "--ckpt_path", "bad.ckpt"])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "error: --ckpt_path: bad.ckpt cannot be restored: ValueError: loaded state dict contains a" in errors
+    assert "Traceback" not in errors
 
 
 # Paths
