@@ -31,6 +31,7 @@ from cli.commands import run_help
 from cli.config_errors import FriendlyParser
 from cli.flags import check_flags
 from cli.given_folder import GivenFolder
+from cli.restoring import Restoring
 from cli.run_folder import make_run_dir
 from cli.trainer import build, with_defaults
 from cli.user_errors import host_message, library_message, user_message
@@ -157,6 +158,7 @@ class CrosstalkCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**flags, **kwargs)
             trainer._signal_connector = NoSignals(trainer)
+            trainer._checkpoint_connector = Restoring(trainer)
             return trainer
         except (ImportError, RuntimeError, TypeError, ValueError) as error:  # flags that Lightning checks itself
             raise UserError(f"trainer: {error}") from error
