@@ -184,7 +184,8 @@ class CrosstalkCLI(LightningCLI):
         """Test the trained weights, if there is a test set."""
         if self.record.test_follows:
             # After its last step, a resumed run has the weights of training, and its checkpoint those of the test
-            ended = any(isinstance(own, LastCheckpoint) and own.nothing_trained for own in self.trainer.callbacks)
+            savers = self.trainer.checkpoint_callbacks
+            ended = any(isinstance(saver, LastCheckpoint) and saver.nothing_trained for saver in savers)
             path = self.config.fit.ckpt_path if ended else None
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, ckpt_path=path)
 

@@ -97,6 +97,7 @@ def _run(request: dict, variables: dict[str, str]) -> None:
 
     code = 1
     try:
+        os.setsid()  # so that the processes which a study starts can be found
         os.chdir(request["folder"])
         os.environ.update(variables)
         rank_zero_only.rank = int(variables.get("RANK", 0))  # Lightning has read it at its import
