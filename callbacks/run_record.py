@@ -16,11 +16,11 @@ from torch import Tensor
 
 from callbacks.divergence import Diverged
 from callbacks.hyperparameters import log_end, log_settings, main_settings
-from callbacks.interruption import Interrupted
 from callbacks.provenance import git_state, hardware, run_seed, versions
 from lightning_modules.core.contracts import HasCounts, HasMembers
 from lightning_modules.core.files import replacing
 from lightning_modules.core.reporting import ensemble_size, is_dry_run
+from lightning_modules.core.signals import Interrupted
 
 FIT = TrainerFn.FITTING.value
 MEASURED = ("metrics", "intervals", "n", "hits")  # the parts of the record that are measures; ensembles have `members`

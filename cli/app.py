@@ -3,7 +3,6 @@
 import os
 import sys
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -22,7 +21,7 @@ import lightning_modules.question_answering
 import lightning_modules.separability
 import lightning_modules.telepathy  # noqa: F401
 from callbacks.divergence import Diverged
-from callbacks.interruption import Interrupted, Interruption, end_ranks
+from callbacks.interruption import ADVICE, GRACE, SIGNALS, Interruption, end_ranks
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.run_record import RunRecord
 from cli import output, renames
@@ -36,6 +35,7 @@ from cli.run_folder import make_run_dir
 from cli.trainer import build, with_defaults
 from cli.user_errors import host_message, library_message, user_message
 from datamodules.errors import UserError
+from lightning_modules.core.signals import Interrupted, Signals
 
 RUN_DIR_VARIABLE = "CROSSTALK_RUN_DIR"  # passes the folder to the processes that DDP starts
 
@@ -74,9 +74,9 @@ class CrosstalkCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         self.command = sys.argv[1:] if args is None else args
-        self.interruption = Interruption()
+        self.signals = Signals(SIGNALS, ADVICE, GRACE)
         try:
-            with self.interruption:
+            with self.signals:
                 self._run_line()
         except BaseException as error:
             self._end(error)
@@ -132,7 +132,7 @@ class CrosstalkCLI(LightningCLI):
         check_files(self.subcommand, settings)
         configs = [str(path) for path in config.config or []]
         self.record = RunRecord(self.command, configs, settings)
-        self.interruption.before_end = partial(self.record.end, "interrupted")
+        self.signals.before_end = self._before_end
         self.log_dir = Path(config.trainer.default_root_dir or os.environ.get(RUN_DIR_VARIABLE, "runs"))
         if config.trainer.fast_dev_run:
             return  # it writes nothing
@@ -154,7 +154,7 @@ class CrosstalkCLI(LightningCLI):
         """Build the trainer with what every run has: record, progress bar, checkpoints, signals, TensorBoard."""
         minutes = self._get(self.config_init, "checkpoint_minutes")
         users = self._get(self.config_init, "trainer")
-        flags = with_defaults(users, self.log_dir, minutes, self.record, self.interruption)
+        flags = with_defaults(users, self.log_dir, minutes, self.record, Interruption(self.signals))
         try:
             trainer = super().instantiate_trainer(**flags, **kwargs)
             trainer._signal_connector = NoSignals(trainer)
@@ -195,6 +195,11 @@ class CrosstalkCLI(LightningCLI):
         if self.record.path:
             table = f"\n{self.record.table()}\n" if self.record.record["metrics"] else ""
             print(f"{table}results: {self.record.path}")
+
+    def _before_end(self) -> None:
+        """Record the end of a process that ends at once, and end the other ranks with it."""
+        end_ranks(vars(self).get("trainer"))
+        self.record.end("interrupted")
 
     def _end(self, error: BaseException) -> None:
         """Exit with one sentence if the error is not a bug, and remove what a run that did not start has left."""

@@ -4,9 +4,10 @@ Shapes: S ensemble members, B batch, T positions, N labelled positions, V vocabu
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -101,3 +102,28 @@ class TokenMeasures(Metric):
         """
         hits_S = self.accuracy.where(~self.loss.isnan(), torch.nan)
         return {"accuracy": hits_S / self.count, "loss": self.loss / self.count}, {"accuracy": hits_S}, self.count
+
+
+class LastStep:
+    """The measures of the last training step: its logits give the accuracy without a further forward.
+
+    Attributes:
+        outcome: logits_SBTV, labels and loss_S of the step on this rank; None before the first one.
+        resumed: The measures that stand for it in a run that has resumed and not trained yet.
+    """
+
+    def __init__(self) -> None:
+        self.outcome: tuple[Tensor, Tensor, Tensor] | None = None
+        self.resumed: dict[str, Tensor] | None = None
+
+    def measures(self, strategy: Strategy) -> dict[str, Tensor] | None:
+        """Return accuracy_S, NaN for members with NaN logits, and loss_S, over all ranks; every rank calls it."""
+        if self.outcome is None:
+            return self.resumed
+        logits_SBTV, labels, loss_S = self.outcome
+        labelled, hit = labels != IGNORE, logits_SBTV.argmax(3) == labels
+        parts = hit & labelled, labelled.expand(hit.shape), logits_SBTV.isnan().any(3)
+        counts_3S = torch.stack([part.flatten(1).sum(1) for part in parts])
+        hits_S, count_S, nan_S = cast(Tensor, strategy.reduce(counts_3S, reduce_op="sum"))
+        mean_S = cast(Tensor, strategy.reduce(loss_S.clone(), reduce_op="mean"))  # in place on some strategies
+        return {"accuracy": (hits_S / count_S).where(nan_S == 0, torch.nan), "loss": mean_S}

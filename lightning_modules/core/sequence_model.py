@@ -5,7 +5,7 @@ Shapes: S ensemble members, B batch, T positions, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from datamodules.batch import IGNORE, TokenBatch
+from datamodules.batch import TokenBatch
 from datamodules.errors import SEEDS, SIZE, UserError, check_numbers
 from lightning_modules.core.checkpoints import load_network, write_members
 from lightning_modules.core.contracts import (
@@ -27,7 +27,7 @@ from lightning_modules.core.contracts import (
 from lightning_modules.core.decoder import count_weights
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.losses import member_losses
-from lightning_modules.core.metrics import TokenMeasures
+from lightning_modules.core.metrics import LastStep, TokenMeasures
 from lightning_modules.core.predictions import pattern_sites, show_attention, write_predictions
 from lightning_modules.core.reporting import is_dry_run, record_proportion, run_folder
 from lightning_modules.core.schedule import Schedule, with_schedule
@@ -93,8 +93,7 @@ class SequenceModel(EnsembleModule, ABC):
         self.start, self.double_loss = start, loss_precision == "fp64"
         self.compile_step, self.save_members, self.on_nonfinite = compile, save_members, on_nonfinite
         self.measures = self.make_measures()
-        self._last_step: tuple[Tensor, Tensor] | None = None  # logits and labels
-        self._resumed_step: dict[str, Tensor] | None = None  # of the checkpoint that the run resumes
+        self.last_step = LastStep()
         self._shown: Tensor | None = None  # the input whose attention the test draws
         self._step_losses: Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]] = self.losses
 
@@ -155,14 +154,14 @@ class SequenceModel(EnsembleModule, ABC):
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the sum of the members' losses, so that each member has the gradient of a separate run."""
-        self._last_step = None  # frees the logits before there are new ones
+        self.last_step.outcome = None  # frees the logits before there are new ones
         loss_S, outputs = self._step_losses(batch["tokens"], batch["labels"])
         self.members["train/loss"] = loss_S.detach()
         self.log("train/loss", loss_S.detach().mean(), batch_size=1, prog_bar=True)
         for name, (weight, value_S) in self.penalties(outputs, batch).items():
             self.log(f"train/{name}", value_S.detach().mean(), batch_size=1)
             loss_S = loss_S + weight * value_S
-        self._last_step = outputs[0].detach(), batch["labels"]
+        self.last_step.outcome = outputs[0].detach(), batch["labels"], self.members["train/loss"]
         return loss_S.sum()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -187,29 +186,17 @@ class SequenceModel(EnsembleModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Log the accuracy of the last training step, over all ranks; no further forward is needed."""
-        if (step := self._last_training_step()) is not None:
+        if (step := self.last_step.measures(self.trainer.strategy)) is not None:
             self.log_members({"train/accuracy": step["accuracy"].to(self.device)})
             self.members["train/loss"] = step["loss"]
 
-    def _last_training_step(self) -> dict[str, Tensor] | None:
-        """Return accuracy_S and loss_S of the last training step over all ranks; None before training."""
-        if self._last_step is None:
-            return self._resumed_step
-        logits_SBTV, labels = self._last_step
-        labelled, hit = labels != IGNORE, logits_SBTV.argmax(3) == labels
-        parts = hit & labelled, labelled.expand(hit.shape), logits_SBTV.isnan().any(3)
-        counts_3S = torch.stack([part.flatten(1).sum(1) for part in parts])
-        hits_S, count_S, nan_S = cast(Tensor, self.trainer.strategy.reduce(counts_3S, reduce_op="sum"))
-        loss_S = cast(Tensor, self.trainer.strategy.reduce(self.members["train/loss"], reduce_op="mean"))
-        return {"accuracy": (hits_S / count_S).where(nan_S == 0, torch.nan), "loss": loss_S}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the validation after this step reports of the step; a resumed run may begin with that validation."""
-        checkpoint["last_training_step"] = self._last_training_step()
+        checkpoint["last_step"] = self.last_step.measures(self.trainer.strategy)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a checkpoint says of its last training step."""
-        self._resumed_step = checkpoint.get("last_training_step")
+        self.last_step.resumed = checkpoint.get("last_step")
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Measure a held-out batch."""

@@ -4,11 +4,12 @@ Both parse with argparse and import the rest when they need it: `ledger` and `st
 """
 
 import re
+import signal
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING, NoReturn
 
-from studies.engine.interruption import ADVICE, Interrupted, Interruption, interruptible
+from lightning_modules.core.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
     from studies.engine.execution import Cluster
@@ -18,6 +19,8 @@ STUDY_HELP = """Run a study: every arm with every seed, then a report with a ver
 
 Finished runs are not repeated: call an interrupted study again to continue it. The report goes to runs/studies/<name>/.
 """
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ADVICE = "call it again to continue"
 LEAST = {"jobs": 0, "gpus": 0, "cpus": 1, "hours": 1 / 60}
 
 
@@ -28,8 +31,8 @@ def run(line: list[str]) -> None:
         line: `study FILE ...` or `ledger ...`.
     """
     try:
-        with interruptible() as interruption:
-            code = _study(line[1:], interruption) if line[0] == "study" else _ledger(line[1:])
+        with Signals(SIGNALS, ADVICE) as signals:
+            code = _study(line[1:], signals) if line[0] == "study" else _ledger(line[1:])
     except Interrupted as ended:
         sys.stderr.write(f"interrupted: {ADVICE}\n")
         sys.exit(ended.exit_code)
@@ -66,7 +69,7 @@ class PlainParser(ArgumentParser):
         self.exit(2)
 
 
-def _study(line: list[str], interruption: Interruption) -> int:
+def _study(line: list[str], signals: Signals) -> int:
     options = _study_parser().parse_args(line)
     cluster = make_cluster(options)
 
@@ -77,7 +80,7 @@ def _study(line: list[str], interruption: Interruption) -> int:
 
     file = read(options.file)
     with LocalExecutor() as executor:
-        interruption.before_end = executor.kill
+        signals.before_end = executor.kill
         if not options.report_only:
             prepare(executor, cluster, file)
         study = resolve_arms(file, options.file)

@@ -29,7 +29,8 @@ class Judgement:
 def judge(claim: Claim, values: Values) -> Judgement:
     """Judge a claim: held if the 95 % interval lies inside its region, refuted if outside, else undecided.
 
-    A run without a value leaves the claim undecided. A `rate` counts it as a seed that does not satisfy its condition.
+    A run that diverged leaves the claim undecided. So does a member of an ensemble without a finite value, but a `rate`
+    counts it as a seed that does not satisfy its condition.
 
     Args:
         claim: The claim.
@@ -39,20 +40,20 @@ def judge(claim: Claim, values: Values) -> Judgement:
     missing = [operand.arm for operand, seeds in zip(claim.operands, series, strict=True) if not seeds]
     if missing:
         return _undecided(f"no finished run of {' or '.join(missing)}")
-    if claim.condition is None:
-        absent = {
-            f"{operand.arm}, seed {seed}": measured.diverged
-            for operand, seeds in zip(claim.operands, series, strict=True)
-            for seed, measured in seeds.items()
-            if math.isnan(measured.value)
-        }
-        if diverged := [run for run, has_diverged in absent.items() if has_diverged]:
-            return _undecided(f"diverged: {'; '.join(diverged)}")
-        if absent:
-            return _undecided(f"no value in {'; '.join(absent)}")
-        estimate = OF_TWO[claim.function](series[0], series[1]) if claim.function in OF_TWO else mean(series[0])
-    else:
+    absent = {
+        f"{operand.arm}, seed {seed}": measured.diverged
+        for operand, seeds in zip(claim.operands, series, strict=True)
+        for seed, measured in seeds.items()
+        if math.isnan(measured.value)
+    }
+    if diverged := [run for run, has_diverged in absent.items() if has_diverged]:
+        return _undecided(f"diverged: {'; '.join(diverged)}")
+    if claim.condition is not None:
         estimate = rate(series[0], claim.condition.__contains__)
+    elif absent:
+        return _undecided(f"no value in {'; '.join(absent)}")
+    else:
+        estimate = OF_TWO[claim.function](series[0], series[1]) if claim.function in OF_TWO else mean(series[0])
     if claim.region.holds(estimate.low, estimate.high):
         return Judgement("held", estimate, estimate.note)
     if claim.region.misses(estimate.low, estimate.high):

@@ -137,5 +137,5 @@ def test_a_damaged_tokenizer(copy):
 def test_a_missing_folder(tmp_path, load):
     with pytest.raises(ValueError, match=r"from '.*none': there is no such folder"):
         load(Pretrained(str(tmp_path / "none")))
-    with pytest.raises(ValueError, match="from 'no/such/id': there is no such folder$"):
+    with pytest.raises(ValueError, match=r"from .no/such/id.: there is no such folder$"):
         load(Pretrained("no/such/id"))

@@ -77,8 +77,12 @@ def processes(session):
 
 @pytest.mark.parametrize(
     ("signal_", "everything"),
-    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, False), (signal.SIGTERM, True)],
-    ids=["the study killed", "killed with its runs", "Ctrl-C", "SIGTERM to all"],
+    [
+        pytest.param(signal.SIGKILL, False, id="the study killed"),
+        pytest.param(signal.SIGKILL, True, id="killed with its runs"),
+        pytest.param(signal.SIGINT, False, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.faults),
+    ],
 )
 def test_interrupted_and_called_again_it_ends_with_the_same_report(workplace, whole, signal_, everything):
     line = write_study(set=LONGER)

@@ -10,10 +10,10 @@ from conftest import ROOT
 
 CHILD = """
 import signal, sys, time
-from studies.engine.interruption import Interrupted, interruptible
+from lightning_modules.core.signals import Interrupted, Signals
 try:
-    with interruptible() as interruption:
-        interruption.before_end = lambda: print("ended the runs", flush=True)
+    with Signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), "call it again to continue") as signals:
+        signals.before_end = lambda: print("ended the runs", flush=True)
         try:
             print("begun", flush=True)
             time.sleep(60)
