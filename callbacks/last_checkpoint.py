@@ -64,7 +64,7 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the state until training starts."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._resumed = checkpoint["callbacks"].get(self.state_key, {})
+            self._resumed = _checked(checkpoint["callbacks"].get(self.state_key, {}))
             if trainer.strategy.restore_checkpoint_after_setup:  # after `on_fit_start`
                 self._admit_validation(trainer)
 
@@ -176,15 +176,29 @@ def _stop_before_validation(loops: dict[str, Any]) -> None:
     validation["is_last_batch"] = False
 
 
+def _checked(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state of `LastCheckpoint`; raises what a wrong type or value raises, before anything is changed."""
+    if not state:
+        return {}
+    for part in state["random_states"]:
+        torch.Generator().set_state(part["torch"])
+        random.Random().setstate(_python_state(part))
+    return {**state, "step": int(state["step"]), "validation_follows": bool(state["validation_follows"])}
+
+
 def _random_state() -> dict[str, Any]:
     """Return the random states of this process, as plain data: a checkpoint must be readable without running code."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
+def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    version, numbers, gauss = state["python"]
+    return version, tuple(numbers), gauss
+
+
 def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
+    random.setstate(_python_state(state))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

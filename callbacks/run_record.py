@@ -54,6 +54,7 @@ class RunRecord(Callback):
         record: The content of the file.
         path: The file; None before the first stage, and on ranks other than zero.
         test_follows: Whether a test follows fit, so that fit is not the end of the run.
+        trained: Whether training has begun.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class RunRecord(Callback):
         self.record |= {"seconds": {}, "steps": 0} | {key: {} for key in MEASURED}
         self.path: Path | None = None
         self.test_follows = False
+        self.trained = False
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of the fit, in the attempts that this one continues
         self._logged_settings = False
@@ -77,6 +79,10 @@ class RunRecord(Callback):
         if self.path and self.config:
             self._log_settings(trainer, stage)
         self._write()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that training has begun."""
+        self.trained = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add the duration, the metrics, and the samples behind them."""
@@ -98,8 +104,8 @@ class RunRecord(Callback):
         """Continue the record of the run that a fit resumes."""
         state = checkpoint["callbacks"].get(self.state_key)
         if state and trainer.state.fn == TrainerFn.FITTING:
-            self._seconds_before = state["seconds"]
-            self.record |= {key: value for key, value in state.items() if key != "seconds"}
+            self._seconds_before = float(state["seconds"])
+            self.record |= {key: dict(state[key]) for key in (*MEASURED, "members") if key in state}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a line with the values of every member of an ensemble."""

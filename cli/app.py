@@ -129,7 +129,7 @@ class CrosstalkCLI(LightningCLI):
         resolved = self.parser.dump(self.config, skip_unset=False, skip_validation=True)
         settings = yaml.safe_load(resolved)[self.subcommand]
         check_flags(self.subcommand, settings)
-        check_files(self.subcommand, settings)
+        check_files(str(self.subcommand), settings)
         configs = [str(path) for path in config.config or []]
         self.record = RunRecord(self.command, configs, settings)
         self.signals.before_end = self._before_end
@@ -165,7 +165,7 @@ class CrosstalkCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Check that checkpoints fit the model, and suppress the hints that do not apply to the project's modules."""
-        check_fit(self.subcommand, self.record.config, self.model, self.trainer)
+        check_fit(str(self.subcommand), self.record.config, self.model, self.trainer)
         output.silence_reduction_hints(self.model)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -205,8 +205,7 @@ class CrosstalkCLI(LightningCLI):
         """Exit with one sentence if the error is not a bug, and remove what a run that did not start has left."""
         trainer = vars(self).get("trainer")
         end_ranks(trainer)
-        trained = trainer is not None and trainer.global_step > 0
-        mistake, host = user_message(error) or (None if trained else library_message(error)), host_message(error)
+        mistake, host = user_message(error) or (None if self._trained else library_message(error)), host_message(error)
         self._tidy(mistake is not None)
         agreed = trainer is not None and trainer.global_rank > 0  # Lightning kills rank 0 when another rank fails
         if isinstance(error, Interrupted):
@@ -218,6 +217,10 @@ class CrosstalkCLI(LightningCLI):
             sys.stderr.write(f"error: {mistake or host}\n")
             sys.exit(2 if mistake else 1)
 
+    @property
+    def _trained(self) -> bool:
+        return "record" in vars(self) and self.record.trained
+
     @rank_zero_only
     def _explain_divergence(self, error: Diverged) -> None:
         advice = "lower the learning rate, or set model.on_nonfinite to continue"
@@ -227,42 +230,16 @@ class CrosstalkCLI(LightningCLI):
 
     def _tidy(self, mistake: bool) -> None:
         """Remove the folder of a run that ended on a user's mistake before it trained, and an empty one in any case."""
-        trained = "trainer" in vars(self) and self.trainer.global_step > 0
-        if self.given_folder and mistake and not trained:
+        mistake = mistake and not self._trained
+        if self.given_folder and mistake:
             self.given_folder.clear()
         if self.run_dir is None:
             return
-        if not any(self.run_dir.iterdir()) or (mistake and not trained and not any(self.run_dir.rglob("*.ckpt"))):
+        if not any(self.run_dir.iterdir()) or (mistake and not any(self.run_dir.rglob("*.ckpt"))):
             rmtree(self.run_dir)
             for parent in self.run_dir.parents[:2]:  # `runs/<config>` and `runs`, if no run is in them
                 with suppress(OSError):
                     parent.rmdir()
-
-
-class Resolver(CrosstalkCLI):
-    """Parses and checks a command line as a run does, and builds nothing.
-
-    Attributes:
-        resolved: The whole config.
-    """
-
-    resolved: dict[str, Any]
-
-    def before_instantiate_classes(self) -> None:
-        """Keep the config."""
-        self.resolved = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
-
-    def _set_seed(self) -> None:
-        pass
-
-    def instantiate_classes(self) -> None:
-        """Build nothing."""
-
-    def after_instantiate_classes(self) -> None:
-        """Do nothing, since there is no model."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 def _help_texts(command: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from lightning_modules.core.archive import is_intact as is_intact  # the file an
 from lightning_modules.core.archive import nearest_file as nearest_file
 from lightning_modules.core.archive import read_archive
 from lightning_modules.core.ensemble import fit_state, member_state
+from lightning_modules.core.files import replacing
 
 PREFIX = "network."  # of the network's parameters in the state dict of a sequence model
 AVERAGED = "current_model_state"  # the weights that are trained, in the checkpoint of a run with an average of weights
@@ -171,7 +172,8 @@ def write_members(folder: Path, network: nn.Module, seeds: list[int], epoch: int
         parameters = member_state(state, member) if len(seeds) > 1 else state
         content = {"state_dict": {PREFIX + name: value.cpu() for name, value in parameters.items()}}
         versions = {"pytorch-lightning_version": lightning.__version__}
-        torch.save(content | {"epoch": epoch, "global_step": step} | versions, folder / f"{seed}.ckpt")
+        with replacing(folder / f"{seed}.ckpt") as draft:
+            torch.save(content | {"epoch": epoch, "global_step": step} | versions, draft)
 
 
 def describe_mismatch(error: RuntimeError) -> str | None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}  # of file systems without unnamed files
 
@@ -64,6 +65,17 @@ def keep_as(path: Path, kept: Path) -> None:
         draft.unlink(missing_ok=True)  # a rename does nothing if both are names of the same file
     except OSError:
         path.replace(kept)
+
+
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """Give an empty folder for the block to write to; then put each of its files in the place of that in `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as draft:
+        yield Path(draft)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(Path(draft).iterdir()):
+            file.replace(folder / file.name)
 
 
 def _open_unnamed(folder: Path) -> int | None:

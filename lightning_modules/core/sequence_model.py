@@ -196,7 +196,8 @@ class SequenceModel(EnsembleModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a checkpoint says of its last training step."""
-        self.last_step.resumed = checkpoint.get("last_step")
+        if step := checkpoint.get("last_step"):
+            self.last_step.resumed = {name: step[name].float() for name in ("accuracy", "loss")}
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Measure a held-out batch."""

@@ -4,6 +4,7 @@ Shapes: B batch, T positions, N all positions of the batch, V vocabulary.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from zlib import crc32
 
@@ -18,6 +19,7 @@ from datamodules.batch import IGNORE, TokenBatch
 from datamodules.errors import UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import OnNonfinite, Workload, connected
+from lightning_modules.core.files import replacing_files
 from lightning_modules.core.metrics import Proportion
 from lightning_modules.core.reporting import is_dry_run, record_proportion
 from lightning_modules.core.samples import EvalSample
@@ -244,8 +246,9 @@ class QuestionAnswering(LightningModule):
         """Write model and tokenizer to `save_to`."""
         if self.save_to and self.trainer.is_global_zero and not is_dry_run(self.trainer):
             quiet()
-            self.model.save_pretrained(self.save_to)
-            self.tokenizer.save_pretrained(self.save_to)
+            with replacing_files(Path(self.save_to)) as draft:
+                self.model.save_pretrained(str(draft))
+                self.tokenizer.save_pretrained(str(draft))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and its schedule."""

@@ -37,7 +37,7 @@ def resolve(command: str, *options: str) -> dict[str, Any]:
     """
     import_program()
     from cli import renames
-    from cli.app import Resolver
+    from cli.resolver import Resolver
 
     if command not in PARSERS:
         resolver = Resolver([command, *options])

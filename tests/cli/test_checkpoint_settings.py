@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from cli.app import CrosstalkCLI, Resolver
+from cli.app import CrosstalkCLI
 from cli.checkpoint_settings import changes_of_training, made_with
+from cli.resolver import Resolver
 from lightning_modules.separability import Separability
 
 GROUP = {"lr": 0.0, "initial_lr": 4e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.01, "params": [0]}

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from cli import renames
-from cli.app import Resolver
+from cli.resolver import Resolver
 from lightning_modules import question_answering, separability, telepathy
 
 ARGUMENTS = {

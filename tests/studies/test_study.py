@@ -8,7 +8,7 @@ from conftest import ROOT
 from tiny_study import in_this_interpreter
 
 import main
-from cli.app import Resolver
+from cli.resolver import Resolver
 from datamodules.errors import UserError
 from studies.engine.arms import Factors
 from studies.engine.resolver import resolve
