@@ -34,6 +34,8 @@ NOT_FILES = {
 }
 MAY_RUN_CODE = ("GLOBAL ", "Trying to ", "Can only ", "Unsupported operand")  # in torch's messages
 ZIP = b"PK\3\4"  # the beginning of an archive
+ZIP_END = b"PK\5\6"  # the beginning of its last record
+LONGEST_END = 22 + 2**16  # bytes of that record
 NO_CHECKPOINT = "is no checkpoint: it is"
 DAMAGED = "is damaged or was not written to its end; "
 
@@ -129,8 +131,10 @@ def _fault(stream: BinaryIO) -> str | None:
     try:
         archive = zipfile.ZipFile(stream)
     except NO_ARCHIVE:
+        stream.seek(-min(status.st_size, LONGEST_END), os.SEEK_END)
+        has_end = ZIP_END in stream.read()
         stream.seek(0)
-        return _fault_of_other_file(stream.read(16))
+        return DAMAGED if has_end else _fault_of_other_file(stream.read(16))
     if _pickle_name(archive) is None:
         return f"{NO_CHECKPOINT} a zip archive that torch.save did not write"
     try:
