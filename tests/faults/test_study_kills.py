@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from toy_processes import processes
 from zygote import ROOT, SIZES
 
 pytestmark = pytest.mark.faults
@@ -75,16 +76,6 @@ class Studied:
         runs = self.folder / "runs/studies/question/runs"
         files = {arm: next((runs / arm).glob("0-????????/checkpoints/last.ckpt")) for arm in ("control", "further")}
         return report, {arm: torch.load(path, weights_only=True)["state_dict"] for arm, path in files.items()}
-
-
-def processes(session: int) -> list[int]:
-    """Return the processes of a session that are no zombies: a study, its runs and their workers."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, _, owner, *_ = path.read_text().rpartition(")")[2].split()
-            found += [int(path.parent.name)] if int(owner) == session and state != "Z" else []
-    return found
 
 
 def wait_for_none(session: int) -> bool:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from conftest import ROOT
 from light_attempt import LightAttempt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_study import FOLDER, TINY, in_this_interpreter, reports, write_study
+from toy_processes import processes
 
 import main as cli
 from studies.engine import execution
@@ -63,16 +63,6 @@ def interrupt(process, signal_, everything):
         assert shown.endswith("interrupted: call it again to continue\n")
         assert processes(process.pid) == []
     assert "Traceback" not in shown
-
-
-def processes(session):
-    """The processes of a session that are no zombies: a study and its runs."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, _, owner, *_ = path.read_text().rpartition(")")[2].split()
-            found += [int(path.parent.name)] if int(owner) == session and state != "Z" else []
-    return found
 
 
 @pytest.mark.parametrize(
