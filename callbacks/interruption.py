@@ -2,8 +2,7 @@
 
 import signal
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
@@ -17,7 +16,7 @@ GRACE = 20.0  # seconds to the end of a step, and again from the saved checkpoin
 ADVICE = "the run continues from its last checkpoint with --ckpt_path"
 
 
-class Interruption(Checkpoint):
+class Interruption(Callback):
     """Ends a run on SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2: time limits of clusters send these.
 
     In training, the run ends with the step: it saves a checkpoint with `LastCheckpoint` and raises `Interrupted`. In
@@ -51,6 +50,7 @@ class Interruption(Checkpoint):
             if isinstance(callback, LastCheckpoint):
                 callback.save(trainer)
         self.signals.renew_deadline()
+        self.signals.agreed = True
         self.signals.check()
 
     def on_validation_batch_end(self, *arguments: object, **_: object) -> None:

@@ -115,11 +115,13 @@ class LastCheckpoint(Checkpoint):
         step_took, self._step_ended = now - self._step_ended, now
         # After the next step, and the time that a checkpoint takes, it would be too late
         late = now + step_took + self._save_took - self._saved_at > 60 * self.every_minutes
+        late = late and now - self._saved_at > 3 * self._save_took  # or saving would be all that the run does
         if self._time_is_up(trainer, late) or validation_follows(trainer) or _is_last(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save again after a validation that follows the last step, because it changes measures and callbacks."""
+        self._step_ended = time.monotonic()
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and _is_last(trainer):
             self._saved_step = -1
             self.save(trainer)
@@ -132,7 +134,9 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero and last.is_file():
             keep_as(last, last.with_name(PREVIOUS))
         trainer.save_checkpoint(last, weights_only=False)
-        self._saved_step, self._saved_at, self._save_took = trainer.global_step, began, time.monotonic() - began
+        self._saved_step, self._saved_at = trainer.global_step, began
+        self._step_ended = time.monotonic()
+        self._save_took = self._step_ended - began
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random states of all ranks, and whether a validation follows; it is then part of the resumed run."""
@@ -159,7 +163,9 @@ def validation_follows(trainer: Trainer) -> bool:
 
 def _is_last(trainer: Trainer) -> bool:
     stops = trainer.should_stop and trainer.fit_loop._can_stop_early  # `min_steps` or `min_epochs` may forbid it
-    return stops or trainer.global_step == trainer.max_steps
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    ends_epoch = last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return stops or ends_epoch or trainer.global_step == trainer.max_steps
 
 
 def _stop_before_validation(loops: dict[str, Any]) -> None:

@@ -207,12 +207,12 @@ class CrosstalkCLI(LightningCLI):
         end_ranks(trainer)
         mistake, host = user_message(error) or (None if self._trained else library_message(error)), host_message(error)
         self._tidy(mistake is not None)
-        agreed = trainer is not None and trainer.global_rank > 0  # Lightning kills rank 0 when another rank fails
+        other = trainer is not None and trainer.global_rank > 0  # Lightning kills rank 0 when another rank fails
         if isinstance(error, Interrupted):
-            sys.exit(0 if agreed else error.exit_code)
+            sys.exit(0 if other and self.signals.agreed else error.exit_code)
         if isinstance(error, Diverged):
             self._explain_divergence(error)
-            sys.exit(0 if agreed else 1)
+            sys.exit(0 if other else 1)
         if mistake or host:
             sys.stderr.write(f"error: {mistake or host}\n")
             sys.exit(2 if mistake else 1)

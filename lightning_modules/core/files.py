@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # of file systems without hard links
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}  # of file systems without unnamed files
 
 
@@ -16,7 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader finds the old file or the new one, never half of a file, also after a loss of power. The new file lies in
     the folder of `path` from the start. On Linux it has no name before it is whole, so a process that is killed leaves
-    nothing behind.
+    no part of a file behind.
 
     Args:
         path: The file to replace or to make. Its folder is made if it does not exist.
@@ -37,6 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         else:
             os.fsync(unnamed)
+            draft.unlink(missing_ok=True)  # of a process with this number that was killed between the next two lines
             # With a folder's descriptor, `os.link` follows the symbolic link in /proc to the unnamed file
             os.link(f"/proc/self/fd/{unnamed}", draft, src_dir_fd=unnamed, follow_symlinks=True)
         draft.replace(path)
@@ -63,7 +65,9 @@ def keep_as(path: Path, kept: Path) -> None:
         os.link(path, draft)
         draft.replace(kept)
         draft.unlink(missing_ok=True)  # a rename does nothing if both are names of the same file
-    except OSError:
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
         path.replace(kept)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -186,7 +187,10 @@ class SequenceModel(EnsembleModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Log the accuracy of the last training step, over all ranks; no further forward is needed."""
-        if (step := self.last_step.measures(self.trainer.strategy)) is not None:
+        if (
+            self.trainer.state.fn == TrainerFn.FITTING
+            and (step := self.last_step.measures(self.trainer.strategy)) is not None
+        ):
             self.log_members({"train/accuracy": step["accuracy"].to(self.device)})
             self.members["train/loss"] = step["loss"]
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import select
 import signal
 import sys
 import threading
@@ -44,6 +45,7 @@ class Signals:
 
     Attributes:
         received: The first signal, or None.
+        agreed: Whether all ranks of a run end for it together.
         quiet: Whether a signal that is kept is not spoken of.
         before_end: Called before the process ends at once.
     """
@@ -51,25 +53,33 @@ class Signals:
     def __init__(self, numbers: Sequence[signal.Signals], advice: str, grace: float = math.inf) -> None:
         self.numbers, self.advice, self.grace = numbers, advice, grace
         self.received: int | None = None
-        self.quiet = False
+        self.quiet = self.agreed = False
         self.before_end: Callable[[], None] = lambda: None
         self._held = ""
-        self._received_at, self._deadline = 0.0, math.inf
-        self._over = threading.Event()
+        self._deadline: float | None = None
         self._former: dict[int, Any] = {}
+        self._former_pipe = self._writing = -1
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
-            former = {number: signal.getsignal(number) for number in self.numbers}
-            self._former = {number: old for number, old in former.items() if old not in (signal.SIG_IGN, None)}
-            for number in self._former:
-                signal.signal(number, self._receive)
+        if threading.current_thread() is not threading.main_thread():  # the only thread that may set handlers
+            return self
+        former = {number: signal.getsignal(number) for number in self.numbers}
+        self._former = {number: old for number, old in former.items() if old not in (signal.SIG_IGN, None)}
+        for number in self._former:
+            signal.signal(number, self._receive)
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._former_pipe = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=[reading], daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        self._over.set()
+        if self._writing >= 0:
+            signal.set_wakeup_fd(self._former_pipe)
+            os.close(self._writing)
+            self._writing = -1
 
     def hold(self, sentence: str) -> None:
         """Keep the next signal until `check`, and say the sentence when it comes; an empty sentence ends that."""
@@ -94,25 +104,35 @@ class Signals:
         self._deadline = time.monotonic() + self.grace
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
         if self.received is not None:
-            if now - self._received_at > REPEATED:
-                self._end_process(number)
-            return
-        self.received, self._received_at = number, now
-        self.renew_deadline()
-        if self.grace < math.inf:
-            threading.Thread(target=self._watch, daemon=True).start()
+            return  # `_watch` sees to it
+        self.received = number
         if not self._held:
             raise Interrupted(number)
         if not self.quiet:
             _say(f"{signal.Signals(number).name}: {self._held}; a second signal ends it at once")
 
-    def _watch(self) -> None:
-        """End the process at the deadline, for a step or a library may never return."""
-        while not self._over.wait(0.2):
-            if time.monotonic() > self._deadline:
-                self._end_process(self.received or signal.SIGTERM)
+    def _watch(self, reading: int) -> None:
+        """End the process at a second signal or at the deadline.
+
+        A thread does it, for the main thread may be in a library that never returns: then Python runs no handler, but
+        it writes the number of each signal into a pipe.
+        """
+        first, first_at = 0, 0.0
+        while True:
+            came = os.read(reading, 64) if select.select([reading], [], [], 0.2)[0] else b""
+            now = time.monotonic()
+            for number in filter(self._former.__contains__, came):
+                if not first:
+                    first, first_at = number, now
+                    self._deadline = now + self.grace if self._deadline is None else self._deadline
+                elif now - first_at > REPEATED:
+                    self._end_process(number)
+            if self._writing < 0:
+                os.close(reading)
+                return
+            if self._deadline is not None and now > self._deadline:
+                self._end_process(first)
 
     def _end_process(self, number: int) -> None:
         try:

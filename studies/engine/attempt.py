@@ -101,8 +101,8 @@ class Attempt:
         checkpoint = None
         if changed := self._changed():
             note = f"begins anew, because {changed}"
-            _remove(self.folder)
-            _remove(aside)
+            _put_away(self.folder, self.folder)
+            _put_away(aside, self.folder)
         else:
             checkpoint, note = self._set_aside(aside)
         self.folder.mkdir()
@@ -133,8 +133,8 @@ class Attempt:
         saved = self.saved() if self.command == "fit" else None
         if saved is None:
             lost = [*found(self.folder), *found(aside)] if self.command == "fit" else []
-            _remove(self.folder)
-            _remove(aside)
+            _put_away(self.folder, self.folder)
+            _put_away(aside, self.folder)
             return None, f"begins anew, because it cannot continue from {lost[0]}" if lost else ""
         place = self.folder if saved.path.is_relative_to(self.folder) else aside
         damaged = [path for path in (self.folder / LAST, place / LAST) if path.exists() and saved_step(path) is None]
@@ -161,7 +161,8 @@ def remove_aside(folder: Path) -> None:
     if not aside.exists():
         return
     ours, theirs = newest(folder), newest(aside)
-    if theirs is None or (ours is not None and ours.step >= theirs.step):
+    is_older = ours is not None and (theirs is None or ours.step >= theirs.step)
+    if is_older or not found(aside):
         shutil.rmtree(aside, ignore_errors=True)  # another call of the study may remove it too
 
 
@@ -175,6 +176,17 @@ def start_main(line: list[str], log: Path, environment: dict[str, str]) -> "subp
     with open(log, "w") as output:
         command = [sys.executable, str(MAIN), *line]
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+
+
+def _put_away(folder: Path, run: Path) -> None:
+    """Remove a folder, or give it a name of its own if it has checkpoints: one that cannot be read now may be whole."""
+    if not found(folder):
+        _remove(folder)
+        return
+    number = 1
+    while (kept := beside(run, f".kept-{number}")).exists():
+        number += 1
+    folder.rename(kept)
 
 
 def _remove(folder: Path) -> None:

@@ -3,6 +3,7 @@
 Both parse with argparse and import the rest when they need it: `ledger` and `study --help` answer at once.
 """
 
+import math
 import re
 import signal
 import sys
@@ -140,12 +141,12 @@ def make_cluster(options: Namespace) -> "Cluster":
     """Return where and how to run.
 
     Raises:
-        UserError: A number is too small.
+        UserError: A number is too small, or not finite.
     """
     from datamodules.errors import UserError
 
     for name, least in LEAST.items():
-        if (value := getattr(options, name)) < least:
+        if not least <= (value := getattr(options, name)) < math.inf:
             raise UserError(f"--{name} {value}: it must be at least {least:.3g}")
 
     from studies.engine.execution import Cluster

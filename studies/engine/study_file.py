@@ -21,6 +21,7 @@ from datamodules.errors import UserError
 from studies.engine.arms import LIKE_REFERENCE, Arm, expand
 
 NAME = re.compile(r"[A-Za-z_]\w*")
+MOST_SEEDS = 100_000
 
 
 @dataclass
@@ -57,6 +58,8 @@ def read(path: str) -> StudyFile:
     from cli.config_errors import FriendlyParser
 
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"the study {path} cannot be read: it is not a file")
         Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"there is no study {path}") from error
@@ -72,6 +75,9 @@ def read(path: str) -> StudyFile:
         raise UserError(f"{path}: a study needs at least one arm and one measure")
     if not study.seeds or (isinstance(study.seeds, int) and study.seeds < 1):
         raise UserError(f"{path}: seeds must be at least 1, or a list of seeds")
+    seeds = [study.seeds] if isinstance(study.seeds, int) else study.seeds
+    if min(seeds) < 0 or max(seeds) >= MOST_SEEDS or len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: seeds must be at most {MOST_SEEDS}, not negative, and each only once")
     for name in study.arms:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise UserError(f"{path}: arms.{name}: use letters, digits and _, so that claims can name it")

@@ -87,7 +87,7 @@ def test_handlers_come_back_and_ignored_signals_stay_ignored():
 
 
 HANGS = """
-import signal, time
+import ctypes, signal, threading, time
 from lightning_modules.core import signals
 
 signals.REPEATED = 0.1
@@ -96,10 +96,11 @@ with signals.Signals((signal.SIGTERM, signal.SIGINT), "resume it", {grace}) as r
     running.hold("the run ends after this step")
     signal.raise_signal(signal.SIGTERM)
     if {second}:
-        time.sleep(0.3)
-        signal.raise_signal(signal.SIGINT)
-    while True:
-        time.sleep(0.1)
+        threading.Timer(0.5, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+    barrier = ctypes.create_string_buffer(64)
+    libc = ctypes.CDLL(None)
+    libc.pthread_barrier_init(barrier, None, 2)
+    libc.pthread_barrier_wait(barrier)  # never returns, and Python runs no handler meanwhile
 """
 
 

@@ -249,3 +249,10 @@ def test_help_begins_with_the_commands(run, capsys):
         main.main(["fit", "--help"])
     assert ended.value.code == 0
     assert "python main.py fit --config configs/X.yaml" in "\n".join(capsys.readouterr().out.splitlines()[:8])
+
+
+def test_a_run_without_checkpoints(run):
+    options = ["--trainer.enable_checkpointing", "false", "--trainer.max_steps", "1", "--test_after_fit", "false"]
+    done = run("fit", *options, "--trainer.limit_val_batches", "0")
+    assert done.trainer.global_step == 1
+    assert not list(done.log_dir.rglob("*.ckpt"))
