@@ -52,8 +52,9 @@ def check_flags(command: str | None, config: Mapping[str, Any]) -> None:
     interval = flags["val_check_interval"]  # or a time, as text
     if isinstance(interval, int | float):
         check_numbers("trainer", 1 if isinstance(interval, int) else POSITIVE, val_check_interval=interval)
-    limit = flags["max_time"]
-    if (limit is not None and not any(character in "123456789" for character in str(limit))) or "-" in str(limit):
+    limit = str(flags["max_time"])  # of several forms, such as 00:01:00:00, -1 day and {'minutes': 5}
+    digits = {character for character in limit if character.isdigit()}
+    if digits and ("-" in limit or digits == {"0"}):
         raise UserError(f"trainer.max_time must be longer than nothing, not {limit}")
     if command == "fit" and flags["limit_train_batches"] == 0:
         raise UserError("trainer.limit_train_batches must not be 0: nothing would be trained")

@@ -172,6 +172,10 @@ add_values("qa", "model.save_to", "model.save_to: ", "text.txt", "/proc/x", "s3:
 # Config files
 
 
+add("no time", "mod", ["--trainer.max_time", "00:00:00:00"], "trainer.max_time must be longer than nothing")
+add("less than no time", "mod", ["--trainer.max_time", "{minutes: -5}"], "trainer.max_time must be longer than nothing")
+
+
 def add_config(name: str, content: str | bytes | Prepare, said: str) -> None:
     prepare = file("w.yaml", content) if isinstance(content, str | bytes) else content
     add(f"config {name}", "mod", ["--config", "w.yaml"], said, prepare)

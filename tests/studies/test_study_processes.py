@@ -69,7 +69,7 @@ def interrupt(process, signal_, everything):
     ("signal_", "everything"),
     [
         pytest.param(signal.SIGKILL, False, id="the study killed"),
-        pytest.param(signal.SIGKILL, True, id="killed with its runs"),
+        pytest.param(signal.SIGKILL, True, id="killed with its runs", marks=pytest.mark.faults),
         pytest.param(signal.SIGINT, False, id="Ctrl-C"),
         pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.faults),
     ],
