@@ -33,8 +33,6 @@ def main(args: list[str] | None = None) -> CrosstalkCLI | None:
     if line[0] in ("study", "ledger"):
         from studies.engine.command import run
 
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         run(line)
         return None
     speed_up_help(line)

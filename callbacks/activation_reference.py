@@ -86,9 +86,8 @@ class ActivationReference(StageCallback):
         labels: Key of the target labels in the batch, one label per position of x.
 
     Raises:
-        UserError: At `setup`, the site matches nothing, `path` cannot be a file, or two of these callbacks
-            would write one file; after a
-            validation or test, the file cannot be written.
+        UserError: At `setup`, the site matches nothing, `path` cannot be a file, or two of these callbacks would write
+            one file; after a validation or test, the file cannot be written.
     """
 
     def __init__(self, site: str, path: str | None = None, labels: str = "labels") -> None:

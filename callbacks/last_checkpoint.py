@@ -163,9 +163,9 @@ def validation_follows(trainer: Trainer) -> bool:
 
 def _is_last(trainer: Trainer) -> bool:
     stops = trainer.should_stop and trainer.fit_loop._can_stop_early  # `min_steps` or `min_epochs` may forbid it
-    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
-    ends_epoch = last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    return stops or ends_epoch or trainer.global_step == trainer.max_steps
+    epochs_left = (trainer.max_epochs or -1) - trainer.current_epoch - 1  # negative without a limit
+    ends_last_epoch = epochs_left == 0 and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return stops or ends_last_epoch or trainer.global_step == trainer.max_steps
 
 
 def _stop_before_validation(loops: dict[str, Any]) -> None:

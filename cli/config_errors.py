@@ -201,7 +201,7 @@ def _unreadable(problem: Problem) -> Explanation | None:
     if match := re.search(r"File does not exist: '?(.*?)'?$", found.cause):
         if os.path.islink(match[1]):
             return f"{option}: {os.path.relpath(match[1])} is a link to a file that does not exist", problem.hint
-        from lightning_modules.core.checkpoints import nearest_file  # imports torch
+        from lightning_modules.core.archive import nearest_file  # imports torch
 
         return f"{option}: there is no file {os.path.relpath(match[1])}{nearest_file(match[1])}", problem.hint
     if match := re.search(r"(?:Path|File) is (not .*?): '?(.*?)'?$", found.cause):

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
-from lightning_modules.core.archive import is_intact as is_intact  # the file and what it holds are asked for together
-from lightning_modules.core.archive import nearest_file as nearest_file
 from lightning_modules.core.archive import read_archive
 from lightning_modules.core.ensemble import fit_state, member_state
 from lightning_modules.core.files import replacing

@@ -9,7 +9,8 @@ import torch
 
 from datamodules.errors import UserError
 from lightning_modules.core import archive
-from lightning_modules.core.checkpoints import check_finite, is_intact, read_checkpoint, read_state
+from lightning_modules.core.archive import is_intact
+from lightning_modules.core.checkpoints import check_finite, read_checkpoint, read_state
 from lightning_modules.separability import Orthogonality, Separability
 
 SIZES = {"vocab_size": 11, "seq_len": 6, "width": 8, "heads": 2}
