@@ -1,32 +1,22 @@
-"""Word problems in GSM8K's form: the sample type, the scoring of answers, and the generator."""
+"""Word problems in GSM8K's form: the sample type, its entities, and the generator."""
 
 import re
 from dataclasses import dataclass, field
-from decimal import Decimal
 from random import Random
 from zlib import crc32
 
+from datamodules.answers import GSM8K, final_answer, reference_answer
+from datamodules.numerals import numbers_in
 from datamodules.problem_parts import NAMES, OBJECTS, Numbers, Template
 from datamodules.problem_templates import STEP_SHARES
 
-_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)")
-_NO_MARKS = str.maketrans("", "", ",$%")
-_WORD = re.compile(r"[^\W\d_]+|\d+(?:\.\d+)?")
+_LETTERS = re.compile(r"[^\W\d_]+")
+_WORD = re.compile(r"[^\W\d_]+|\d+")  # of generated texts, whose numbers are whole: faster than the parser of numbers
 
 
-def final_answer(text: str) -> str | None:
-    """Return the word after the last `####`, GSM8K's mark of the final answer, or None if there is no such word.
-
-    Commas, `$`, `%` and a final full stop are removed. Numbers of any size are normalised, so that `18.0` and `18` are
-    the same answer.
-    """
-    _, mark, tail = text.rpartition("####")
-    words = tail.translate(_NO_MARKS).split() if mark else []
-    word = words[0].rstrip(".") if words else ""
-    if not _NUMBER.fullmatch(word):
-        return word or None
-    number = f"{Decimal(word):f}"
-    return number.rstrip("0").rstrip(".") if "." in number else number
+def words_and_numbers(text: str) -> set[str]:
+    """Return the words of a text, and its numbers in their plain form (see `numerals`)."""
+    return {*_LETTERS.findall(text), *numbers_in(text)}
 
 
 @dataclass
@@ -35,10 +25,11 @@ class Problem:
 
     Attributes:
         question: The question.
-        answer: The worked answer, which ends in `#### result`.
+        answer: The worked answer, the reference, which ends in `#### result`.
         entities: Kind (name, object, number, key) -> words of the answer that can only be known from the question.
         template: Name of the template; `gsm8k` for problems that were not generated.
         pair: A number that identifies a pair of twins; None for a problem without a twin.
+        answer_format: Where an output has its final answer (see `answers.final_answer`).
     """
 
     question: str
@@ -46,16 +37,24 @@ class Problem:
     entities: dict[str, tuple[str, ...]] = field(default_factory=dict)
     template: str = "gsm8k"
     pair: int | None = None
+    answer_format: str = GSM8K
 
     def is_correct(self, output: str) -> bool:
-        """Return whether the final answer of `output` is this problem's final answer."""
-        answer = final_answer(output)
-        return answer is not None and answer == final_answer(self.answer)
+        """Return whether the final answer of `output` is this problem's: the same number, or the same word."""
+        answer = final_answer(output, self.answer_format)
+        return answer is not None and answer == reference_answer(self.answer, self.answer_format)
 
     def entity_hits(self, output: str) -> dict[str, list[bool]]:
-        """Return, for each kind of entity, whether each entity occurs in `output` as a whole word."""
-        words = set(_WORD.findall(output))
-        return {kind: [entity in words for entity in entities] for kind, entities in self.entities.items()}
+        """Return, for each kind of entity, whether each entity occurs in `output`.
+
+        Names and objects occur as whole words, numbers by their value: 1000 is a hit for 1,000.
+        """
+        found = words_and_numbers(output)
+        return {kind: [_occurs(entity, found) for entity in entities] for kind, entities in self.entities.items()}
+
+
+def _occurs(entity: str, found: set[str]) -> bool:
+    return entity in found or (bool(parts := words_and_numbers(entity)) and parts <= found)
 
 
 def _held_out(*key: object) -> bool:
@@ -159,12 +158,12 @@ def generate_passkey(seed: int, split: str, index: int) -> Problem:
 def read_entities(question: str, answer: str) -> dict[str, tuple[str, ...]]:
     """Find the names and numbers of a free-text answer that can only be known from the question.
 
-    Numbers are digits that occur in both. Names are capitalised words that the question uses within a sentence or with
+    Numbers are those that occur in both. Names are capitalised words that the question uses within a sentence or with
     a possessive, not only at the start of a sentence.
     """
-    in_question, in_answer = set(_WORD.findall(question)), dict.fromkeys(_WORD.findall(answer))
+    numbers = set(numbers_in(question))
     names = set(re.findall(r"(?<![.?!] )(?<!^)\b[A-Z][a-z]{2,}\b|\b[A-Z][a-z]{2,}(?=[’']s\b)", question))
     return {
-        "name": tuple(word for word in in_answer if word in names),
-        "number": tuple(word for word in in_answer if word in in_question and word[0].isdigit()),
+        "name": tuple(word for word in dict.fromkeys(_LETTERS.findall(answer)) if word in names),
+        "number": tuple(number for number in dict.fromkeys(numbers_in(answer)) if number in numbers),
     }

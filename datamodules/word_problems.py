@@ -8,10 +8,11 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from datamodules.answers import final_answer
 from datamodules.batch import SupportsCollate, TaskDataModule
 from datamodules.batches import Batches, BatchLoader, FiniteBatches, StreamBatches, UnchangedLoader
 from datamodules.errors import SEEDS, UserError, check_numbers
-from datamodules.problems import Problem, final_answer, generate, generate_passkey, generate_twins, read_entities
+from datamodules.problems import Problem, generate, generate_passkey, generate_twins, read_entities
 from datamodules.sources import hub_rows, is_broken, reading
 
 HUB_DEFAULT = "openai/gsm8k"

@@ -7,11 +7,11 @@ from fractions import Fraction
 
 import pytest
 
+from datamodules.answers import final_answer
 from datamodules.problem_parts import NAMES, OBJECTS
 from datamodules.problem_templates import STEP_SHARES
 from datamodules.problems import (
     Problem,
-    final_answer,
     generate,
     generate_passkey,
     generate_twins,
@@ -156,55 +156,20 @@ def test_entity_hits_need_whole_words():
     assert problem.entity_hits("Ann: <<12+1=13>> cups") == {"name": [True], "object": [True], "number": [True]}
 
 
-@pytest.mark.parametrize(
-    ("written", "answer"),
-    [
-        ("#### 18", "18"),
-        ("####18", "18"),
-        ("so it is\n#### 18.00", "18"),
-        ("#### 18.", "18"),
-        ("#### $1,234.50.", "1234.5"),
-        ("#### $ 7", "7"),
-        ("#### -3", "-3"),
-        ("#### -$2,000", "-2000"),
-        ("#### 25%", "25"),
-        ("#### 25%.", "25"),
-        ("#### 0.5", "0.5"),
-        ("#### .50", "0.5"),
-        ("#### 007", "7"),
-        ("#### 100", "100"),
-        ("#### 18 dollars", "18"),
-        ("#### 1 and then #### 2", "2"),
-        ("#### 100,000", "100000"),
-        ("#### 1234567", "1234567"),
-        ("#### 1000000.0", "1000000"),
-        ("#### 123456789012345678901234567890", "123456789012345678901234567890"),
-        ("#### vefiba.", "vefiba"),
-        ("#### 1e999999999", "1e999999999"),
-        ("18", None),
-        ("####", None),
-        ("#### $", None),
-        ("", None),
-    ],
-)
-def test_final_answer(written, answer):
-    assert final_answer(written) == answer
-
-
-@pytest.mark.parametrize(
-    ("answer", "wanted"), [("1234567", "1234568"), ("100000", "100001"), ("0.5", "0.51"), ("-3", "3")]
-)
-def test_different_numbers_are_different_answers(answer, wanted):
-    assert not Problem("", f"#### {wanted}").is_correct(f"#### {answer}")
-    assert Problem("", f"#### {wanted}").is_correct(f"#### ${wanted}.00" if "." not in wanted else f"#### {wanted}0")
-
-
-def test_an_output_without_an_answer_is_wrong():
-    assert not Problem("", "#### 5").is_correct("it is 5")
-    assert not Problem("", "no answer").is_correct("no answer")
+def test_entities_are_compared_by_value():
+    problem = Problem("", "#### 1", {"number": ("1,000", "2.5", "-3"), "name": ("Ann",)})
+    written = "Ann’s profit is $1000.00 of 2½... no, 2.50 at －3 degrees."
+    assert problem.entity_hits(written) == {"number": [True, True, True], "name": [True]}
+    assert problem.entity_hits("1, 000, 25 and 3: Annie") == {"number": [False, False, False], "name": [False]}
 
 
 def test_entities_of_free_text():
     question = "On Friday, Natalia sold 48 clips. How many did Natalia's friend Weng sell if he sold 12 more?"
     answer = "Weng sold 48+12=<<48+12=60>>60 clips, Natalia 48.\n#### 60"
     assert read_entities(question, answer) == {"name": ("Weng", "Natalia"), "number": ("48", "12")}
+
+
+def test_numbers_of_free_text_are_not_torn():
+    question = "A house costs $80,000 and a car 20\u00a0000. With 5% interest (or .5), is it 1,2 or 3?"
+    answer = "80,000+20,000=<<80000+20000=100000>>100,000, and 80000*0.50=<<80000*0.50=40000>>40,000\n#### 100,000"
+    assert read_entities(question, answer)["number"] == ("80000", "20000", "0.5")
