@@ -8,6 +8,7 @@ from datamodules.numerals import last_number, leading_number
 MARK = "####"  # GSM8K's mark of the final answer
 GSM8K, LAST_NUMBER = "gsm8k", "last_number"
 _WORD = re.compile(r"\w(?:\S*\w)?")
+_LINE = re.compile(r"\w(?:.*\w)?")  # without marks around it
 
 
 def check_format(answer_format: str) -> None:
@@ -30,8 +31,8 @@ def check_format(answer_format: str) -> None:
 def final_answer(text: str, answer_format: str = GSM8K) -> str | None:
     """Return the final answer of a model's output, or None if it has none.
 
-    A number is given in its plain form, so that `$1,000.00` and `1000` are the same answer (see `numerals`). Any other
-    answer is its first word, without marks around it.
+    A number is given in its plain form, so that `$1,000.00` and `1000` are the same answer (see `numerals`); what
+    follows the number does not count. Any other answer is the rest of its line, without marks around it.
 
     Args:
         text: The output.
@@ -66,5 +67,5 @@ def bare_number(text: str) -> str | None:
 
 
 def _first(text: str) -> str | None:
-    word = _WORD.search(text)
-    return leading_number(text) or (word[0] if word else None)
+    line = _LINE.search(text)
+    return leading_number(text) or (line[0] if line else None)

@@ -1,22 +1,19 @@
-"""GSM8K-shaped word problems: generated on the fly, from a local jsonl file, or from a data set on the hub."""
+"""Word problems with worked answers: generated on the fly, from local files, or from a data set on the hub."""
 
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from datamodules.answers import final_answer
+from datamodules.answers import GSM8K, check_format
 from datamodules.batch import SupportsCollate, TaskDataModule
 from datamodules.batches import Batches, BatchLoader, FiniteBatches, StreamBatches, UnchangedLoader
 from datamodules.errors import SEEDS, UserError, check_numbers
-from datamodules.problems import Problem, generate, generate_passkey, generate_twins, read_entities
-from datamodules.sources import hub_rows, is_broken, reading
+from datamodules.external_problems import ExternalProblems
+from datamodules.problem_rows import Columns
+from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 
-HUB_DEFAULT = "openai/gsm8k"
-LONGEST = 100_000  # characters of a line, a hundred times a long problem
 FIXED = 2000  # problems in each fixed set of the generated source
 GENERATORS: dict[str, Callable[[int], Problem]] = {
     "validation": lambda i: generate(0, "validation", i),
@@ -25,62 +22,6 @@ GENERATORS: dict[str, Callable[[int], Problem]] = {
     "twin": lambda i: generate_twins(0, "test", i // 2)[i % 2],
     "passkey": lambda i: generate_passkey(0, "test", i),
 }
-
-
-def read_jsonl(path: str | Path, key: str = "data.path") -> list[Problem]:
-    """Read problems in GSM8K's form, one `{"question": ..., "answer": ...}` per line.
-
-    Unusable lines are skipped; one warning counts them and describes the first.
-
-    Args:
-        path: The file.
-        key: The setting that names the file, for error messages.
-
-    Raises:
-        UserError: The file cannot be read, or no line is usable.
-    """
-    problems: list[Problem] = []
-    broken: list[str] = []
-    # A wrong encoding spoils one line only: its bytes become surrogates, which no question may hold
-    with reading(path, key), open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                problems.append(_problem(_parsed(line)))
-            except (ValueError, RecursionError) as error:
-                broken.append(f"line {number} ({error})")
-    if not problems:
-        reason = f"first {broken[0]}" if broken else "it is empty"
-        raise UserError(f"'{path}' ({key}) holds no problem: {reason}")
-    if broken:
-        rank_zero_warn(f"'{path}': skipped {len(broken)} of {len(broken) + len(problems)} lines, first {broken[0]}")
-    return problems
-
-
-def _parsed(line: str) -> object:
-    if len(line) > LONGEST:
-        raise UserError(f"longer than {LONGEST} characters")
-    return json.loads(line, object_pairs_hook=_without_duplicates)
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise UserError("a key occurs twice")
-    return row
-
-
-def _problem(row: object) -> Problem:
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-        raise UserError("needs the texts 'question' and 'answer'")
-    if not row["question"].strip():
-        raise UserError("the question is empty")
-    if is_broken(row["question"]) or is_broken(row["answer"]):
-        raise UserError("not a text in UTF-8, or half of a surrogate pair")
-    if final_answer(row["answer"]) is None:
-        raise UserError("the answer has no '####'")
-    return Problem(row["question"], row["answer"], read_entities(row["question"], row["answer"]))
 
 
 class WordProblems(TaskDataModule):
@@ -95,28 +36,51 @@ class WordProblems(TaskDataModule):
                   #### 862
         entities  name: Oscar; object: apples; number: 9, 97, 11
 
+    Data sets of other forms need one line each::
+
+        source: file, path: train.csv, test_path: test.csv, columns: {question: [Body, Question], answer: Answer}
+        source: file, test_path: gsm_hard.parquet, columns: {question: input, answer: target}
+        source: hub, path: owner/name, hub_config: main, splits: {train: train, test: validation}
+
+    An answer may be a bare number, also as text with a unit, such as `9 (apples)`; its worked answer is then `#### 9`.
+    Rows that cannot be used are skipped; one warning counts them and describes the first.
+
     Args:
-        source: `generated` on the fly; `jsonl` from `path`; `hub` for a hub data set in GSM8K's form.
-        path: The training file of `jsonl`, or the name of the hub data set; None for `openai/gsm8k`.
-        test_path: The test file of `jsonl`; None keeps the last tenth of the training file for testing.
+        source: `generated` on the fly; `file`, local data from `path` and `test_path`; `hub` for a hub data set.
+        path: The training data of `file`: JSON lines, or a file that ends in `.json`, `.csv`, `.tsv` or `.parquet`, or
+            a folder of `datasets.save_to_disk`. Without it, there is only a test. The name of the data set of `hub`;
+            None for `openai/gsm8k`.
+        test_path: The test data of `file`. Without it, the test data are the split of a saved data set, or the last
+            tenth of the training data.
+        columns: `question` and `answer` -> their columns in the data; several columns of a question are joined by a
+            space.
+        hub_config: The configuration of the hub data set, if it has several.
+        splits: `train`, `validation` and `test` -> their names in a data set of the hub or a saved one with several.
+            Without `train` there is only a test, without `test` it is the last tenth of the training data.
+        answer_format: How outputs mark the final answer: `gsm8k`, after `####`; `last_number`; or a regular expression
+            with one group (see `answers.final_answer`).
         batch_size: Problems per device and step.
         epoch_size: Generated problems per epoch; each epoch draws new ones.
         validation_size: Problems of the validation set: at most 2000 if generated, else at most a tenth of the training
-            file, from its end.
+            data, from their end.
         test_sets: Test set -> number of problems. Generated: `test`, `heldout` (name-object and number pairs that
             training never sees), `twin` (pairs that differ in one number) and `passkey` (a string to copy). Other
             sources: `test` only.
         passkey_fraction: Proportion of passkey problems in the generated training stream.
         eval_batch_size: Problems per device and step in validation and test.
         num_workers: Processes that prepare training batches: 0, 1, 2, 4 or 8.
-        seed: Seed of the generated training stream, and of the order of problems from files.
+        seed: Seed of the generated training stream, and of the order of other problems.
     """
 
     def __init__(
         self,
-        source: Literal["generated", "jsonl", "hub"] = "generated",
+        source: Literal["generated", "file", "hub", "jsonl"] = "generated",
         path: str | None = None,
         test_path: str | None = None,
+        columns: dict[str, str | list[str]] | None = None,
+        hub_config: str | None = None,
+        splits: dict[str, str] | None = None,
+        answer_format: str = GSM8K,
         batch_size: int = 64,
         epoch_size: int = 100_000,
         validation_size: int = 500,
@@ -131,12 +95,10 @@ class WordProblems(TaskDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers, epoch_size, sizes)
         check_numbers("data", 0, 1, passkey_fraction=passkey_fraction)
         check_numbers("data", 0, SEEDS, seed=seed)
-        if source == "jsonl" and path is None:
-            raise UserError("data.source 'jsonl' needs data.path, a file with one problem per line")
-        if source != "jsonl" and test_path is not None:
-            raise UserError(f"data.test_path is read with data.source 'jsonl' only, not with '{source}'")
-        if source == "generated" and path is not None:
-            raise UserError("data.path is not read with data.source 'generated': set data.source to 'jsonl' or 'hub'")
+        check_format(answer_format)
+        if source == "jsonl":
+            rank_zero_warn("data.source 'jsonl' is now named 'file'; the old name still works", category=FutureWarning)
+            source = "file"
         for name, size in sizes.items() if source == "generated" else ():
             if size > FIXED:
                 raise UserError(f"data.{name} must be at most {FIXED}, the size of the generated set, not {size}")
@@ -144,67 +106,70 @@ class WordProblems(TaskDataModule):
         for name in test_sets:
             if name not in known:
                 raise UserError(f"data.test_sets has no set '{name}' with data.source '{source}': use one of {known}")
-        self.source, self.path, self.test_path, self.seed = source, path, test_path, seed
+        self.external: ExternalProblems | None = None
+        given = {"path": path, "test_path": test_path, "columns": columns, "hub_config": hub_config, "splits": splits}
+        if source == "generated":
+            for name, value in given.items():
+                if value is not None:
+                    raise UserError(f"data.{name} is not read with data.source 'generated', but with 'file' or 'hub'")
+        else:
+            self.external = ExternalProblems(
+                source, path, test_path, Columns.from_settings(columns or {}, answer_format), hub_config, splits
+            )
+        self.answer_format, self.seed = answer_format, seed
         self.validation_size, self.test_sets, self.passkey_fraction = validation_size, test_sets, passkey_fraction
         self.train_problems: list[Problem] = []
         self.eval_problems: dict[str, list[Problem]] = {}
 
     def setup(self, stage: str) -> None:
-        """Read or generate the fixed sets, once."""
+        """Read or generate the fixed sets, once.
+
+        Raises:
+            UserError: The data cannot be read, or have no problems for this stage.
+        """
         if self._module is not None and not isinstance(self._module, SupportsCollate):
             module, task = type(self._module).__name__, type(self).__name__
             raise UserError(f"data: {task} gives problems in words, and {module} reads sequences of tokens")
-        if self.eval_problems:
-            return
-        match self.source:
-            case "generated":
-                sizes = {"validation": self.validation_size, **self.test_sets}
-                self.eval_problems = {name: [GENERATORS[name](i) for i in range(n)] for name, n in sizes.items()}
-            case "jsonl":
-                assert self.path is not None  # checked by __init__
-                train = read_jsonl(self.path)
-                if self.test_path:
-                    test = read_jsonl(self.test_path, "data.test_path")
-                else:
-                    train, test = _split(train, max(len(train) // 10, 1), self.path)
-                self._keep(train, test)
-            case "hub":
-                self._keep(self._read_hub("train"), self._read_hub("test"))
+        if not self.eval_problems and self.external:
+            self.train_problems, validation, test = self.external.parts(self.validation_size)
+            self.eval_problems = {"validation": validation} if validation else {}
+            self.eval_problems |= {name: test[:size] for name, size in self.test_sets.items()}
+        elif not self.eval_problems:
+            sizes = {"validation": self.validation_size, **self.test_sets}
+            self.eval_problems = {
+                name: [self._in_format(GENERATORS[name](i)) for i in range(n)] for name, n in sizes.items()
+            }
+        lacking = {"fit": not self.train_problems, "validate": "validation" not in self.eval_problems}
+        for command, lacks in lacking.items():
+            if stage == command and lacks and self.external:
+                raise self.external.need_more(command)
 
-    def _read_hub(self, split: str) -> list[Problem]:
-        name, problems = self.path or HUB_DEFAULT, []
-        for number, row in enumerate(hub_rows(name, "main", split=split, local_source="jsonl"), 1):
-            try:
-                problems.append(_problem(row))
-            except UserError as error:
-                raise UserError(f"data.path: row {number} of '{name}', part '{split}': {error}") from error
-        return problems
+    def answers(self) -> list[str]:
+        """Return the worked answers of all evaluation sets, and of the training problems unless they are generated."""
+        sets = [self.train_problems, *self.eval_problems.values()]
+        return [problem.answer for problems in sets for problem in problems]
 
-    def _keep(self, train: list[Problem], test: list[Problem]) -> None:
-        """Take the validation set from the end of the training problems, and the test set from the test problems."""
-        size = max(min(self.validation_size, len(train) // 10), 1)
-        self.train_problems, validation = _split(train, size, self.path or HUB_DEFAULT)
-        self.eval_problems = {"validation": validation}
-        self.eval_problems |= {name: test[:size] for name, size in self.test_sets.items()}
+    def _in_format(self, problem: Problem) -> Problem:
+        problem.answer_format = self.answer_format
+        return problem
 
     def train_problem(self, index: int) -> Problem:
         """Return problem `index` of the endless generated training stream."""
         if self.passkey_fraction and (index * 2654435761 % 2**32) / 2**32 < self.passkey_fraction:
-            return generate_passkey(self.seed, "train", index)
-        return generate(self.seed, "train", index)
+            return self._in_format(generate_passkey(self.seed, "train", index))
+        return self._in_format(generate(self.seed, "train", index))
 
     def texts(self, count: int) -> list[str]:
         """Return up to `count` training texts, for instance to train a tokenizer."""
-        if self.source == "generated":
-            problems = [self.train_problem(i) for i in range(count)]
-        else:
-            problems = self.train_problems[:count]
+        if self.external and not self.train_problems:
+            raise self.external.need_more("a new tokenizer")
+        problems = self.train_problems[:count] if self.external else [self.train_problem(i) for i in range(count)]
         return [f"{problem.question} {problem.answer}" for problem in problems]
 
     def train_dataloader(self) -> BatchLoader[object]:
         """Return length-bucketed training batches, the same global batches for any number of ranks."""
         size = self.batch_size * self._world
-        if self.source != "generated":
+        if self.external:
             batches: Batches[list[Problem]] = self._finite("training", self.train_problems, size)
         else:
             self._check_epoch(size)
@@ -239,16 +204,6 @@ class WordProblems(TaskDataModule):
 
     def _collate(self, training: bool) -> Callable[[list[Problem]], object]:
         return partial(self._module.collate, training=training) if isinstance(self._module, SupportsCollate) else list
-
-
-def _split(problems: list[Problem], size: int, path: str) -> tuple[list[Problem], list[Problem]]:
-    """Separate the last `size` problems from the rest."""
-    if len(problems) <= size:
-        raise UserError(
-            f"'{path}' (data.path) holds too few problems: {len(problems)}, of which {size} are held out and at least "
-            "1 is needed for training"
-        )
-    return problems[:-size], problems[-size:]
 
 
 def _length(problem: Problem) -> int:

@@ -39,7 +39,7 @@ def good(count: int) -> list[str]:
 
 
 def jsonl(path: str) -> list[str]:
-    return ["--data.source", "jsonl", "--data.path", path]
+    return ["--data.source", "file", "--data.path", path]
 
 
 FIELDS = {
@@ -72,7 +72,7 @@ VALUES = {
     "prompt": (["--model.prompt", "Answer:"], "the prompt needs one '{question}'"),
     "model folder": (["--model.source.path", "assets/pair/sorce"], "cannot load"),
     "data file": (jsonl("nothing.jsonl"), "no data file at 'nothing.jsonl'"),
-    "no data file": (["--data.source", "jsonl"], "data.source 'jsonl' needs data.path"),
+    "no data file": (["--data.source", "jsonl"], "data.source 'file' needs data.path"),
     "test set": (["--data.test_sets", "{tests: 8}"], "data.test_sets has no set 'tests'"),
     "max_steps": (["--trainer.max_steps", "-1"], "trainer.max_steps must be set"),
     "monitor": (["--trainer.callbacks+", "DiversityMonitor", "--trainer.callbacks.site", "soft_tokn"], "soft_tokn"),
@@ -109,7 +109,7 @@ def test_a_broken_line_is_skipped_and_named_by_its_number(run):
     lines = good(40)
     lines.insert(6, '{"question": "cut o')
     options = ["--trainer.max_steps", 2, "--trainer.limit_val_batches", 0, "--test_after_fit", "false"]
-    with pytest.warns(UserWarning, match=r"'some.jsonl': skipped 1 of 41 lines, first line 7"):
+    with pytest.warns(UserWarning, match=r"'some.jsonl' \(data.path\): skipped 1 of 41 lines, first line 7"):
         done = run("fit", "telepathy_v15", *jsonl(write("some.jsonl", lines)), *options)
     assert done.trainer.global_step == 2
 

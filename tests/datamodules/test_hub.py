@@ -70,9 +70,9 @@ def test_without_a_network_an_unknown_model_is_refused_at_once(load):
 def test_without_a_network_an_unknown_data_set_is_refused_at_once():
     start = time.monotonic()
     with pytest.raises(
-        UserError, match=r"^data.path: cannot read 'no/data' .*; data.source 'jsonl' reads a local file$"
+        UserError, match=r"^data.path: cannot read 'no/data' .*; data.source 'file' reads a local file$"
     ):
-        next(hub_rows("no/data", split="train", local_source="jsonl"))
+        next(hub_rows("no/data", split="train", local_source="file"))
     assert time.monotonic() - start < 10
 
 

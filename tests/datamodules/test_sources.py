@@ -12,18 +12,21 @@ from datamodules import TextCorpus, WordProblems
 from datamodules.errors import UserError
 from datamodules.problems import generate
 
-HEAVY = {"datasets", "tokenizers", "transformers", "huggingface_hub", "matplotlib", "scipy", "tensorboard"}
+HEAVY = {"datasets", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "matplotlib", "scipy", "tensorboard"}
 
 
 def hub(monkeypatch, rows=None, error=None):
-    """Replaces the hub by one data set, or by an error."""
+    """Replaces the hub by one data set, or by an error; returns what is asked of it."""
+    asked = []
 
     def load_dataset(path, *config, split, streaming):
         if error is not None:
             raise error
+        asked.append((path, *config, split))
         return iter(rows[split])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
 
 
 def generation_error():
@@ -67,14 +70,28 @@ def test_word_problems_from_the_hub(monkeypatch):
         split: [{"question": p.question, "answer": p.answer} for p in (generate(0, split, i) for i in range(count))]
         for split, count in (("train", 40), ("test", 10))
     }
-    hub(monkeypatch, rows)
+    asked = hub(monkeypatch, rows)
     data = WordProblems("hub", batch_size=8, test_sets={"test": 3})
     data.setup("fit")
+    assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
     assert [len(data.train_problems), *map(len, data.eval_problems.values())] == [36, 4, 3]
     assert data.eval_problems["test"][0].question == generate(0, "test", 0).question
-    hub(monkeypatch, {"train": [rows["train"][0], {"text": "other columns"}], "test": []})
-    with pytest.raises(UserError, match="row 2 of 'openai/gsm8k', part 'train': needs the texts 'question' and"):
-        WordProblems("hub").setup("fit")
+
+
+def test_other_splits_and_columns_of_the_hub(monkeypatch):
+    rows = [{"input": f"Is {i} large?", "target": float(i)} for i in range(8)] + [{"input": "?", "target": None}]
+    asked = hub(monkeypatch, {"train": rows, "dev": rows[:3], "exam": rows[:5]})
+    columns = {"question": "input", "answer": "target"}
+    splits = {"train": "train", "validation": "dev", "test": "exam"}
+    data = WordProblems("hub", "a/b", columns=columns, hub_config="hard", splits=splits)
+    with pytest.warns(UserWarning, match=r"'a/b' \(data.path\), split 'train': skipped 1 of 9 rows, first row 9 \("):
+        data.setup("fit")
+    assert asked == [("a/b", "hard", "train"), ("a/b", "hard", "dev"), ("a/b", "hard", "exam")]
+    assert [len(data.train_problems), *map(len, data.eval_problems.values())] == [8, 3, 5]
+    assert data.train_problems[7].answer == "#### 7"
+    hub(monkeypatch, {"train": rows, "test": rows})
+    with pytest.raises(UserError, match=r"split 'train' holds no problem: first row 1 \(there is no 'question', only"):
+        WordProblems("hub", "a/b").setup("fit")
 
 
 @pytest.mark.parametrize(
@@ -82,14 +99,14 @@ def test_word_problems_from_the_hub(monkeypatch):
     [
         (lambda path, good: TextCorpus("file", path), "data.path"),
         (lambda path, good: TextCorpus("file", path, level="char"), "data.path"),
-        (lambda path, good: WordProblems("jsonl", path), "data.path"),
-        (lambda path, good: WordProblems("jsonl", good, path), "data.test_path"),
+        (lambda path, good: WordProblems("file", path), "data.path"),
+        (lambda path, good: WordProblems("file", good, path), "data.test_path"),
     ],
 )
 def test_a_folder_is_not_a_file(tmp_path, make, key):
     good = tmp_path / "good.jsonl"
     good.write_text('{"question": "1?", "answer": "#### 1"}\n')
-    with pytest.raises(UserError, match=rf"^{key}: cannot read '{tmp_path}': it is a folder$"):
+    with pytest.raises(UserError, match=rf"^{key}: cannot read '{tmp_path}': it is a folder($| that save_to_disk did)"):
         make(str(tmp_path), str(good)).setup("fit")
     with pytest.raises(UserError, match=rf"^no data file at '{tmp_path}/none' \({key}\)$"):
         make(str(tmp_path / "none"), str(good)).setup("fit")

@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import WordProblems
 from datamodules.errors import UserError
+from datamodules.problem_files import local_rows
+from datamodules.problem_rows import Columns, read_problems
 from datamodules.problems import Problem
-from datamodules.word_problems import read_jsonl
 
 GSM8K = [
     ("Ann has 1,200 eggs and sells 200. How many?", "Ann keeps 1,200-200=<<1200-200=1000>>1,000 eggs.\n#### 1,000"),
@@ -29,6 +30,10 @@ def write(path, rows):
 
 def rows(count):
     return [(f"{'Very ' * (i % 7)}small question {i}?", f"It is {i}.\n#### {i}") for i in range(count)]
+
+
+def read(path) -> list[Problem]:
+    return read_problems(local_rows(str(path), "data.path"), f"'{path}' (data.path)", Columns())
 
 
 SMALL = {"epoch_size": 64, "validation_size": 4, "test_sets": {"test": 1}}
@@ -66,14 +71,14 @@ def trainer(path, **options):
 
 
 @pytest.mark.parametrize(
-    ("source", "workers", "stop"), [("generated", 0, 5), ("generated", 2, 11), ("jsonl", 0, 11), ("jsonl", 0, 8)]
+    ("source", "workers", "stop"), [("generated", 0, 5), ("generated", 2, 11), ("file", 0, 11), ("file", 0, 8)]
 )
 def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_does(tmp_path, source, workers, stop):
     def make():
         common = {"batch_size": 4, "validation_size": 4, "num_workers": workers, "seed": 3, "test_sets": {"test": 2}}
         if source == "generated":
             return WordProblems(epoch_size=32, **common)
-        return WordProblems("jsonl", str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"), **common)
+        return WordProblems("file", str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"), **common)
 
     write(tmp_path / "train.jsonl", rows(37))  # 3 of validation, then 8 batches of 4 and 2 left out
     write(tmp_path / "test.jsonl", rows(2))
@@ -109,7 +114,7 @@ def test_the_proportion_of_passkeys():
 
 
 def test_a_file_of_gsm8k_scores_against_itself(tmp_path):
-    problems = read_jsonl(write(tmp_path / "gsm8k.jsonl", GSM8K))
+    problems = read(write(tmp_path / "gsm8k.jsonl", GSM8K))
     assert len(problems) == len(GSM8K)
     assert all(p.is_correct(p.answer) for p in problems)
     assert not any(p.is_correct(q.answer) for p in problems for q in problems if p is not q)
@@ -117,7 +122,7 @@ def test_a_file_of_gsm8k_scores_against_itself(tmp_path):
 
 
 def test_jsonl_sets_do_not_overlap(tmp_path):
-    data = WordProblems("jsonl", str(write(tmp_path / "a.jsonl", rows(100))), batch_size=8, test_sets={"test": 7})
+    data = WordProblems("file", str(write(tmp_path / "a.jsonl", rows(100))), batch_size=8, test_sets={"test": 7})
     data.setup("fit")
     sets = [data.train_problems, *data.eval_problems.values()]
     assert [len(s) for s in sets] == [81, 9, 7]
@@ -126,7 +131,7 @@ def test_jsonl_sets_do_not_overlap(tmp_path):
 
 
 def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
-    data = WordProblems("jsonl", str(write(tmp_path / "a.jsonl", rows(30))), batch_size=64, validation_size=3)
+    data = WordProblems("file", str(write(tmp_path / "a.jsonl", rows(30))), batch_size=64, validation_size=3)
     data.setup("fit")
     (batch,) = data.train_dataloader()
     assert sorted(p.question for p in batch) == sorted(p.question for p in data.train_problems)
@@ -134,7 +139,7 @@ def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_too_few_problems(tmp_path, count):
-    data = WordProblems("jsonl", str(write(tmp_path / "a.jsonl", rows(count))))
+    data = WordProblems("file", str(write(tmp_path / "a.jsonl", rows(count))))
     if count == 10:
         data.setup("fit")
         assert [len(data.train_problems), *map(len, data.eval_problems.values())] == [8, 1, 1]
@@ -147,10 +152,10 @@ def test_broken_lines_are_counted_in_one_warning(tmp_path):
     path = write(tmp_path / "a.jsonl", rows(3))
     good = path.read_bytes()
     path.write_bytes(
-        b"\xef\xbb\xbf" + good + b'{"question": "cut of\n\n[1]\n\xff\xfe\x00\n{"question": "q", "answer": "1"}\n'
+        b"\xef\xbb\xbf" + good + b'{"question": "cut of\n\n[1]\n\xff\xfe\x00\n{"question": "q", "answer": "?"}\n'
     )
     with pytest.warns(UserWarning, match=r"skipped 4 of 7 lines, first line 4 \(") as caught:
-        assert len(read_jsonl(path)) == 3
+        assert len(read(path)) == 3
     assert len(caught) == 1
 
 
@@ -165,7 +170,7 @@ def test_lines_that_no_tokenizer_takes_are_skipped(tmp_path):
     lines.append('{"question": "\\ud83d\\ude00 1?", "answer": "#### 1"}')  # a whole pair is one character
     path.write_text(good + "\n".join(lines))
     with pytest.warns(UserWarning, match="skipped 3 of 7 lines"):
-        problems = read_jsonl(path)
+        problems = read(path)
     assert problems[-1].question == "\U0001f600 1?"
 
 
@@ -176,36 +181,36 @@ def test_lines_that_no_tokenizer_takes_are_skipped(tmp_path):
         (b"\n\n", "it is empty"),
         (bytes(range(256)) * 4, "first line 1"),
         ('{"question": "q", "answer": "#### 1"}\n'.encode("utf-16"), "first line 1"),
-        (b'{"question": 1, "answer": "#### 1"}\n', "needs the texts 'question' and 'answer'"),
-        (b'{"question": "q", "answer": "none"}\n', "the answer has no '####'"),
+        (b'{"question": 1, "answer": "#### 1"}\n', "first line 1 ('question' is no text, but 1)"),
+        (b'{"question": "q", "answer": "none"}\n', "the answer 'none' is no number, and has no '####'"),
     ],
 )
 def test_a_file_without_problems(tmp_path, content, reason):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="holds no problem") as caught:
-        read_jsonl(path)
+        read(path)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="no data file at"):
-        read_jsonl(tmp_path / "none.jsonl")
+        read(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"source": "jsonl"}, "needs data.path"),
+        ({"source": "file"}, "needs data.path"),
         ({"path": "a.jsonl"}, "data.path is not read"),
-        ({"test_path": "a.jsonl"}, "data.test_path is read with"),
+        ({"test_path": "a.jsonl"}, "data.test_path is not read"),
         ({"batch_size": 0}, "data.batch_size must be at least 1"),
         ({"validation_size": 0}, "data.validation_size must be at least 1"),
         ({"validation_size": 2001}, "data.validation_size must be at most 2000"),
         ({"test_sets": {"twin": 2001}}, "data.test_sets.twin must be at most 2000"),
         ({"test_sets": {"tset": 1}}, "no set 'tset'"),
-        ({"source": "jsonl", "path": "a", "test_sets": {"twin": 1}}, "no set 'twin'"),
+        ({"source": "file", "path": "a", "test_sets": {"twin": 1}}, "no set 'twin'"),
         ({"epoch_size": 10}, "data.epoch_size"),
         ({"num_workers": 3}, "0, 1, 2, 4 or 8"),
     ],

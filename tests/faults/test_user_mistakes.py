@@ -279,8 +279,7 @@ for name, (kind, arguments, said) in CALLBACKS.items():
 
 
 def add_data(name: str, base: str, path: str, said: str, prepare: Prepare | None = None) -> None:
-    source = {"text": "file"}.get(base, "jsonl")
-    add(f"data {base} {name}", base, [f"--data.source={source}", f"--data.path={path}"], said, prepare)
+    add(f"data {base} {name}", base, ["--data.source=file", f"--data.path={path}"], said, prepare)
 
 
 for base in ("text", "qa"):
@@ -301,7 +300,9 @@ UNUSABLE = {
     "NaN": '{"question": NaN, "answer": "#### 1"}',
     "key twice": '{"question": "1?", "question": "2?", "answer": "#### 1"}',
     "empty question": '{"question": " ", "answer": "#### 1"}',
-    "no answer": '{"question": "1?", "answer": "1"}',
+    "no answer": '{"question": "1?", "answer": "one"}',
+    "two answers": '{"question": "1?", "answer": "9 (apples); 7 (pears)"}',
+    "other columns": '{"Question": "1?", "Answer": 1}',
     "200 kB": json.dumps({"question": "1" * 200_000, "answer": "#### 1"}),
     "list": "[1, 2]",
 }
@@ -309,6 +310,14 @@ for name, line in UNUSABLE.items():
     add_data(name, "qa", "d", "'d' (data.path) holds no problem: first line 1", file("d", line))
 add_data("latin-1", "qa", "d", "holds no problem", file("d", '{"question": "é", "answer": "#### 1"}'.encode("latin-1")))
 add_data("compressed", "qa", "d", "holds no problem", file("d", b"\x1f\x8b\x08\x00" + bytes(range(256))))
+add_data("parquet", "qa", "d.parquet", "cannot read 'd.parquet' as parquet", file("d.parquet", b"PAR1" * 9))
+TABLE = file("d.csv", "Body,answer\n1?,1\n")
+add_data("columns", "qa", "d.csv", "there is no 'question', only 'Body', 'answer': set data.columns", TABLE)
+add("misspelt column", "qa", ["--data.source=hub", "--data.columns={qestion: a}"], "data.columns has no 'qestion'")
+add("splits of nothing", "qa", "--data.splits={test: a}", "data.splits is not read with data.source 'generated'")
+add("answer format", "qa", "--data.answer_format=gsm8", "use 'gsm8k', 'last_number' or a regular expression")
+TEST_ALONE = ["--data.source=file", "--data.test_path=d"]
+add("test set alone", "qa", TEST_ALONE, "fit needs more than test problems", file("d", GOOD[0]))
 add_data("one line", "qa", "d", "holds too few problems", file("d", GOOD[0]))
 add(
     "text in latin-1",
