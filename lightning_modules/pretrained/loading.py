@@ -1,26 +1,31 @@
 """Language models and tokenizers from a folder, from the Hugging Face hub, or from a configuration alone."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from datamodules.hub import offline_without_hub, reason_of
 from datamodules.sources import check_path
+from lightning_modules.pretrained.first_layers import FirstLayers, with_first_layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     class CausalLM(nn.Module):
         """The part of a transformers model with an LM head that is used here; transformers has no such type."""
 
-        base_model: nn.Module
+        config: PreTrainedConfig
+        device: torch.device
         dtype: torch.dtype
+        generation_config: GenerationConfig
 
         def generate(self, **options: Any) -> Tensor:
             """Return tokens_BT."""
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
         def get_input_embeddings(self) -> nn.Embedding:
             """Return the embedding of input tokens."""
 
-        def get_output_embeddings(self) -> nn.Module:
+        def get_output_embeddings(self) -> nn.Module | None:
             """Return the LM head."""
 
         def num_parameters(self) -> int:
@@ -57,12 +62,15 @@ class Pretrained:
         random_init: Build the model from its configuration with random weights, as a control or to test shapes.
         dtype: Precision of the weights. Frozen models may be `bfloat16`; trained models stay `float32`.
         tokenizer: Folder or hub id of the tokenizer, if it is not in `path`.
+        attn_implementation: Implementation of attention in transformers, such as `sdpa`, `eager` or
+            `flash_attention_2`; None for `sdpa` where the model has it.
     """
 
     path: str
     random_init: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     tokenizer: str | None = None
+    attn_implementation: str | None = None
 
     def load_config(self) -> "PreTrainedConfig":
         """Load the model's configuration.
@@ -76,21 +84,15 @@ class Pretrained:
         return config
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """Load the tokenizer. A tokenizer without a padding token pads with its end token.
+        """Load the tokenizer.
 
         Raises:
-            UserError: There is no readable tokenizer, or it has no BOS or no EOS token. Training and generation need
-                both tokens.
+            UserError: There is no readable tokenizer.
         """
         from transformers import AutoTokenizer
 
         path = self.tokenizer or self.path
         tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, "a tokenizer", path)
-        for name, token in {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}.items():
-            if token is None:
-                raise UserError(f"the tokenizer of '{path}' has no {name}: choose a model whose texts begin and end")
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def load_causal_lm(self) -> "CausalLM":
@@ -104,45 +106,61 @@ class Pretrained:
         model: CausalLM = self._build(AutoModelForCausalLM, self.load_config())
         return model
 
-    def load_first_layers(self, layers: int) -> "PreTrainedModel":
-        """Load the embedding and the first `layers` layers; the other layers and the LM head never take memory.
-
-        The model's output is the residual stream after layer `layers`. The final norm is applied only after the
-        model's last layer.
+    def load_first_layers(self, layers: Sequence[int]) -> FirstLayers:
+        """Load a model up to the last of `layers`; the layers after it and the LM head never take memory.
 
         Raises:
-            UserError: The model has no such layer, has no final norm under the name of Llama's kind of models, cannot
-                be read, or its weights do not fit its configuration.
+            UserError: The model has no such layer, is no language model, cannot be read, or its weights do not fit its
+                configuration.
         """
-        from transformers import AutoModel
+        from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 
         config = self.load_config()
-        total: int = config.num_hidden_layers
-        if not 1 <= layers <= total:
-            raise UserError(f"model.source_layer {layers} does not exist: '{self.path}' has layers 1 to {total}")
-        config.num_hidden_layers = layers
-        if layer_types := getattr(config, "layer_types", None):  # only models that mix kinds of attention have it
-            config.layer_types = layer_types[:layers]
-        model: PreTrainedModel = self._build(AutoModel, config)
-        if "norm" not in dict(model.named_children()):
-            raise UserError(f"'{self.path}' ({config.model_type}) has no final 'norm': choose a model of Llama's kind")
-        if layers < total:
-            model.norm = nn.Identity()
+        mapping: Any = MODEL_FOR_TEXT_ENCODING_MAPPING if config.is_encoder_decoder else MODEL_MAPPING
+        total: int | None = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if total is None or type(config) not in mapping:
+            raise UserError(f"model.source: '{self.path}' ({config.model_type}) is no language model with layers")
+        for layer in layers:
+            if not 1 <= layer <= total:
+                raise UserError(f"model.source_layer {layer} does not exist: '{self.path}' has layers 1 to {total}")
+        kind = mapping[type(config)]
+        # The pooler comes after all layers, and the checkpoints of masked language models lack it
+        options = {"add_pooling_layer": False} if "add_pooling_layer" in signature(kind).parameters else {}
+        model = self._build(with_first_layers(kind, max(layers), total), config, **options)
+        return FirstLayers(model, layers, total)
+
+    def _build(self, loader: Any, config: "PreTrainedConfig", **options: Any) -> Any:
+        options |= {"dtype": {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        if self.random_init:
+            make = getattr(loader, "from_config", None) or loader._from_config
+            model = _load(lambda path, **_: make(config, **options), "a model", self.path)
+        else:
+            options |= {"config": config, "use_safetensors": True}
+            # transformers only logs weights that do not fit; it has to return them, so that they can be an error here
+            options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, info = _load(loader.from_pretrained, "a model", self.path, **options)
+            wrong = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+            if wrong:
+                problem = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"
+                raise UserError(f"the weights in '{self.path}' do not fit its config: {problem}")
+        attention, size = model.config._attn_implementation, model.num_parameters()
+        rank_zero_info(f"{self.path}: {config.model_type}, {size / 1e6:.3g} M, {self.dtype}, attention {attention}")
         return model
 
-    def _build(self, loader: Any, config: "PreTrainedConfig") -> Any:
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
-        if self.random_init:
-            return loader.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
-        # transformers only logs weights that do not fit; it has to return them, so that they can be an error here
-        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, info = _load(loader.from_pretrained, "a model", self.path, config=config, **options)
-        wrong = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
-        if wrong:
-            problem = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"
-            raise UserError(f"the weights in '{self.path}' do not fit its config: {problem}")
-        return model
+
+def positions(model: "CausalLM | PreTrainedModel") -> int | None:
+    """Return the largest number of positions of a row that a model reads; None without a limit.
+
+    RoBERTa's kind of models count positions behind that of the padding, and so read fewer than their configuration says.
+    """
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for table in model.modules():
+        if isinstance(table, nn.Embedding) and table is not model.get_input_embeddings():
+            if table.num_embeddings == limit and table.padding_idx is not None:
+                return limit - table.padding_idx - 1
+    return limit
 
 
 def _load(from_pretrained: Callable[..., Any], what: str, path: str, **options: Any) -> Any:

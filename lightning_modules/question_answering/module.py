@@ -24,9 +24,9 @@ from lightning_modules.core.metrics import Proportion
 from lightning_modules.core.reporting import is_dry_run, record_proportion
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
-from lightning_modules.pretrained.generation import generate
+from lightning_modules.pretrained.generation import end_tokens, generate
 from lightning_modules.pretrained.loading import Pretrained, quiet
-from lightning_modules.pretrained.prompts import LONGEST, Prompt, encode, pad
+from lightning_modules.pretrained.prompts import LONGEST, Prompt, added_tokens, continued, encode, pad, with_added
 from lightning_modules.question_answering.new_model import new_model
 from lightning_modules.question_answering.tokenizer import ByteLevelBPE
 
@@ -40,13 +40,11 @@ class EvaluationBatch(TokenBatch):
     """A batch with what generation needs.
 
     Attributes:
-        prompt: Tokens of the prompts alone, BOS first, int64 [B, T].
-        prompt_mask: True at real tokens of `prompt`.
+        prompts: Tokens of the prompts alone, BOS first.
         problems: The problems, one per row.
     """
 
-    prompt: Tensor
-    prompt_mask: Tensor
+    prompts: list[list[int]]
     problems: Sequence[Problem]
 
 
@@ -158,15 +156,17 @@ class QuestionAnswering(LightningModule):
     def collate(self, problems: Sequence[Problem], training: bool) -> TokenBatch | EvaluationBatch:
         """Make a batch; the label of a position is the next token, and a batch for evaluation also has the prompts."""
         tokenizer = self.tokenizer
-        bos, eos, filler = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        before, end = added_tokens(tokenizer)[0], end_tokens(self.model, tokenizer)[:1]
+        filler = tokenizer.pad_token_id or 0
         questions, outputs = [], []
         for problem in problems:
             # By hash, so that it is the same on every rank, in every worker and after a resume
             repeat = training and crc32(b"repeat" + problem.question.encode()) / 2**32 < self.repeat_fraction
-            questions.append((self.repeat_prompt if repeat else self.prompt).fill(problem.question))
-            outputs.append(f" {problem.question if repeat else problem.answer}")
-        prompts = [[bos, *prompt] for prompt in encode(tokenizer, questions)]
-        answers = [[*answer, eos] for answer in encode(tokenizer, outputs)]
+            prompt = self.repeat_prompt if repeat else self.prompt
+            questions.append(prompt.fill(problem.question))
+            outputs.append(prompt.separator + (problem.question if repeat else problem.answer))
+        rows = continued(tokenizer, questions, outputs)
+        prompts, answers = [with_added(first, before) for first, _ in rows], [second + end for _, second in rows]
         tokens_BT, mask_BT = pad([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], filler)
         labels_BT = tokens_BT.masked_fill(~mask_BT, IGNORE).roll(-1, dims=1)
         labels_BT[:, -1] = IGNORE
@@ -176,8 +176,7 @@ class QuestionAnswering(LightningModule):
         batch = TokenBatch(tokens=tokens_BT, labels=labels_BT)
         if training:
             return batch
-        prompt_BT, prompt_mask_BT = pad(prompts, filler)
-        return EvaluationBatch(**batch, prompt=prompt_BT, prompt_mask=prompt_mask_BT, problems=problems)
+        return EvaluationBatch(**batch, prompts=prompts, problems=problems)
 
     def loss(self, batch: TokenBatch) -> Tensor:
         """Return the mean cross-entropy over the labelled positions, in nats."""
@@ -198,9 +197,9 @@ class QuestionAnswering(LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Generate the answer to a prompt without a question; only chance makes it right."""
-        row = [self.tokenizer.bos_token_id, *encode(self.tokenizer, [self.prompt.fill("")])[0]]
+        row = with_added(encode(self.tokenizer, [self.prompt.fill("")])[0], added_tokens(self.tokenizer)[0])
+        self.blind_output = self._answers([row])[0]
         blind_BT = torch.tensor([row], device=self.device)
-        self.blind_output = self._answers(blind_BT, torch.ones_like(blind_BT, dtype=torch.bool))[0]
         self.diverged = not bool(self(blind_BT).isfinite().all())  # NaN logits would still give tokens
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -223,17 +222,16 @@ class QuestionAnswering(LightningModule):
                 record_proportion(self, name, torch.tensor([share * count]), int(count))
         self.proportions.clear()
 
-    def _answers(self, tokens_BT: Tensor, mask_BT: Tensor) -> list[str]:
-        embeds_BTD = self.model.get_input_embeddings()(tokens_BT)
-        eos, filler = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        rows = generate(self.model, embeds_BTD, mask_BT, self.max_new_tokens, eos, filler)
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    def _answers(self, prompts: list[list[int]]) -> list[str]:
+        """Answer prompts, each a list of tokens."""
+        answers = generate(self.model, self.tokenizer, prompts, self.max_new_tokens, self.prompt.stop)
+        return [answer.text for answer in answers]
 
     def sample_eval(self, batch: EvaluationBatch) -> list[EvalSample]:
         """Generate an answer to every problem of a batch and score it."""
-        outputs = self._answers(batch["prompt"], batch["prompt_mask"])
+        outputs = self._answers(batch["prompts"])
         return [
-            EvalSample(p.question, p.answer, output.strip(), {"accuracy": float(p.is_correct(output))})
+            EvalSample(p.question, p.answer, output, {"accuracy": float(p.is_correct(output))})
             for p, output in zip(batch["problems"], outputs, strict=True)
         ]
 

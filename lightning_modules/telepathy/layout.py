@@ -1,90 +1,87 @@
-"""The positions of prompt, question, soft tokens and answer: token rows, and the gather that packs them.
+"""The target's rows: prompt and answer in tokens, the place for vectors, and the packing of a batch of rows.
 
-Shapes: B batch, K soft tokens or question tokens, H tokens before them, A positions after them, L = H + K + A, T packed
-positions, N answer tokens of the whole batch.
+Shapes: B batch, K vectors (soft tokens, or a text prefix), T packed positions, N answer tokens of the whole batch.
 """
 
-from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_modules.pretrained.prompts import Prompt, pad
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 @dataclass
-class CutText:
-    """The tokens of one text `before question after answer`, in these four parts."""
+class Row:
+    """One row for the target.
 
-    before: list[int]
-    question: list[int]
-    after: list[int]
+    Attributes:
+        prompt: Tokens of the prompt.
+        place: Index in `prompt` before which vectors go in.
+        answer: Tokens of the reference answer, EOS last.
+    """
+
+    prompt: list[int]
+    place: int
     answer: list[int]
 
+    def filled(self, vectors: list[int], filler: int) -> tuple[list[int], list[int]]:
+        """Return the prompt with vectors in it: its tokens, and for each the vector in its place, -1 for none.
 
-def cut(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, questions: list[str], answers: list[str]
-) -> list[CutText]:
-    """Tokenize each `prompt(question) answer` as one text and cut the tokens at the seams of the prompt.
-
-    The parts are not tokenized alone, because a tokenizer may split them differently. The token that holds the space
-    before the question belongs to the question.
-    """
-    prompts = [prompt.fill(question) for question in questions]
-    texts = [f"{filled} {answer}" for filled, answer in zip(prompts, answers, strict=True)]
-    encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    cut_texts = []
-    for tokens, offsets, question, filled in zip(
-        encoding["input_ids"], encoding["offset_mapping"], questions, prompts, strict=True
-    ):
-        ends = [end for _, end in offsets]
-        seams = [len(prompt.before.rstrip()), len(prompt.before) + len(question), len(filled)]
-        first, second, third = (bisect_left(ends, seam + 1) for seam in seams)
-        cut_texts.append(CutText(tokens[:first], tokens[first:second], tokens[second:third], tokens[third:]))
-    return cut_texts
+        Args:
+            vectors: The indices of the vectors.
+            filler: The token under a vector.
+        """
+        before, after = self.prompt[: self.place], self.prompt[self.place :]
+        columns = [-1] * len(before) + vectors + [-1] * len(after)
+        return before + [filler] * len(vectors) + after, columns
 
 
 @dataclass
 class Packing:
-    """How padded parts side by side, `[head | body | tail]`, become rows without holes.
+    """A batch of rows without holes, padded at their ends.
 
     Attributes:
-        order_BT: Columns of the real positions of each row, in order; padding comes last.
+        tokens_BT: The tokens.
+        column_BT: For each position the vector in its place, -1 for none.
         predict_N: Flat positions (row * T + column) whose logits predict the answer tokens.
         labels_N: The answer tokens.
     """
 
-    order_BT: Tensor
+    tokens_BT: Tensor
+    column_BT: Tensor
     predict_N: Tensor
     labels_N: Tensor
 
 
-def pack(head: int, body_mask_BK: Tensor, after: list[int], answers: list[list[int]]) -> tuple[Tensor, Packing]:
-    """Plan rows of a head, the real positions of the body, the tokens `after` it, and the answer.
+def real_vectors(mask_BK: Tensor | None, size: int) -> list[list[int]]:
+    """Return the indices of each row's real vectors."""
+    if mask_BK is None:
+        return [[] for _ in range(size)]
+    return [[k for k, real in enumerate(row) if real] for row in mask_BK.tolist()]
+
+
+def pack(rows: Sequence[Row], filler: int, mask_BK: Tensor | None = None) -> Packing:
+    """Pack rows of a prompt, the real vectors in it, and the answer.
 
     Args:
-        head: H, the same for all rows.
-        body_mask_BK: True at real positions of the body.
-        after: The tokens between body and answer.
-        answers: The tokens of each answer.
-
-    Returns:
-        tail_BA, the padded tokens of `after` and the answer; and the packing.
+        rows: The rows.
+        filler: The token under vectors, and of the padding.
+        mask_BK: True at real vectors; None for rows without vectors.
     """
-    tail_BA, tail_mask_BA = pad([after + answer for answer in answers], 0)
-    head_mask_BH = body_mask_BK.new_ones(len(answers), head)
-    mask_BL = torch.cat([head_mask_BH, body_mask_BK, tail_mask_BA], dim=1)
-    length_B = mask_BL.sum(1)
-    order_BT = (~mask_BL).long().argsort(dim=1, stable=True)[:, : int(length_B.max())]
-    labels_N = torch.tensor([token for answer in answers for token in answer])
-    counts_B = torch.tensor([len(answer) for answer in answers])
-    # The position before an answer's first token predicts it: column length - count - 1 of its row
-    first_B = torch.arange(len(answers)) * order_BT.shape[1] + length_B - counts_B - 1
-    within_N = torch.arange(len(labels_N)) - (counts_B.cumsum(0) - counts_B).repeat_interleave(counts_B)
-    predict_N = first_B.repeat_interleave(counts_B) + within_N
-    return tail_BA, Packing(order_BT, predict_N, labels_N)
+    filled = [
+        row.filled(vectors, filler) for row, vectors in zip(rows, real_vectors(mask_BK, len(rows)), strict=True)
+    ]
+    # The last answer token is a label only: nothing has to follow it
+    wholes = [tokens + row.answer[:-1] for (tokens, _), row in zip(filled, rows, strict=True)]
+    width = max(map(len, wholes))
+    predict = [
+        number * width + len(tokens) - 1 + index
+        for number, ((tokens, _), row) in enumerate(zip(filled, rows, strict=True))
+        for index in range(len(row.answer))
+    ]
+    return Packing(
+        torch.tensor([whole + [filler] * (width - len(whole)) for whole in wholes]),
+        torch.tensor([columns + [-1] * (width - len(columns)) for _, columns in filled]),
+        torch.tensor(predict),
+        torch.tensor([token for row in rows for token in row.answer]),
+    )

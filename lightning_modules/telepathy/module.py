@@ -6,7 +6,7 @@ tokens of the whole batch, V target vocabulary.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,39 +14,50 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from datamodules.errors import UserError, check_numbers
+from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import OnNonfinite, SupportsSampleDataloader, Workload, connected
 from lightning_modules.core.reporting import is_dry_run, run_folder
 from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
 from lightning_modules.core.schedule import with_schedule
 from lightning_modules.pretrained.loading import Pretrained
-from lightning_modules.pretrained.prompts import LONGEST, Prompt
-from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch, pack_rows, tokenize
+from lightning_modules.pretrained.prompts import LONGEST, encode, pad
+from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bridges import BridgeFactory, OutputScale
 from lightning_modules.telepathy.examination import Examination
-from lightning_modules.telepathy.frozen import Frozen
 from lightning_modules.telepathy.measures import scores
 from lightning_modules.telepathy.normalizer import StatisticalNormalizer, make_normalizer
-from lightning_modules.telepathy.objectives import OBJECTIVES, BridgeStep, ObjectiveName, check_weights
+from lightning_modules.telepathy.objectives import OBJECTIVES, BridgeStep, ObjectiveName, check_weights, lm
+from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
+from lightning_modules.telepathy.text_prefix import TextPrefix
 
 Flaw = Literal["key_scale", "bos_behind"]
 NOTES_SCALE = 0.003  # root mean square of the notes' source states, equal to that of Mistral 7B's embeddings
 CALIBRATION = 256  # held-out questions from which the normalizer takes its statistics
 
 
+@runtime_checkable
+class HasAnswers(Protocol):
+    """A datamodule that knows the reference answers of its problems."""
+
+    def answers(self) -> list[str]:
+        """Return the answers of the fixed sets, the same on every rank."""
+
+
 class Telepathy(LightningModule):
     """A frozen source reads a question, a bridge turns its hidden states into soft tokens, a frozen target answers.
 
     The target's prompt is `before {question} after`, and it sees `<bos> before [soft tokens] after`: the soft tokens
-    take the place of the question's text. Only the bridge and the output scale are trained and in checkpoints.
+    take the place of the question's text. Only the bridge and the output scale are trained and in checkpoints, and the
+    text prefix if there is one.
 
     Args:
-        source: The model that reads. Only its layers up to `source_layer` are loaded.
-        target: The model that answers.
+        source: The model that reads, a decoder or an encoder. Only its layers up to `source_layer` are loaded.
+        target: The model that answers, any causal language model.
         bridge: The bridge; its widths come from the models.
         source_layer: The layer, counted from 1, whose output the bridge reads; the outputs of several are concatenated.
         normalizer: Normalisation of source states before the bridge: `none`, `layer_norm`, or `statistical`, with the
@@ -55,8 +66,13 @@ class Telepathy(LightningModule):
         objectives: Objective -> weight.
         optimizer: The optimizer, without its parameters.
         warmup_steps: Steps in which the learning rate rises; it then falls to zero along a cosine.
-        prompt: The target's prompt. The source reads the part before the question.
-        max_new_tokens: Length limit of generated answers, in tokens.
+        prompt: The target's prompt around `{question}`, or `chat` for the chat template of its tokenizer.
+        source_prompt: The source's prompt, of which it reads the part before the question; None for `prompt`. With
+            `chat` a source without a chat template reads the question alone.
+        text_prefix: Number of learned vectors with which the target reads the text of the question, as a baseline (see
+            `TextPrefix`); 0 for none. They train beside the bridge and do not change its course. A step takes about
+            twice as long with them.
+        max_new_tokens: Length limit of generated answers, in tokens; None for the longest answer of the data.
         reproduce_flaws: Reproduce the flaws of the notes, all or a list. `key_scale`: states at the scale of Mistral's
             embeddings (rms 0.003) before a cross-attention without LayerNorm and without positions. `bos_behind`: no
             prompt, and the BOS between soft tokens and answer.
@@ -79,7 +95,9 @@ class Telepathy(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 50,
         prompt: str = "Question: {question}\nAnswer:",
-        max_new_tokens: int = 100,
+        source_prompt: str | None = None,
+        text_prefix: int = 0,
+        max_new_tokens: int | None = None,
         reproduce_flaws: bool | list[Flaw] = False,
         on_nonfinite: OnNonfinite = "stop",
     ):
@@ -90,25 +108,23 @@ class Telepathy(LightningModule):
             raise UserError(f"model.source_layer {source_layer} names no layer: they count from 1")
         check_weights(self.objectives)
         check_numbers("model", 0, warmup_steps=warmup_steps)
+        check_numbers("model", 0, SIZE, text_prefix=text_prefix)
         check_numbers("model", 1, LONGEST, max_new_tokens=max_new_tokens)
-        self.needs_text = any(OBJECTIVES[name].needs_text for name in self.objectives)
+        self.needs = {part for name in self.objectives for part in OBJECTIVES[name].needs}
         self.optimizer, self.warmup_steps, self.max_new_tokens = optimizer, warmup_steps, max_new_tokens
         self.on_nonfinite = on_nonfinite
         flaws = reproduce_flaws if isinstance(reproduce_flaws, list) else get_args(Flaw) if reproduce_flaws else ()
         notes_scale = "key_scale" in flaws
-        self.prompt = Prompt(prompt)
-        self.source_tokenizer = source.load_tokenizer()
-        source_model = source.load_first_layers(max(self.layers))
-        source_dim = source_model.config.hidden_size * len(self.layers)
-        self.source = Frozen(source_model)
-        self.target = Target(target, self.prompt, "bos_behind" in flaws)
-        scale = self.target.embedding.weight.detach().float().square().mean().sqrt().item()
+        self.source = Source(source, self.layers, prompt if source_prompt is None else source_prompt)
+        self.target = Target(target, prompt, "bos_behind" in flaws)
+        scale, width = self.target.embedding_scale(), self.target.width
         if notes_scale:
-            self.normalizer = make_normalizer("statistical", source_dim, NOTES_SCALE)
+            self.normalizer = make_normalizer("statistical", self.source.width, NOTES_SCALE)
         else:
-            self.normalizer = make_normalizer(normalizer, source_dim, 1.0)
-        self.bridge = bridge(source_dim, self.target.width, not notes_scale)
+            self.normalizer = make_normalizer(normalizer, self.source.width, 1.0)
+        self.bridge = bridge(self.source.width, width, not notes_scale)
         self.soft_tokens = OutputScale(output, scale)
+        self.text_prefix = TextPrefix(text_prefix, width, scale) if text_prefix else None
         self.strict_loading = False  # the frozen models are not in checkpoints
         self.validation_loss = MeanMetric()  # over the tokens of all ranks
         self.examinations: list[Examination] = []
@@ -117,19 +133,41 @@ class Telepathy(LightningModule):
         self.counts: dict[str, int] = {}
         self.hits: dict[str, list[int]] = {}
 
+    @property
+    def answer_limit(self) -> int:
+        """Length limit of generated answers, in tokens.
+
+        Raises:
+            UserError: It is neither given nor known from the data.
+        """
+        if self.max_new_tokens is None:
+            data: object = connected(self.trainer).datamodule
+            if not isinstance(data, HasAnswers):
+                raise UserError(f"model.max_new_tokens must be set: {type(data).__name__} has no reference answers")
+            texts = [self.target.prompt.separator + answer for answer in data.answers()]
+            self.max_new_tokens = max(map(len, encode(self.target.tokenizer, texts)), default=0) + 1  # the end token
+        return self.max_new_tokens
+
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""
-        batch, answers = tokenize(problems, self.prompt, self.source_tokenizer, self.target, self.bridge)
-        if training:
-            return pack_rows(batch, answers, self.target, self.needs_text)
-        return EvaluationBatch(**batch, problems=problems, answers=answers)
+        questions, answers = [problem.question for problem in problems], [problem.answer for problem in problems]
+        source, target = self.source.tokenize(questions), self.target
+        soft_rows, text_rows = target.rows(questions, answers)
+        batch = TelepathyBatch(**source, soft_mask=self.bridge.soft_mask(source["source_mask"]))
+        if not training:
+            return EvaluationBatch(**batch, problems=problems, soft_rows=soft_rows, text_rows=text_rows)
+        made = TrainingBatch(**batch, soft=target.pack(soft_rows, batch["soft_mask"]))
+        if "question" in self.needs:
+            made["question"], made["question_mask"] = pad(target.question_tokens(questions), 0)
+        if "text" in self.needs:
+            made["text"] = target.pack(text_rows)
+        if self.text_prefix is not None:
+            made["prefixed"] = target.pack(text_rows, self.text_prefix.mask(len(problems)))
+        return made
 
     def read(self, batch: TelepathyBatch) -> Tensor:
         """Return the source's states_BSC at the question, without the prompt and the BOS, whose state is an outlier."""
-        with torch.no_grad():
-            states = self.source(input_ids=batch["source"], output_hidden_states=True, use_cache=False).hidden_states
-            states_BSC = torch.cat([states[layer] for layer in self.layers], dim=-1)
-        return states_BSC[:, -batch["source_mask"].shape[1] :].float()
+        return self.source.read(batch)
 
     def forward(self, batch: TelepathyBatch) -> Tensor:
         """Return the soft tokens soft_BKD, zero after the last one of a row."""
@@ -140,19 +178,22 @@ class Telepathy(LightningModule):
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Log each weighted objective and return their sum."""
         soft_BKD = self(batch)
-        packing = batch["soft_packing"]
-        logits_NV = self.target.logits(self.target.soft_frame, soft_BKD, batch["soft_tail"], packing)
+        logits_NV = self.target.logits(batch["soft"], soft_BKD)
         fixed_count = self.bridge.soft_tokens is not None
         step = BridgeStep(batch, self.target, soft_BKD, logits_NV, fixed_count, self._gather)
-        token_weight = self._token_weight(len(packing.labels_N))
+        token_weight = self._token_weight(len(batch["soft"].labels_N))
         losses: dict[str, Tensor] = {}
         for name, weight in self.objectives.items():
             objective = OBJECTIVES[name]
             losses[name] = (weight * token_weight if objective.by_token else weight) * objective.loss(step)
         total = torch.stack(list(losses.values())).sum()
         size = len(batch["source"])
-        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
         self.log("train/loss", total.detach(), batch_size=size, prog_bar=True)
+        if self.text_prefix is not None:
+            logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(size))
+            losses["text_prefix"] = token_weight * lm(logits_NV, batch["prefixed"].labels_N)
+            total = total + losses["text_prefix"]
+        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
         return total
 
     def _gather(self, x_BF: Tensor) -> Tensor:
@@ -170,8 +211,7 @@ class Telepathy(LightningModule):
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Log the held-out cross-entropy of the answers, a mean over tokens."""
-        losses = self.target.answer_losses(self.target.soft_frame, self(batch), batch["soft_mask"], batch["answers"])
-        losses_N = np.concatenate(losses)
+        losses_N = np.concatenate(self.target.losses(batch["soft_rows"], self(batch), batch["soft_mask"]))
         self.validation_loss.update(losses_N.mean(), weight=len(losses_N))
         self.log("validation/loss", self.validation_loss, batch_size=len(losses_N), prog_bar=True)
 
@@ -191,9 +231,11 @@ class Telepathy(LightningModule):
 
     def sample_eval(self, batch: EvaluationBatch) -> list[EvalSample]:
         """Answer a batch from soft tokens and score the answers."""
-        outputs = self.target.answer(self.target.soft_frame, self(batch), batch["soft_mask"], self.max_new_tokens)
-        pairs = zip(batch["problems"], outputs, strict=True)
-        return [EvalSample(problem.question, problem.answer, text, scores(problem, text)) for problem, text in pairs]
+        answers = self.target.answers(batch["soft_rows"], self.answer_limit, self(batch), batch["soft_mask"])
+        return [
+            EvalSample(problem.question, problem.answer, answer.text, scores(problem, answer.text))
+            for problem, answer in zip(batch["problems"], answers, strict=True)
+        ]
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> list[EvalSample]:
         """Answer a batch."""
@@ -244,11 +286,24 @@ class Telepathy(LightningModule):
         """Return samples, target positions and flops of a training step."""
         # Per parameter and position: 2 forward, 2 for gradients of activations (not source), 2 of weights (bridge)
         sizes = [sum(p.numel() for p in module.parameters()) for module in (self.source, self.target, self.bridge)]
-        tokens = batch["soft_packing"].order_BT.numel()
+        tokens = batch["soft"].tokens_BT.numel()
         source, target, bridge = 2 * batch["source"].numel(), 4 * tokens, 6 * batch["soft_mask"].numel()
-        if "text_packing" in batch:
-            target += 2 * batch["text_packing"].order_BT.numel()
+        if "text" in batch:
+            target += 2 * batch["text"].tokens_BT.numel()
+        if "prefixed" in batch:
+            target += 4 * batch["prefixed"].tokens_BT.numel()
         return Workload(len(batch["source"]), tokens, source * sizes[0] + target * sizes[1] + bridge * sizes[2])
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradient of the bridge, and apart from it that of the text prefix, which must not change it."""
+        if self.text_prefix is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        prefix = set(self.text_prefix.parameters())
+        for part in (prefix, {p for p in self.parameters() if p.requires_grad} - prefix):
+            torch.nn.utils.clip_grad_norm_(part, gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and its schedule."""

@@ -85,16 +85,16 @@ class Objective:
         loss: The unweighted loss.
         by_token: The loss is a mean over this rank's answer tokens. It is weighted with their number, so that the mean
             over ranks is a mean over all tokens.
-        needs_text: Batches need `text_tail` and `text_packing`, to let the target read the text.
+        needs: What the batch must hold beside the rows with soft tokens: `question` or `text`.
     """
 
     loss: Callable[[BridgeStep], Tensor]
     by_token: bool = False
-    needs_text: bool = False
+    needs: tuple[Literal["question", "text"], ...] = ()
 
 
 def _lm(step: BridgeStep) -> Tensor:
-    return lm(step.logits_NV, step.batch["soft_packing"].labels_N)
+    return lm(step.logits_NV, step.batch["soft"].labels_N)
 
 
 def _batch_diversity(step: BridgeStep) -> Tensor:
@@ -104,23 +104,21 @@ def _batch_diversity(step: BridgeStep) -> Tensor:
 def _contrastive(step: BridgeStep) -> Tensor:
     batch = step.batch
     soft_BD = masked_mean(step.soft_BKD, batch["soft_mask"])
-    text_BD = masked_mean(step.target.embedding(batch["text"]), batch["text_mask"])
+    text_BD = masked_mean(step.target.embedding(batch["question"]), batch["question_mask"])
     return contrastive(step.gather(soft_BD), step.gather(text_BD))
 
 
 def _kl_text(step: BridgeStep) -> Tensor:
-    target, batch = step.target, step.batch
     with torch.no_grad():
-        text_BQD = target.embedding(batch["text"])
-        teacher_NV = target.logits(target.text_frame, text_BQD, batch["text_tail"], batch["text_packing"])
+        teacher_NV = step.target.logits(step.batch["text"])
     return kl_text(step.logits_NV, teacher_NV)
 
 
 OBJECTIVES: dict[ObjectiveName, Objective] = {
     "lm": Objective(_lm, by_token=True),
     "batch_diversity": Objective(_batch_diversity),
-    "contrastive": Objective(_contrastive),
-    "kl_text": Objective(_kl_text, by_token=True, needs_text=True),
+    "contrastive": Objective(_contrastive, needs=("question",)),
+    "kl_text": Objective(_kl_text, by_token=True, needs=("text",)),
 }
 
 

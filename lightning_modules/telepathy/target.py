@@ -1,10 +1,9 @@
-"""The frozen target, which reads embeddings: soft tokens or text in the place of the question.
+"""The frozen target, which answers soft tokens or text in the place of the question.
 
-Shapes: B batch, K body positions (soft tokens, or tokens of the question), D width, H positions before the body, A
-positions after it, L = H + K + A, T packed positions, N answer tokens of the whole batch, V vocabulary.
+Shapes: B batch, K vectors in a row, D width, N answer tokens of the whole batch, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,52 +12,64 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_modules.pretrained.generation import generate
-from lightning_modules.pretrained.loading import Pretrained
-from lightning_modules.pretrained.prompts import Prompt
+from datamodules.errors import UserError
+from lightning_modules.pretrained.causal_lm import logits_at
+from lightning_modules.pretrained.generation import Answer, end_tokens, generate
+from lightning_modules.pretrained.loading import Pretrained, positions
+from lightning_modules.pretrained.prompts import CHAT, Prompt, added_tokens, behind, continued, encode, with_added
 from lightning_modules.telepathy.frozen import Frozen
-from lightning_modules.telepathy.layout import Packing, cut, pack
+from lightning_modules.telepathy.layout import Packing, Row, pack, real_vectors
 
 if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
 
-
-@dataclass
-class Frame:
-    """The tokens around a body: `head body after answer`."""
-
-    head: list[int]
-    after: list[int]
+CHUNK = 4096  # tokens embedded at a time for the scale of the embedding
 
 
 class Target(Frozen):
-    """A frozen causal language model that answers a body of embeddings in its prompt.
+    """A frozen causal language model that answers vectors or text in its prompt.
 
     Args:
         pretrained: The model to load.
-        prompt: The text around the question.
-        bos_behind: Use the notes' frame for soft tokens: no prompt, and the BOS behind the soft tokens. To a model that
+        prompt: The text around the question, or `chat`.
+        bos_behind: Use the notes' rows for soft tokens: no prompt, and the BOS behind the soft tokens. To a model that
             was trained on packed documents, this says that a new text begins and the last one is over.
 
     Attributes:
         model: The model.
-        text_frame: The tokens around the text of the question.
-        soft_frame: The tokens around the soft tokens; equal to `text_frame` unless `bos_behind`.
+        tokenizer: Its tokenizer.
+        prompt: The text around the question.
+        positions: The most positions of a row that the model reads; None if it has no limit.
+
+    Raises:
+        UserError: The model cannot be used: it has no token that ends a text, or its prompt cannot be made.
     """
 
     model: "CausalLM"
 
-    def __init__(self, pretrained: Pretrained, prompt: Prompt, bos_behind: bool = False):
+    def __init__(self, pretrained: Pretrained, prompt: str, bos_behind: bool = False):
         super().__init__(pretrained.load_causal_lm())
-        self.tokenizer = pretrained.load_tokenizer()
-        seams = cut(self.tokenizer, prompt, ["x"], ["x"])[0]
-        bos: list[int] = [self.tokenizer.bos_token_id]
-        self.text_frame = Frame(bos + seams.before, seams.after)
-        self.soft_frame = Frame([], bos) if bos_behind else self.text_frame
+        self.path = pretrained.path
+        self.tokenizer = tokenizer = pretrained.load_tokenizer()
+        self.prompt = Prompt.chat(tokenizer, self.path) if prompt == CHAT else Prompt(prompt)
+        self.positions = positions(self.model)
+        ends = end_tokens(self.model, tokenizer)
+        if not ends:
+            raise UserError(f"model.target: '{self.path}' has no token that ends a text: choose another model")
+        self._end: int = ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self._added = [] if self.prompt.has_special_tokens else added_tokens(tokenizer)[0]
+        self._filler: int = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        before = self.prompt.before.rstrip(" ")
+        head, after = continued(tokenizer, [before + "x" if before else "x"], [self.prompt.after])[0]
+        head = with_added(encode(tokenizer, [before])[0] if before else [], self._added)
+        if bos_behind:
+            head, after = [], self._added
+        # A model without BOS and with an empty prompt still needs a token before an answer without a question
+        self._soft_prompt, self._soft_place = head + after or [self._end], len(head)
 
     @property
     def width(self) -> int:
-        """Width D of the embeddings."""
+        """Width D of the embedding's output."""
         return self.embedding.weight.shape[1]
 
     @property
@@ -66,44 +77,85 @@ class Target(Frozen):
         """The input embedding."""
         return self.model.get_input_embeddings()
 
-    def embed(self, tokens: list[int]) -> Tensor:
-        """Return the embeddings_TD of a list of tokens."""
-        tokens_T = torch.tensor(tokens, dtype=torch.long, device=self.embedding.weight.device)
-        embeds_TD: Tensor = self.embedding(tokens_T)
-        return embeds_TD
+    @torch.no_grad()
+    def embedding_scale(self) -> float:
+        """Return the root mean square of the embedding's output over the vocabulary.
 
-    def logits(self, frame: Frame, body_BKD: Tensor, tail_BA: Tensor, packing: Packing) -> Tensor:
-        """Return logits_NV at the answer tokens alone.
-
-        Padding comes last in a packed row, so causal attention needs no mask.
+        It is not that of its weights: some models scale inside of the embedding, such as Gemma 3 by the root of D.
         """
-        head_BHD = self.embed(frame.head).expand(len(body_BKD), -1, -1)
-        parts_BLD = torch.cat([head_BHD, body_BKD.to(head_BHD.dtype), self.embedding(tail_BA)], dim=1)
-        embeds_BTD = parts_BLD.gather(1, packing.order_BT[..., None].expand(-1, -1, self.width))
-        hidden_BTD = self.model.base_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
-        logits_NV: Tensor = self.model.get_output_embeddings()(hidden_BTD.flatten(0, 1)[packing.predict_N])
-        return logits_NV
+        tokens_V = torch.arange(self.embedding.weight.shape[0], device=self.embedding.weight.device)
+        squares = [self.embedding(part).float().square().sum().item() for part in tokens_V.split(CHUNK)]
+        return float((sum(squares) / (len(tokens_V) * self.width)) ** 0.5)
+
+    def rows(self, questions: Sequence[str], answers: Sequence[str]) -> tuple[list[Row], list[Row]]:
+        """Return the rows of questions for soft tokens, and the rows with their text.
+
+        The place for vectors is that of the question, in rows with the text right before it.
+        """
+        prompts = [self.prompt.fill(question) for question in questions]
+        _, places = behind(self.tokenizer, self.prompt.before, questions)
+        replies = [self.prompt.separator + answer for answer in answers]
+        soft_rows, text_rows = [], []
+        for (tokens, answer), place in zip(continued(self.tokenizer, prompts, replies), places, strict=True):
+            prompt = with_added(tokens, self._added)
+            reply = [*answer, self._end]
+            soft_rows.append(Row(self._soft_prompt, self._soft_place, reply))
+            text_rows.append(Row(prompt, len(prompt) - len(tokens) + place, reply))
+        return soft_rows, text_rows
+
+    def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
+        """Return the tokens that hold the characters of each question."""
+        wholes, places = behind(self.tokenizer, self.prompt.before, questions)
+        return [whole[place:] for whole, place in zip(wholes, places, strict=True)]
+
+    def pack(self, rows: Sequence[Row], mask_BK: Tensor | None = None) -> Packing:
+        """Pack rows with the real vectors of a mask.
+
+        Raises:
+            UserError: A row is longer than the model's positions.
+        """
+        packing = pack(rows, self._filler, mask_BK)
+        self._check_length(packing.tokens_BT.shape[1])
+        return packing
+
+    def logits(self, packing: Packing, vectors_BKD: Tensor | None = None) -> Tensor:
+        """Return logits_NV at the answer tokens alone."""
+        return logits_at(self.model, packing.tokens_BT, packing.predict_N, vectors_BKD, packing.column_BT)
 
     @torch.no_grad()
-    def answer_losses(
-        self, frame: Frame, body_BKD: Tensor, mask_BK: Tensor, answers: list[list[int]]
+    def losses(
+        self, rows: Sequence[Row], vectors_BKD: Tensor | None = None, mask_BK: Tensor | None = None
     ) -> list[NDArray[np.float32]]:
-        """Return for each answer the cross-entropy of its tokens, in nats."""
-        planned = pack(len(frame.head), mask_BK.cpu(), frame.after, answers)
-        tail_BA, packing = move_data_to_device(planned, body_BKD.device)
-        logits_NV = self.logits(frame, body_BKD, tail_BA, packing)
-        losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), packing.labels_N, reduction="none")
-        return np.split(losses_N.cpu().numpy(), np.cumsum([len(answer) for answer in answers])[:-1])
+        """Return for each answer the cross-entropy of its tokens, in nats.
 
-    @torch.no_grad()
-    def answer(self, frame: Frame, body_BKD: Tensor, mask_BK: Tensor, max_new_tokens: int) -> list[str]:
-        """Generate one answer per row, greedily."""
-        size = len(body_BKD)
-        head_BHD, after_BAD = (self.embed(tokens).expand(size, -1, -1) for tokens in (frame.head, frame.after))
-        embeds_BTD = torch.cat([head_BHD, body_BKD.to(head_BHD.dtype), after_BAD], dim=1)
-        around = [mask_BK.new_ones(size, len(tokens)) for tokens in (frame.head, frame.after)]
-        mask_BT = torch.cat([around[0], mask_BK, around[1]], dim=1)
-        eos, filler = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        rows = generate(self.model, embeds_BTD, mask_BT, max_new_tokens, eos, filler)
-        texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        Args:
+            rows: The rows.
+            vectors_BKD: Vectors in the place of each row; None for none.
+            mask_BK: True at real vectors.
+        """
+        packing = move_data_to_device(self.pack(rows, mask_BK), self.model.device)
+        logits_NV = self.logits(packing, vectors_BKD)
+        losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), packing.labels_N, reduction="none")
+        return np.split(losses_N.cpu().numpy(), np.cumsum([len(row.answer) for row in rows])[:-1])
+
+    def answers(
+        self, rows: Sequence[Row], limit: int, vectors_BKD: Tensor | None = None, mask_BK: Tensor | None = None
+    ) -> list[Answer]:
+        """Answer rows greedily, with at most `limit` tokens.
+
+        Raises:
+            UserError: A row with its answer is longer than the model's positions.
+        """
+        filled = [
+            row.filled(vectors, self._filler)
+            for row, vectors in zip(rows, real_vectors(mask_BK, len(rows)), strict=True)
+        ]
+        prompts, columns = [tokens for tokens, _ in filled], [columns for _, columns in filled]
+        self._check_length(max(map(len, prompts)) + limit, f", {limit} of them for the answer (model.max_new_tokens)")
+        return generate(self.model, self.tokenizer, prompts, limit, self.prompt.stop, vectors_BKD, columns)
+
+    def _check_length(self, length: int, remark: str = "") -> None:
+        if self.positions is not None and length > self.positions:
+            raise UserError(
+                f"model.target: a row takes {length} positions{remark}, and '{self.path}' has {self.positions}"
+            )

@@ -12,8 +12,6 @@ from lightning import LightningDataModule, Trainer, seed_everything
 from datamodules import WordProblems
 from datamodules.batch import IGNORE
 from datamodules.problems import generate, generate_passkey
-from lightning_modules.pretrained.generation import generate as generate_tokens
-from lightning_modules.pretrained.generation import left_pad
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.pretrained.prompts import Prompt, encode, pad
 from lightning_modules.question_answering import QuestionAnswering
@@ -83,30 +81,9 @@ def test_a_model_that_diverged_has_no_accuracy(tmp_path):
 
 def test_left_padding_changes_no_answer(problems):
     module = of_pair("target")
-    batch = module.collate(problems, training=False)
-    together = module._answers(batch["prompt"], batch["prompt_mask"])
-    assert len(set(batch["prompt_mask"].sum(1).tolist())) > 3
-    for row, mask, output in zip(batch["prompt"], batch["prompt_mask"], together, strict=True):
-        assert module._answers(row[mask][None], mask[mask][None]) == [output]
-
-
-def test_left_pad_keeps_the_order_of_what_is_real():
-    embeds_BTD = torch.arange(8.0).view(2, 4, 1)
-    mask_BT = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    moved_BTD, moved_BT = left_pad(embeds_BTD, mask_BT)
-    assert moved_BT.tolist() == [[False, False, True, True], [True] * 4]
-    assert moved_BTD[0, 2:, 0].tolist() == [0.0, 2.0]
-    assert moved_BTD[1, :, 0].tolist() == [4.0, 5.0, 6.0, 7.0]
-
-
-def test_generation_stops_at_the_end_token_and_at_the_limit(problems):
-    module = of_pair("target", max_new_tokens=3)
-    batch = module.collate(problems[:2], training=False)
-    embeds_BTD = module.model.get_input_embeddings()(batch["prompt"])
-    rows = generate_tokens(module.model, embeds_BTD, batch["prompt_mask"], 3, 2, 0)
-    assert [len(row) for row in rows] == [3, 3]
-    rows = generate_tokens(module.model, embeds_BTD, batch["prompt_mask"], 100, 2, 0)
-    assert all(2 not in row and 0 not in row for row in rows)
+    prompts = module.collate(problems, training=False)["prompts"]
+    assert len(set(map(len, prompts))) > 3
+    assert module._answers(prompts) == [module._answers([prompt])[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("answer_only", [False, True])

@@ -1,0 +1,100 @@
+"""The frozen source, which reads the question.
+
+Shapes: B batch, T positions, S positions of the question, C width of the states.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from datamodules.errors import UserError
+from lightning_modules.pretrained.first_layers import FirstLayers
+from lightning_modules.pretrained.loading import Pretrained, positions
+from lightning_modules.pretrained.prompts import CHAT, QUESTION, Prompt, added_tokens, behind, pad, with_added
+from lightning_modules.telepathy.frozen import Frozen
+
+
+class SourceBatch(TypedDict):
+    """Questions in tokens of the source.
+
+    Attributes:
+        source: The tokens of prompt and question with the special tokens around them, [B, T].
+        source_real: True at real tokens of `source`, [B, T].
+        source_place: The positions of the question's tokens in `source`, [B, S].
+        source_mask: True at real positions of the question, [B, S].
+    """
+
+    source: Tensor
+    source_real: Tensor
+    source_place: Tensor
+    source_mask: Tensor
+
+
+class Source(Frozen):
+    """A frozen model, decoder or encoder, of which the hidden states at the question are read.
+
+    Args:
+        pretrained: The model to load.
+        layers: The layers to read, counted from 1; their states are concatenated.
+        prompt: The text around the question, or `chat`, of which the source reads the part before the question. A
+            source without a chat template reads the question alone.
+
+    Attributes:
+        model: The model, up to the last of `layers`.
+        tokenizer: Its tokenizer.
+        width: Number of features C of the states.
+
+    Raises:
+        UserError: The model cannot be loaded or has no such layer, or the prompt has no place for a question.
+    """
+
+    model: FirstLayers
+
+    def __init__(self, pretrained: Pretrained, layers: list[int], prompt: str):
+        super().__init__(pretrained.load_first_layers(layers))
+        self.path = pretrained.path
+        self.tokenizer = tokenizer = pretrained.load_tokenizer()
+        self.width = self.model.width
+        self.positions = positions(self.model.model)
+        if prompt == CHAT and tokenizer.chat_template:
+            whole = Prompt.chat(tokenizer, self.path)
+        else:
+            whole = Prompt(QUESTION if prompt == CHAT else prompt)
+        self.before = whole.before
+        self._added = ([], []) if whole.has_special_tokens else added_tokens(tokenizer)
+
+    def tokenize(self, questions: Sequence[str]) -> SourceBatch:
+        """Return questions in tokens.
+
+        Raises:
+            UserError: A question has no token, or a row is longer than the model's positions.
+        """
+        rows, places, counts = [], [], []
+        before, after = self._added
+        for question, tokens, start in zip(questions, *behind(self.tokenizer, self.before, questions), strict=True):
+            row = with_added(tokens, before)
+            places.append(len(row) - len(tokens) + start)
+            counts.append(len(tokens) - start)
+            rows.append(row + after)
+            if self.positions is not None and len(rows[-1]) > self.positions:
+                raise UserError(
+                    f"model.source: the question {question[:40]!r}... takes {len(rows[-1])} positions with its prompt, "
+                    f"and '{self.path}' has {self.positions}"
+                )
+        source_BT, source_real_BT = pad(rows, self.tokenizer.pad_token_id or 0)
+        offset_S = torch.arange(max(counts))
+        source_mask_BS = offset_S < torch.tensor(counts)[:, None]
+        # Beyond the end of a question its first position is read again, and masked
+        source_place_BS = torch.tensor(places)[:, None] + offset_S * source_mask_BS
+        return SourceBatch(
+            source=source_BT, source_real=source_real_BT, source_place=source_place_BS, source_mask=source_mask_BS
+        )
+
+    @torch.no_grad()
+    def read(self, batch: SourceBatch) -> Tensor:
+        """Return the states_BSC of the question, without those of the prompt and of special tokens."""
+        states_BTC: Tensor = self(batch["source"], batch["source_real"])
+        place_BS1 = batch["source_place"][..., None]
+        return states_BTC.gather(1, place_BS1.expand(-1, -1, states_BTC.shape[-1])).float()

@@ -1,0 +1,33 @@
+"""Learned vectors before the question's text: how well the target answers once it knows what is asked of it.
+
+Shapes: B batch, K vectors, D target width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class TextPrefix(nn.Module):
+    """K learned vectors that the target reads before the text of the question (prompt tuning, Lester et al. 2021).
+
+    A bridge learns the form of the answers together with what soft tokens say. The prefix learns the form alone, from
+    the same data in the same steps, so the difference between them is what soft tokens carry.
+
+    Args:
+        count: K.
+        width: D.
+        scale: Root mean square of the vectors at the start, such as that of the embeddings.
+    """
+
+    def __init__(self, count: int, width: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.vectors_KD = nn.Parameter(torch.randn(count, width))  # of size 1, to which rates of learning are fitted
+
+    def vectors(self, size: int) -> Tensor:
+        """Return vectors_BKD for a batch of `size` rows, all real."""
+        return (self.scale * self.vectors_KD).expand(size, -1, -1)
+
+    def mask(self, size: int) -> Tensor:
+        """Return mask_BK, all true, on the CPU."""
+        return torch.ones(size, len(self.vectors_KD), dtype=torch.bool)
