@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_modules.telepathy.results import CONDITIONS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -30,13 +32,14 @@ def loss_by_position(losses: Sequence[dict[str, Array]]) -> "Figure":
     axes = figure.subplots()
     lengths = [len(next(iter(by_condition.values()))) for by_condition in losses]
     longest = int(np.quantile(lengths, 0.9))  # few answers are longer, too few for a mean
-    for condition in losses[0]:
+    conditions = [condition for condition in CONDITIONS if condition in losses[0]]
+    for condition in conditions:
         table = np.full((len(losses), max(lengths)), np.nan)
         for i, by_condition in enumerate(losses):
             table[i, : lengths[i]] = by_condition[condition]
         axes.plot(np.nanmean(table[:, :longest], axis=0), label=condition)
     axes.set(xlabel="position in the answer", ylabel="cross-entropy (nats)", ylim=(0, None))
-    figure.legend(loc="outside upper center", ncols=len(losses[0]), frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

@@ -1,11 +1,10 @@
-"""The measures of a trained bridge: from records of single problems to values, with intervals, hits and samples.
+"""The measures of a trained bridge: from the results of single problems to values, with intervals, hits and samples.
 
 Shapes: B problems, K soft tokens, D target width, G candidates per group.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -20,118 +19,94 @@ from lightning_modules.core.diversity import (
     effective_rank,
     mean_pairwise_cosine,
 )
-from lightning_modules.core.intervals import wilson_interval
+from lightning_modules.telepathy.draw import Draw
+from lightning_modules.telepathy.results import CONDITIONS, Array, Indices, Measures, ProblemResult, bootstrap
 
 SHIFTS = 8  # derangements over which the chance level of entity transfer is averaged
-FROM_TEXT = ("text_accuracy", "ce_text", "ce_none")  # measures of the target alone, whatever the bridge does
-
-Array = NDArray[np.floating]
-Indices = NDArray[np.integer]
-
-
-@dataclass
-class ProblemResult:
-    """The results of one problem.
-
-    Attributes:
-        problem: The problem.
-        output: The answer from soft tokens.
-        text_output: The answer from the text of the question.
-        losses: Condition -> cross-entropy of each answer token, in nats (see `Examination`).
-        soft_count: Number of soft tokens.
-        soft_KD: The soft tokens, kept for some problems only.
-        candidates_G: Log-likelihood of the answer given the soft tokens of each problem of a group, its own problem
-            first. None for problems outside of full groups.
-    """
-
-    problem: Problem
-    output: str
-    text_output: str
-    losses: dict[str, Array]
-    soft_count: int
-    soft_KD: Array | None = None
-    candidates_G: Array | None = None
-
-
-@dataclass
-class Measures:
-    """Measures by name.
-
-    Attributes:
-        values: The values.
-        counts: Samples behind each value.
-        hits: Of a proportion, how many of its samples are hits.
-        intervals: 95 % intervals, (low, high): Wilson's for proportions, else bootstrap.
-    """
-
-    values: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    hits: dict[str, int] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def add(self, name: str, value: float, count: int, interval: tuple[float, float] | None = None) -> None:
-        """Add one measure."""
-        self.values[name], self.counts[name] = float(value), count
-        if interval is not None:
-            self.intervals[name] = interval
-
-    def add_proportion(self, name: str, hits: Sequence[bool] | NDArray[np.bool_]) -> None:
-        """Add the share of hits, with the number of hits and the Wilson interval."""
-        total, count = int(sum(hits)), len(hits)
-        self.add(name, total / count, count, wilson_interval(total, count))
-        self.hits[name] = total
-
-    def void(self, name: str) -> None:
-        """Replace a value by NaN, without hits and interval."""
-        self.values[name] = math.nan
-        self.hits.pop(name, None)
-        self.intervals.pop(name, None)
+TIE = 1e-3  # nats: candidates closer than this are equal, for rounding depends on the rows beside
+NEAR_ZERO = 0.05  # share of the problems, and of ce_none
+# Measures that do not depend on the bridge, and those that depend on the learned prefix
+FROM_PREFIX = ("text_prefix_accuracy", "text_prefix_truncated", "ce_text_prefix")
+FROM_TARGET = ("text_accuracy", "text_truncated", "zero_accuracy", "ce_text", "ce_none", "ce_zero", *FROM_PREFIX)
 
 
 def measure(results: list[ProblemResult]) -> Measures:
     """Compute every measure of a test set.
 
-    - `accuracy`, `text_accuracy`: share of right answers from soft tokens and from the text; `relative_accuracy`: their
-      ratio.
+    - `accuracy`: share of right answers from soft tokens. `text_accuracy`, `text_prefix_accuracy`, `shuffled_accuracy`
+      and `zero_accuracy`: the same under the other conditions of `ProblemResult`. The last two are controls: answers
+      that are right without the question's own soft tokens are guesses.
+    - `relative_accuracy`: accuracy / text_prefix_accuracy, or accuracy / text_accuracy without a prefix.
+    - `truncated`, `text_truncated`, `text_prefix_truncated`: share of answers that the length limit has cut.
     - `distinct`, `distinct_2`: share of different answers, and of different pairs of words.
     - `ce_<condition>`: mean over answers of the mean cross-entropy per token, in nats.
     - `bridge_gain`: ce_none - ce_bridge; `source_specificity`: ce_shuffled - ce_bridge; `recovery`: bridge_gain /
       (ce_none - ce_text).
     - The measures that `add_entity_transfer`, `add_retrieval`, `add_twin_consistency` and `add_spread` add.
 
+    A ratio to a number near 0 says nothing, and is absent. `relative_accuracy` is absent where the 95 % interval of its
+    denominator reaches below 5 % of the problems. `recovery` is absent where that of ce_none - ce_text reaches below
+    5 % of ce_none: the text then hardly helps the target. Measures that compare problems are absent where all
+    questions are equal.
+
     A bridge that gives losses that are not finite has diverged: its measures are NaN, while the target still gives
-    answers.
+    answers. The same holds for a prefix.
+
+    Args:
+        results: The results of all problems, sorted.
     """
     measures, count = Measures(), len(results)
-    right = np.array([result.problem.is_correct(result.output) for result in results])
-    text_right = np.array([result.problem.is_correct(result.text_output) for result in results])
-    measures.add_proportion("accuracy", right)
-    measures.add_proportion("text_accuracy", text_right)
-    measures.add("relative_accuracy", right.sum() / text_right.sum() if text_right.any() else math.nan, count)
-    outputs = [result.output for result in results]
+    right: dict[str, NDArray[np.bool_]] = {}
+    for condition in CONDITIONS:
+        if condition not in results[0].answers:
+            continue
+        answers = [result.answers[condition] for result in results]
+        right[condition] = np.array([r.problem.is_correct(a.text) for r, a in zip(results, answers, strict=True)])
+        prefix = "" if condition == "bridge" else f"{condition}_"
+        measures.add_proportion(f"{prefix}accuracy", right[condition])
+        if condition in ("bridge", "text", "text_prefix"):
+            measures.add_proportion(f"{prefix}truncated", [answer.is_cut for answer in answers])
+    reference = "text_prefix" if "text_prefix" in right else "text"
+    if measures.intervals[f"{reference}_accuracy"][0] >= NEAR_ZERO:
+        measures.add("relative_accuracy", right["bridge"].sum() / right[reference].sum(), count)
+    outputs = [result.answers["bridge"].text for result in results]
     measures.add("distinct", distinct(outputs), count)
     measures.add("distinct_2", distinct_n(outputs, 2), count)
+    has_diverged = _add_losses(results, measures)
 
-    conditions = results[0].losses
-    loss = {condition: np.array([result.losses[condition].mean() for result in results]) for condition in conditions}
-    for condition, loss_B in loss.items():
-        measures.add(f"ce_{condition}", loss_B.mean(), count)
-    gain_B, whole_B = loss["none"] - loss["bridge"], loss["none"] - loss["text"]
-    specificity_B = loss["shuffled"] - loss["bridge"]
-    measures.add("bridge_gain", gain_B.mean(), count, bootstrap(count, lambda i: gain_B[i].mean()))
-    interval = bootstrap(count, lambda i: specificity_B[i].mean())
-    measures.add("source_specificity", specificity_B.mean(), count, interval)
-    interval = bootstrap(count, lambda i: gain_B[i].sum() / whole_B[i].sum())
-    measures.add("recovery", gain_B.sum() / whole_B.sum(), count, interval)
-
-    add_entity_transfer(results, measures)
+    draw = Draw([result.problem for result in results])
+    add_entity_transfer(results, draw, measures)
     add_retrieval(results, measures)
-    add_twin_consistency(results, right, measures)
+    add_twin_consistency(results, right["bridge"], measures)
     add_spread(results, measures)
-    if not np.isfinite(loss["bridge"]).all():
-        for name in measures.values.keys() - set(FROM_TEXT):
-            measures.void(name)
+    void: set[str] = set()
+    if has_diverged["bridge"]:
+        void |= measures.values.keys() - set(FROM_TARGET)
+    if has_diverged.get("text_prefix"):
+        void |= {*FROM_PREFIX, "relative_accuracy"} & measures.values.keys()
+    for name in void:
+        measures.void(name)
     return measures
+
+
+def _add_losses(results: list[ProblemResult], measures: Measures) -> dict[str, bool]:
+    """Add what is made of losses; return for each condition whether a loss is not finite."""
+    count = len(results)
+    loss: dict[str, Array] = {}
+    for condition in CONDITIONS:
+        if condition in results[0].losses:
+            loss[condition] = np.array([result.losses[condition].mean() for result in results], dtype=np.float64)
+            measures.add(f"ce_{condition}", loss[condition].mean(), count)
+    gain_B, whole_B = loss["none"] - loss["bridge"], loss["none"] - loss["text"]
+    measures.add("bridge_gain", gain_B.mean(), count, bootstrap(count, lambda i: gain_B[i].mean()))
+    if "shuffled" in loss:
+        specificity_B = loss["shuffled"] - loss["bridge"]
+        interval = bootstrap(count, lambda i: specificity_B[i].mean())
+        measures.add("source_specificity", specificity_B.mean(), count, interval)
+    if bootstrap(count, lambda i: whole_B[i].mean())[0] >= NEAR_ZERO * loss["none"].mean():
+        interval = bootstrap(count, lambda i: gain_B[i].sum() / whole_B[i].sum())
+        measures.add("recovery", gain_B.sum() / whole_B.sum(), count, interval)
+    return {condition: not np.isfinite(loss_B).all() for condition, loss_B in loss.items()}
 
 
 def scores(problem: Problem, output: str) -> dict[str, float]:
@@ -141,43 +116,28 @@ def scores(problem: Problem, output: str) -> dict[str, float]:
     return {"accuracy": float(problem.is_correct(output)), **shares}
 
 
-def bootstrap(count: int, statistic: Callable[[Indices], float], resamples: int = 1000) -> tuple[float, float]:
-    """Return the percentile interval at 95 % of a statistic of `count` samples (Efron 1979), with a fixed seed.
-
-    Args:
-        count: Number of samples.
-        statistic: Its value for an array of indices of samples.
-        resamples: Number of resamples.
-    """
-    generator = np.random.default_rng(0)
-    values = [statistic(generator.integers(0, count, count)) for _ in range(resamples)]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def add_entity_transfer(results: list[ProblemResult], measures: Measures) -> None:
+def add_entity_transfer(results: list[ProblemResult], draw: Draw, measures: Measures) -> None:
     """Add e* = (e - e0) / (1 - e0), where e is the share of an answer's names, objects and numbers that the output has.
 
     An entity counts if the output has it as a whole word. e0 is the chance level: the same share in the outputs for
     other questions. The measures are `entity_recall` (e), `entity_chance` (e0) and `entity_transfer` (e*), over all
     entities and, with a suffix, for each type.
     """
-    count = len(results)
-    if count < 2:
+    count, questions = len(results), len(draw.order_Q)
+    if questions < 2:
         return
-    order = np.random.default_rng(0).permutation(count)
 
-    def tally(output_of: Indices) -> dict[str, Array]:
+    def tally(output_of: Sequence[int]) -> dict[str, Array]:
         """Return type -> (entities found, entities) of each problem, in the output of another problem."""
         tallies: dict[str, Array] = {}
-        for i, j in zip(order, output_of, strict=True):
-            for kind, found in results[i].problem.entity_hits(results[j].output).items():
+        for i, j in enumerate(output_of):
+            for kind, found in results[i].problem.entity_hits(results[j].answers["bridge"].text).items():
                 if found:
                     tallies.setdefault(kind, np.zeros((count, 2)))[i] = sum(found), len(found)
         return tallies
 
-    recalled = tally(order)
-    others = [tally(np.roll(order, shift)) for shift in range(1, min(SHIFTS, count - 1) + 1)]
+    recalled = tally(range(count))
+    others = [tally(draw.others_B(shift).tolist()) for shift in range(1, min(SHIFTS, questions - 1) + 1)]
     chance = {kind: np.sum([other[kind] for other in others], axis=0) / len(others) for kind in recalled}
     if not recalled:
         return
@@ -201,14 +161,18 @@ def add_retrieval(results: list[ProblemResult], measures: Measures) -> None:
     """Add how well an answer tells its source from the G - 1 others of a group, and a bound on mutual information.
 
     With f_ij = log p(answer j | soft tokens i), `retrieval` is the share of answers whose own source has the largest f.
-    Chance is 1 / G. `infonce_bound` is ln G + E log softmax_i f in nats, at most ln G (van den Oord et al. 2018).
+    Among equal candidates, the first of the group counts as the largest, so a bridge that gives the same soft tokens to
+    every question has 1 / G, which is chance. `infonce_bound` is ln G + E log softmax_i f in nats, at most ln G (van
+    den Oord et al. 2018).
     """
-    scores_BG = np.array([result.candidates_G for result in results if result.candidates_G is not None])
-    if not len(scores_BG):
+    grouped = [(result.candidates_G, result.own) for result in results if result.candidates_G is not None]
+    if not grouped:
         return
-    measures.add_proportion("retrieval", scores_BG.argmax(1) == 0)
+    scores_BG, own_B = np.array([scores_G for scores_G, _ in grouped]), np.array([own for _, own in grouped])
     top_B1 = scores_BG.max(1, keepdims=True)
-    log_share_B = scores_BG[:, 0] - (top_B1[:, 0] + np.log(np.exp(scores_BG - top_B1).sum(1)))
+    measures.add_proportion("retrieval", (scores_BG >= top_B1 - TIE).argmax(1) == own_B)
+    own_score_B = scores_BG[np.arange(len(own_B)), own_B]
+    log_share_B = own_score_B - (top_B1[:, 0] + np.log(np.exp(scores_BG - top_B1).sum(1)))
     measures.add("infonce_bound", math.log(scores_BG.shape[1]) + log_share_B.mean(), len(scores_BG))
 
 
@@ -233,7 +197,7 @@ def add_spread(results: list[ProblemResult], measures: Measures) -> None:
         return
     soft_BKD = torch.tensor(stack_soft(kept))
     finite = bool(soft_BKD.isfinite().all())  # of other values there is no effective rank
-    mask_BK = soft_BKD.abs().sum(-1) > 0
+    mask_BK = torch.arange(soft_BKD.shape[1]) < torch.tensor([len(soft_KD) for soft_KD in kept])[:, None]
     measures.add("cosine", mean_pairwise_cosine(soft_BKD.flatten(1)).item(), len(kept))
     measures.add("between_input_variance", between_input_variance(soft_BKD, mask_BK).item(), len(kept))
     measures.add("effective_rank", effective_rank(soft_BKD.flatten(1)).item() if finite else math.nan, len(kept))

@@ -10,11 +10,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 from lightning_modules.core.diversity import distinct
 from lightning_modules.core.intervals import wilson_interval
-from lightning_modules.telepathy.examination import GROUP
-from lightning_modules.telepathy.measures import Measures, ProblemResult, bootstrap, measure, stack_soft
+from lightning_modules.pretrained.generation import Answer
+from lightning_modules.telepathy.draw import GROUP
+from lightning_modules.telepathy.layout import Row
+from lightning_modules.telepathy.measures import FROM_TARGET, measure, stack_soft
+from lightning_modules.telepathy.results import Measures, ProblemResult, bootstrap
 
 FIGURES = ("loss_by_position", "soft_tokens", "soft_token_cosines")
-CONDITIONS = {"bridge": 0.5, "shuffled": 1.5, "text": 0.25, "none": 2.0}
+LEVELS = {"bridge": 0.5, "zero": 2.5, "text": 0.25, "none": 2.0}
+ROW = Row([0], 1, [1, 2])
 
 
 def make(problems: list[Problem], outputs: list[str], shift: float = 0.0, **options) -> list[ProblemResult]:
@@ -22,9 +26,11 @@ def make(problems: list[Problem], outputs: list[str], shift: float = 0.0, **opti
     noise = np.random.default_rng(1).normal(size=len(problems))
     results = []
     for problem, output, extra in zip(problems, outputs, noise, strict=True):
-        losses = {name: np.array([level - 0.1, level + 0.1]) + 0.1 * extra for name, level in CONDITIONS.items()}
+        losses = {name: np.array([level - 0.1, level + 0.1]) + 0.1 * extra for name, level in LEVELS.items()}
         losses["shuffled"] = losses["bridge"] + shift + 0.1 * np.random.default_rng(len(results)).normal()
-        results.append(ProblemResult(problem, output, problem.answer, losses, 4, **options))
+        texts = {"bridge": output, "shuffled": "", "zero": "", "text": problem.answer}
+        answers = {condition: Answer(text, False) for condition, text in texts.items()}
+        results.append(ProblemResult(problem, ROW, 4, answers, losses, **options))
     return results
 
 
@@ -44,7 +50,8 @@ def test_accuracy_and_its_interval(many):
     assert measures.values["accuracy"] == measures.values["relative_accuracy"] == 0.75
     assert measures.values["text_accuracy"] == 1
     assert measures.intervals["accuracy"] == wilson_interval(150, 200)
-    assert measures.hits == {"accuracy": 150, "text_accuracy": 200}
+    none = dict.fromkeys(("shuffled_accuracy", "zero_accuracy", "truncated", "text_truncated"), 0)
+    assert measures.hits == {"accuracy": 150, "text_accuracy": 200, **none}
     assert measures.counts.keys() == measures.values.keys()
     assert measures.values["distinct"] == distinct(outputs)
 
@@ -54,10 +61,52 @@ def test_losses_gain_and_recovery_are_means_over_answers(perfect):
     noise = 0.1 * np.random.default_rng(1).normal(size=200).mean()
     assert metrics["ce_bridge"] == pytest.approx(0.5 + noise)
     assert metrics["ce_none"] == pytest.approx(2 + noise)
+    assert metrics["ce_zero"] == pytest.approx(2.5 + noise)
     assert metrics["bridge_gain"] == pytest.approx(1.5)
     assert metrics["recovery"] == pytest.approx(1.5 / 1.75)
     assert intervals["recovery"] == pytest.approx((1.5 / 1.75, 1.5 / 1.75))
     assert intervals["bridge_gain"] == pytest.approx((1.5, 1.5))
+
+
+def with_prefix(results: list[ProblemResult], right: int) -> list[ProblemResult]:
+    """Add answers behind a prefix, of which the first `right` are right and the others cut."""
+    for i, result in enumerate(results):
+        result.answers["text_prefix"] = Answer(result.problem.answer if i < right else "#### -1", i >= right)
+        result.losses["text_prefix"] = result.losses["text"] + 0.25
+    return results
+
+
+def test_controls_and_cut_answers(many):
+    results = with_prefix(make(many, [problem.answer for problem in many[:100]] + [""] * 100), 160)
+    for i, result in enumerate(results):
+        result.answers["shuffled"].text = result.problem.answer if i % 40 == 0 else ""
+        result.answers["zero"].text = result.problem.answer if i % 100 == 0 else ""
+        result.answers["bridge"].is_cut, result.answers["text"].is_cut = i % 4 == 0, i % 50 == 0
+    measures = measure(results)
+    wanted = {"shuffled_accuracy": 5, "zero_accuracy": 2, "text_prefix_accuracy": 160}
+    wanted |= {"truncated": 50, "text_truncated": 4, "text_prefix_truncated": 40}
+    for name, hits in wanted.items():
+        assert (measures.hits[name], measures.counts[name], measures.values[name]) == (hits, 200, hits / 200)
+        assert measures.intervals[name] == wilson_interval(hits, 200)
+    assert measures.values["ce_text_prefix"] == pytest.approx(measures.values["ce_text"] + 0.25)
+    assert measures.values["relative_accuracy"] == 100 / 160  # to the text behind the prefix, not to the text
+
+
+def test_a_ratio_to_nearly_nothing_is_absent(many):
+    outputs = [problem.answer for problem in many]
+    for hits, has_ratio in ((0, False), (1, False), (10, False), (30, True)):
+        results = with_prefix(make(many, outputs), hits)
+        assert ("relative_accuracy" in measure(results).values) == has_ratio
+        for result in results:  # without a prefix, the denominator is the text
+            result.answers["text"] = result.answers.pop("text_prefix")
+        assert ("relative_accuracy" in measure(results).values) == has_ratio
+    for gain, has_recovery in ((-1.0, False), (0.0, False), (0.04, False), (0.2, True)):
+        results = make(many, outputs)
+        for result in results:
+            result.losses["text"] = result.losses["none"] - gain
+        measures = measure(results)
+        assert ("recovery" in measures.values) == ("recovery" in measures.counts) == has_recovery
+        assert measures.values["bridge_gain"] == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(("shift", "excludes"), [(0.05, True), (0.0, False)])
@@ -79,8 +128,8 @@ def test_entity_transfer_is_one_for_all_zero_for_none_and_zero_for_chance(many, 
 
     nothing = measure(make(many, ["no word of it"] * 200)).values
     assert nothing["entity_recall"] == nothing["entity_chance"] == nothing["entity_transfer"] == 0
-    everything = " ".join(word for problem in many for words in problem.entities.values() for word in words)
-    assert measure(make(many, [everything] * 200)).values["entity_transfer"] == 0  # recall 1, and chance 1
+    everything = " ".join(word for problem in many[:40] for words in problem.entities.values() for word in words)
+    assert measure(make(many[:40], [everything] * 40)).values["entity_transfer"] == 0  # recall 1, and chance 1
 
     others = measure(make(many, [many[i - 100].answer for i in range(200)]))
     assert others.values["entity_recall"] > 0
@@ -97,9 +146,9 @@ def test_entity_transfer_is_one_for_all_zero_for_none_and_zero_for_chance(many, 
 
 def test_entities_are_whole_words_by_type():
     problems = [
-        Problem("q", "a #### 1", {"name": ("Ann",), "number": ("12", "3")}),
-        Problem("q", "a #### 2", {"name": ("Bob",)}),
-        Problem("q", "a #### 3", {}),
+        Problem("q1", "a #### 1", {"name": ("Ann",), "number": ("12", "3")}),
+        Problem("q2", "a #### 2", {"name": ("Bob",)}),
+        Problem("q3", "a #### 3", {}),
     ]
     measures = measure(make(problems, ["Anna has 12 and 33", "Bob", "Eve"]))
     assert measures.values["entity_recall_name"] == 0.5
@@ -115,11 +164,12 @@ def test_texts_without_entities_have_no_entity_measures():
     assert not any("entity" in name or "twin" in name or "retrieval" in name for name in names)
 
 
-def candidates(scores: np.ndarray) -> Measures:
+def candidates(scores: np.ndarray, own: int = 0) -> Measures:
     problems = [Problem("q", f"#### {i}") for i in range(len(scores))]
     results = make(problems, [""] * len(scores))
-    for result, scores_G in zip(results, scores, strict=True):
-        result.candidates_G = scores_G
+    for i, (result, scores_G) in enumerate(zip(results, scores, strict=True)):
+        result.own = (own + i) % GROUP
+        result.candidates_G = np.roll(scores_G, result.own)
     results.append(make(problems[:1], [""])[0])  # one outside of full groups
     return measure(results)
 
@@ -127,6 +177,9 @@ def candidates(scores: np.ndarray) -> Measures:
 def test_retrieval_and_its_bound():
     scores = np.full((20, GROUP), -50.0)
     assert candidates(scores).values["infonce_bound"] == pytest.approx(0, abs=1e-12)
+    for own in range(GROUP):  # the same soft tokens for every question: chance, up to rounding
+        same = np.full((24, GROUP), -50.0) + 1e-5 * np.random.default_rng(own).normal(size=(24, GROUP))
+        assert candidates(same, own).values["retrieval"] == 1 / GROUP
     scores[:, 0] = -1
     measures = candidates(scores)
     assert (measures.values["retrieval"], measures.intervals["retrieval"]) == (1, wilson_interval(20, 20))
@@ -200,14 +253,22 @@ def test_a_bridge_that_diverged_has_no_measures():
     results = make(twins, outputs, soft_KD=np.full((4, 6), np.nan), candidates_G=np.full(GROUP, np.nan))
     for result in results:
         result.losses["bridge"] = result.losses["shuffled"] = np.full(2, np.nan)
-    measures = measure(results)
-    assert measures.hits == {"text_accuracy": 8}
-    assert measures.intervals == {"text_accuracy": wilson_interval(8, 8)}
-    finite = {name for name, value in measures.values.items() if math.isfinite(value)}
-    assert finite == {"text_accuracy", "ce_text", "ce_none"}
-    sound = measure(make(twins, outputs, soft_KD=np.ones((4, 6)), candidates_G=np.zeros(GROUP)))
+    measures = measure(with_prefix(results, 8))
+    assert set(measures.hits) == set(measures.intervals) == {name for name in FROM_TARGET if "ce_" not in name}
+    assert measures.intervals["text_accuracy"] == wilson_interval(8, 8)
+    assert {name for name, value in measures.values.items() if math.isfinite(value)} == set(FROM_TARGET)
+    sound = measure(with_prefix(make(twins, outputs, soft_KD=np.ones((4, 6)), candidates_G=np.zeros(GROUP)), 8))
     assert measures.values.keys() == sound.values.keys()
     assert {"accuracy", "retrieval", "twin_consistency", "entity_transfer", "cosine"} <= sound.values.keys()
+
+
+def test_a_prefix_that_diverged_has_no_measures(many):
+    results = with_prefix(make(many, [problem.answer for problem in many]), 150)
+    for result in results:
+        result.losses["text_prefix"] = np.full(2, np.nan)
+    values = measure(results).values
+    lost = {"text_prefix_accuracy", "text_prefix_truncated", "ce_text_prefix", "relative_accuracy"}
+    assert {name for name, value in values.items() if math.isnan(value)} == lost
 
 
 def test_what_a_test_leaves_behind(run, workplace):
@@ -228,7 +289,8 @@ def test_what_a_test_leaves_behind(run, workplace):
         assert record["metrics"][f"{name}/accuracy"] == pytest.approx(done.model.hits[f"{name}/accuracy"][0] / count)
         assert len(record["intervals"][f"{name}/accuracy"]) == 2
     assert ("twin/twin_consistency" in record["metrics"], "test/twin_consistency" in record["metrics"]) == (True, False)
-    proportions = {"accuracy", "text_accuracy", "retrieval"}
+    proportions = {"accuracy", "text_accuracy", "shuffled_accuracy", "zero_accuracy", "truncated", "text_truncated"}
+    proportions |= {"retrieval"}
     assert {name for name in done.model.hits if name.startswith("test/")} == {f"test/{name}" for name in proportions}
     assert record["n"]["twin/twin_consistency"] == 3
     assert record["metrics"]["test/soft_bytes"] == 2 * done.model.target.width * done.model.bridge.soft_tokens

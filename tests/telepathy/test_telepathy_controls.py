@@ -1,0 +1,200 @@
+"""What needs the whole test set: the draw, the work of each rank, and the same measures for any batches."""
+
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUIET
+from lightning import Trainer
+
+from datamodules import WordProblems
+from datamodules.problems import Problem, generate, generate_passkey, generate_twins
+from lightning_modules.pretrained.generation import Answer
+from lightning_modules.telepathy import TokenBridge, controls
+from lightning_modules.telepathy.draw import DRAWN, GROUP, Draw
+from lightning_modules.telepathy.layout import Row
+from lightning_modules.telepathy.results import ProblemResult
+
+LENGTHS = (2, 3, 5)
+REPEATED = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]  # 9 different questions: one group of 8, and one outside
+
+
+class Ended(Exception):
+    """The end of one rank's part, in which only the exchange with the others is left."""
+
+
+class Fake:
+    """A module whose losses and answers are sums, which shows what was computed from what, and how often."""
+
+    answer_limit, device = 8, torch.device("cpu")
+
+    def __init__(self, rank: int, world: int):
+        self.trainer = SimpleNamespace(
+            global_rank=rank,
+            world_size=world,
+            is_global_zero=rank == 0,
+            progress_bar_callback=None,
+            strategy=SimpleNamespace(batch_to_device=lambda batch: batch),
+            precision_plugin=SimpleNamespace(test_step_context=self.autocast),
+        )
+        self.target = SimpleNamespace(width=2, losses=self.losses, answers=self.answers)
+        self.read, self.answered, self.asked, self.casts = [], [], [], False
+
+    @contextmanager
+    def autocast(self):
+        self.casts = True
+        yield
+        self.casts = False
+
+    def collate(self, problems, training):
+        assert not training
+        numbers = [int(problem.question.split()[1]) for problem in problems]
+        lengths = torch.tensor([LENGTHS[number % 3] for number in numbers])
+        return {"numbers": numbers, "soft_mask": torch.arange(int(lengths.max())) < lengths[:, None]}
+
+    def __call__(self, batch):
+        assert self.casts  # as in the steps of the test
+        self.read += batch["numbers"]
+        soft_BK = torch.tensor(batch["numbers"], dtype=torch.float)[:, None] * batch["soft_mask"]
+        return soft_BK[..., None].expand(-1, -1, 2)
+
+    def losses(self, rows, soft_BKD, mask_BK):
+        sums_B = (soft_BKD.sum(-1) * mask_BK).sum(1)
+        self.answered += [row.answer[0] for row in rows]
+        return [np.array([100.0 * row.answer[0], float(total)]) for row, total in zip(rows, sums_B, strict=True)]
+
+    def answers(self, rows, limit, zeros_BKD, mask_BK):
+        assert self.casts
+        assert not zeros_BKD.any()
+        self.asked += mask_BK.sum(1).tolist()
+        return [Answer(f"zeros {int(count)}", False) for count in mask_BK.sum(1)]
+
+
+def make_results(questions: list[int]) -> list[ProblemResult]:
+    results = []
+    for i, number in enumerate(questions):
+        problem, count = Problem(f"question {number}", f"#### {i}"), LENGTHS[number % 3]
+        losses = {"bridge": np.array([100.0 * i, 2.0 * number * count])}
+        results.append(ProblemResult(problem, Row([0], 1, [i]), count, {"bridge": Answer(f"{i}", False)}, losses))
+    return results
+
+
+def add_controls(monkeypatch, questions: list[int], size: int, world: int) -> tuple[list[ProblemResult], list[Fake]]:
+    """Run the part of one rank after another, and let the last one see what all have computed."""
+    parts, fakes = [], [Fake(rank, world) for rank in range(world)]
+
+    def gather(part):
+        parts.append(part)
+        if len(parts) < world:
+            raise Ended
+        return parts
+
+    monkeypatch.setattr(controls, "gather_objects", gather)
+    for fake in fakes[:-1]:
+        with pytest.raises(Ended):
+            controls.add_controls(fake, make_results(questions), size, "test")
+    results = make_results(questions)
+    controls.add_controls(fakes[-1], results, size, "test")
+    return results, fakes
+
+
+@pytest.mark.parametrize("questions", [list(range(1, 24)), REPEATED, [1, 2], [1, 1, 1]])
+def test_controls_are_the_same_on_any_number_of_ranks(monkeypatch, questions):
+    expected, (alone,) = add_controls(monkeypatch, questions, 4, 1)
+    distinct = len(set(questions))
+    assert len(alone.read) == (distinct if distinct > 1 else 0)  # soft tokens are made once
+    assert sorted(alone.asked) == sorted({LENGTHS[number % 3] for number in questions})  # and so are answers to zeros
+    for size, world in ((1, 1), (100, 1), (4, 2), (1, 3), (2, 30)):  # 30: some ranks have no part
+        results, fakes = add_controls(monkeypatch, questions, size, world)
+        assert sorted(chain(*(fake.read for fake in fakes))) == sorted(alone.read)
+        assert max(len(fake.read) for fake in fakes) - min(len(fake.read) for fake in fakes) <= 1
+        assert sorted(chain(*(fake.answered for fake in fakes))) == sorted(alone.answered)
+        np.testing.assert_equal([vars(result) for result in results], [vars(result) for result in expected])
+
+
+def test_controls_come_from_other_questions(monkeypatch):
+    questions = REPEATED
+    results, _ = add_controls(monkeypatch, questions, 4, 1)
+    takers = {number: [] for number in questions}
+    for i, result in enumerate(results):
+        assert result.answers["zero"].text == f"zeros {result.soft_count}"
+        other = int(result.answers["shuffled"].text)  # the index of a problem
+        assert questions[other] != questions[i]
+        count = LENGTHS[questions[other] % 3]
+        np.testing.assert_equal(result.losses["shuffled"], [100.0 * i, 2.0 * questions[other] * count])
+        takers[questions[i]].append(questions[other])
+        assert result.soft_KD is None or (result.soft_KD == questions[i]).all()
+    assert sorted(taken[0] for taken in takers.values()) == sorted(takers)  # each question once
+    assert all(len(set(taken)) == 1 for taken in takers.values())
+    assert sum(result.soft_KD is not None for result in results) == 9
+    group = [(i, result) for i, result in enumerate(results) if result.candidates_G is not None]
+    assert len(group) == GROUP
+    assert sorted(result.own for _, result in group) == list(range(GROUP))
+    for i, result in group:
+        assert result.candidates_G[result.own] == -result.losses["bridge"].sum()
+        sums = sorted(2.0 * questions[j] * results[j].soft_count for j, _ in group)
+        assert sorted(-result.candidates_G - 100.0 * i) == sums
+
+
+def test_the_draw_of_a_large_set():
+    problems = [generate(0, "test", index) for index in range(700)]
+    draw = Draw(problems)
+    assert draw.groups_NG().shape == (DRAWN // GROUP, GROUP)
+    assert len(set(draw.groups_NG().flat)) == DRAWN
+    for shift in (1, 2, 8):
+        others_B = draw.others_B(shift)
+        assert sorted(others_B) == list(range(700))
+        assert not (others_B == np.arange(700)).any()
+    assert np.corrcoef(draw.order_Q, np.arange(700))[0, 1] < 0.2  # not the order of the set
+
+
+@pytest.fixture
+def examine(telepathy, tmp_path):
+    """Return a function that tests an untrained bridge with a prefix on problems and returns measures and samples."""
+
+    def call(problems: list[Problem], batch_size: int, **flags) -> tuple[dict[str, float], dict[str, int]]:
+        data = WordProblems(eval_batch_size=batch_size, test_sets={"test": len(problems)})
+        data.eval_problems = {"test": problems}
+        module = telepathy(partial(TokenBridge, hidden=64), text_prefix=2, max_new_tokens=24)
+        trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, **QUIET | flags)
+        trainer.test(module, datamodule=data, verbose=False)
+        values = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        return {name.removeprefix("test/"): value for name, value in values.items()}, module.counts
+
+    return call
+
+
+def test_measures_do_not_depend_on_the_batches(examine):
+    problems = [problem for index in range(4) for problem in generate_twins(0, "test", index)]
+    problems += [generate_passkey(0, "test", index) for index in range(6)]
+    problems += problems[-2:]  # the same questions again
+    expected, counts = examine(problems, 64)
+    assert counts["test/accuracy"] == 16
+    assert (counts["test/retrieval"], counts["test/cosine"]) == (8, 14)
+    wanted = {"shuffled_accuracy", "zero_accuracy", "ce_shuffled", "ce_zero", "ce_text_prefix", "text_prefix_truncated"}
+    wanted |= {"twin_consistency", "entity_transfer_key", "relative_accuracy", "recovery", "truncated"}
+    assert wanted <= expected.keys()
+    assert 0 < expected["text_accuracy"] < 1
+    assert expected["truncated"] > 0
+    for batch_size in (7, 1):
+        found, _ = examine(problems, batch_size)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            if not name.endswith("_ms"):
+                assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def test_a_single_problem_has_no_measures_of_others(examine):
+    problems = [generate_passkey(0, "test", index) for index in range(4)]
+    alone, _ = examine(problems[:1], 4)
+    assert {"accuracy", "zero_accuracy", "truncated", "ce_zero", "bridge_gain"} <= alone.keys()
+    assert not any(
+        word in name for name in alone for word in ("shuffled", "specificity", "cosine", "entity", "retriev")
+    )
+    tried, counts = examine(problems, 2, fast_dev_run=True)
+    assert counts["test/accuracy"] == counts["test/shuffled_accuracy"] == 2
+    assert alone.keys() < tried.keys()
