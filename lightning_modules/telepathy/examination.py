@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from lightning_modules.telepathy.controls import Examined, add_controls
 from lightning_modules.telepathy.figures import cosine_map, loss_by_position, soft_token_map
 from lightning_modules.telepathy.measures import measure, stack_soft
 from lightning_modules.telepathy.results import ProblemResult
+
+T = TypeVar("T")
 
 SHOWN = 16  # samples in the text table
 
@@ -94,9 +97,9 @@ class Examination:
         measures.add("text_bytes", np.mean([len(r.problem.question.encode()) for r in results]).item(), count)
         for measured, value in measures.values.items():
             module.log(f"{self.name}/{measured}", value)
-        module.counts |= {f"{self.name}/{measured}": number for measured, number in measures.counts.items()}
-        module.hits |= {f"{self.name}/{measured}": [hits] for measured, hits in measures.hits.items()}
-        module.intervals |= {f"{self.name}/{measured}": interval for measured, interval in measures.intervals.items()}
+        _replace(module.counts, self.name, measures.counts)
+        _replace(module.hits, self.name, {measured: [hits] for measured, hits in measures.hits.items()})
+        _replace(module.intervals, self.name, measures.intervals)
         self._show(module.trainer, results)
 
     def _show(self, trainer: Trainer, results: list[ProblemResult]) -> None:
@@ -115,6 +118,13 @@ class Examination:
             templates = [results[i].problem.template for i in kept]
             add_figure(trainer, f"{self.name}/soft_tokens", soft_token_map(soft_BF, templates))
             add_figure(trainer, f"{self.name}/soft_token_cosines", cosine_map(soft_BF, templates))
+
+
+def _replace(recorded: dict[str, T], name: str, of_measures: dict[str, T]) -> None:
+    """Replace what is recorded of a test set, which may have had other measures in an earlier test."""
+    for measured in [measured for measured in recorded if measured.startswith(f"{name}/")]:
+        del recorded[measured]
+    recorded.update({f"{name}/{measured}": value for measured, value in of_measures.items()})
 
 
 def _now(device: torch.device) -> float:
