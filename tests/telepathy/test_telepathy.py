@@ -43,7 +43,7 @@ def frozen_weights(module) -> dict[str, torch.Tensor]:
 def test_only_the_bridge_and_the_scale_get_gradients(telepathy, problems):
     module = telepathy(PerceiverBridge, objectives={"lm": 1.0})
     batch = module.collate(problems, True)
-    logits_NV = module.target.logits(module.target.soft_frame, module(batch), batch["soft_tail"], batch["soft_packing"])
+    logits_NV = module.target.logits(batch["soft"], module(batch))
     logits_NV.square().mean().backward()
     trained = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
     expected = {
@@ -76,11 +76,10 @@ def test_what_is_read_is_the_hidden_states_of_the_whole_model(telepathy, problem
     names = [name for name, _ in module.source.named_parameters()]
     assert len({name.split("layers.")[1].split(".")[0] for name in names if "layers." in name}) == max(listed)
     assert not any("lm_head" in name for name in names)
-    assert type(module.source.model).__name__ == "LlamaModel"
     batch = module.collate(problems, True)
     states_BSC = module.read(batch)
     assert states_BSC.shape == (*batch["source_mask"].shape, whole.config.hidden_size * len(listed))
-    tokenizer = module.source_tokenizer
+    tokenizer = module.source.tokenizer
     for problem, states_SC, mask_S in zip(problems, states_BSC, batch["source_mask"], strict=True):
         head = tokenizer("Question:", add_special_tokens=False)["input_ids"]
         body = tokenizer(f" {problem.question}", add_special_tokens=False)["input_ids"]
@@ -103,28 +102,35 @@ def test_a_layer_that_no_model_has(telepathy, layers):
         telepathy(source_layer=layers)
 
 
-def test_no_logit_depends_on_embeddings_that_come_after(telepathy, problems):
-    module = telepathy(objectives={"lm": 1.0, "kl_text": 1.0})
-    target, batch = module.target, module.collate(problems[:1], True)
-    packing, head = batch["text_packing"], len(module.target.text_frame.head)
-    body_BQD = target.embedding(batch["text"]).detach().requires_grad_()
-    # A packing that moves nothing, of head and body alone, with the logits of every position
-    size = body_BQD.shape[1]
-    packing.order_BT, packing.predict_N = torch.arange(head + size)[None], torch.arange(head + size)
-    logits_NV = target.logits(target.text_frame, body_BQD, batch["text_tail"][:, :0], packing)
-    for t in (0, size // 2, size - 2):
-        (grad_BQD,) = torch.autograd.grad(logits_NV[head + t].square().sum(), body_BQD, retain_graph=True)
-        assert (grad_BQD[:, t + 1 :] == 0).all()
-        assert (grad_BQD[:, : t + 1].abs().amax(dim=-1) > 0).all()
+def test_no_logit_depends_on_soft_tokens_that_come_after(telepathy, problems):
+    module = telepathy()
+    batch = module.collate(problems[:1], True)
+    soft_BKD, packing = module(batch).detach().requires_grad_(), batch["soft"]
+    column_T, size = packing.column_BT[0], int(batch["soft_mask"].sum())
+    packing.predict_N = torch.arange(len(column_T))
+    logits_NV = module.target.logits(packing, soft_BKD)
+    for k in (0, size // 2, size - 2):
+        t = int((column_T == k).nonzero())
+        (grad_BKD,) = torch.autograd.grad(logits_NV[t].square().sum(), soft_BKD, retain_graph=True)
+        assert (grad_BKD[:, k + 1 :] == 0).all()
+        assert (grad_BKD[:, : k + 1].abs().amax(dim=-1) > 0).all()
 
 
 def test_no_state_depends_on_source_tokens_that_come_after(telepathy, problems):
     module = telepathy(source_layer=3)
-    model, batch = module.source.model, module.collate(problems[:2], True)
-    embeds_BTD = model.get_input_embeddings()(batch["source"]).detach().requires_grad_()
-    states_BTC = model(inputs_embeds=embeds_BTD).last_hidden_state
+    batch, embeds = module.collate(problems[:2], True), []
+    table = module.source.model.model.get_input_embeddings()
+
+    def watch(module, args, output):
+        embeds.append(output.detach().requires_grad_())
+        return embeds[0]
+
+    handle = table.register_forward_hook(watch)
+    states_BTC = module.source.model(batch["source"], batch["source_real"])
+    handle.remove()
+    assert not module.source.model.is_bidirectional
     for t in (0, 9, 20):
-        (grad_BTD,) = torch.autograd.grad(states_BTC[:, t].square().sum(), embeds_BTD, retain_graph=True)
+        (grad_BTD,) = torch.autograd.grad(states_BTC[:, t].square().sum(), embeds[0], retain_graph=True)
         assert (grad_BTD[:, t + 1 :] == 0).all()
         assert (grad_BTD[:, : t + 1].abs().amax(dim=(0, 2)) > 0).all()
 
@@ -134,15 +140,13 @@ def test_soft_tokens_of_a_sample_do_not_depend_on_its_batch(telepathy, problems)
     for bridge in (PerceiverBridge, partial(TokenBridge, hidden=64)):
         module = telepathy(bridge, source_layer=[1, 2], normalizer="layer_norm").eval()
         batch = module.collate(problems, False)
-        soft_BKD, losses = module(batch), None
-        losses = module.target.answer_losses(module.target.soft_frame, soft_BKD, batch["soft_mask"], batch["answers"])
+        soft_BKD = module(batch)
+        losses = module.target.losses(batch["soft_rows"], soft_BKD, batch["soft_mask"])
         for i, problem in enumerate(problems):
             alone = module.collate([problem], False)
             soft_1KD = module(alone)
             torch.testing.assert_close(soft_BKD[i][batch["soft_mask"][i]], soft_1KD[0], atol=1e-4, rtol=1e-4)
-            (losses_alone,) = module.target.answer_losses(
-                module.target.soft_frame, soft_1KD, alone["soft_mask"], alone["answers"]
-            )
+            (losses_alone,) = module.target.losses(alone["soft_rows"], soft_1KD, alone["soft_mask"])
             assert losses[i] == pytest.approx(losses_alone, abs=1e-3)
 
 
@@ -151,7 +155,9 @@ def test_soft_tokens_start_at_the_scale_of_the_embeddings(telepathy, problems):
     module = telepathy()
     batch = module.collate(problems, False)
     rms = module(batch)[batch["soft_mask"]].square().mean(-1).sqrt()
-    torch.testing.assert_close(rms, module.target.embedding.weight.square().mean().sqrt().expand_as(rms))
+    scale = module.target.embedding.weight.square().mean().sqrt()
+    assert module.target.embedding_scale() == pytest.approx(scale.item(), rel=1e-5)
+    torch.testing.assert_close(rms, scale.expand_as(rms))
 
 
 @torch.no_grad()
