@@ -37,7 +37,7 @@ def with_first_layers(kind: type["PreTrainedModel"], layers: int, count: int) ->
         stack = layer_stack(model, count)
         for index in range(layers, count if stack is not None else 0):
             cast(nn.ModuleList, stack)[index] = nn.Identity()
-        kind.post_init(model)
+        kind.post_init(model)  # type: ignore[no-untyped-call]  # transformers has no types here
 
     # Of the same name and module, by which transformers looks settings up
     return type(kind.__name__, (kind,), {"post_init": post_init, "__module__": kind.__module__})
@@ -62,7 +62,8 @@ class FirstLayers(nn.Module):
 
     def __init__(self, model: "PreTrainedModel", layers: Sequence[int], count: int):
         super().__init__()
-        self.model, self.layers, self.count = model.eval(), tuple(layers), count
+        self.model, self.layers, self.count = model, tuple(layers), count
+        model.eval()  # type: ignore[no-untyped-call]  # nor here
         model.config.get_text_config().use_cache = False
         self.is_bidirectional = True
         states = [self._probe(last) for last in (0, 1)]
@@ -75,7 +76,8 @@ class FirstLayers(nn.Module):
         """Return the states of three tokens, of which only the last one depends on `last`."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         tokens_BT = torch.tensor([[3, 4, 5 + last]], device=self.model.device) % vocabulary
-        return self(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+        states_BTC: Tensor = self(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+        return states_BTC
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Return states_BTC, the features of all layers side by side.

@@ -3,7 +3,7 @@
 Shapes: B batch, T positions, K vectors, D model width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,8 @@ def _greedy(model: "CausalLM", ends: list[int], filler: int) -> Iterator[Any]:
     from transformers import GenerationConfig
 
     kept = model.generation_config
-    settings = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=filler)
+    make: Callable[..., GenerationConfig] = GenerationConfig
+    settings = make(do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=filler)
     model.generation_config = settings
     try:
         yield settings

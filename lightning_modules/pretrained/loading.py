@@ -117,8 +117,9 @@ class Pretrained:
 
         config = self.load_config()
         mapping: Any = MODEL_FOR_TEXT_ENCODING_MAPPING if config.is_encoder_decoder else MODEL_MAPPING
-        total: int | None = getattr(config.get_text_config(), "num_hidden_layers", None)
-        if total is None or type(config) not in mapping:
+        text = config.get_text_config()
+        total: int | None = getattr(text, "num_hidden_layers", None)
+        if total is None or not hasattr(text, "vocab_size") or type(config) not in mapping:
             raise UserError(f"model.source: '{self.path}' ({config.model_type}) is no language model with layers")
         for layer in layers:
             if not 1 <= layer <= total:
@@ -145,21 +146,23 @@ class Pretrained:
             if wrong:
                 problem = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"
                 raise UserError(f"the weights in '{self.path}' do not fit its config: {problem}")
-        attention, size = model.config._attn_implementation, model.num_parameters()
-        rank_zero_info(f"{self.path}: {config.model_type}, {size / 1e6:.3g} M, {self.dtype}, attention {attention}")
+        size, attention = f"{model.num_parameters() / 1e6:.3g} M parameters", model.config._attn_implementation
+        rank_zero_info(f"{self.path}: {config.model_type}, {size}, {self.dtype}, attention {attention}")
         return model
 
 
 def positions(model: "CausalLM | PreTrainedModel") -> int | None:
     """Return the largest number of positions of a row that a model reads; None without a limit.
 
-    RoBERTa's kind of models count positions behind that of the padding, and so read fewer than their configuration says.
+    RoBERTa's kind of models count positions behind that of the padding, and so read fewer than their configuration
+    says.
     """
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for table in model.modules():
-        if isinstance(table, nn.Embedding) and table is not model.get_input_embeddings():
-            if table.num_embeddings == limit and table.padding_idx is not None:
-                return limit - table.padding_idx - 1
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for table in tables:
+        is_of_positions = table.num_embeddings == limit and table is not model.get_input_embeddings()
+        if limit is not None and is_of_positions and table.padding_idx is not None:
+            return limit - table.padding_idx - 1
     return limit
 
 

@@ -162,9 +162,9 @@ class QuestionAnswering(LightningModule):
         for problem in problems:
             # By hash, so that it is the same on every rank, in every worker and after a resume
             repeat = training and crc32(b"repeat" + problem.question.encode()) / 2**32 < self.repeat_fraction
-            prompt = self.repeat_prompt if repeat else self.prompt
-            questions.append(prompt.fill(problem.question))
-            outputs.append(prompt.separator + (problem.question if repeat else problem.answer))
+            around = self.repeat_prompt if repeat else self.prompt
+            questions.append(around.fill(problem.question))
+            outputs.append(around.separator + (problem.question if repeat else problem.answer))
         rows = continued(tokenizer, questions, outputs)
         prompts, answers = [with_added(first, before) for first, _ in rows], [second + end for _, second in rows]
         tokens_BT, mask_BT = pad([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], filler)

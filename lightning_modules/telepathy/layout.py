@@ -68,9 +68,7 @@ def pack(rows: Sequence[Row], filler: int, mask_BK: Tensor | None = None) -> Pac
         filler: The token under vectors, and of the padding.
         mask_BK: True at real vectors; None for rows without vectors.
     """
-    filled = [
-        row.filled(vectors, filler) for row, vectors in zip(rows, real_vectors(mask_BK, len(rows)), strict=True)
-    ]
+    filled = [row.filled(vectors, filler) for row, vectors in zip(rows, real_vectors(mask_BK, len(rows)), strict=True)]
     # The last answer token is a label only: nothing has to follow it
     wholes = [tokens + row.answer[:-1] for (tokens, _), row in zip(filled, rows, strict=True)]
     width = max(map(len, wholes))

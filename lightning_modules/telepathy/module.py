@@ -156,7 +156,7 @@ class Telepathy(LightningModule):
         batch = TelepathyBatch(**source, soft_mask=self.bridge.soft_mask(source["source_mask"]))
         if not training:
             return EvaluationBatch(**batch, problems=problems, soft_rows=soft_rows, text_rows=text_rows)
-        made = TrainingBatch(**batch, soft=target.pack(soft_rows, batch["soft_mask"]))
+        made = cast(TrainingBatch, {**batch, "soft": target.pack(soft_rows, batch["soft_mask"])})
         if "question" in self.needs:
             made["question"], made["question_mask"] = pad(target.question_tokens(questions), 0)
         if "text" in self.needs:
@@ -251,11 +251,12 @@ class Telepathy(LightningModule):
             write_jsonl(Path(folder, "samples", "predictions.jsonl"), samples)
 
     def on_fit_start(self) -> None:
-        """Measure the normalizer's statistics. A resumed run measures the same.
+        """Check the target, and measure the normalizer's statistics. A resumed run measures the same.
 
         Raises:
-            UserError: The data gives no held-out questions.
+            UserError: The target does not answer soft tokens, or the data gives no held-out questions.
         """
+        self.target.check()
         if not isinstance(self.normalizer, StatisticalNormalizer):
             return
         data: object = connected(self.trainer).datamodule

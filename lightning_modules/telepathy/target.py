@@ -83,9 +83,30 @@ class Target(Frozen):
 
         It is not that of its weights: some models scale inside of the embedding, such as Gemma 3 by the root of D.
         """
-        tokens_V = torch.arange(self.embedding.weight.shape[0], device=self.embedding.weight.device)
-        squares = [self.embedding(part).float().square().sum().item() for part in tokens_V.split(CHUNK)]
-        return float((sum(squares) / (len(tokens_V) * self.width)) ** 0.5)
+        size, device = self.embedding.weight.shape[0], self.embedding.weight.device
+        parts = [torch.arange(start, min(start + CHUNK, size), device=device) for start in range(0, size, CHUNK)]
+        squares = [self.embedding(tokens).float().square().sum().item() for tokens in parts]
+        return float((sum(squares) / (size * self.width)) ** 0.5)
+
+    def check(self) -> None:
+        """Find out before training whether the model answers vectors, and whether their gradient reaches them.
+
+        Raises:
+            UserError: It does not.
+        """
+        rows = self.rows(["x", "x y"], ["x", "y"])[0]
+        vectors_BKD = torch.full((2, 2, self.width), 0.01, device=self.model.device, requires_grad=True)
+        mask_BK = torch.tensor([[True, True], [True, False]])
+        try:
+            packing = move_data_to_device(self.pack(rows, mask_BK), self.model.device)
+            with torch.enable_grad():
+                (grad_BKD,) = torch.autograd.grad(self.logits(packing, vectors_BKD).float().sum(), vectors_BKD)
+            self.answers(rows, 2, vectors_BKD.detach(), mask_BK)
+        except Exception as error:  # of any class: every architecture has code of its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"model.target: '{self.path}' does not answer soft tokens: {reason}") from error
+        if not grad_BKD.any():
+            raise UserError(f"model.target: no gradient reaches soft tokens of '{self.path}': choose another model")
 
     def rows(self, questions: Sequence[str], answers: Sequence[str]) -> tuple[list[Row], list[Row]]:
         """Return the rows of questions for soft tokens, and the rows with their text.
@@ -131,7 +152,7 @@ class Target(Frozen):
         Args:
             rows: The rows.
             vectors_BKD: Vectors in the place of each row; None for none.
-            mask_BK: True at real vectors.
+            mask_BK: True at real vectors; needed with vectors.
         """
         packing = move_data_to_device(self.pack(rows, mask_BK), self.model.device)
         logits_NV = self.logits(packing, vectors_BKD)

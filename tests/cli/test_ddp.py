@@ -15,9 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 
 STEPS, BATCH = 4, 16
-TEST = ["--data.test_sets", '{"test": 32, "twin": 16}', "--model.max_new_tokens", "60"]
-# These depend on the rows that one rank holds, before the ranks are gathered
-BY_PARTNER = ("ce_shuffled", "source_specificity", "retrieval", "infonce_bound", "entity_chance", "entity_transfer")
+TEST = ["--data.test_sets", '{"test": 33, "twin": 14}', "--model.max_new_tokens", "60"]
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +87,8 @@ def test_a_checkpoint_has_the_same_measures_on_two_processes(launch, two):
     expected, found = ({k: v for k, v in r["metrics"].items() if k.split("/")[0] in ("test", "twin")} for r in records)
     assert set(found) == set(expected)
     for name, value in expected.items():
-        measure = name.partition("/")[2]
-        if not measure.startswith(BY_PARTNER) and not measure.endswith("_ms"):
-            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        if not name.endswith("_ms"):
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
     for name, value in records[0]["n"].items():
         assert records[1]["n"][name] == value
     for name in ("test", "twin"):

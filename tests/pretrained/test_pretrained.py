@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2Model
+from transformers import ViTConfig
 
 from lightning_modules.pretrained.loading import Pretrained
 
 PAIR = Path(__file__).parents[2] / "assets" / "pair"
-LAYERS = {"source": 4, "target": 4}
 
 
 @pytest.fixture
@@ -25,28 +24,28 @@ def tokens(which: str) -> torch.Tensor:
     return torch.tensor([[tokenizer.bos_token_id, *row]])
 
 
-@pytest.mark.parametrize("which", LAYERS)
-@torch.no_grad()
-def test_first_layers_are_the_hidden_states_of_the_whole(which):
-    pretrained, tokens_BT = Pretrained(str(PAIR / which)), tokens(which)
-    states = pretrained.load_causal_lm()(tokens_BT, output_hidden_states=True).hidden_states
-    assert len(states) == LAYERS[which] + 1
-    for layers in range(1, LAYERS[which] + 1):
-        part = pretrained.load_first_layers(layers)
-        assert torch.equal(part(tokens_BT).last_hidden_state, states[layers])
-        assert len(part.layers) == layers
-
-
 @pytest.mark.parametrize("layers", [-1, 0, 7])
 def test_a_layer_that_does_not_exist(layers):
     with pytest.raises(ValueError, match=f"source_layer {layers} does not exist: .* has layers 1 to 4"):
-        Pretrained(str(PAIR / "source")).load_first_layers(layers)
+        Pretrained(str(PAIR / "source")).load_first_layers([layers])
 
 
-def test_first_layers_need_a_model_of_llamas_kind(tmp_path):
-    GPT2Model(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=2, n_head=1)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"\(gpt2\) has no final 'norm'"):
-        Pretrained(str(tmp_path)).load_first_layers(1)
+def test_a_model_that_is_no_language_model(tmp_path):
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(vit\) is no language model"):
+        Pretrained(str(tmp_path)).load_first_layers([1])
+
+
+def test_the_implementation_of_attention_is_chosen_and_said(caplog):
+    with caplog.at_level("INFO"):
+        Pretrained(str(PAIR / "source"), attn_implementation="eager").load_first_layers([1])
+        Pretrained(str(PAIR / "target")).load_causal_lm()
+    assert [record.message.split("/")[-1] for record in caplog.records] == [
+        "source: llama, 0.459 M parameters, float32, attention eager",
+        "target: mistral, 0.492 M parameters, float32, attention sdpa",
+    ]
+    with pytest.raises(ValueError, match=r"cannot load a model from '.*source': .*fast"):
+        Pretrained(str(PAIR / "source"), attn_implementation="fast").load_first_layers([1])
 
 
 @torch.no_grad()
@@ -56,9 +55,9 @@ def test_random_init_has_the_shapes_and_nothing_else():
     random = Pretrained(str(PAIR / "source"), random_init=True).load_causal_lm().state_dict()
     assert {name: value.shape for name, value in trained.items()} == {n: value.shape for n, value in random.items()}
     assert not any(torch.equal(trained[name], random[name]) for name in trained)
-    part = Pretrained(str(PAIR / "source"), random_init=True).load_first_layers(2)
-    assert len(part.layers) == 2
-    assert isinstance(part.norm, torch.nn.Identity)
+    part = Pretrained(str(PAIR / "source"), random_init=True).load_first_layers([2]).model
+    assert sum(isinstance(layer, torch.nn.Identity) for layer in part.layers) == 2
+    assert not torch.equal(part.embed_tokens.weight, trained["model.embed_tokens.weight"])
 
 
 def test_dtype():
@@ -74,25 +73,9 @@ def test_sharded_folders_load_and_nothing_is_said(tmp_path, capfd):
     again = Pretrained(str(tmp_path)).load_causal_lm()
     assert torch.equal(again(tokens_BT).logits, model(tokens_BT).logits)
     states = model(tokens_BT, output_hidden_states=True).hidden_states
-    part = Pretrained(str(tmp_path)).load_first_layers(2)
-    assert torch.equal(part(tokens_BT).last_hidden_state, states[2])
+    part = Pretrained(str(tmp_path)).load_first_layers([2])
+    assert torch.equal(part(tokens_BT, tokens_BT > 0), states[2])
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_tokenizer_without_bos(copy):
-    tokenizer = AutoTokenizer.from_pretrained(copy)
-    tokenizer.bos_token = None
-    tokenizer.save_pretrained(copy)
-    with pytest.raises(ValueError, match=r"the tokenizer of '.*copy' has no bos_token"):
-        Pretrained(str(copy)).load_tokenizer()
-    assert Pretrained(str(copy), tokenizer=str(PAIR / "target")).load_tokenizer().bos_token == "<s>"
-
-
-def test_a_tokenizer_that_cannot_pad_pads_with_its_end(copy):
-    tokenizer = AutoTokenizer.from_pretrained(copy)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(copy)
-    assert Pretrained(str(copy)).load_tokenizer().pad_token == "</s>"
 
 
 def drop_weights(folder: Path) -> None:

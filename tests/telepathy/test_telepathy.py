@@ -188,6 +188,32 @@ def test_sixteen_problems_are_learned_by_heart(telepathy, problems, fit):
     assert all(value == 1 for sample in samples for value in sample.scores.values())
 
 
+def test_a_text_prefix_learns_and_does_not_change_the_course_of_the_bridge(telepathy, fit):
+    modules = [telepathy(text_prefix=count, optimizer=partial(torch.optim.AdamW, lr=1e-2)) for count in (0, 4)]
+    start = modules[1].text_prefix.vectors_KD.detach().clone()
+    clipped = [fit(module, 4, gradient_clip_val=0.05).callback_metrics for module in modules]
+    assert clipped[0]["train/loss"] == clipped[1]["train/loss"]
+    for name, value in modules[0].state_dict().items():
+        assert torch.equal(value, modules[1].state_dict()[name]), name
+    assert (modules[1].text_prefix.vectors_KD != start).all()
+    assert set(modules[1].state_dict()) - set(modules[0].state_dict()) == {"text_prefix.vectors_KD"}
+
+
+def test_a_target_that_does_not_answer_soft_tokens_is_found_before_training(telepathy, fit):
+    module = telepathy()
+    module.target.model.register_forward_hook(lambda model, args, output: output.logits.detach_())
+    with pytest.raises(ValueError, match=r"model.target: '.*target' does not answer soft tokens: "):
+        fit(module, 1)
+
+
+def test_the_length_limit_is_that_of_the_longest_answer(telepathy, fit):
+    module, data = telepathy(max_new_tokens=None), WordProblems(**SMALL)
+    fit(module, 1, data)
+    answers = [f" {problem.answer}" for part in data.eval_problems.values() for problem in part]
+    longest = max(len(module.target.tokenizer(answer)["input_ids"]) for answer in answers)
+    assert module.answer_limit == longest + 1
+
+
 def test_frozen_models_are_outside_state_dicts_and_shared_by_copies():
     frozen = Frozen(torch.nn.Linear(2, 2))
     whole = torch.nn.ModuleDict({"inner": torch.nn.ModuleDict({"frozen": frozen}), "own": torch.nn.Linear(2, 2)})
