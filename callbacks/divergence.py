@@ -59,7 +59,8 @@ class Divergence(Callback):
             assert self._first is not None  # training has started
             diverged = ~_by_member(pl_module, "train/loss", loss).isfinite().any()
             self._first = torch.where(diverged & (self._first < 0), trainer.global_step, self._first)
-            if trainer.global_step % max(1, connected(trainer).log_every_n_steps) == 0:
+            every = connected(trainer).log_every_n_steps  # 0 in barebones mode
+            if every and trainer.global_step % every == 0:
                 self._check_loss(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

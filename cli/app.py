@@ -178,7 +178,8 @@ class CrosstalkCLI(LightningCLI):
     def before_fit(self) -> None:
         """Tell the record whether a test follows; the run is not finished without it."""
         has_test = is_overridden("test_dataloader", self.datamodule) and is_overridden("test_step", self.model)
-        self.record.test_follows = self.config.fit.test_after_fit and has_test
+        measures = not self.trainer.barebones  # which turns off the log of measures
+        self.record.test_follows = self.config.fit.test_after_fit and has_test and measures
 
     def after_fit(self) -> None:
         """Test the trained weights, if there is a test set."""

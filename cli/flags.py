@@ -13,6 +13,10 @@ from datamodules.sources import check_path, is_broken
 COUNTS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "num_nodes")
 NOT_NEGATIVE = ("gradient_clip_val", "min_epochs", "min_steps", "reload_dataloaders_every_n_epochs", "fast_dev_run")
 FOLDERS = ("dirpath", "save_dir", "save_to")  # into which a run writes
+SLOW = (  # what `trainer.barebones` turns off
+    *("detect_anomaly", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"),
+    *("fast_dev_run", "logger", "profiler"),
+)
 PATHS = {"default_root_dir", "dirpath", "path", "reference", "save_dir", "save_to", "test_path"}
 
 
@@ -56,6 +60,8 @@ def check_flags(command: str | None, config: Mapping[str, Any]) -> None:
     digits = {character for character in limit if character.isdigit()}
     if digits and ("-" in limit or digits == {"0"}):
         raise UserError(f"trainer.max_time must be longer than nothing, not {limit}")
+    if flags["barebones"]:
+        _check_barebones(command, flags)
     if command == "fit" and flags["limit_train_batches"] == 0:
         raise UserError("trainer.limit_train_batches must not be 0: nothing would be trained")
     _check_processes(flags["accelerator"], flags["devices"])
@@ -66,6 +72,15 @@ def check_flags(command: str | None, config: Mapping[str, Any]) -> None:
             check_path(value, key)
             if key.rpartition(".")[2] in FOLDERS:
                 check_folder(Path(value), key)
+
+
+def _check_barebones(command: str | None, flags: Mapping[str, Any]) -> None:
+    """Refuse what `trainer.barebones` turns off and the user turned on."""
+    if command in ("validate", "test"):
+        raise UserError(f"trainer.barebones turns off all measures, and {command} would give nothing: leave it out")
+    for name in SLOW:
+        if flags[name]:
+            raise UserError(f"trainer.barebones turns off trainer.{name}: leave one of the two out")
 
 
 def _check_processes(accelerator: object, devices: object) -> None:

@@ -7,7 +7,15 @@ from typing import Any, TypeVar
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -20,6 +28,7 @@ from cli.user_errors import is_too_large
 from datamodules.errors import UserError
 
 T = TypeVar("T")
+OFF_IN_BAREBONES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
 
 
 def build(class_type: type[T], *args: Any, **kwargs: Any) -> T:
@@ -54,6 +63,8 @@ def with_defaults(flags: Namespace, folder: Path, minutes: float, *always: Callb
         UserError: A logger cannot write into its folder.
     """
     users = _callbacks(flags)
+    if flags.barebones:
+        return _barebones(users, folder, always)
     added: list[Callback] = [Divergence()]
     changed: dict[str, Any] = {"default_root_dir": folder}
     if flags.enable_progress_bar is not False and not _has(users, ProgressBar):
@@ -78,6 +89,15 @@ def with_defaults(flags: Namespace, folder: Path, minutes: float, *always: Callb
     if flags.logger is None or flags.logger is True:
         changed["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
     return changed | {"callbacks": [*users, *added, *always]}
+
+
+def _barebones(users: list[Callback], folder: Path, always: tuple[Callback, ...]) -> dict[str, Any]:
+    """Return the flags that complete the user's under `trainer.barebones`, without the callbacks that it refuses."""
+    kept = [callback for callback in users if not isinstance(callback, OFF_IN_BAREBONES)]
+    if left_out := ", ".join(type(callback).__name__ for callback in users if callback not in kept):
+        rank_zero_warn(f"trainer.barebones turns off what these callbacks need, which are left out: {left_out}")
+    quiet = {"default_root_dir": folder, "log_every_n_steps": None, "num_sanity_val_steps": None}
+    return quiet | {"callbacks": [*kept, Divergence(), *always]}
 
 
 def _callbacks(flags: Namespace) -> list[Callback]:

@@ -5,14 +5,14 @@ Shapes: S ensemble members, B rows, T positions.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, Protocol, TypedDict, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from lightning import LightningDataModule
 from torch import Tensor
 
-from datamodules.batches import LANES, Batches, BatchLoader, BatchT, SamplesT
+from datamodules.batches import LANES, Batches, BatchLoader, BatchT, FirstBatches, SamplesT
 from datamodules.errors import SIZE, UserError, check_numbers
 
 IGNORE = -100  # the label of a position without a target; the loss and all measures leave it out
@@ -54,6 +54,12 @@ class SupportsCollate(Protocol):
     def collate(self, problems: Sequence[Any], training: bool) -> Mapping[str, Any]:
         """Return a batch."""
         ...
+
+
+class _Overfitting(Protocol):
+    """What Lightning's trainer has without declaring it."""
+
+    overfit_batches: int | float
 
 
 class TaskDataModule(LightningDataModule, ABC):
@@ -114,6 +120,11 @@ class TaskDataModule(LightningDataModule, ABC):
                 f"data: {samples} in {batches} batches leave some of {self._world} devices without any: use a larger "
                 "set, larger batches or fewer devices"
             )
+
+    def _overfit(self, batches: Batches[SamplesT]) -> Batches[SamplesT]:
+        """Return the batches of training or validation, under `trainer.overfit_batches` the first ones repeated."""
+        share = cast(_Overfitting, self.trainer).overfit_batches if self.trainer else 0
+        return FirstBatches(batches, share) if share else batches
 
     def _loader(
         self, batches: Batches[SamplesT], collate: Callable[[SamplesT], BatchT], workers: int = 0

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 POOL = 16  # batches per pool; samples are sorted by length within a pool: little padding, and the order stays random
 LANES = 8  # pools that are open at a time, so that up to 8 workers each make pools of their own
@@ -143,6 +143,27 @@ class StreamBatches(Generic[T]):
         return self._pool(block * LANES + lane)[slot]
 
 
+class FirstBatches(Generic[SamplesT]):
+    """The first batches of epoch 0 again and again, for `trainer.overfit_batches`.
+
+    Args:
+        batches: All batches.
+        share: Number of the first batches, or their fraction of all.
+    """
+
+    def __init__(self, batches: Batches[SamplesT], share: int | float):
+        self.batches = batches
+        self.count = max(share if isinstance(share, int) else int(share * len(batches)), 1)
+
+    def __len__(self) -> int:
+        """Return the number of all batches, of which the trainer takes its part."""
+        return len(self.batches)
+
+    def batch(self, epoch: int, number: int) -> SamplesT:
+        """Return the samples of one global batch, the same ones in every epoch."""
+        return self.batches.batch(0, number % self.count)
+
+
 class _RankShare(Dataset[SamplesT]):
     """One rank's part of each global batch: every world-th sample, so that all ranks get similar lengths."""
 
@@ -157,18 +178,19 @@ class _RankShare(Dataset[SamplesT]):
         return share
 
 
-class _BatchNumbers(DistributedSampler[tuple[int, int]]):
+class _BatchNumbers(DistributedSampler[tuple[int, int]], SequentialSampler):
     """The (epoch, number) of each batch of an epoch, from `start` on.
 
     It is a `DistributedSampler` because Lightning replaces any other sampler when there are several ranks, and because
-    Lightning calls `set_epoch` of samplers of this class.
+    Lightning calls `set_epoch` of samplers of this class. It is a `SequentialSampler` because Lightning replaces any
+    other one under `trainer.overfit_batches`; `FirstBatches` then repeats the batches.
     """
 
     def __init__(self, share: _RankShare[Any]):
         super().__init__(share, num_replicas=1, rank=0, shuffle=False)
         self.share, self.start = share, 0
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]  # a SequentialSampler gives one number
         # A generator, so that `start` is reset at the first `next`: a DataLoader with workers makes two iterators
         start, self.start = self.start, 0
         epoch = self.epoch

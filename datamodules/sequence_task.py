@@ -191,7 +191,8 @@ class SequenceTask(TaskDataModule):
     def train_dataloader(self) -> BatchLoader[TokenBatch]:
         """Return the training batches, the same global batches for any number of ranks."""
         members = self._module.ensemble if isinstance(self._module, HasEnsemble) else 1
-        return self._loader(self.train_batches(members, self.batch_size * self._world), collate, self.num_workers)
+        batches = self.train_batches(members, self.batch_size * self._world)
+        return self._loader(self._overfit(batches), collate, self.num_workers)
 
     def val_dataloader(self) -> BatchLoader[TokenBatch]:
         """Return the validation set."""

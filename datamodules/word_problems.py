@@ -174,11 +174,12 @@ class WordProblems(TaskDataModule):
         else:
             self._check_epoch(size)
             batches = StreamBatches(self.train_problem, self.epoch_size, size, _length)
-        return self._loader(batches, self._collate(training=True), self.num_workers)
+        return self._loader(self._overfit(batches), self._collate(training=True), self.num_workers)
 
     def val_dataloader(self) -> BatchLoader[object]:
         """Return the validation set."""
-        return self._eval_loader("validation")
+        batches = self._overfit(self._evaluation("validation"))
+        return self._loader(batches, self._collate(training=False))
 
     def test_dataloader(self) -> dict[str, BatchLoader[object]]:
         """Return each test set by its name."""
@@ -193,8 +194,10 @@ class WordProblems(TaskDataModule):
         return self._eval_loader("validation", count)
 
     def _eval_loader(self, name: str, count: int | None = None) -> BatchLoader[object]:
-        batches = self._finite(name, self.eval_problems[name][:count], self.eval_batch_size * self._world)
-        return self._loader(batches, self._collate(training=False))
+        return self._loader(self._evaluation(name, count), self._collate(training=False))
+
+    def _evaluation(self, name: str, count: int | None = None) -> Batches[list[Problem]]:
+        return self._finite(name, self.eval_problems[name][:count], self.eval_batch_size * self._world)
 
     def _finite(self, name: str, problems: list[Problem], size: int) -> FiniteBatches[Problem]:
         training = name == "training"

@@ -20,7 +20,8 @@ RIGHT = {
 
 
 def attach(data, rank=0, world=1, **module):
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, lightning_module=SimpleNamespace(**module))
+    trainer = {"global_rank": rank, "world_size": world, "lightning_module": SimpleNamespace(**module)}
+    data.trainer = SimpleNamespace(**trainer, overfit_batches=0)
     data.setup("fit")
     return data
 
@@ -146,3 +147,11 @@ def test_a_batch_of_all_devices_that_is_too_large():
 def test_a_warning_for_workers_without_work():
     with pytest.warns(UserWarning, match="data.num_workers is ignored in full batch"):
         assert ModularArithmetic(num_workers=2).num_workers == 0
+
+
+def test_overfitting_repeats_the_first_batches():
+    data = attach(ModularArithmetic(p=13, batch_size=12, seed=0), ensemble=1)
+    data.trainer.overfit_batches = 2
+    share = data.train_dataloader().numbers.share
+    assert all(torch.equal(collate(share[(0, n)])["tokens"], collate(share[(5, n)])["tokens"]) for n in (0, 1))
+    assert not torch.equal(collate(share[(0, 0)])["tokens"], collate(share[(0, 1)])["tokens"])

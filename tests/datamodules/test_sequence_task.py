@@ -30,7 +30,8 @@ TASKS = {
 
 
 def attach(data, rank=0, world=1, **module):
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, lightning_module=SimpleNamespace(**module))
+    trainer = {"global_rank": rank, "world_size": world, "lightning_module": SimpleNamespace(**module)}
+    data.trainer = SimpleNamespace(**trainer, overfit_batches=0)
     data.setup("fit")
     return data
 

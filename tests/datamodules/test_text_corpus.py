@@ -119,7 +119,8 @@ def test_inputs_are_texts(file):
 
 def test_an_ensemble_has_a_crop_for_each_member(file):
     data = TextCorpus("file", file, **SMALL)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1, lightning_module=SimpleNamespace(ensemble=3))
+    module = SimpleNamespace(ensemble=3)
+    data.trainer = SimpleNamespace(overfit_batches=0, global_rank=0, world_size=1, lightning_module=module)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert batch["tokens"].shape == batch["labels"].shape == (3, 4, 8)

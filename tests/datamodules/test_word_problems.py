@@ -44,7 +44,7 @@ class Tiny(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.seen = torch.nn.Linear(8, 1), []
+        self.layer, self.seen, self.validated = torch.nn.Linear(8, 1), [], []
 
     def collate(self, problems, training):
         features = torch.tensor([[*p.question.encode()[:8].ljust(8)] for p in problems]) / 128
@@ -57,6 +57,7 @@ class Tiny(LightningModule):
 
     def validation_step(self, batch, batch_idx):
         assert not batch["training"]
+        self.validated.append(batch["questions"])
 
     def test_step(self, batch, batch_idx, dataloader_idx=0):
         self.seen.append(batch["questions"])
@@ -91,6 +92,28 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_does(tmp_path, sourc
     assert resumed.seen == whole.seen[stop:]
     assert torch.equal(resumed.layer.weight, whole.layer.weight)
     assert not torch.equal(torch.load(saved, weights_only=True)["state_dict"]["layer.weight"], whole.layer.weight)
+
+
+@pytest.mark.parametrize(("source", "share", "validated"), [("generated", 2, 2), ("file", 0.34, 1)])
+def test_overfitting_repeats_the_first_batches(tmp_path, source, share, validated):
+    def make():
+        common = {"batch_size": 4, "epoch_size": 32, "validation_size": 3, "eval_batch_size": 1}
+        return WordProblems(source, *paths, **common, test_sets={"test": 2})
+
+    paths = [] if source == "generated" else [str(write(tmp_path / "train.jsonl", rows(37)))]
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"max_steps": 8, "overfit_batches": share}
+    whole = Tiny()
+    trainer(tmp_path, callbacks=[keep], **options).fit(whole, make())
+    assert whole.seen == whole.seen[:2] * 4
+    assert whole.seen[0] != whole.seen[1]
+    assert whole.validated == whole.validated[:validated] * 5  # once before the first step
+    for step in (3, 4):  # within an epoch and at its end
+        resumed, saved = Tiny(), tmp_path / f"step={step}.ckpt"
+        again = trainer(tmp_path, enable_checkpointing=False, **options)
+        again.fit(resumed, make(), ckpt_path=saved, weights_only=True)
+        assert resumed.seen == whole.seen[step:]
+        assert torch.equal(resumed.layer.weight, whole.layer.weight)
 
 
 def test_generated_sets(tmp_path):
@@ -223,7 +246,7 @@ def test_user_errors(options, reason):
 def on_ranks(world, **options):
     for rank in range(world):
         data = WordProblems(**options)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=world, lightning_module=None)
+        data.trainer = SimpleNamespace(overfit_batches=0, global_rank=rank, world_size=world, lightning_module=None)
         data.setup("fit")
         yield data
 
