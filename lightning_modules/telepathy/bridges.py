@@ -41,25 +41,73 @@ class Bridge(nn.Module, ABC):
 BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target width, LayerNorm on the source states)
 
 
+def start_equal(linear: nn.Linear, parts: int) -> None:
+    """Give the `parts` equal parts of a map's output the same parameters at the start.
+
+    Parts that start at random divide their work by chance: often two digits of a number fall to one soft token and
+    another one carries nothing, which training does not undo. From an equal start the target decides.
+    """
+    for parameter in (linear.weight, linear.bias):
+        parts_PF = parameter.data.view(parts, -1)
+        parts_PF.copy_(parts_PF[:1].clone().expand_as(parts_PF))
+
+
+class ReadLayer(nn.Module):
+    """Cross-attention of queries to the source and an MLP, each with a LayerNorm before it and a residual around it.
+
+    Args:
+        width: Width of the queries.
+        source_dim: Width of the source states.
+        heads: Number of attention heads.
+        sound: Start with orthogonal maps between what is read and the queries, and with an MLP that adds nothing. A
+            product of random square matrices loses most directions of a narrow state; a product of orthogonal ones
+            loses none (Saxe et al. 2014).
+    """
+
+    def __init__(self, width: int, source_dim: int, heads: int, sound: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, kdim=source_dim, vdim=source_dim, batch_first=True)
+        last = nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), last)
+        if sound:
+            together = self.attention.in_proj_weight  # of queries, keys and values; None where the widths differ
+            nn.init.orthogonal_(self.attention.v_proj_weight if together is None else together.data[2 * width :])
+            nn.init.orthogonal_(self.attention.out_proj.weight)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, read_BQC: Tensor, memory_BSC: Tensor, bias_NQS: Tensor) -> Tensor:
+        """Return the queries read_BQC with what they read; N = B * heads."""
+        query_BQC = self.norm(read_BQC)
+        added_BQC, _ = self.attention(query_BQC, memory_BSC, memory_BSC, attn_mask=bias_NQS, need_weights=False)
+        read_BQC = read_BQC + added_BQC
+        mixed_BQC: Tensor = read_BQC + self.mlp(read_BQC)
+        return mixed_BQC
+
+
 class PerceiverBridge(Bridge):
     """K soft tokens from learned queries that read the source by cross-attention (Perceiver, Alayrac et al. 2022).
 
     Query q reads around a position c_q of the source: its attention has the fixed bias -a |c_q - s| (ALiBi, Press et
     al. 2022), and the c_q are spread evenly over `span` positions. So a query does not have to learn first which
-    positions to read, as it would with positions inside the keys.
+    positions to read, as it would with positions inside the keys. There is no self-attention among the queries, which
+    adds noise at the start: the target itself attends over all soft tokens. The soft tokens of a query start equal
+    (`start_equal`).
 
     Args:
         source_dim: Width C of the source states.
         target_dim: Width D of the soft tokens.
-        key_norm: Use LayerNorm on keys and values, the bias towards c_q, and orthogonal maps at the start. Without
-            these, states at the scale of embeddings give uniform attention and the same soft tokens for every input,
-            which is the collapse in the notes.
+        key_norm: Use LayerNorm on keys and values, the bias towards c_q, and the start of `ReadLayer`. Without these,
+            states at the scale of embeddings give uniform attention and the same soft tokens for every input, which is
+            the collapse in the notes.
         soft_tokens: K.
         tokens_per_query: Soft tokens per query, each by its own map. A number that is one source token is several
             tokens to a target that reads single digits.
-        depth: Number of layers. Each has self-attention among the queries, cross-attention and an MLP.
+        depth: Number of layers. Each has cross-attention and an MLP.
         heads: Number of attention heads.
         width: Width of the layers; `target_dim` if None.
+        hidden: Width of the hidden layer of the output MLP, which has to know all source tokens; 4 `width` if None.
         span: Source positions over which the c_q are spread: about the length of the longest question.
 
     Raises:
@@ -73,66 +121,43 @@ class PerceiverBridge(Bridge):
         key_norm: bool = True,
         soft_tokens: int = 32,
         tokens_per_query: int = 1,
-        depth: int = 2,
+        depth: int = 1,
         heads: int = 4,
         width: int | None = None,
+        hidden: int | None = None,
         span: int = 32,
     ):
         super().__init__()
         sizes = {"soft_tokens": soft_tokens, "tokens_per_query": tokens_per_query, "depth": depth, "heads": heads}
-        check_numbers("model.bridge", 1, SIZE, **sizes, width=width, span=span)
+        check_numbers("model.bridge", 1, SIZE, **sizes, width=width, hidden=hidden, span=span)
         width = width or target_dim
+        hidden = hidden or 4 * width
         if width % heads:
             raise UserError(f"model.bridge: width {width} is not divisible by {heads} heads")
         if soft_tokens % tokens_per_query:
             raise UserError(f"model.bridge: {soft_tokens} soft tokens do not divide into {tokens_per_query} per query")
         queries = soft_tokens // tokens_per_query
         self.soft_tokens, self.tokens_per_query, self.heads = soft_tokens, tokens_per_query, heads
-        self.project = nn.Linear(source_dim, width, bias=not key_norm)  # before a norm, a bias would drown small states
-        self.norm = nn.LayerNorm(width) if key_norm else nn.Identity()
+        self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
         self.queries_QC = nn.Parameter(torch.randn(queries, width) * (0.1 if key_norm else 1.0))
         self.places_Q: Tensor  # c_q: integers, and several queries may have the same
         self.register_buffer("places_Q", torch.arange(queries) * span // queries, persistent=False)
         self.slope = SLOPE * min(queries / span, 1.0) if key_norm else 0.0
-        layers = [
-            nn.TransformerDecoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(depth)
-        ]
-        self.layers = nn.ModuleList(layers)
-        self.out = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, 4 * width),
-            nn.GELU(),
-            nn.Linear(4 * width, tokens_per_query * target_dim),
-        )
-        if key_norm:
-            self._keep_directions(layers)
-
-    def _keep_directions(self, layers: list[nn.TransformerDecoderLayer]) -> None:
-        """Start with orthogonal maps between the source states and what the queries read.
-
-        The difference between thousands of tokens lies in all directions of a narrow state. A product of random square
-        matrices loses most directions; a product of orthogonal matrices loses none (Saxe et al. 2014).
-        """
-        width = self.project.out_features
-        nn.init.orthogonal_(self.project.weight)
-        for layer in layers:
-            attention: nn.MultiheadAttention = layer.multihead_attn
-            if attention.in_proj_weight is not None:  # None only where keys and values differ in width
-                nn.init.orthogonal_(attention.in_proj_weight.data[2 * width :])
-            nn.init.orthogonal_(attention.out_proj.weight)
+        self.layers = nn.ModuleList(ReadLayer(width, source_dim, heads, key_norm) for _ in range(depth))
+        last = nn.Linear(hidden, tokens_per_query * target_dim)
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
+        start_equal(last, tokens_per_query)
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return soft_BKD; all soft tokens are real."""
-        memory_BSC = self.norm(self.project(states_BSC))
+        memory_BSC = self.norm(states_BSC)
         position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
         bias_QS = -self.slope * (self.places_Q[:, None] - position_S).abs()
         bias_BQS = bias_QS.masked_fill(~mask_BS[:, None], -torch.inf)
+        bias_NQS = bias_BQS.repeat_interleave(self.heads, dim=0)
         read_BQC = self.queries_QC.expand(len(states_BSC), -1, -1)
         for layer in self.layers:
-            read_BQC = layer(read_BQC, memory_BSC, memory_mask=bias_BQS.repeat_interleave(self.heads, dim=0))
+            read_BQC = layer(read_BQC, memory_BSC, bias_NQS)
         soft_BKD: Tensor = self.out(read_BQC).unflatten(-1, (self.tokens_per_query, -1)).flatten(1, 2)
         return soft_BKD
 
@@ -143,6 +168,8 @@ class PerceiverBridge(Bridge):
 
 class TokenBridge(Bridge):
     """A fixed number of soft tokens per source token, by one map that all positions share, and a learned end vector.
+
+    The soft tokens of a source token start equal (`start_equal`).
 
     Args:
         source_dim: Width C of the source states, summed over layers where several are concatenated.
@@ -168,11 +195,9 @@ class TokenBridge(Bridge):
         self.tokens_per_source, self.target_dim = tokens_per_source, target_dim
         self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
         out = tokens_per_source * target_dim
-        self.map: nn.Module
-        if hidden is None:
-            self.map = nn.Linear(source_dim, out)
-        else:
-            self.map = nn.Sequential(nn.Linear(source_dim, hidden), nn.GELU(), nn.Linear(hidden, out))
+        last = nn.Linear(hidden or source_dim, out)
+        self.map = last if hidden is None else nn.Sequential(nn.Linear(source_dim, hidden), nn.GELU(), last)
+        start_equal(last, tokens_per_source)
         self.end_D = nn.Parameter(torch.randn(target_dim))
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:

@@ -71,14 +71,30 @@ def test_every_parameter_is_trained(bridge):
 def test_soft_tokens_of_a_query_stand_side_by_side_and_read_its_place():
     states_BSC, mask_BS = states([6])
     bridge = PerceiverBridge(SOURCE, TARGET, soft_tokens=12, tokens_per_query=2, depth=1, heads=2, span=6)
-    with torch.no_grad():
-        bridge.layers[0].self_attn.out_proj.weight.zero_()  # no exchange between queries
-        bridge.layers[0].self_attn.out_proj.bias.zero_()
     other_BSC = states_BSC.clone()
-    other_BSC[0, 3] += 1
+    other_BSC[0, 3] *= -1
     moved_K = (bridge(other_BSC, mask_BS) - bridge(states_BSC, mask_BS))[0].norm(dim=-1)
     assert set(moved_K.topk(2).indices.tolist()) == {6, 7}
     assert moved_K[6:8].min() > 5 * moved_K[[*range(6), *range(8, 12)]].max()
+
+
+@pytest.mark.parametrize(
+    "bridge",
+    [
+        PerceiverBridge(SOURCE, TARGET, soft_tokens=9, tokens_per_query=3, heads=2, hidden=10),
+        TokenBridge(SOURCE, TARGET, tokens_per_source=3),
+        TokenBridge(SOURCE, TARGET, tokens_per_source=3, hidden=10),
+    ],
+)
+def test_the_soft_tokens_of_one_map_start_equal_and_learn_apart(bridge):
+    states_BSC, mask_BS = states([3])
+    soft_QRD = bridge(states_BSC, mask_BS)[0, :9].unflatten(0, (3, 3))
+    assert torch.equal(soft_QRD, soft_QRD[:, :1].expand_as(soft_QRD))
+    assert (soft_QRD[0] - soft_QRD[1]).abs().max() > 0.01
+    (soft_QRD * torch.randn(3, 3, TARGET)).sum().backward()
+    torch.optim.SGD(bridge.parameters(), lr=0.1).step()
+    soft_QRD = bridge(states_BSC, mask_BS)[0, :9].unflatten(0, (3, 3))
+    assert (soft_QRD[:, 0] - soft_QRD[:, 1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("make", [PerceiverBridge, TokenBridge])
