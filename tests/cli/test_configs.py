@@ -1,6 +1,7 @@
 """Every config and preset of the repository runs: parsed, built, trained for a few steps, validated and tested."""
 
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 import main as cli
 from cli.app import CrosstalkCLI
@@ -56,7 +58,21 @@ def small_model(model: dict[str, Any]) -> dict[str, Any]:
             return {"tokenizer": {"texts": 300}, "save_to": "made"}
         case "Separability":
             return {"ensemble": min(model["init_args"].get("ensemble", 1), 2), "compile": False}
+        case "Telepathy" if model["init_args"]["source"]["path"].startswith("runs/"):
+            encoder, chat = make_real_pair()
+            return {"source": {"path": encoder}, "target": {"path": chat}, "max_new_tokens": 8}
     return {}
+
+
+def make_real_pair() -> tuple[str, str]:
+    """Folders of a tiny encoder and a tiny chat model, in place of those that benchmarks/real_pair.py downloads."""
+    tokenizer = AutoTokenizer.from_pretrained("assets/pair/source")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained("encoder")
+    tokenizer.save_pretrained("encoder")
+    template = "{{ bos_token }}{{ messages[0]['content'] }}\n"
+    Path(shutil.copytree("assets/pair/target", "chat"), "chat_template.jinja").write_text(template)
+    return "encoder", "chat"
 
 
 @pytest.fixture
