@@ -65,6 +65,8 @@ class FirstLayers(nn.Module):
         self.model, self.layers, self.count = model, tuple(layers), count
         model.eval()  # type: ignore[no-untyped-call]  # nor here
         model.config.get_text_config().use_cache = False
+        stack = layer_stack(model, count)
+        self._stack = None if stack is None else list(stack)  # not a module of its own, so that no name occurs twice
         self.is_bidirectional = True
         states = [self._probe(last) for last in (0, 1)]
         self.width = states[0].shape[-1]
@@ -74,7 +76,7 @@ class FirstLayers(nn.Module):
     @torch.no_grad()
     def _probe(self, last: int) -> Tensor:
         """Return the states of three tokens, of which only the last one depends on `last`."""
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
         tokens_BT = torch.tensor([[3, 4, 5 + last]], device=self.model.device) % vocabulary
         states_BTC: Tensor = self(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
         return states_BTC
@@ -86,10 +88,10 @@ class FirstLayers(nn.Module):
             tokens_BT: Tokens, padded on the right.
             mask_BT: True at real tokens.
         """
-        stack, last = layer_stack(self.model, self.count), max(self.layers)
+        last = max(self.layers)
         options = {"attention_mask": mask_BT.long()} if self.is_bidirectional else {}
         found: dict[int, Tensor] = {}
-        if stack is None:  # layers that share their weights, such as ALBERT's
+        if self._stack is None:  # layers that share their weights, such as ALBERT's
             states = self.model(input_ids=tokens_BT, output_hidden_states=True, **options).hidden_states
             return torch.cat([states[layer] for layer in self.layers], dim=-1)
 
@@ -100,7 +102,7 @@ class FirstLayers(nn.Module):
 
         hooked = {*self.layers} - {self.count}
         handles = [
-            stack[layer - 1].register_forward_hook(lambda module, args, output, layer=layer: keep(layer, output))
+            self._stack[layer - 1].register_forward_hook(lambda module, args, output, layer=layer: keep(layer, output))
             for layer in hooked
         ]
         try:

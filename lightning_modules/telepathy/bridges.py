@@ -93,7 +93,8 @@ class PerceiverBridge(Bridge):
     al. 2022), and the c_q are spread evenly over `span` positions. So a query does not have to learn first which
     positions to read, as it would with positions inside the keys. There is no self-attention among the queries, which
     adds noise at the start: the target itself attends over all soft tokens. The soft tokens of a query start equal
-    (`start_equal`).
+    (`start_equal`). A query whose position lies behind the question has nothing of its own to read, and its soft tokens
+    are left out.
 
     Args:
         source_dim: Width C of the source states.
@@ -101,7 +102,7 @@ class PerceiverBridge(Bridge):
         key_norm: Use LayerNorm on keys and values, the bias towards c_q, and the start of `ReadLayer`. Without these,
             states at the scale of embeddings give uniform attention and the same soft tokens for every input, which is
             the collapse in the notes.
-        soft_tokens: K.
+        soft_tokens: K, the most soft tokens of a question.
         tokens_per_query: Soft tokens per query, each by its own map. A number that is one source token is several
             tokens to a target that reads single digits.
         depth: Number of layers. Each has cross-attention and an MLP.
@@ -140,8 +141,7 @@ class PerceiverBridge(Bridge):
         self.soft_tokens, self.tokens_per_query, self.heads = soft_tokens, tokens_per_query, heads
         self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
         self.queries_QC = nn.Parameter(torch.randn(queries, width) * (0.1 if key_norm else 1.0))
-        self.places_Q: Tensor  # c_q: integers, and several queries may have the same
-        self.register_buffer("places_Q", torch.arange(queries) * span // queries, persistent=False)
+        self.span, self.has_places = span, key_norm
         self.slope = SLOPE * min(queries / span, 1.0) if key_norm else 0.0
         self.layers = nn.ModuleList(ReadLayer(width, source_dim, heads, key_norm) for _ in range(depth))
         last = nn.Linear(hidden, tokens_per_query * target_dim)
@@ -149,10 +149,10 @@ class PerceiverBridge(Bridge):
         start_equal(last, tokens_per_query)
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
-        """Return soft_BKD; all soft tokens are real."""
+        """Return soft_BKD."""
         memory_BSC = self.norm(states_BSC)
         position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
-        bias_QS = -self.slope * (self.places_Q[:, None] - position_S).abs()
+        bias_QS = -self.slope * (self._places(mask_BS.device)[:, None] - position_S).abs()
         bias_BQS = bias_QS.masked_fill(~mask_BS[:, None], -torch.inf)
         bias_NQS = bias_BQS.repeat_interleave(self.heads, dim=0)
         read_BQC = self.queries_QC.expand(len(states_BSC), -1, -1)
@@ -162,8 +162,14 @@ class PerceiverBridge(Bridge):
         return soft_BKD
 
     def soft_mask(self, mask_BS: Tensor) -> Tensor:
-        """Return mask_BK: all K, for a source of any length."""
-        return mask_BS.new_ones(len(mask_BS), len(self.queries_QC) * self.tokens_per_query)
+        """Return mask_BK: the soft tokens of queries whose position lies within the question."""
+        within_BQ = self._places(mask_BS.device) < mask_BS.sum(1, keepdim=True)
+        return (within_BQ | (not self.has_places)).repeat_interleave(self.tokens_per_query, dim=1)
+
+    def _places(self, device: torch.device) -> Tensor:
+        """Return the c_q as places_Q: integers, and several queries may have the same."""
+        queries = len(self.queries_QC)
+        return torch.arange(queries, device=device) * self.span // queries
 
 
 class TokenBridge(Bridge):

@@ -37,6 +37,8 @@ from lightning_modules.telepathy.text_prefix import TextPrefix
 
 Flaw = Literal["key_scale", "bos_behind"]
 NOTES_SCALE = 0.003  # root mean square of the notes' source states, equal to that of Mistral 7B's embeddings
+BARE = 32  # tokens of an answer at most, of data that gives results alone
+WORKED = 256  # tokens to work out the answers of such data
 CALIBRATION = 256  # held-out questions from which the normalizer takes its statistics
 
 
@@ -72,7 +74,8 @@ class Telepathy(LightningModule):
         text_prefix: Number of learned vectors with which the target reads the text of the question, as a baseline (see
             `TextPrefix`); 0 for none. They train beside the bridge and do not change its course. A step takes about
             twice as long with them.
-        max_new_tokens: Length limit of generated answers, in tokens; None for the longest answer of the data.
+        max_new_tokens: Length limit of generated answers, in tokens; None for the length of the longest answer of the
+            data, or for 256 where the data gives bare results.
         reproduce_flaws: Reproduce the flaws of the notes, all or a list. `key_scale`: states at the scale of Mistral's
             embeddings (rms 0.003) before a cross-attention without LayerNorm and without positions. `bos_behind`: no
             prompt, and the BOS between soft tokens and answer.
@@ -145,14 +148,17 @@ class Telepathy(LightningModule):
             if not isinstance(data, HasAnswers):
                 raise UserError(f"model.max_new_tokens must be set: {type(data).__name__} has no reference answers")
             texts = [self.target.prompt.separator + answer for answer in data.answers()]
-            self.max_new_tokens = max(map(len, encode(self.target.tokenizer, texts)), default=0) + 1  # the end token
+            longest = max(map(len, encode(self.target.tokenizer, texts)), default=0) + 1  # the end token
+            self.max_new_tokens = longest if longest > BARE else WORKED
         return self.max_new_tokens
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""
         questions, answers = [problem.question for problem in problems], [problem.answer for problem in problems]
         source, target = self.source.tokenize(questions), self.target
-        soft_rows, text_rows = target.rows(questions, answers)
+        soft_rows = target.soft_rows(questions, answers)
+        has_text = not training or "text" in self.needs or self.text_prefix is not None
+        text_rows = target.text_rows(questions, answers) if has_text else []
         batch = TelepathyBatch(**source, soft_mask=self.bridge.soft_mask(source["source_mask"]))
         if not training:
             return EvaluationBatch(**batch, problems=problems, soft_rows=soft_rows, text_rows=text_rows)

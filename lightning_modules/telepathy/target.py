@@ -4,7 +4,7 @@ Shapes: B batch, K vectors in a row, D width, N answer tokens of the whole batch
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from lightning_modules.telepathy.layout import Packing, Row, pack, real_vectors
 if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
 
-CHUNK = 4096  # tokens embedded at a time for the scale of the embedding
+CHUNK = 4096  # tokens at a time in fp32: a vocabulary may be large
 
 
 class Target(Frozen):
@@ -94,7 +94,7 @@ class Target(Frozen):
         Raises:
             UserError: It does not.
         """
-        rows = self.rows(["x", "x y"], ["x", "y"])[0]
+        rows = self.soft_rows(["x", "x y"], ["x", "y"])
         vectors_BKD = torch.full((2, 2, self.width), 0.01, device=self.model.device, requires_grad=True)
         mask_BK = torch.tensor([[True, True], [True, False]])
         try:
@@ -108,21 +108,24 @@ class Target(Frozen):
         if not grad_BKD.any():
             raise UserError(f"model.target: no gradient reaches soft tokens of '{self.path}': choose another model")
 
-    def rows(self, questions: Sequence[str], answers: Sequence[str]) -> tuple[list[Row], list[Row]]:
-        """Return the rows of questions for soft tokens, and the rows with their text.
+    def soft_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
+        """Return the rows for soft tokens; their place is that of the question."""
+        return [Row(self._soft_prompt, self._soft_place, reply) for _, reply in self._tokens(questions, answers)]
 
-        The place for vectors is that of the question, in rows with the text right before it.
-        """
-        prompts = [self.prompt.fill(question) for question in questions]
+    def text_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
+        """Return the rows with the text of the questions; the place for vectors is right before the question."""
         _, places = behind(self.tokenizer, self.prompt.before, questions)
-        replies = [self.prompt.separator + answer for answer in answers]
-        soft_rows, text_rows = [], []
-        for (tokens, answer), place in zip(continued(self.tokenizer, prompts, replies), places, strict=True):
+        rows = []
+        for (tokens, reply), place in zip(self._tokens(questions, answers), places, strict=True):
             prompt = with_added(tokens, self._added)
-            reply = [*answer, self._end]
-            soft_rows.append(Row(self._soft_prompt, self._soft_place, reply))
-            text_rows.append(Row(prompt, len(prompt) - len(tokens) + place, reply))
-        return soft_rows, text_rows
+            rows.append(Row(prompt, len(prompt) - len(tokens) + place, reply))
+        return rows
+
+    def _tokens(self, questions: Sequence[str], answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Return the tokens of each prompt with its question, and of the answer behind it, the end token last."""
+        prompts = [self.prompt.fill(question) for question in questions]
+        replies = [self.prompt.separator + answer for answer in answers]
+        return [(prompt, [*reply, self._end]) for prompt, reply in continued(self.tokenizer, prompts, replies)]
 
     def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
         """Return the tokens that hold the characters of each question."""
@@ -155,9 +158,13 @@ class Target(Frozen):
             mask_BK: True at real vectors; needed with vectors.
         """
         packing = move_data_to_device(self.pack(rows, mask_BK), self.model.device)
-        logits_NV = self.logits(packing, vectors_BKD)
-        losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), packing.labels_N, reduction="none")
-        return np.split(losses_N.cpu().numpy(), np.cumsum([len(row.answer) for row in rows])[:-1])
+        logits_NV: Any = self.logits(packing, vectors_BKD)  # `split` of a tensor has no types in torch
+        labels_N: Any = packing.labels_N
+        parts = [
+            torch.nn.functional.cross_entropy(logits_CV.float(), labels_C, reduction="none").cpu().numpy()
+            for logits_CV, labels_C in zip(logits_NV.split(CHUNK), labels_N.split(CHUNK), strict=True)
+        ]
+        return np.split(np.concatenate(parts), np.cumsum([len(row.answer) for row in rows])[:-1])
 
     def answers(
         self, rows: Sequence[Row], limit: int, vectors_BKD: Tensor | None = None, mask_BK: Tensor | None = None

@@ -34,7 +34,7 @@ def launch(folder):
         sizes = {"data.batch_size": BATCH // processes, "data.validation_size": 32, "trainer.max_steps": STEPS}
         sizes |= {"data.eval_batch_size": BATCH // processes, "trainer.log_every_n_steps": 1, "data.epoch_size": 160}
         sizes |= {"trainer.val_check_interval": STEPS, "model.warmup_steps": 1, "trainer.devices": processes}
-        sizes |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false", "model.bridge.soft_tokens": 8}
+        sizes |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false", "model.bridge.soft_tokens": 9}
         sizes |= {"trainer.strategy": "ddp"} if processes > 1 else {}
         options = [text for key, value in sizes.items() for text in (f"--{key}", str(value))]
         options += [*map(str, args), "--trainer.default_root_dir", where]

@@ -39,7 +39,14 @@ def test_soft_tokens_and_their_mask(bridge):
     each = getattr(bridge, "tokens_per_source", None)
     assert soft_BKD.shape == (3, 7 * each + 1 if each else 5, TARGET)
     assert (mask_BK.shape, mask_BK.dtype) == (soft_BKD.shape[:2], torch.bool)
-    assert mask_BK.sum(1).tolist() == ([4 * each + 1, 7 * each + 1, each + 1] if each else [5, 5, 5])
+    assert mask_BK.sum(1).tolist() == [4 * each + 1, 7 * each + 1, each + 1] if each else mask_BK[:, 0].all()
+
+
+def test_queries_behind_the_question_send_nothing_but_in_the_notes():
+    mask_BS = states([4, 7, 1])[1]
+    sizes = {"soft_tokens": 10, "tokens_per_query": 2, "heads": 2, "span": 32}  # at positions 0, 6, 12, 19 and 25
+    assert PerceiverBridge(SOURCE, TARGET, **sizes).soft_mask(mask_BS).sum(1).tolist() == [2, 4, 2]
+    assert PerceiverBridge(SOURCE, TARGET, key_norm=False, **sizes).soft_mask(mask_BS).all()
 
 
 def test_soft_tokens_do_not_depend_on_the_padding(bridge):

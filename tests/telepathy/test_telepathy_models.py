@@ -61,7 +61,7 @@ def folder(path: Path, name: str, kind: type) -> str:
 def test_losses_answers_and_states_are_the_models_own(tmp_path, name):
     path = folder(tmp_path, name, AutoModelForCausalLM)
     target, own = Target(Pretrained(path), "Question: {question}\nAnswer:"), AutoModelForCausalLM.from_pretrained(path)
-    soft_rows, rows = target.rows(QUESTIONS, ANSWERS)
+    soft_rows, rows = target.soft_rows(QUESTIONS, ANSWERS), target.text_rows(QUESTIONS, ANSWERS)
     greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     losses, answers = target.losses(rows), target.answers(rows, 8)
     assert own.generation_config.to_dict() == target.model.generation_config.to_dict()
