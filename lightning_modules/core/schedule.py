@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from datamodules.errors import MOST, POSITIVE, UserError, check_numbers
 
-Schedule = Literal["cosine", "constant"]
+Schedule = Literal["cosine", "linear", "constant"]
 SHARE, NOT_NEGATIVE = (0, 1), (0, MOST)
 BOUNDS: dict[str, tuple[float, float]] = {  # of an optimizer's arguments; others may be any finite number
     "lr": (POSITIVE, MOST),
@@ -42,17 +42,24 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
+def warmup_linear(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Return the factor of a linear warm-up and then a line that ends at 0."""
+    if step < warmup_steps:
+        return warmup(step, warmup_steps)
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+
 def with_schedule(
     module: LightningModule, optimizer: OptimizerCallable, warmup_steps: int, schedule: Schedule = "cosine"
 ) -> OptimizerLRSchedulerConfig:
     """Return what `configure_optimizers` returns: the optimizer of all trained parameters, with a schedule per step.
 
-    The cosine's length is `trainer.max_steps`, so a run that is made shorter on the command line still ends its
+    A cosine or a line ends at `trainer.max_steps`, so a run that is made shorter on the command line still ends its
     schedule.
 
     Raises:
-        UserError: The optimizer refuses its arguments, a number among them is out of range, or a cosine has no
-            `trainer.max_steps`.
+        UserError: The optimizer refuses its arguments, a number among them is out of range, or a schedule that falls to
+            zero has no `trainer.max_steps`.
     """
     made = _made(optimizer, [parameter for parameter in module.parameters() if parameter.requires_grad])
     factor: Callable[[int], float]
@@ -62,7 +69,8 @@ def with_schedule(
         total = module.trainer.max_steps
         if total < 1:
             raise UserError("trainer.max_steps must be set: the learning rate falls to zero at that step")
-        factor = partial(warmup_cosine, warmup_steps=min(warmup_steps, total // 2), total_steps=total)
+        fall = warmup_cosine if schedule == "cosine" else warmup_linear
+        factor = partial(fall, warmup_steps=min(warmup_steps, total // 2), total_steps=total)
     return {"optimizer": made, "lr_scheduler": {"scheduler": LambdaLR(made, factor), "interval": "step"}}
 
 

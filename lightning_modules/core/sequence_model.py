@@ -54,7 +54,7 @@ class SequenceModel(EnsembleModule, ABC):
         vocab_size: Tokens of the data.
         seq_len: Longest sequence of the data.
         optimizer: The optimizer, without its parameters.
-        schedule: The learning rate after the warm-up: a cosine to zero at `trainer.max_steps`, or constant.
+        schedule: The learning rate after the warm-up: a cosine or a line to zero at `trainer.max_steps`, or constant.
         warmup_steps: Steps of the linear warm-up.
         ensemble: S, the number of seeds trained at once.
         seed: Seed of the initial weights; the run's seed if None.

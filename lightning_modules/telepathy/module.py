@@ -22,7 +22,7 @@ from datamodules.problems import Problem
 from lightning_modules.core.contracts import OnNonfinite, SupportsSampleDataloader, Workload, connected
 from lightning_modules.core.reporting import is_dry_run, run_folder
 from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
-from lightning_modules.core.schedule import with_schedule
+from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.pretrained.prompts import LONGEST, encode, pad
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
@@ -67,7 +67,8 @@ class Telepathy(LightningModule):
         output: How soft tokens are brought to the scale of the target's embeddings (see `OutputScale`).
         objectives: Objective -> weight.
         optimizer: The optimizer, without its parameters.
-        warmup_steps: Steps in which the learning rate rises; it then falls to zero along a cosine.
+        warmup_steps: Steps in which the learning rate rises.
+        schedule: The learning rate after the warm-up: a cosine or a line to zero at `trainer.max_steps`, or constant.
         prompt: The target's prompt around `{question}`, or `chat` for the chat template of its tokenizer.
         source_prompt: The source's prompt, of which it reads the part before the question; None for `prompt`. With
             `chat` a source without a chat template reads the question alone.
@@ -97,6 +98,7 @@ class Telepathy(LightningModule):
         objectives: dict[ObjectiveName, float] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 50,
+        schedule: Schedule = "cosine",
         prompt: str = "Question: {question}\nAnswer:",
         source_prompt: str | None = None,
         text_prefix: int = 0,
@@ -114,7 +116,8 @@ class Telepathy(LightningModule):
         check_numbers("model", 0, SIZE, text_prefix=text_prefix)
         check_numbers("model", 1, LONGEST, max_new_tokens=max_new_tokens)
         self.needs = {part for name in self.objectives for part in OBJECTIVES[name].needs}
-        self.optimizer, self.warmup_steps, self.max_new_tokens = optimizer, warmup_steps, max_new_tokens
+        self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
+        self.max_new_tokens = max_new_tokens
         self.on_nonfinite = on_nonfinite
         flaws = reproduce_flaws if isinstance(reproduce_flaws, list) else get_args(Flaw) if reproduce_flaws else ()
         notes_scale = "key_scale" in flaws
@@ -314,4 +317,4 @@ class Telepathy(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and its schedule."""
-        return with_schedule(self, self.optimizer, self.warmup_steps)
+        return with_schedule(self, self.optimizer, self.warmup_steps, self.schedule)

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import LightningModule
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
-from lightning_modules.core.schedule import warmup, warmup_cosine, with_schedule
+from lightning_modules.core.schedule import warmup, warmup_cosine, warmup_linear, with_schedule
 
 
 def test_the_schedule_rises_then_falls_to_zero():
@@ -34,7 +38,9 @@ def test_the_schedule_rises_then_falls_to_zero():
 def test_the_factors_are_those_of_transformers():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     cosine = get_cosine_schedule_with_warmup(optimizer, 200, 1900).lr_lambdas[0]
+    linear = get_linear_schedule_with_warmup(optimizer, 200, 1900).lr_lambdas[0]
     constant = get_constant_schedule_with_warmup(optimizer, 50).lr_lambdas[0]
     for step in range(1901):
         assert warmup_cosine(step, 200, 1900) == cosine(step)
+        assert warmup_linear(step, 200, 1900) == linear(step)
         assert warmup(step, 50) == constant(step)
