@@ -5,8 +5,9 @@ tokens of the whole batch, V target vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,30 +25,23 @@ from lightning_modules.core.reporting import is_dry_run, run_folder
 from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.pretrained.loading import Pretrained
-from lightning_modules.pretrained.prompts import LONGEST, encode, pad
+from lightning_modules.pretrained.prompts import LONGEST
+from lightning_modules.telepathy.answer_limit import longest_answer
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bridges import BridgeFactory, OutputScale
+from lightning_modules.telepathy.collation import evaluation_batch, training_batch
 from lightning_modules.telepathy.examination import Examination
 from lightning_modules.telepathy.measures import scores
-from lightning_modules.telepathy.normalizer import StatisticalNormalizer, make_normalizer
+from lightning_modules.telepathy.normalizer import CALIBRATION, StatisticalNormalizer, make_normalizer, sums
 from lightning_modules.telepathy.objectives import OBJECTIVES, BridgeStep, ObjectiveName, check_weights, lm
+from lightning_modules.telepathy.ranks import all_rows, summed, token_weight
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 from lightning_modules.telepathy.text_prefix import TextPrefix
+from lightning_modules.telepathy.workload import workload
 
 Flaw = Literal["key_scale", "bos_behind"]
 NOTES_SCALE = 0.003  # root mean square of the notes' source states, equal to that of Mistral 7B's embeddings
-BARE = 32  # tokens of an answer at most, of data that gives results alone
-WORKED = 256  # tokens to work out the answers of such data
-CALIBRATION = 256  # held-out questions from which the normalizer takes its statistics
-
-
-@runtime_checkable
-class HasAnswers(Protocol):
-    """A datamodule that knows the reference answers of its problems."""
-
-    def answers(self) -> list[str]:
-        """Return the answers of the fixed sets, the same on every rank."""
 
 
 class Telepathy(LightningModule):
@@ -147,32 +141,13 @@ class Telepathy(LightningModule):
             UserError: It is neither given nor known from the data.
         """
         if self.max_new_tokens is None:
-            data: object = connected(self.trainer).datamodule
-            if not isinstance(data, HasAnswers):
-                raise UserError(f"model.max_new_tokens must be set: {type(data).__name__} has no reference answers")
-            texts = [self.target.prompt.separator + answer for answer in data.answers()]
-            longest = max(map(len, encode(self.target.tokenizer, texts)), default=0) + 1  # the end token
-            self.max_new_tokens = longest if longest > BARE else WORKED
+            self.max_new_tokens = longest_answer(self.target, connected(self.trainer).datamodule)
         return self.max_new_tokens
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""
-        questions, answers = [problem.question for problem in problems], [problem.answer for problem in problems]
-        source, target = self.source.tokenize(questions), self.target
-        soft_rows = target.soft_rows(questions, answers)
-        has_text = not training or "text" in self.needs or self.text_prefix is not None
-        text_rows = target.text_rows(questions, answers) if has_text else []
-        batch = TelepathyBatch(**source, soft_mask=self.bridge.soft_mask(source["source_mask"]))
-        if not training:
-            return EvaluationBatch(**batch, problems=problems, soft_rows=soft_rows, text_rows=text_rows)
-        made = cast(TrainingBatch, {**batch, "soft": target.pack(soft_rows, batch["soft_mask"])})
-        if "question" in self.needs:
-            made["question"], made["question_mask"] = pad(target.question_tokens(questions), 0)
-        if "text" in self.needs:
-            made["text"] = target.pack(text_rows)
-        if self.text_prefix is not None:
-            made["prefixed"] = target.pack(text_rows, self.text_prefix.mask(len(problems)))
-        return made
+        parts = problems, self.source, self.target, self.bridge
+        return training_batch(*parts, self.needs, self.text_prefix) if training else evaluation_batch(*parts)
 
     def read(self, batch: TelepathyBatch) -> Tensor:
         """Return the source's states_BSC at the question, without the prompt and the BOS, whose state is an outlier."""
@@ -189,34 +164,21 @@ class Telepathy(LightningModule):
         soft_BKD = self(batch)
         logits_NV = self.target.logits(batch["soft"], soft_BKD)
         fixed_count = self.bridge.soft_tokens is not None
-        step = BridgeStep(batch, self.target, soft_BKD, logits_NV, fixed_count, self._gather)
-        token_weight = self._token_weight(len(batch["soft"].labels_N))
+        step = BridgeStep(batch, self.target, soft_BKD, logits_NV, fixed_count, partial(all_rows, self))
+        weight_of_tokens = token_weight(self, len(batch["soft"].labels_N))
         losses: dict[str, Tensor] = {}
         for name, weight in self.objectives.items():
             objective = OBJECTIVES[name]
-            losses[name] = (weight * token_weight if objective.by_token else weight) * objective.loss(step)
+            losses[name] = (weight * weight_of_tokens if objective.by_token else weight) * objective.loss(step)
         total = torch.stack(list(losses.values())).sum()
         size = len(batch["source"])
         self.log("train/loss", total.detach(), batch_size=size, prog_bar=True)
         if self.text_prefix is not None:
             logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(size))
-            losses["text_prefix"] = token_weight * lm(logits_NV, batch["prefixed"].labels_N)
+            losses["text_prefix"] = weight_of_tokens * lm(logits_NV, batch["prefixed"].labels_N)
             total = total + losses["text_prefix"]
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
         return total
-
-    def _gather(self, x_BF: Tensor) -> Tensor:
-        """Return the rows of all ranks, with gradients."""
-        if self.trainer.world_size == 1:
-            return x_BF
-        return cast(Tensor, self.all_gather(x_BF, sync_grads=True)).flatten(0, 1)
-
-    def _token_weight(self, count: int) -> Tensor | float:
-        """Return this rank's answer tokens over the mean of all ranks; a mean over ranks becomes one over tokens."""
-        if self.trainer.world_size == 1:
-            return 1.0
-        count_1 = torch.tensor(float(count), device=self.device)
-        return count_1 / cast(Tensor, self.all_gather(count_1)).mean()
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Log the held-out cross-entropy of the answers, a mean over tokens."""
@@ -266,20 +228,13 @@ class Telepathy(LightningModule):
             UserError: The target does not answer soft tokens, or the data gives no held-out questions.
         """
         self.target.check()
-        if not isinstance(self.normalizer, StatisticalNormalizer):
-            return
-        data: object = connected(self.trainer).datamodule
-        if not isinstance(data, SupportsSampleDataloader):
-            raise UserError(f"model.normalizer: {type(data).__name__} gives no held-out questions, choose WordProblems")
-        states = []
-        for batch in data.sample_dataloader(CALIBRATION):
-            batch = self.trainer.strategy.batch_to_device(batch)
-            states.append(self.read(batch)[batch["source_mask"]])
-        states_NC = torch.cat(states).double()
-        count_C = torch.full_like(states_NC[0], len(states_NC))
-        sums_3C = torch.stack([states_NC.sum(0), states_NC.square().sum(0), count_C])
-        gathered = cast(Tensor, self.all_gather(sums_3C))  # with a first axis of ranks, if there are several
-        self.normalizer.calibrate(*gathered.reshape(-1, *sums_3C.shape).sum(0))
+        if isinstance(self.normalizer, StatisticalNormalizer):
+            data: object = connected(self.trainer).datamodule
+            if not isinstance(data, SupportsSampleDataloader):
+                raise UserError(f"model.normalizer: {type(data).__name__} gives no held-out questions")
+            batches = map(self.trainer.strategy.batch_to_device, data.sample_dataloader(CALIBRATION))
+            sums_3C = sums(self.read(batch)[batch["source_mask"]] for batch in batches)
+            self.normalizer.calibrate(*summed(self, sums_3C))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another kind of bridge, which a load that is not strict would accept.
@@ -294,15 +249,7 @@ class Telepathy(LightningModule):
 
     def workload(self, batch: TrainingBatch) -> Workload:
         """Return samples, target positions and flops of a training step."""
-        # Per parameter and position: 2 forward, 2 for gradients of activations (not source), 2 of weights (bridge)
-        sizes = [sum(p.numel() for p in module.parameters()) for module in (self.source, self.target, self.bridge)]
-        tokens = batch["soft"].tokens_BT.numel()
-        source, target, bridge = 2 * batch["source"].numel(), 4 * tokens, 6 * batch["soft_mask"].numel()
-        if "text" in batch:
-            target += 2 * batch["text"].tokens_BT.numel()
-        if "prefixed" in batch:
-            target += 4 * batch["prefixed"].tokens_BT.numel()
-        return Workload(len(batch["source"]), tokens, source * sizes[0] + target * sizes[1] + bridge * sizes[2])
+        return workload(batch, self.source, self.target, self.bridge)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -311,8 +258,9 @@ class Telepathy(LightningModule):
         if self.text_prefix is None or not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        prefix = set(self.text_prefix.parameters())
-        for part in (prefix, {p for p in self.parameters() if p.requires_grad} - prefix):
+        prefix = list(self.text_prefix.parameters())
+        others = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("text_prefix.")]
+        for part in (prefix, others):
             torch.nn.utils.clip_grad_norm_(part, gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

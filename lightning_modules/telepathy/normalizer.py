@@ -1,12 +1,15 @@
 """Normalisation of source states by statistics that are taken before training.
 
-Shapes: B batch, S source positions, C source width.
+Shapes: B batch, S source positions, N positions of a whole batch, C source width.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+CALIBRATION = 256  # held-out questions from which the statistics are taken
 
 
 class StatisticalNormalizer(nn.Module):
@@ -45,6 +48,12 @@ class StatisticalNormalizer(nn.Module):
     def forward(self, states_BSC: Tensor) -> Tensor:
         """Return the normalised states_BSC."""
         return (states_BSC - self.mean_C) / self.std_C * self.scale
+
+
+def sums(states: Iterable[Tensor]) -> Tensor:
+    """Return sums_3C of batches states_NC: for each feature the sum, the sum of squares, and the number of states."""
+    states_NC = torch.cat(list(states)).double()
+    return torch.stack([states_NC.sum(0), states_NC.square().sum(0), torch.full_like(states_NC[0], len(states_NC))])
 
 
 def make_normalizer(kind: Literal["none", "layer_norm", "statistical"], width: int, scale: float) -> nn.Module:

@@ -1,0 +1,63 @@
+"""From problems to batches, in the tokens of both models."""
+
+from collections.abc import Collection, Sequence
+
+from datamodules.problems import Problem
+from lightning_modules.pretrained.prompts import pad
+from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
+from lightning_modules.telepathy.bridges import Bridge
+from lightning_modules.telepathy.source import Source
+from lightning_modules.telepathy.target import Target
+from lightning_modules.telepathy.text_prefix import TextPrefix
+
+
+def training_batch(
+    problems: Sequence[Problem],
+    source: Source,
+    target: Target,
+    bridge: Bridge,
+    needs: Collection[str],
+    prefix: TextPrefix | None,
+) -> TrainingBatch:
+    """Return problems with packed rows.
+
+    Args:
+        problems: The problems.
+        source: The model that reads.
+        target: The model that answers.
+        bridge: The bridge, which tells the number of soft tokens.
+        needs: What the objectives read beside the rows with soft tokens: `question`, `text`.
+        prefix: The learned prefix of the text baseline, if there is one.
+    """
+    questions, answers = _texts(problems)
+    batch = _source_batch(questions, source, bridge)
+    soft = target.pack(target.soft_rows(questions, answers), batch["soft_mask"])
+    made = TrainingBatch(**batch, soft=soft)
+    if "question" in needs:
+        made["question"], made["question_mask"] = pad(target.question_tokens(questions), 0)
+    text_rows = target.text_rows(questions, answers) if "text" in needs or prefix is not None else []
+    if "text" in needs:
+        made["text"] = target.pack(text_rows)
+    if prefix is not None:
+        made["prefixed"] = target.pack(text_rows, prefix.mask(len(problems)))
+    return made
+
+
+def evaluation_batch(problems: Sequence[Problem], source: Source, target: Target, bridge: Bridge) -> EvaluationBatch:
+    """Return problems with the target's rows for soft tokens and for text; the arguments are as for training."""
+    questions, answers = _texts(problems)
+    return EvaluationBatch(
+        **_source_batch(questions, source, bridge),
+        problems=problems,
+        soft_rows=target.soft_rows(questions, answers),
+        text_rows=target.text_rows(questions, answers),
+    )
+
+
+def _texts(problems: Sequence[Problem]) -> tuple[list[str], list[str]]:
+    return [problem.question for problem in problems], [problem.answer for problem in problems]
+
+
+def _source_batch(questions: Sequence[str], source: Source, bridge: Bridge) -> TelepathyBatch:
+    read = source.tokenize(questions)
+    return TelepathyBatch(**read, soft_mask=bridge.soft_mask(read["source_mask"]))

@@ -1,0 +1,31 @@
+"""What the ranks of a run tell one another.
+
+Shapes: B batch, F features.
+"""
+
+from typing import cast
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+
+def all_rows(module: LightningModule, x_BF: Tensor) -> Tensor:
+    """Return the rows of all ranks, with gradients."""
+    if module.trainer.world_size == 1:
+        return x_BF
+    return cast(Tensor, module.all_gather(x_BF, sync_grads=True)).flatten(0, 1)
+
+
+def token_weight(module: LightningModule, count: int) -> Tensor | float:
+    """Return this rank's answer tokens over the mean of all ranks; a mean over ranks becomes one over tokens."""
+    if module.trainer.world_size == 1:
+        return 1.0
+    count_1 = torch.tensor(float(count), device=module.device)
+    return count_1 / cast(Tensor, module.all_gather(count_1)).mean()
+
+
+def summed(module: LightningModule, x: Tensor) -> Tensor:
+    """Return the sum of a tensor over the ranks."""
+    gathered = cast(Tensor, module.all_gather(x))  # with a first axis of ranks, if there are several
+    return gathered.reshape(-1, *x.shape).sum(0)

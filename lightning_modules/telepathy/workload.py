@@ -1,0 +1,22 @@
+"""The size of a training step."""
+
+from torch import nn
+
+from lightning_modules.core.contracts import Workload
+from lightning_modules.telepathy.batch import TrainingBatch
+
+
+def workload(batch: TrainingBatch, source: nn.Module, target: nn.Module, bridge: nn.Module) -> Workload:
+    """Return samples, target positions and flops of a training step.
+
+    Per parameter and position there are 2 flops forward, 2 for gradients of activations (not in the source), and 2 for
+    gradients of weights (in the bridge alone).
+    """
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (source, target, bridge)]
+    tokens = batch["soft"].tokens_BT.numel()
+    read, answered, bridged = 2 * batch["source"].numel(), 4 * tokens, 6 * batch["soft_mask"].numel()
+    if "text" in batch:
+        answered += 2 * batch["text"].tokens_BT.numel()
+    if "prefixed" in batch:
+        answered += 4 * batch["prefixed"].tokens_BT.numel()
+    return Workload(len(batch["source"]), tokens, read * sizes[0] + answered * sizes[1] + bridged * sizes[2])
