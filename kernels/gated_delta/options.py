@@ -1,0 +1,13 @@
+"""The options that every form of the gated delta rule has."""
+
+from typing import Literal
+
+Rule = Literal["standard", "seed"]
+Backend = Literal["reference", "triton"]
+
+
+def default_scale(scale: float | None, width: int, rule: Rule) -> float:
+    """Return `scale`, or its default: 1 / sqrt(width), and 1 under the seed's rule."""
+    if scale is not None:
+        return scale
+    return 1.0 if rule == "seed" else width**-0.5
