@@ -1,0 +1,129 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
+"""The second kernel of the backward: the gradients, of which each chunk computes its own.
+
+With the states S and errors E, and the cotangents dO of the outputs, dS of the state after a chunk, and dV:
+
+    dQ = scale (exp(c) dO S^T + ((dO E^T) diag(beta) o G) K)
+    dK_read = -(exp(c) dV S^T + ((dV E^T) diag(beta) o strict(G)) K)
+    W = exp(c_last - c) E dS^T + scale ((E dO^T) o G^T) Q - ((E dV^T) o strict(G)^T) K
+    dK = dK_read + beta W
+    dbeta = rowsum(K o W)
+    dc = rowsum(Q o dQ) + rowsum(K o dK_read) - beta dbeta
+    dc_last += exp(c_last) <S, dS> + sum(beta rowsum((exp(c_last - c) E dS^T) o K))
+
+dg is the sum of dc from its position on. In dc, the diagonal terms of dQ and W cancel. They are added after dc is
+taken, because under strong decay their rounding errors are larger than dc.
+
+Shapes: as in `forward.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.gated_delta.tiles import load_gate, load_tile, masked_exp, rows_of, store_tile
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def compute_gradients(
+    q,
+    k,
+    beta,
+    c,
+    r_q,
+    r_k,
+    do,
+    dv,
+    states,
+    errors,
+    dstates,
+    dq,
+    dk,
+    dg,
+    dbeta,
+    cu_seqlens,
+    N,
+    T,
+    scale,
+    H: tl.constexpr,
+    J: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute dQ and dK per value head, dg and dbeta; one program per slot and value head."""
+    slot = (tl.program_id(0) // J).to(tl.int64)
+    j = tl.program_id(0) % J
+    h = j // (J // H)
+    row, left = rows_of(slot, cu_seqlens, N, T, C, PACKED)
+    if left <= 0:
+        return
+    at = slot * J + j
+    dq_CK = tl.zeros([C, BK], tl.float32)
+    dk_CK = tl.zeros([C, BK], tl.float32)
+    w_CK = tl.zeros([C, BK], tl.float32)
+    do_e_CC = tl.zeros([C, C], tl.float32)
+    dv_e_CC = tl.zeros([C, C], tl.float32)
+    e_do_CC = tl.zeros([C, C], tl.float32)
+    e_dv_CC = tl.zeros([C, C], tl.float32)
+    diagonal_C = tl.zeros([C], tl.float32)
+    kept_K = tl.zeros([BK], tl.float32)
+    type = states.dtype.element_ty
+    for column in range(0, V, BV):
+        s_KV = load_tile(states, at * K, K, column, V, V, BK, BV)
+        ds_KV = load_tile(dstates, at * K, K, column, V, V, BK, BV)
+        do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
+        dv_CV = load_tile(dv + j * V, row, left, column, J * V, V, C, BV).to(type)
+        e_CV = load_tile(errors + j * V, row, left, column, J * V, V, C, BV).to(type)
+        dq_CK += tl.dot(do_CV, tl.trans(s_KV), input_precision=PRECISION)
+        dk_CK -= tl.dot(dv_CV, tl.trans(s_KV), input_precision=PRECISION)
+        w_CK += tl.dot(e_CV, tl.trans(ds_KV), input_precision=PRECISION)
+        do_e_CC += tl.dot(do_CV, tl.trans(e_CV), input_precision=PRECISION)
+        dv_e_CC += tl.dot(dv_CV, tl.trans(e_CV), input_precision=PRECISION)
+        e_do_CC += tl.dot(e_CV, tl.trans(do_CV), input_precision=PRECISION)
+        e_dv_CC += tl.dot(e_CV, tl.trans(dv_CV), input_precision=PRECISION)
+        diagonal_C += tl.sum(do_CV.to(tl.float32) * e_CV.to(tl.float32), 1)
+        kept_K += tl.sum(s_KV.to(tl.float32) * ds_KV.to(tl.float32), 1)
+    kept = tl.sum(kept_K, 0)
+
+    i = tl.arange(0, C)
+    q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
+    k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
+    beta_C = load_gate(beta + j, row, left, J, C)
+    c_C = tl.load(c + at * C + i)
+    last = tl.load(c + at * C + C - 1)
+    read_C = tl.exp(c_C)
+    r_q_C = tl.full([C], 1.0, tl.float32)
+    r_k_C = tl.full([C], 1.0, tl.float32)
+    if NORM:
+        r_q_C = tl.load(r_q + (slot * H + h) * C + i)
+        r_k_C = tl.load(r_k + (slot * H + h) * C + i)
+    past_CC = masked_exp(c_C[:, None] - c_C[None, :], i[:, None] > i[None, :]) * (beta_C * r_k_C)[None, :]
+    future_CC = masked_exp(c_C[None, :] - c_C[:, None], i[:, None] < i[None, :])
+    dq_CK = dq_CK * read_C[:, None] + tl.dot((do_e_CC * past_CC).to(type), k_CK.to(type), input_precision=PRECISION)
+    dq_CK *= scale
+    dk_CK = dk_CK * read_C[:, None] - tl.dot((dv_e_CC * past_CC).to(type), k_CK.to(type), input_precision=PRECISION)
+    w_CK *= tl.exp(last - c_C)[:, None]
+    keys_CK = k_CK.to(tl.float32) * r_k_C[:, None]
+    queries_CK = q_CK.to(tl.float32) * r_q_C[:, None]
+    kept = kept * tl.exp(last) + tl.sum(beta_C * tl.sum(w_CK * keys_CK, 1), 0)
+    w_CK += tl.dot((e_do_CC * future_CC * (r_q_C * scale)[None, :]).to(type), q_CK.to(type), input_precision=PRECISION)
+    w_CK -= tl.dot((e_dv_CC * future_CC * r_k_C[None, :]).to(type), k_CK.to(type), input_precision=PRECISION)
+
+    dc_C = tl.sum(queries_CK * dq_CK, 1) + tl.sum(keys_CK * dk_CK, 1) - beta_C * tl.sum(keys_CK * w_CK, 1)
+    dc_C += tl.where(i == C - 1, kept, 0.0)
+    tl.store(dg + j + row * J + i * J, tl.cumsum(dc_C, 0, reverse=True), mask=i < left)
+
+    dq_CK += keys_CK * (diagonal_C * beta_C * scale)[:, None]
+    w_CK += queries_CK * (diagonal_C * scale)[:, None]
+    tl.store(dbeta + j + row * J + i * J, tl.sum(keys_CK * w_CK, 1), mask=i < left)
+    dk_CK += w_CK * beta_C[:, None]
+    if NORM:
+        dq_CK = (dq_CK - queries_CK * tl.sum(queries_CK * dq_CK, 1)[:, None]) * r_q_C[:, None]
+        dk_CK = (dk_CK - keys_CK * tl.sum(keys_CK * dk_CK, 1)[:, None]) * r_k_C[:, None]
+    store_tile(dq + j * K, dq_CK, row, left, 0, J * K, K, C, BK)
+    store_tile(dk + j * K, dk_CK, row, left, 0, J * K, K, C, BK)

@@ -1,0 +1,99 @@
+"""The sizes of one call of the kernels, what all of them get as arguments, and the tensors that they fill.
+
+Shapes: as in `reference.py`; `slots` chunks of C positions, as `tiles.py` counts them.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.gated_delta.configurations import LOW, Launch, configuration
+
+# Of A, if not that of the inputs; its numbers are small unless the norms of keys are very different
+INVERSE_TYPE = {"tf32": torch.float16, "fp32": torch.float32}
+Tensors = tuple[Tensor, ...]
+
+
+class Problem:
+    """The sizes of one call, and the arguments that all kernels share.
+
+    Args:
+        k: Keys [B, T, H, K].
+        v: Values [B, T, J, V].
+        cu_seqlens: Bounds of the sequences, or None.
+        normalise: Whether queries and keys are normalised.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalise: bool):
+        self.B, self.T, self.H, self.K = k.shape
+        self.J, self.V = v.shape[-2:]
+        self.normalise, self.device = normalise, k.device
+        major = torch.cuda.get_device_capability(k.device)[0] if k.is_cuda else 0
+        self.how = configuration(major, k.dtype in LOW, self.K)
+        self.C = self.how.chunk
+        if cu_seqlens is None:
+            self.N, self.slots = self.B, self.B * -(-self.T // self.C)
+        else:
+            self.N = cu_seqlens.shape[0] - 1
+            self.slots = self.T // self.C + self.N
+        self.common = {"T": self.T, "H": self.H, "J": self.J, "K": self.K, "BK": _tile(self.K), "C": self.C}
+        self.common |= {"NORM": normalise, "PACKED": cu_seqlens is not None}
+        self.precision = "tf32x3" if self.how.operands == "fp32" else "tf32"
+
+    def columns(self, launch: Launch) -> int:
+        """Return the columns of V that a program of a kernel treats at once."""
+        return min(launch.columns, _tile(self.V))
+
+    def blocks(self, launch: Launch) -> int:
+        """Return the number of programs that share the columns of V."""
+        return -(-self.V // self.columns(launch))
+
+    def run(self, kernel: Any, programs: int, launch: Launch, *tensors: Tensor | None, **options: object) -> None:
+        """Launch `programs` programs of a kernel; a tensor that it does not read may be None."""
+        if programs == 0:
+            return
+        if launch.columns:
+            options |= {"V": self.V, "BV": self.columns(launch)}
+        how = {"num_warps": launch.warps, "num_stages": launch.stages}
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            kernel[(programs,)](*tensors, **options, **self.common, PRECISION=self.precision, **how)
+
+    def forward_buffers(self, v: Tensor, output_final_state: bool) -> Tensors:
+        """Return o, the final state, A, c and the factors of the l2 norms of queries and keys, without content."""
+        slots, J, C = self.slots, self.J, self.C
+        norms = (slots, self.H, C) if self.normalise else (0,)
+        return (
+            self.row_buffer(v),
+            v.new_empty((self.N, J, self.K, self.V) if output_final_state else (0,), dtype=torch.float32),
+            v.new_empty((slots, J, C, C), dtype=INVERSE_TYPE.get(self.how.operands, v.dtype)),
+            v.new_empty((slots, J, C), dtype=torch.float32),
+            v.new_empty(norms, dtype=torch.float32),
+            v.new_empty(norms, dtype=torch.float32),
+        )
+
+    def backward_buffers(self, k: Tensor, v: Tensor, initial: Tensor | None) -> Tensors:
+        """Return the gradients of q and k per value head, of v, g, beta and of the initial state, without content."""
+        J, K = self.J, self.K
+        wide = k.dtype if self.H == J else torch.float32  # the sum over the value heads of a group follows
+        gates = (self.B, self.T, J)
+        return (
+            self.row_buffer(k, (self.B, self.T, J, K), wide),
+            self.row_buffer(k, (self.B, self.T, J, K), wide),
+            self.row_buffer(v),
+            self.row_buffer(v, gates, torch.float32),
+            self.row_buffer(v, gates, torch.float32),
+            v.new_empty((0,), dtype=torch.float32) if initial is None else torch.empty_like(initial),
+        )
+
+    def row_buffer(
+        self, like: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return a tensor for one result per row; rows after the last packed sequence stay zero."""
+        make = like.new_zeros if self.common["PACKED"] else like.new_empty
+        return make(like.shape if shape is None else shape, dtype=dtype)
+
+
+def _tile(width: int) -> int:
+    return max(1 << (width - 1).bit_length(), 16)  # 16: the least of a product

@@ -1,0 +1,93 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
+"""Pieces of the kernels: the rows of a chunk, loads and stores of tiles, decays, the inverse of a triangular matrix.
+
+Each chunk has a slot. Without `cu_seqlens`, sequence n has the slots n M to (n + 1) M - 1, for M chunks. With it,
+sequence n begins at slot cu_seqlens[n] // C + n: slots never overlap, their number T // C + N does not depend on the
+lengths, which only the GPU knows, and some stay empty.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def first_slot(n, cu_seqlens, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """Return the slot of a sequence's first chunk, its first row, and its length."""
+    if PACKED:
+        start = tl.load(cu_seqlens + n).to(tl.int64)
+        return start // C + n, start, tl.load(cu_seqlens + n + 1).to(tl.int64) - start
+    else:
+        return n.to(tl.int64) * tl.cdiv(T, C), n.to(tl.int64) * T, T
+
+
+@triton.jit
+def rows_of(slot, cu_seqlens, N, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """Return the first row of a chunk and the number of rows from there to the end of its sequence, if any."""
+    if PACKED:
+        low = slot * 0
+        high = low + N
+        while high - low > 1:  # the last sequence that begins at this slot or before
+            middle = (low + high) // 2
+            if tl.load(cu_seqlens + middle) // C + middle <= slot:
+                low = middle
+            else:
+                high = middle
+        n = low
+    else:
+        n = slot // tl.cdiv(T, C)
+    first, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
+    done = (slot - first) * C
+    return start + done, length - done
+
+
+@triton.jit
+def load_tile(x, row, left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on; zeros elsewhere."""
+    rows = tl.arange(0, R)
+    columns = column + tl.arange(0, W)
+    inside = (rows < left)[:, None]
+    if WIDTH % W != 0:
+        inside = inside & (columns < WIDTH)[None, :]
+    return tl.load(x + row * STRIDE + rows[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(x, tile, row, left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """Store what `load_tile` loads."""
+    rows = tl.arange(0, R)
+    columns = column + tl.arange(0, W)
+    inside = (rows < left)[:, None]
+    if WIDTH % W != 0:
+        inside = inside & (columns < WIDTH)[None, :]
+    at = x + row * STRIDE + rows[:, None] * STRIDE + columns[None, :]
+    tl.store(at, tile.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_gate(x, row, left, STRIDE: tl.constexpr, R: tl.constexpr):
+    """Load one number per row, in fp32; zeros where there is no row."""
+    rows = tl.arange(0, R)
+    return tl.load(x + row * STRIDE + rows * STRIDE, mask=rows < left, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def masked_exp(x, inside):
+    """Return exp(x), 0 outside the mask; masked before exp, which would overflow."""
+    return tl.exp(tl.where(inside, x, float("-inf")))
+
+
+@triton.jit
+def inverse(m, S: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """Return (I + m)^-1 for a strictly lower m [S, S], with S = 2^LEVELS, from blocks of 2 to one block of S.
+
+    Two neighbouring blocks with inverses A (block-diagonal) and a lower corner L join to A - A L A. That is block
+    substitution: unlike powers of m it loses no digits where the entries of m are large.
+    """
+    i = tl.arange(0, S)[:, None]
+    j = tl.arange(0, S)[None, :]
+    a = tl.where(i == j, 1.0, 0.0) - tl.where((i >> 1) == (j >> 1), m, 0.0)
+    for level in tl.static_range(1, LEVELS):
+        corner = ((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) != (j >> level))
+        half = tl.dot(a, tl.where(corner, m, 0.0), input_precision=PRECISION)
+        a -= tl.dot(half, a, input_precision=PRECISION)
+    return a

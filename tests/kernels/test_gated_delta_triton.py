@@ -1,0 +1,89 @@
+"""The Triton kernels in Triton's interpreter, beside the definition in fp64.
+
+The interpreter has to be on before Triton is imported, so all of this runs in one other process. It shows that the
+arithmetic is right, not what a compiler makes of it: `benchmarks/gated_delta.py` does that on a GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+from toy_gated_delta import Toy
+
+from kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
+
+F32, F16 = torch.float32, torch.float16
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable]:
+    """Return a function that calls another one in a process with the interpreter."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield lambda call, *arguments: pool.submit(call, *arguments).result()
+
+
+def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    pairs = zip(found, expected, strict=True)
+    return [float((x.double() - y).norm() / y.norm().clamp(min=1e-100)) for x, y in pairs]
+
+
+def results(rule: Callable, inputs: list[Tensor], *arguments: object, **options: object) -> list[Tensor]:
+    """Return outputs, final states and all gradients of a function of both."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    o, final = rule(*inputs[:5], 0.3, inputs[5], True, *arguments, **options)
+    loss = o.double().sin().sum() + final.double().sin().sum()
+    return [o, final, *torch.autograd.grad(loss, inputs)]
+
+
+def kernel_errors(toy: Toy) -> list[float]:
+    inputs = toy.inputs()
+    found = results(chunk_gated_delta_rule, inputs, not toy.unit, toy.cu_seqlens, backend="triton")
+    wide = [x.double() for x in inputs]
+    return relative_errors(found, results(recurrent_gated_delta_rule, wide, not toy.unit, toy.cu_seqlens))
+
+
+@pytest.mark.parametrize(
+    ("toy", "most"),
+    [
+        (Toy(T=37, J=1, K=20, V=36, unit=False, dtype=F32), 2e-6),
+        (Toy(B=1, T=70, K=16, V=16, bounds=(0, 0, 5, 40, 65, 65), unit=False, dtype=F32), 2e-6),
+        (Toy(B=1, T=70, J=1, K=64, V=16, decay=0.01, dtype=F16), 3e-3),  # chunks of 64
+        (Toy(B=1, T=66, J=1, K=36, V=20, decay=50.0, beta=2.0, unit=False, dtype=F16), 1e-2),
+        (Toy(B=1, T=70, K=36, V=16, decay=1e4, beta=0.0, dtype=F16, bounds=(0, 66, 70)), 3e-3),
+    ],
+)
+def test_values_and_gradients(interpreter, toy: Toy, most: float):
+    errors = interpreter(kernel_errors, toy)
+    assert max(errors) < most, errors
+
+
+def member_errors(bounds: tuple[int, ...] | None, compiled: bool) -> list[float]:
+    toy = Toy(B=1, T=20, K=16, V=16, bounds=bounds, dtype=F32)
+    stacked = [torch.stack(x) for x in zip(*(toy.inputs(seed) for seed in range(2)), strict=True)]
+    state = stacked.pop()[0]  # which both members share
+
+    def members(backend: str) -> Callable:
+        def call(*rows: Tensor) -> tuple[Tensor, Tensor | None]:
+            return chunk_gated_delta_rule(*rows, cu_seqlens=toy.cu_seqlens, backend=backend)
+
+        def together(*x: Tensor | float | bool) -> tuple[Tensor, Tensor | None]:
+            return vmap(call, (0, 0, 0, 0, 0, None, None, None))(*x)
+
+        return together
+
+    kernels = members("triton")
+    if compiled:
+        kernels = torch.compile(kernels, backend="aot_eager", fullgraph=True)
+    inputs = [*stacked, state]
+    return relative_errors(results(kernels, inputs), [x.double() for x in results(members("reference"), inputs)])
+
+
+@pytest.mark.parametrize(("bounds", "compiled"), [(None, False), ((0, 7, 7, 18), False), (None, True)])
+def test_members_of_an_ensemble(interpreter, bounds: tuple[int, ...] | None, compiled: bool):
+    errors = interpreter(member_errors, bounds, compiled)
+    assert max(errors) < 2e-6, errors
