@@ -1,0 +1,149 @@
+"""The mixer `gated_delta`: a recurrence that writes values under keys into a state by the gated delta rule.
+
+Shapes: B batch, T positions, D width, H heads, K key width, V value width, C channels, P a convolution's past.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from kernels.gated_delta import chunk_gated_delta_rule, step_gated_delta_rule
+from lightning_modules.groundthink.convolution import ShortConvolution
+from lightning_modules.groundthink.gates import Gates, InitialGates
+from lightning_modules.groundthink.keys import Keys, place_keys
+from lightning_modules.groundthink.recall import Recall
+
+Written = tuple[Tensor, Tensor, Tensor, Tensor]  # k_BTHK, v_BTHV, log_decay_BTH, beta_BTH
+
+
+@dataclass
+class DeltaState:
+    """What the mixer carries from one position to the next; its size does not grow.
+
+    Attributes:
+        position: Positions seen.
+        pasts_BPC: Last inputs of the convolutions of queries, keys and values.
+        last_k_B1HK: Key of the last position.
+        last_beta_B1H: Writing strength of the last position.
+        memory_BHKV: S.
+    """
+
+    position: int
+    pasts_BPC: tuple[Tensor, Tensor, Tensor]
+    last_k_B1HK: Tensor
+    last_beta_B1H: Tensor
+    memory_BHKV: Tensor
+
+
+class GatedDelta(nn.Module):
+    """S <- exp(g_t) S; S <- S + beta_t k_t (v_t - S^T k_t)^T; o_t = S^T q_t / sqrt(K), in each head.
+
+    q, k and v pass a short convolution with SiLU, then q and k are divided by their norms. The output is
+    o_proj(RMSNorm(o) * silu(gate_proj(x))). `Gates` gives g and beta.
+
+    Sites: `key` [B, T, H, K] before the division, `gates.log_decay`, `gates.beta`, `read` (o) [B, T, H, V], and `state`
+    (S) [B, H, K, V]. A hook on `state` runs at each position, after the write; its output is what the query reads and
+    what the next position gets. The mixer then takes one position after the other, which is slow.
+
+    Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024), arXiv:2412.06464.
+
+    Args:
+        width: D.
+        heads: H.
+        key_width: K.
+        value_width: V.
+        conv_width: Positions that the convolutions of q and v read; 0 for no convolution and no SiLU.
+        key_conv_width: The same for k.
+        gates: The initial gates; see `Gates`.
+        allow_negative_eigenvalues: beta up to 2 instead of 1. Above 1, a write reflects what the key reads.
+        shifted_value: Write v_t under the key, and with the beta, of position t - 1.
+        keys: `token` makes keys of tokens, `position` of positions (`hashed_keys`), and `both` adds the two.
+        recall: Gets reads of the state, for the mixers behind this one.
+    """
+
+    site = "gated_delta"
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        key_width: int,
+        value_width: int,
+        conv_width: int = 4,
+        key_conv_width: int = 4,
+        gates: InitialGates = "spread",
+        allow_negative_eigenvalues: bool = False,
+        shifted_value: bool = False,
+        keys: Keys = "token",
+        recall: Recall | None = None,
+    ):
+        super().__init__()
+        self.heads, self.key_width, self.value_width = heads, key_width, value_width
+        self.shifted_value, self.keys, self.recall = shifted_value, keys, recall
+        self.q_proj, self.k_proj = (nn.Linear(width, heads * key_width, bias=False) for _ in range(2))
+        self.v_proj, self.gate_proj = (nn.Linear(width, heads * value_width, bias=False) for _ in range(2))
+        self.q_conv, self.v_conv = (ShortConvolution(heads * size, conv_width) for size in (key_width, value_width))
+        self.k_conv = ShortConvolution(heads * key_width, key_conv_width)
+        self.gates = Gates(width, heads, gates, 2.0 if allow_negative_eigenvalues else 1.0)
+        self.norm, self.o_proj = nn.RMSNorm(value_width, eps=1e-6), nn.Linear(heads * value_width, width, bias=False)
+        self.key, self.state, self.read = nn.Identity(), nn.Identity(), nn.Identity()
+
+    def init_state(self, batch: int) -> DeltaState:
+        """Return the state before the first position: nothing but zeros."""
+        zeros = partial(self.gates.A_log.new_zeros, batch)
+        q_BPC, k_BPC, v_BPC = (zeros(conv.past, conv.channels) for conv in (self.q_conv, self.k_conv, self.v_conv))
+        last_k_B1HK, last_beta_B1H = zeros(1, self.heads, self.key_width), zeros(1, self.heads)
+        memory_BHKV = zeros(self.heads, self.key_width, self.value_width)
+        return DeltaState(0, (q_BPC, k_BPC, v_BPC), last_k_B1HK, last_beta_B1H, memory_BHKV)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the contribution to the residual stream, [B, T, D]."""
+        return self.extend(x_BTD, self.init_state(len(x_BTD)))[0]
+
+    def step(self, x_BD: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
+        """Return the contribution at the next position, [B, D], and the state after it."""
+        output_B1D, state = self.extend(x_BD[:, None], state)
+        return output_B1D[:, 0], state
+
+    def extend(self, x_BTD: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
+        """Return the contribution at the next T positions, [B, T, D], and the state after them."""
+        q_BTC, q_BPC = self.q_conv(self.q_proj(x_BTD), state.pasts_BPC[0])
+        k_BTC, k_BPC = self.k_conv(self.k_proj(x_BTD), state.pasts_BPC[1])
+        v_BTC, v_BPC = self.v_conv(self.v_proj(x_BTD), state.pasts_BPC[2])
+        q_BTHK, v_BTHV = (x.unflatten(2, (self.heads, -1)) for x in (q_BTC, v_BTC))
+        k_BTHK = self.key(place_keys(k_BTC.unflatten(2, (self.heads, -1)), state.position, self.keys))
+        log_decay_BTH, beta_BTH = self.gates(x_BTD)
+        last_k_B1HK, last_beta_B1H = k_BTHK[:, -1:], beta_BTH[:, -1:]
+        if self.shifted_value:
+            k_BTHK = torch.cat([state.last_k_B1HK.to(k_BTHK.dtype), k_BTHK[:, :-1]], 1)
+            beta_BTH = torch.cat([state.last_beta_B1H, beta_BTH[:, :-1]], 1)
+        run = partial(self._run, written=(k_BTHK, v_BTHV, log_decay_BTH, beta_BTH), memory_BHKV=state.memory_BHKV)
+        o_BTHV, memory_BHKV = run(q_BTHK)
+        if self.recall:
+            self.recall.offer(lambda q_BTHK: run(q_BTHK)[0])
+        o_BTHV = self.norm(self.read(o_BTHV).to(self.norm.weight.dtype))
+        output_BTD = self.o_proj(o_BTHV.flatten(2) * silu(self.gate_proj(x_BTD)))
+        position, pasts_BPC = state.position + x_BTD.shape[1], (q_BPC, k_BPC, v_BPC)
+        return output_BTD, DeltaState(position, pasts_BPC, last_k_B1HK, last_beta_B1H, memory_BHKV)
+
+    def _run(self, q_BTHK: Tensor, written: Written, memory_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return o_BTHV, and the memory after the T positions."""
+        if self.state._forward_hooks:
+            return self._run_by_position(q_BTHK, written, memory_BHKV)
+        if q_BTHK.shape[1] == 1:
+            q_BHK, *written_BH = (x[:, 0] for x in (q_BTHK, *written))
+            o_BHV, memory_BHKV = step_gated_delta_rule(q_BHK, *written_BH, memory_BHKV, use_qk_l2norm_in_kernel=True)
+            return o_BHV[:, None], memory_BHKV
+        options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        return chunk_gated_delta_rule(q_BTHK, *written, initial_state=memory_BHKV, **options)
+
+    def _run_by_position(self, q_BTHK: Tensor, written: Written, memory_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, step = [], partial(step_gated_delta_rule, use_qk_l2norm_in_kernel=True)
+        for q_BHK, k_BHK, v_BHV, g_BH, beta_BH in zip(*(x.unbind(1) for x in (q_BTHK, *written)), strict=True):
+            memory_BHKV = self.state(step(q_BHK, k_BHK, v_BHV, g_BH, beta_BH, memory_BHKV)[1])
+            nothing_BH = torch.zeros_like(g_BH)  # no decay and no write: the query reads what the hook has left
+            outputs.append(step(q_BHK, k_BHK, v_BHV, nothing_BH, nothing_BH, memory_BHKV)[0])
+        return torch.stack(outputs, 1), memory_BHKV

@@ -1,0 +1,105 @@
+"""The mixer `window_attention`: causal attention to the last W positions.
+
+Shapes: B batch, T positions, D width, H heads, K head width, W window, C cached positions, S = C + T, V value width of
+the recurrent state.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from lightning_modules.groundthink.recall import Recall
+
+BASE = 10_000.0  # of the rotary frequencies
+
+
+@dataclass
+class WindowCache:
+    """Keys and values of the last C <= W positions, [B, H, C, K], and the number of positions seen."""
+
+    position: int
+    k_BHCK: Tensor
+    v_BHCK: Tensor
+
+
+class WindowAttention(nn.Module):
+    """o_t = sum_s softmax_s(<R_t q_t, R_s k_s> / sqrt(K)) v_s over t - W < s <= t, with rotary positions R.
+
+    With `recall`, each position also reads the state S_t of the gated delta mixer before it, with a query of its own:
+    o_t + state_o(RMSNorm(S_t^T state_q(x_t))). S_t depends on no later position.
+
+    The site `pattern` gives the attention weights, [B, H, T, T]; they are held in memory only if it has a hook.
+
+    Args:
+        width: D.
+        heads: H; K = D / H is even.
+        window: W.
+        recall: The reads of the state, which has H heads too.
+    """
+
+    site = "window_attention"
+
+    def __init__(self, width: int, heads: int, window: int, recall: Recall | None = None):
+        super().__init__()
+        self.heads, self.window, self.recall = heads, window, recall
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.pattern = nn.Identity()
+        if recall:
+            recall.readers += 1
+            self.state_q = nn.Linear(width, heads * recall.key_width, bias=False)
+            self.state_norm = nn.RMSNorm(recall.value_width, eps=1e-6)
+            self.state_o = nn.Linear(heads * recall.value_width, width, bias=False)
+
+    def init_state(self, batch: int) -> WindowCache:
+        """Return an empty cache."""
+        empty_BHCK = self.q_proj.weight.new_empty(batch, self.heads, 0, self.q_proj.out_features // self.heads)
+        return WindowCache(0, empty_BHCK, empty_BHCK)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the contribution to the residual stream, [B, T, D]."""
+        return self.extend(x_BTD, self.init_state(len(x_BTD)))[0]
+
+    def step(self, x_BD: Tensor, state: WindowCache) -> tuple[Tensor, WindowCache]:
+        """Return the contribution at the next position, [B, D], and the cache with that position."""
+        output_B1D, state = self.extend(x_BD[:, None], state)
+        return output_B1D[:, 0], state
+
+    def extend(self, x_BTD: Tensor, state: WindowCache) -> tuple[Tensor, WindowCache]:
+        """Return the contribution at the next T positions, [B, T, D], and the cache with those positions."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q_BHTK, k_BHTK, v_BHTK = (y(x_BTD).unflatten(2, (self.heads, -1)).transpose(1, 2) for y in projections)
+        end = state.position + x_BTD.shape[1]
+        positions_T = torch.arange(state.position, end, device=x_BTD.device)
+        q_BHTK, k_BHTK = rotate(q_BHTK, positions_T), rotate(k_BHTK, positions_T)
+        k_BHSK = torch.cat([state.k_BHCK.to(k_BHTK.dtype), k_BHTK], 2)
+        v_BHSK = torch.cat([state.v_BHCK.to(v_BHTK.dtype), v_BHTK], 2)
+        distance_TS = positions_T[:, None] - torch.arange(end - k_BHSK.shape[2], end, device=x_BTD.device)
+        output_BTD = self.o_proj(self._attend(q_BHTK, k_BHSK, v_BHSK, (distance_TS >= 0) & (distance_TS < self.window)))
+        if self.recall:
+            read_BTHV = self.recall(self.state_q(x_BTD).unflatten(2, (self.heads, -1)))
+            output_BTD = output_BTD + self.state_o(
+                self.state_norm(read_BTHV.to(self.state_norm.weight.dtype)).flatten(2)
+            )
+        return output_BTD, WindowCache(end, k_BHSK[:, :, -self.window :], v_BHSK[:, :, -self.window :])
+
+    def _attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen_TS: Tensor) -> Tensor:
+        if self.pattern._forward_hooks:
+            score_BHTS = (q_BHTK @ k_BHSK.mT) * q_BHTK.shape[-1] ** -0.5
+            pattern_BHTS = self.pattern(score_BHTS.masked_fill(~seen_TS, -torch.inf).softmax(-1))
+            read_BHTK = pattern_BHTS.to(v_BHSK.dtype) @ v_BHSK
+        else:
+            read_BHTK = scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=seen_TS)
+        return read_BHTK.transpose(1, 2).flatten(2)
+
+
+def rotate(x_BHTK: Tensor, positions_T: Tensor) -> Tensor:
+    """Return rotary positions (Su et al. 2021, arXiv:2104.09864): channels i, i + K/2 turn by t / 10000^(2i/K)."""
+    half = x_BHTK.shape[-1] // 2
+    # fp32, since bf16 cannot tell late positions apart
+    frequencies = BASE ** (-torch.arange(half, device=x_BHTK.device, dtype=torch.float32) / half)
+    angles_TK = positions_T[:, None] * frequencies
+    cos_TK, sin_TK = angles_TK.cos().to(x_BHTK.dtype), angles_TK.sin().to(x_BHTK.dtype)
+    a_BHTK, b_BHTK = x_BHTK.chunk(2, -1)
+    return torch.cat([a_BHTK * cos_TK - b_BHTK * sin_TK, a_BHTK * sin_TK + b_BHTK * cos_TK], -1)
