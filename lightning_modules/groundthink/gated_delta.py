@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from kernels.gated_delta import chunk_gated_delta_rule, step_gated_delta_rule
 from lightning_modules.groundthink.convolution import ShortConvolution
 from lightning_modules.groundthink.gates import Gates, InitialGates
 from lightning_modules.groundthink.keys import Keys, place_keys
 from lightning_modules.groundthink.recall import Recall
-
-Written = tuple[Tensor, Tensor, Tensor, Tensor]  # k_BTHK, v_BTHV, log_decay_BTH, beta_BTH
+from lightning_modules.groundthink.rule import run_rule
 
 
 @dataclass
@@ -120,7 +118,8 @@ class GatedDelta(nn.Module):
         if self.shifted_value:
             k_BTHK = torch.cat([state.last_k_B1HK.to(k_BTHK.dtype), k_BTHK[:, :-1]], 1)
             beta_BTH = torch.cat([state.last_beta_B1H, beta_BTH[:, :-1]], 1)
-        run = partial(self._run, written=(k_BTHK, v_BTHV, log_decay_BTH, beta_BTH), memory_BHKV=state.memory_BHKV)
+        written = k_BTHK, v_BTHV, log_decay_BTH, beta_BTH
+        run = partial(run_rule, written=written, memory_BHKV=state.memory_BHKV, site=self.state)
         o_BTHV, memory_BHKV = run(q_BTHK)
         if self.recall:
             self.recall.offer(lambda q_BTHK: run(q_BTHK)[0])
@@ -128,22 +127,3 @@ class GatedDelta(nn.Module):
         output_BTD = self.o_proj(o_BTHV.flatten(2) * silu(self.gate_proj(x_BTD)))
         position, pasts_BPC = state.position + x_BTD.shape[1], (q_BPC, k_BPC, v_BPC)
         return output_BTD, DeltaState(position, pasts_BPC, last_k_B1HK, last_beta_B1H, memory_BHKV)
-
-    def _run(self, q_BTHK: Tensor, written: Written, memory_BHKV: Tensor) -> tuple[Tensor, Tensor]:
-        """Return o_BTHV, and the memory after the T positions."""
-        if self.state._forward_hooks:
-            return self._run_by_position(q_BTHK, written, memory_BHKV)
-        if q_BTHK.shape[1] == 1:
-            q_BHK, *written_BH = (x[:, 0] for x in (q_BTHK, *written))
-            o_BHV, memory_BHKV = step_gated_delta_rule(q_BHK, *written_BH, memory_BHKV, use_qk_l2norm_in_kernel=True)
-            return o_BHV[:, None], memory_BHKV
-        options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-        return chunk_gated_delta_rule(q_BTHK, *written, initial_state=memory_BHKV, **options)
-
-    def _run_by_position(self, q_BTHK: Tensor, written: Written, memory_BHKV: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, step = [], partial(step_gated_delta_rule, use_qk_l2norm_in_kernel=True)
-        for q_BHK, k_BHK, v_BHV, g_BH, beta_BH in zip(*(x.unbind(1) for x in (q_BTHK, *written)), strict=True):
-            memory_BHKV = self.state(step(q_BHK, k_BHK, v_BHV, g_BH, beta_BH, memory_BHKV)[1])
-            nothing_BH = torch.zeros_like(g_BH)  # no decay and no write: the query reads what the hook has left
-            outputs.append(step(q_BHK, k_BHK, v_BHV, nothing_BH, nothing_BH, memory_BHKV)[0])
-        return torch.stack(outputs, 1), memory_BHKV

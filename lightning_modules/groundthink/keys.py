@@ -30,8 +30,9 @@ def hashed_keys(positions_T: Tensor, heads: int, width: int) -> Tensor:
     length.
     """
     channels = torch.arange(heads * width, device=positions_T.device)
-    bits = _mix(positions_T[:, None] * (heads * width) + channels) & 1
-    return (2.0 * bits - 1).unflatten(1, (heads, width)) * width**-0.5
+    bits: Tensor = _mix(positions_T[:, None] * (heads * width) + channels) & 1
+    signs: Tensor = (2.0 * bits - 1) * width**-0.5
+    return signs.view(-1, heads, width)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class GroundThink(SequenceModel):
         _check_kernel(**self.sizes)
         self.mlp_width = -(-width // 3) * 8 if mlp_width is None else mlp_width
         self.window_reads_state = window_reads_state
-        self.delta_options = {
+        self.delta_options: dict[str, Any] = {
             "conv_width": conv_width,
             "key_conv_width": conv_width if key_conv_width is None else key_conv_width,
             "gates": gates,
@@ -103,8 +103,8 @@ class GroundThink(SequenceModel):
         for letter in self.pattern:
             if letter == "G":
                 recall = Recall(**self.sizes) if self.window_reads_state else None
-                options = {**self.sizes, **self.delta_options, "recall": recall}
-                mixers.append(partial(GatedDelta, self.width, self.heads, **options))
+                options = self.sizes | self.delta_options
+                mixers.append(partial(GatedDelta, self.width, self.heads, recall=recall, **options))
             else:
                 mixers.append(partial(WindowAttention, self.width, self.heads, self.window, recall))
         mlp = partial(SwiGLU, self.width, self.mlp_width) if self.mlp_width else None

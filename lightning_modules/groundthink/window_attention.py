@@ -88,7 +88,7 @@ class WindowAttention(nn.Module):
         if self.pattern._forward_hooks:
             score_BHTS = (q_BHTK @ k_BHSK.mT) * q_BHTK.shape[-1] ** -0.5
             pattern_BHTS = self.pattern(score_BHTS.masked_fill(~seen_TS, -torch.inf).softmax(-1))
-            read_BHTK = pattern_BHTS.to(v_BHSK.dtype) @ v_BHSK
+            read_BHTK: Tensor = pattern_BHTS.to(v_BHSK.dtype) @ v_BHSK
         else:
             read_BHTK = scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=seen_TS)
         return read_BHTK.transpose(1, 2).flatten(2)
