@@ -10,14 +10,23 @@ With the cotangents dO of the outputs and dS of the state after a chunk, and P t
 This sweep needs neither states nor errors, so it runs beside the sweep that computes them again. No product here or in
 `gradients.py` has a transposed accumulator as its operand: Triton 3.4 to 3.7 miscompiles that on Hopper.
 
-Shapes: as in `forward.py`.
+Shapes: as in `prepare.py`.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.gated_delta.forward import sweep_forward
-from kernels.gated_delta.tiles import first_slot, load_gate, load_tile, masked_exp, store_tile
+from kernels.gated_delta.tiles import (
+    first_slot,
+    load_gate,
+    load_tile,
+    masked_exp,
+    product,
+    product_computed,
+    product_inverse,
+    store_tile,
+)
 
 
 @triton.jit
@@ -48,21 +57,18 @@ def sweep_backward(
     BV: tl.constexpr,
     C: tl.constexpr,
     NORM: tl.constexpr,
-    WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Carry BV columns of the cotangent of a state back through a sequence; store it for each chunk, and dV."""
+    SQUARES: tl.constexpr = 2 if PARTS == 2 else 1
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
     i = tl.arange(0, C)
     future = i[:, None] <= i[None, :]
-    type = k.dtype.element_ty
-    if WIDE:
-        type = tl.float32
     ds = tl.zeros([BK, BV], tl.float32)
     if FINAL:
         ds += load_tile(dfinal, head, K, column, V, V, BK, BV)
@@ -72,14 +78,13 @@ def sweep_backward(
         row = start + m * C
         left = length - m * C
         at = (slot + m) * J + j
-        a_CC = tl.load(A + at * C * C + i[:, None] * C + i[None, :])
         q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
         do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV)
         beta_C = load_gate(beta + j, row, left, J, C)
         c_C = tl.load(c + at * C + i)
         last = tl.load(c + at * C + C - 1)
-        p_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision=PRECISION) * masked_exp(c_C[None, :] - c_C[:, None], future)
+        p_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision="tf32x3") * masked_exp(c_C[None, :] - c_C[:, None], future)
         query_C = tl.exp(c_C) * scale
         read_C = tl.exp(c_C)
         write_C = tl.exp(last - c_C)
@@ -91,15 +96,13 @@ def sweep_backward(
             query_C *= r_q_C
             read_C *= r_k_C
             write_C *= r_k_C
-        ds_low = ds.to(type)
-        store_tile(dstates, ds_low, at * K, K, column, V, V, BK, BV)
-        y_CV = tl.dot(k_CK.to(type), ds_low, input_precision=PRECISION) * write_C[:, None]
-        y_CV += tl.dot(p_CC.to(type), do_CV.to(type), input_precision=PRECISION)
-        dv_CV = tl.dot(tl.trans(a_CC).to(type), (y_CV * beta_C[:, None]).to(type), input_precision=PRECISION)
+        store_tile(dstates, ds, at * K, K, column, V, V, BK, BV)
+        y_CV = product(k_CK, ds, PARTS) * write_C[:, None] + product_computed(p_CC, do_CV, PARTS)
+        dv_CV = product_inverse(A + at * SQUARES * C * C, y_CV * beta_C[:, None], True, C, PARTS)
         store_tile(dv + j * V, dv_CV, row, left, column, J * V, V, C, BV)
         ds *= tl.exp(last)
-        ds += tl.dot(tl.trans(q_CK).to(type), (do_CV * query_C[:, None]).to(type), input_precision=PRECISION)
-        ds -= tl.dot(tl.trans(k_CK).to(type), (dv_CV * read_C[:, None]).to(type), input_precision=PRECISION)
+        ds += product(tl.trans(q_CK), do_CV * query_C[:, None], PARTS)
+        ds -= product(tl.trans(k_CK), dv_CV * read_C[:, None], PARTS)
     if INITIAL:
         store_tile(dinitial, ds, head, K, column, V, V, BK, BV)
 
@@ -134,11 +137,10 @@ def sweep_both_ways(
     BV: tl.constexpr,
     C: tl.constexpr,
     NORM: tl.constexpr,
-    WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Compute dV, dS and states and errors again; a program per direction, sequence, value head and BV columns."""
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -150,11 +152,11 @@ def sweep_both_ways(
     if n < N:  # the longer job first
         sweep_backward(
             q, k, do, beta, A, c, r_q, r_k, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
-            H, J, K, V, BK, BV, C, NORM, WIDE, PACKED, INITIAL, FINAL, PRECISION,
+            H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, FINAL,
         )
     else:
         sweep_forward(
             q, k, v, beta, A, c, r_q, r_k, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
-            H, J, K, V, BK, BV, C, NORM, WIDE, PACKED, INITIAL, False, True, PRECISION,
+            H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, False, True,
         )
     # fmt: on

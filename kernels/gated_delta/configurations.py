@@ -2,12 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
-
-import torch
-
-LOW = (torch.bfloat16, torch.float16)
-Operands = Literal["input", "tf32", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +19,10 @@ class Configuration:
 
     Attributes:
         chunk: C.
-        operands: What products of computed operands, such as the state, compute with. `input` is the type of the
-            inputs: with bf16, errors of outputs and gradients pass 1 % where beta is 2 and the log-decay -0.001, since
-            the state then adds up roundings over a thousand positions. `tf32` has 11 bits, `fp32` computes each product
-            as three of tf32 and also keeps the states between the kernels of the backward in fp32.
+        parts: How products compute with an operand that was computed before, such as the state. 1: in bf16. The state
+            then adds up roundings over a thousand positions, and errors of outputs and gradients pass 1 % where beta is
+            2 and the log-decay -0.001. 2: as the sum of two bf16 numbers, which has 16 bits. 0: in fp32, as three
+            products of tf32; the tensors between the kernels are then fp32 too.
         prepare: How `prepare_chunks` runs; it has no columns of V.
         outputs: How `compute_outputs` runs.
         sweeps: How `sweep_both_ways` runs.
@@ -36,31 +30,31 @@ class Configuration:
     """
 
     chunk: int
-    operands: Operands
+    parts: int
     prepare: Launch
     outputs: Launch
     sweeps: Launch
     gradients: Launch
 
 
-# Keys: the major number of the architecture, whether inputs have 16 bits, the widest K. 9 is Hopper; 0 is every other
+# Keys: the major number of the architecture, whether the inputs are bf16, the widest K. 9 is Hopper; 0 is every other
 # one, which may have only 100 KB of shared memory. Errors are largest where K is small: few keys write over each other.
+# fp16 counts as fp32: it has no numbers as small as a state under strong decay. Columns and warps are those with which
+# the compiler has to move the fewest registers to memory.
 TABLE = {
-    (9, True, 32): Configuration(32, "fp32", Launch(0, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2)),
-    (9, True, 64): Configuration(64, "tf32", Launch(0, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 8, 2)),
-    (9, True, 128): Configuration(64, "tf32", Launch(0, 4, 2), Launch(32, 8, 2), Launch(32, 8, 2), Launch(32, 8, 2)),
-    (9, True, 256): Configuration(32, "tf32", Launch(0, 4, 2), Launch(32, 8, 2), Launch(32, 8, 2), Launch(32, 8, 2)),
-    (9, False, 64): Configuration(32, "fp32", Launch(0, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2)),
-    (9, False, 256): Configuration(32, "fp32", Launch(0, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
-    (0, True, 32): Configuration(32, "fp32", Launch(0, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2)),
-    (0, True, 64): Configuration(64, "tf32", Launch(0, 4, 2), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1)),
-    (0, True, 256): Configuration(32, "tf32", Launch(0, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
-    (0, False, 256): Configuration(32, "fp32", Launch(0, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
+    (9, True, 48): Configuration(32, 0, Launch(0, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2)),
+    (9, True, 64): Configuration(64, 2, Launch(0, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 8, 2)),
+    (9, True, 128): Configuration(64, 2, Launch(0, 4, 2), Launch(32, 4, 2), Launch(32, 8, 2), Launch(32, 8, 2)),
+    (9, True, 256): Configuration(64, 2, Launch(0, 8, 2), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 16, 1)),
+    (9, False, 256): Configuration(32, 0, Launch(0, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
+    (0, True, 48): Configuration(32, 0, Launch(0, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1)),
+    (0, True, 256): Configuration(32, 2, Launch(0, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
+    (0, False, 256): Configuration(32, 0, Launch(0, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
 }
 
 
 @cache
-def configuration(major: int, low: bool, width: int) -> Configuration:
-    """Return the row of the table for an architecture, 16-bit inputs or not, and a width K."""
-    known = [key for key in TABLE if key[0] in (major, 0) and key[1] == low and width <= key[2]]
+def configuration(major: int, half: bool, width: int) -> Configuration:
+    """Return the row of the table for an architecture, bf16 inputs or others, and a width K."""
+    known = [key for key in TABLE if key[0] in (major, 0) and key[1] == half and width <= key[2]]
     return TABLE[min(known, key=lambda key: (-key[0], key[2]))]

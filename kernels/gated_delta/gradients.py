@@ -11,10 +11,11 @@ With the states S and errors E, and the cotangents dO of the outputs, dS of the 
     dc = rowsum(Q o dQ) + rowsum(K o dK_read) - beta dbeta
     dc_last += exp(c_last) <S, dS> + sum(beta rowsum((exp(c_last - c) E dS^T) o K))
 
-dg is the sum of dc from its position on. In dc, the diagonal terms of dQ and W cancel. They are added after dc is
-taken, because under strong decay their rounding errors are larger than dc.
+dg is the sum of dc from its position on. In dc, the diagonal terms of dQ and W cancel, and the terms of the last
+position in W and in the sum. They are left out of dc, because under strong decay their rounding errors are larger
+than dc.
 
-Shapes: as in `forward.py`.
+Shapes: as in `prepare.py`.
 """
 
 import triton
@@ -53,7 +54,6 @@ def compute_gradients(
     C: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Compute dQ and dK per value head, dg and dbeta; one program per slot and value head."""
     slot = (tl.program_id(0) // J).to(tl.int64)
@@ -79,13 +79,13 @@ def compute_gradients(
         do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
         dv_CV = load_tile(dv + j * V, row, left, column, J * V, V, C, BV).to(type)
         e_CV = load_tile(errors + j * V, row, left, column, J * V, V, C, BV).to(type)
-        dq_CK += tl.dot(do_CV, tl.trans(s_KV), input_precision=PRECISION)
-        dk_CK -= tl.dot(dv_CV, tl.trans(s_KV), input_precision=PRECISION)
-        w_CK += tl.dot(e_CV, tl.trans(ds_KV), input_precision=PRECISION)
-        do_e_CC += tl.dot(do_CV, tl.trans(e_CV), input_precision=PRECISION)
-        dv_e_CC += tl.dot(dv_CV, tl.trans(e_CV), input_precision=PRECISION)
-        e_do_CC += tl.dot(e_CV, tl.trans(do_CV), input_precision=PRECISION)
-        e_dv_CC += tl.dot(e_CV, tl.trans(dv_CV), input_precision=PRECISION)
+        dq_CK += tl.dot(do_CV, tl.trans(s_KV), input_precision="tf32x3")
+        dk_CK -= tl.dot(dv_CV, tl.trans(s_KV), input_precision="tf32x3")
+        w_CK += tl.dot(e_CV, tl.trans(ds_KV), input_precision="tf32x3")
+        do_e_CC += tl.dot(do_CV, tl.trans(e_CV), input_precision="tf32x3")
+        dv_e_CC += tl.dot(dv_CV, tl.trans(e_CV), input_precision="tf32x3")
+        e_do_CC += tl.dot(e_CV, tl.trans(do_CV), input_precision="tf32x3")
+        e_dv_CC += tl.dot(e_CV, tl.trans(dv_CV), input_precision="tf32x3")
         diagonal_C += tl.sum(do_CV.to(tl.float32) * e_CV.to(tl.float32), 1)
         kept_K += tl.sum(s_KV.to(tl.float32) * ds_KV.to(tl.float32), 1)
     kept = tl.sum(kept_K, 0)
@@ -102,28 +102,35 @@ def compute_gradients(
     if NORM:
         r_q_C = tl.load(r_q + (slot * H + h) * C + i)
         r_k_C = tl.load(r_k + (slot * H + h) * C + i)
-    past_CC = masked_exp(c_C[:, None] - c_C[None, :], i[:, None] > i[None, :]) * (beta_C * r_k_C)[None, :]
-    future_CC = masked_exp(c_C[None, :] - c_C[:, None], i[:, None] < i[None, :])
-    dq_CK = dq_CK * read_C[:, None] + tl.dot((do_e_CC * past_CC).to(type), k_CK.to(type), input_precision=PRECISION)
-    dq_CK *= scale
-    dk_CK = dk_CK * read_C[:, None] - tl.dot((dv_e_CC * past_CC).to(type), k_CK.to(type), input_precision=PRECISION)
-    w_CK *= tl.exp(last - c_C)[:, None]
     keys_CK = k_CK.to(tl.float32) * r_k_C[:, None]
     queries_CK = q_CK.to(tl.float32) * r_q_C[:, None]
-    kept = kept * tl.exp(last) + tl.sum(beta_C * tl.sum(w_CK * keys_CK, 1), 0)
-    w_CK += tl.dot((e_do_CC * future_CC * (r_q_C * scale)[None, :]).to(type), q_CK.to(type), input_precision=PRECISION)
-    w_CK -= tl.dot((e_dv_CC * future_CC * r_k_C[None, :]).to(type), k_CK.to(type), input_precision=PRECISION)
+    past_CC = masked_exp(c_C[:, None] - c_C[None, :], i[:, None] > i[None, :]) * (beta_C * r_k_C)[None, :]
 
-    dc_C = tl.sum(queries_CK * dq_CK, 1) + tl.sum(keys_CK * dk_CK, 1) - beta_C * tl.sum(keys_CK * w_CK, 1)
-    dc_C += tl.where(i == C - 1, kept, 0.0)
-    tl.store(dg + j + row * J + i * J, tl.cumsum(dc_C, 0, reverse=True), mask=i < left)
-
+    dq_CK = dq_CK * read_C[:, None] + tl.dot((do_e_CC * past_CC).to(type), k_CK.to(type), input_precision="tf32x3")
+    dq_CK *= scale
+    dc_C = tl.sum(queries_CK * dq_CK, 1)
     dq_CK += keys_CK * (diagonal_C * beta_C * scale)[:, None]
-    w_CK += queries_CK * (diagonal_C * scale)[:, None]
-    tl.store(dbeta + j + row * J + i * J, tl.sum(keys_CK * w_CK, 1), mask=i < left)
-    dk_CK += w_CK * beta_C[:, None]
     if NORM:
         dq_CK = (dq_CK - queries_CK * tl.sum(queries_CK * dq_CK, 1)[:, None]) * r_q_C[:, None]
-        dk_CK = (dk_CK - keys_CK * tl.sum(keys_CK * dk_CK, 1)[:, None]) * r_k_C[:, None]
     store_tile(dq + j * K, dq_CK, row, left, 0, J * K, K, C, BK)
+
+    future_CC = masked_exp(c_C[None, :] - c_C[:, None], i[:, None] < i[None, :])
+    w_CK *= tl.exp(last - c_C)[:, None]
+    # What the last position writes has not decayed yet: its two terms in dc cancel
+    decaying = i < tl.minimum(left, C) - 1
+    kept = kept * tl.exp(last) + tl.sum(tl.where(decaying, beta_C * tl.sum(w_CK * keys_CK, 1), 0.0), 0)
+    e_do_CC *= future_CC * (r_q_C * scale)[None, :]
+    w_CK += tl.dot(e_do_CC.to(type), q_CK.to(type), input_precision="tf32x3")
+    e_dv_CC *= future_CC * r_k_C[None, :]
+    w_CK -= tl.dot(e_dv_CC.to(type), k_CK.to(type), input_precision="tf32x3")
+    dc_C -= tl.where(decaying, beta_C * tl.sum(keys_CK * w_CK, 1), 0.0)
+    w_CK += queries_CK * (diagonal_C * scale)[:, None]
+    tl.store(dbeta + j + row * J + i * J, tl.sum(keys_CK * w_CK, 1), mask=i < left)
+
+    dk_CK = dk_CK * read_C[:, None] - tl.dot((dv_e_CC * past_CC).to(type), k_CK.to(type), input_precision="tf32x3")
+    dc_C += tl.sum(keys_CK * dk_CK, 1) + tl.where(i == C - 1, kept, 0.0)
+    tl.store(dg + j + row * J + i * J, tl.cumsum(dc_C, 0, reverse=True), mask=i < left)
+    dk_CK += w_CK * beta_C[:, None]
+    if NORM:
+        dk_CK = (dk_CK - keys_CK * tl.sum(keys_CK * dk_CK, 1)[:, None]) * r_k_C[:, None]
     store_tile(dk + j * K, dk_CK, row, left, 0, J * K, K, C, BK)

@@ -1,14 +1,15 @@
 """Launches of the kernels, registered with PyTorch as two operators, so that a compiled model contains them.
 
-Shapes: as in `reference.py`; those of A, c, r_q and r_k are in `forward.py`.
+Shapes: as in `reference.py`; those of A, c, r_q and r_k are in `prepare.py`.
 """
 
 import torch
 from torch import Tensor
 
 from kernels.gated_delta.backward import sweep_both_ways
-from kernels.gated_delta.forward import compute_outputs, prepare_chunks
+from kernels.gated_delta.forward import compute_outputs
 from kernels.gated_delta.gradients import compute_gradients
+from kernels.gated_delta.prepare import prepare_chunks
 from kernels.gated_delta.problem import Problem, Tensors
 from kernels.gated_delta.reference import EPSILON, FLOORS
 
@@ -34,7 +35,7 @@ def run_forward(
         problem.slots * heads,
         how.prepare,
         *(q, k, g, beta, A, c, r_q, r_k, cu_seqlens),
-        **{"N": problem.N, "EPSILON": EPSILON, "FLOOR": FLOORS[torch.float32]},
+        **{"N": problem.N, "PARTS": how.parts, "EPSILON": EPSILON, "FLOOR": FLOORS[torch.float32]},
     )
     problem.run(
         compute_outputs,
@@ -42,7 +43,7 @@ def run_forward(
         how.outputs,
         *(q, k, v, beta, A, c, r_q, r_k, initial, o, final, cu_seqlens),
         **{
-            "WIDE": how.operands != "input",
+            "PARTS": how.parts,
             "scale": scale,
             "INITIAL": initial is not None,
             "FINAL": output_final_state,
@@ -86,8 +87,7 @@ def run_backward(
     problem = Problem(k, v, cu_seqlens, normalise)
     how, heads = problem.how, problem.J
     dq, dk, dv, dg, dbeta, dinitial = problem.backward_buffers(k, v, initial)
-    # fp16 has no numbers as small as the states under strong decay
-    kept = torch.float32 if how.operands == "fp32" or v.dtype == torch.float16 else v.dtype
+    kept = v.dtype if how.parts else torch.float32
     errors = torch.empty_like(v, dtype=kept)
     shape = problem.slots, heads, problem.K, problem.V
     states, dstates = (v.new_empty(shape, dtype=kept) for _ in range(2))
@@ -98,7 +98,7 @@ def run_backward(
         *(q, k, v, do, beta, A, c, r_q, r_k, initial, dfinal, dv, states, errors, dstates, dinitial, cu_seqlens),
         **{
             "N": problem.N,
-            "WIDE": how.operands != "input",
+            "PARTS": how.parts,
             "scale": scale,
             "INITIAL": initial is not None,
             "FINAL": dfinal is not None,

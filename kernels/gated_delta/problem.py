@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gated_delta.configurations import LOW, Launch, configuration
+from kernels.gated_delta.configurations import Launch, configuration
 
-# Of A, if not that of the inputs; its numbers are small unless the norms of keys are very different
-INVERSE_TYPE = {"tf32": torch.float16, "fp32": torch.float32}
 Tensors = tuple[Tensor, ...]
 
 
@@ -31,7 +29,7 @@ class Problem:
         self.J, self.V = v.shape[-2:]
         self.normalise, self.device = normalise, k.device
         major = torch.cuda.get_device_capability(k.device)[0] if k.is_cuda else 0
-        self.how = configuration(major, k.dtype in LOW, self.K)
+        self.how = configuration(major, k.dtype == torch.bfloat16, self.K)
         self.C = self.how.chunk
         if cu_seqlens is None:
             self.N, self.slots = self.B, self.B * -(-self.T // self.C)
@@ -40,7 +38,6 @@ class Problem:
             self.slots = self.T // self.C + self.N
         self.common = {"T": self.T, "H": self.H, "J": self.J, "K": self.K, "BK": _tile(self.K), "C": self.C}
         self.common |= {"NORM": normalise, "PACKED": cu_seqlens is not None}
-        self.precision = "tf32x3" if self.how.operands == "fp32" else "tf32"
 
     def columns(self, launch: Launch) -> int:
         """Return the columns of V that a program of a kernel treats at once."""
@@ -58,16 +55,16 @@ class Problem:
             options |= {"V": self.V, "BV": self.columns(launch)}
         how = {"num_warps": launch.warps, "num_stages": launch.stages}
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            kernel[(programs,)](*tensors, **options, **self.common, PRECISION=self.precision, **how)
+            kernel[(programs,)](*tensors, **options, **self.common, **how)
 
     def forward_buffers(self, v: Tensor, output_final_state: bool) -> Tensors:
         """Return o, the final state, A, c and the factors of the l2 norms of queries and keys, without content."""
-        slots, J, C = self.slots, self.J, self.C
+        slots, J, C, parts = self.slots, self.J, self.C, self.how.parts
         norms = (slots, self.H, C) if self.normalise else (0,)
         return (
             self.row_buffer(v),
             v.new_empty((self.N, J, self.K, self.V) if output_final_state else (0,), dtype=torch.float32),
-            v.new_empty((slots, J, C, C), dtype=INVERSE_TYPE.get(self.how.operands, v.dtype)),
+            v.new_empty((slots, J, 2 if parts == 2 else 1, C, C), dtype=v.dtype if parts else torch.float32),
             v.new_empty((slots, J, C), dtype=torch.float32),
             v.new_empty(norms, dtype=torch.float32),
             v.new_empty(norms, dtype=torch.float32),

@@ -126,24 +126,25 @@ def chunk_gated_delta_rule(
     q, k, v, g, beta = (_split(packing.unpack(x).transpose(1, 2), chunk) for x in inputs)
     state = start_state(k, v, initial_state)
 
-    c = g.clamp(min=FLOORS[g.dtype]).cumsum(-1)[..., None]  # [N, J, M, C, 1]
-    exponents = c - c.transpose(-1, -2)
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=c.device).triu(1)
-    decay = exponents.masked_fill(future, -torch.inf).exp()  # masked before exp, which would overflow
-    system = (k @ k.transpose(-1, -2)) * decay * beta[..., None, :]  # only its strict lower triangle is read
+    g = g.clamp(min=FLOORS[g.dtype])
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=g.device).tril(-1)
+    # Sums of g from j + 1 to i; differences of c would have gradients that cancel and leave their rounding errors
+    between = torch.where(later, g[..., :, None], 0).cumsum(-2)
+    decay = between.masked_fill(later.mT, -torch.inf).exp()  # masked before exp, which would overflow
+    c = g.cumsum(-1)[..., None]
+    system = (k @ k.mT) * decay * beta[..., None, :]  # only its strict lower triangle is read
     reads = torch.cat((v, c.exp() * k), -1)
     solved = torch.linalg.solve_triangular(system, reads, upper=False, unitriangular=True)
     own, carried = solved.split((v.shape[-1], k.shape[-1]), -1)  # E = own - carried S
 
-    last = c[..., -1:, :]
-    writes, kept = ((last - c).exp() * k).transpose(-1, -2), last.exp()
+    writes, kept = (decay[..., -1, :, None] * k).mT, c[..., -1:, :].exp()
     states, errors = [], []
     steps = (x.unbind(2) for x in (own, carried, beta[..., None], writes, kept))  # indexing has a slower gradient
     for own_m, carried_m, beta_m, writes_m, kept_m in zip(*steps, strict=True):
         states.append(state)
         errors.append((own_m - carried_m @ state) * beta_m)
         state = kept_m * state + writes_m @ errors[-1]
-    within = (q @ k.transpose(-1, -2)) * decay
+    within = (q @ k.mT) * decay
     o = c.exp() * (q @ torch.stack(states, 2)) + within @ torch.stack(errors, 2)
     o = packing.pack(o.flatten(2, 3).transpose(1, 2) * scale, length)
     return o.to(output_type), state if output_final_state else None

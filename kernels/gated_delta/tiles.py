@@ -91,3 +91,51 @@ def inverse(m, S: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
         half = tl.dot(a, tl.where(corner, m, 0.0), input_precision=PRECISION)
         a -= tl.dot(half, a, input_precision=PRECISION)
     return a
+
+
+@triton.jit
+def split(x, type):
+    """Return x as a sum of two numbers of 16 bits."""
+    high = x.to(type)
+    return high, (x - high.to(tl.float32)).to(type)
+
+
+@triton.jit
+def product(a, x, PARTS: tl.constexpr):
+    """Return a x for an `a` from memory and a computed x in fp32; `configurations.py` explains PARTS."""
+    if PARTS == 0:
+        return tl.dot(a.to(tl.float32), x, input_precision="tf32x3")
+    elif PARTS == 1:
+        return tl.dot(a, x.to(a.dtype))
+    else:
+        high, low = split(x, a.dtype)
+        return tl.dot(a, high, tl.dot(a, low))
+
+
+@triton.jit
+def product_computed(x, b, PARTS: tl.constexpr):
+    """Return x b for a computed x in fp32 and a `b` from memory."""
+    if PARTS == 0:
+        return tl.dot(x, b.to(tl.float32), input_precision="tf32x3")
+    elif PARTS == 1:
+        return tl.dot(x.to(b.dtype), b)
+    else:
+        high, low = split(x, b.dtype)
+        return tl.dot(high, b, tl.dot(low, b))
+
+
+@triton.jit
+def product_inverse(A, x, TRANSPOSED: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
+    """Return A x, or A^T x, for the stored A of a chunk and a computed x in fp32."""
+    i = tl.arange(0, C)
+    at = A + i[:, None] * C + i[None, :]
+    a = tl.load(at)
+    if TRANSPOSED:
+        a = tl.trans(a)
+    y = product(a, x, PARTS)
+    if PARTS == 2:
+        a = tl.load(at + C * C)
+        if TRANSPOSED:
+            a = tl.trans(a)
+        y = tl.dot(a, x.to(a.dtype), y)
+    return y

@@ -82,6 +82,16 @@ def test_gradients(form, bounds):
     assert torch.autograd.gradcheck(both, [x.requires_grad_() for x in toy.inputs()])
 
 
+def test_gate_gradient_under_strong_decay():
+    """Differences of sums of log-decays would leave rounding errors far above a gradient of 1e-22."""
+    *rows, _ = Toy(B=1, decay=0.0).inputs()
+    rows[3] = torch.full_like(rows[3], -50.0).requires_grad_()
+    forms = chunk_gated_delta_rule, recurrent_gated_delta_rule
+    found, expected = (torch.autograd.grad(form(*rows)[0].sin().sum(), rows[3])[0] for form in forms)
+    assert 0 < expected.abs().max() < 1e-20
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-32)
+
+
 def test_packed_sequences():
     toy = Toy(B=1, T=80, bounds=(0, 0, 5, 70, 70, 71, 71))
     *rows, states = toy.inputs()

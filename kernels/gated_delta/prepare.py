@@ -1,0 +1,112 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
+"""The first kernel of the forward: what each chunk can compute alone.
+
+That is the inverse A = (I + strict(K K^T o G) diag(beta))^-1, the cumulative log-decays c, and the factors r of the l2
+norms. Normalised keys are never made: r scales rows and columns of the products instead, which rounds less and lets
+tiles go from memory to the tensor cores untouched.
+
+Shapes: as in `reference.py`; C positions of a chunk, BK and BV columns of a tile, S half a chunk or a whole one. Of each
+slot: A [C, C], twice where PARTS is 2, c and r [C].
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.gated_delta.tiles import inverse, load_gate, load_tile, masked_exp, rows_of, split
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def prepare_chunks(
+    q,
+    k,
+    g,
+    beta,
+    A,
+    c,
+    r_q,
+    r_k,
+    cu_seqlens,
+    N,
+    T,
+    H: tl.constexpr,
+    J: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+    EPSILON: tl.constexpr,
+    FLOOR: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Compute c, A and the factors of the l2 norm; one program per slot and value head."""
+    PRECISION: tl.constexpr = "tf32x3" if PARTS == 0 else "tf32"
+    SQUARES: tl.constexpr = 2 if PARTS == 2 else 1
+    S: tl.constexpr = 32  # the inverse of a chunk of 64 is made of two of 32
+    slot = (tl.program_id(0) // J).to(tl.int64)
+    j = tl.program_id(0) % J
+    h = j // (J // H)
+    row, left = rows_of(slot, cu_seqlens, N, T, C, PACKED)
+    if left <= 0:
+        return
+    i = tl.arange(0, S)
+    strict = i[:, None] > i[None, :]
+    A += (slot * J + j) * SQUARES * C * C
+    c += (slot * J + j) * C
+    r_q += (slot * H + h) * C
+    r_k += (slot * H + h) * C
+    corner = i[:, None] * C + i[None, :]
+
+    k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
+    beta_0 = load_gate(beta + j, row, left, J, S)
+    g_0 = tl.maximum(load_gate(g + j, row, left, J, S), FLOOR)
+    c_0 = tl.cumsum(g_0, 0)
+    tl.store(c + i, c_0)
+    m_00 = tl.dot(k_0, tl.trans(k_0), input_precision=PRECISION) * masked_exp(c_0[:, None] - c_0[None, :], strict)
+    if NORM:
+        r_0 = _norm_factor(k_0, EPSILON)
+        m_00 *= r_0[:, None] * r_0[None, :]
+        if j % (J // H) == 0:
+            tl.store(r_k + i, r_0)
+            tl.store(r_q + i, _norm_factor(load_tile(q + h * K, row, left, 0, H * K, K, S, BK), EPSILON))
+    a_00 = inverse(m_00 * beta_0[None, :], S, 5, PRECISION)
+    _store_parts(A + corner, a_00, C, PARTS)
+
+    if C == 2 * S:
+        k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
+        beta_1 = load_gate(beta + j, row + S, left - S, J, S)
+        g_1 = tl.maximum(load_gate(g + j, row + S, left - S, J, S), FLOOR)
+        c_1 = tl.cumsum(g_1, 0) + tl.sum(g_0, 0)
+        tl.store(c + S + i, c_1)
+        m_11 = tl.dot(k_1, tl.trans(k_1), input_precision=PRECISION) * masked_exp(c_1[:, None] - c_1[None, :], strict)
+        m_10 = tl.dot(k_1, tl.trans(k_0), input_precision=PRECISION) * tl.exp(c_1[:, None] - c_0[None, :])
+        if NORM:
+            r_1 = _norm_factor(k_1, EPSILON)
+            m_11 *= r_1[:, None] * r_1[None, :]
+            m_10 *= r_1[:, None] * r_0[None, :]
+            if j % (J // H) == 0:
+                tl.store(r_k + S + i, r_1)
+                q_1 = load_tile(q + h * K, row + S, left - S, 0, H * K, K, S, BK)
+                tl.store(r_q + S + i, _norm_factor(q_1, EPSILON))
+        a_11 = inverse(m_11 * beta_1[None, :], S, 5, PRECISION)
+        a_10 = tl.dot(a_11, m_10 * beta_0[None, :], input_precision=PRECISION)
+        a_10 = tl.dot(a_10, a_00, input_precision=PRECISION)
+        _store_parts(A + corner + S, tl.zeros([S, S], tl.float32), C, PARTS)
+        _store_parts(A + corner + S * C, -a_10, C, PARTS)
+        _store_parts(A + corner + S * C + S, a_11, C, PARTS)
+
+
+@triton.jit
+def _store_parts(at, a, C: tl.constexpr, PARTS: tl.constexpr):
+    if PARTS == 2:
+        high, low = split(a, at.dtype.element_ty)
+        tl.store(at, high)
+        tl.store(at + C * C, low)
+    else:
+        tl.store(at, a.to(at.dtype.element_ty))
+
+
+@triton.jit
+def _norm_factor(x, EPSILON: tl.constexpr):
+    x = x.to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, 1) + EPSILON)
