@@ -5,7 +5,7 @@ That is the inverse A = (I + strict(K K^T o G) diag(beta))^-1, the cumulative lo
 norms. Normalised keys are never made: r scales rows and columns of the products instead, which rounds less and lets
 tiles go from memory to the tensor cores untouched.
 
-Shapes: as in `reference.py`; C positions of a chunk, BK and BV columns of a tile, S half a chunk or a whole one. Of each
+Shapes: as in `reference.py`; C positions of a chunk, BK and BV columns of a tile, S half a chunk or a whole one. Per
 slot: A [C, C], twice where PARTS is 2, c and r [C].
 """
 

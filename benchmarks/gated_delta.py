@@ -1,0 +1,183 @@
+"""Time the gated delta kernels on a GPU beside other implementations, in one process.
+
+python benchmarks/gated_delta.py [--shapes 4,2048,8,64,128 ...] [--repeats 30] [--first_call] [--json FILE]
+
+A shape is B, T, H, K, V, in bf16 with normalised keys. The others are flash-linear-attention if it can be imported,
+transformers' reference, and `torch.compile` of our reference. Times are medians over `--repeats` runs of the forward
+and of forward and backward, called from Python and replayed as a CUDA graph. `copy` is the share of a device copy's
+rate that the least possible traffic would have in that time: each input read and each output written once in the
+forward, and all of that again and the gradients in the backward. Peak memory is of forward and backward, above the
+inputs. `--first_call` times the first forward and backward of a fresh process without caches instead, in which all
+kernels are compiled.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.gated_delta import chunk_gated_delta_rule
+from kernels.gated_delta.reference import chunk_gated_delta_rule as reference
+
+SHAPES = ["4,2048,8,64,128", "16,2048,8,64,128", "1,32768,8,64,128", "8,4096,16,64,128", "8,4096,16,128,128"]
+FIRST_CALL = """
+import time, torch
+from benchmarks.gated_delta import inputs, ours
+values = inputs(4, 2048, 8, 64, 128)
+torch.cuda.synchronize()
+start = time.perf_counter()
+torch.autograd.grad(ours(*values).sum(), values)
+torch.cuda.synchronize()
+print(f"{time.perf_counter() - start:.2f}")
+"""
+
+Rule = Callable[..., Tensor]
+
+
+def inputs(B: int, T: int, H: int, K: int, V: int) -> list[Tensor]:
+    """Return q, k, v, g and beta as a model makes them."""
+    q, k = (torch.randn(B, T, H, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    v = torch.randn(B, T, H, V, device="cuda", dtype=torch.bfloat16)
+    g = -torch.rand(B, T, H, device="cuda") / 10
+    return [x.requires_grad_() for x in (q, k, v, g, torch.rand(B, T, H, device="cuda"))]
+
+
+def ours(*values: Tensor) -> Tensor:
+    """Run the Triton kernels."""
+    q, k, v, g, beta = values
+    return chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0]
+
+
+def peers() -> dict[str, Rule]:
+    """Return the other implementations that can be imported."""
+    compiled: Any = torch.compile(reference)
+    found: dict[str, Rule] = {"reference, compiled": lambda *x: compiled(*x, use_qk_l2norm_in_kernel=True)[0]}
+    transformers = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    rule = transformers.torch_chunk_gated_delta_rule
+    found["transformers"] = lambda *x: rule(*x, use_qk_l2norm_in_kernel=True)[0]
+    os.environ["FLA_FLASH_QLA"] = "0"
+    try:
+        fla: Any = importlib.import_module("fla.ops.gated_delta_rule")
+    except ImportError as error:
+        print(f"without flash-linear-attention: {error}")
+        return found
+    guarded: Any = importlib.import_module("fla.ops.common.chunk_o")
+    guarded.TRITON_ABOVE_3_7_1 = (
+        True  # lets it run with a Triton that miscompiles it: the time is right, gradients are not
+    )
+    found["flash-linear-attention"] = lambda *x: fla.chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0]
+    return found
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the median time of a call."""
+    for _ in range(10):
+        run()
+    times: list[float] = []
+    event: Any = torch.cuda.Event
+    for _ in range(repeats):
+        start, end = (event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graph_milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the median time of a replay as a CUDA graph; NaN if the call cannot be captured."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.Stream("cuda")
+    try:
+        torch.cuda.synchronize()
+        with stream:
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return float("nan")
+    return milliseconds(graph.replay, repeats)
+
+
+def copy_rate() -> float:
+    """Return the bytes per second that a device copy reads and writes."""
+    source = torch.empty(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), 30) / 1e3)
+
+
+def measure(rule: Rule, values: list[Tensor], rate: float, repeats: int) -> dict[str, float]:
+    """Return the row of one implementation at one shape."""
+    cotangent = torch.randn_like(values[2])
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return rule(*values)
+
+    def both() -> object:
+        return torch.autograd.grad(rule(*values), values, cotangent)
+
+    traffic = sum(x.nbytes for x in values) + values[2].nbytes
+    row = {"forward ms": milliseconds(forward, repeats), "graph ms": graph_milliseconds(forward, repeats)}
+    row |= {"both ms": milliseconds(both, repeats), "both graph ms": graph_milliseconds(both, repeats)}
+    row["copy %"] = 100 * traffic / rate / min(row["forward ms"], row["graph ms"]) * 1e3
+    fastest = min(row["both ms"], row["both graph ms"])
+    row["both copy %"] = 100 * (2 * traffic + sum(x.nbytes for x in values)) / rate / fastest * 1e3
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    return row | {"peak MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
+
+
+def first_call() -> float:
+    """Return the seconds of the first forward and backward in a fresh process."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parents[1])}
+        run = subprocess.run(
+            [sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True, check=True
+        )
+    return float(run.stdout)
+
+
+def main() -> None:
+    """Print a table per shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--first_call", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.first_call:
+        print(f"first forward and backward: {first_call():.1f} s")
+        return
+    rate, rules = copy_rate(), {"ours": ours} | peers()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e12:.2f} TB/s")
+    rows = []
+    for shape in options.shapes:
+        values = inputs(*map(int, shape.split(",")))
+        for index, (name, rule) in enumerate(rules.items()):
+            row = measure(rule, values, rate, options.repeats)
+            if index == 0:
+                print(f"\n{shape:<24}" + "".join(f"{column:>15}" for column in row))
+            print(f"{name:<24}" + "".join(f"{number:>15.3f}" for number in row.values()), flush=True)
+            rows.append({"shape": shape, "name": name, **row})
+    if options.json:
+        options.json.write_text(json.dumps({"copy_bytes_per_second": rate, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+# mypy: disable-error-code="import-untyped"
+"""Compile the gated delta kernels and print what they use: registers, memory of spilled registers, shared memory.
+
+python benchmarks/gated_delta_registers.py [--architecture 90] [--types bfloat16] [--widths 64x128 128x128] [--packed]
+
+It needs no GPU: Triton brings the compiler. `spilled` is the bytes of registers per thread that lie in memory; a kernel
+with some is slower, not wrong. `wgmma` and `mma` count instructions for Hopper's tensor cores and for older ones.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.gated_delta import launch, problem
+from kernels.gated_delta.configurations import Launch, configuration
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+ROWS, HEADS = 256, 2  # of the inputs; the code depends on neither
+
+Call = tuple[Any, Launch, dict[str, Any]]
+
+
+def record_calls(dtype: torch.dtype, width: int, columns: int, packed: bool, architecture: int) -> list[Call]:
+    """Return the kernels of a forward and backward with their arguments, without a run."""
+    calls: list[Call] = []
+
+    def record(
+        self: problem.Problem, kernel: Any, programs: int, how: Launch, *tensors: Tensor | None, **options: Any
+    ) -> None:
+        if how.columns:
+            options |= {"V": self.V, "BV": self.columns(how)}
+        calls.append((kernel, how, dict(zip(kernel.arg_names, tensors, strict=False)) | options | self.common))
+
+    def of_architecture(major: int, half: bool, width: int) -> object:
+        return configuration(architecture // 10, half, width)
+
+    q = torch.empty(1, ROWS, HEADS, width, dtype=dtype)
+    v, g = torch.empty(1, ROWS, HEADS, columns, dtype=dtype), torch.empty(1, ROWS, HEADS)
+    bounds = torch.tensor([0, ROWS]) if packed else None
+    with patch.object(problem.Problem, "run", record), patch.object(problem, "configuration", of_architecture):
+        o, _, A, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, False)
+        launch.run_backward(o, None, q, q, v, g, None, bounds, A, c, r_q, r_k, 0.1, True)
+    return calls
+
+
+def compile_call(kernel: Any, how: Launch, arguments: dict[str, Any], architecture: int) -> str:
+    """Compile a kernel and return a row of the table."""
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = arguments[name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name], attributes[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if isinstance(value, int) else "fp32"
+    start = time.perf_counter()
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": how.warps, "num_stages": how.stages},
+    )
+    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    registers, spilled = found.groups() if found else ("?", "?")
+    counts = (compiled.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync"))
+    cells = how.warps, how.columns, registers, spilled, compiled.metadata.shared // 1024, *counts
+    return f"{kernel.fn.__name__:<18}" + "".join(f"{cell!s:>11}" for cell in cells) + f"{seconds:>9.1f}"
+
+
+def main() -> None:
+    """Print a table per type and size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", type=int, default=90)
+    parser.add_argument("--types", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--widths", nargs="+", default=["16x16", "64x64", "64x128", "128x128", "256x256"], help="K x V")
+    parser.add_argument("--packed", action="store_true", help="sequences of several lengths")
+    options = parser.parse_args()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the behaviour of older versions of Triton
+    names = "warps", "columns", "registers", "spilled", "shared KB", "wgmma", "mma", "seconds"
+    print(f"Triton {triton.__version__}, architecture {options.architecture}")
+    for dtype in options.types:
+        for widths in options.widths:
+            K, V = map(int, widths.split("x"))
+            print(f"\n{dtype:<9}{widths:<9}" + "".join(f"{name:>11}" for name in names[:-1]) + f"{names[-1]:>9}")
+            for call in record_calls(getattr(torch, dtype), K, V, options.packed, options.architecture):
+                print(compile_call(*call, options.architecture), flush=True)
+
+
+if __name__ == "__main__":
+    main()
