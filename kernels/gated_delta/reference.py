@@ -20,6 +20,10 @@ Shapes: B batch, T positions, H heads of queries and keys, J heads of values (a 
 N sequences, C positions of a chunk, M chunks. Inside, tensors are [N, J, T, ...].
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -36,8 +40,23 @@ FLOORS = {
 SEED_FLOOR = -60.0  # lower log-decays overflow in beta / exp(g); exp(floor) is below the precision of fp64
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def without_autocast(rule: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that computes outside of autocast, whose bf16 products would round the state."""
+
+    @wraps(rule)
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        device = next(x.device.type for x in (*arguments, *options.values()) if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return rule(*arguments, **options)
+
+    return run
+
+
+@without_autocast
 def recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -65,6 +84,7 @@ def recurrent_gated_delta_rule(
     return o.to(output_type), state if output_final_state else None
 
 
+@without_autocast
 def step_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -105,6 +125,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tenso
     return (q[..., None, :] @ state)[..., 0, :], state
 
 
+@without_autocast
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -132,6 +132,8 @@ def test_types():
     assert o.dtype == torch.bfloat16
     assert final.dtype == torch.float32
     assert chunk_gated_delta_rule(*rows)[1] is None
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(chunk_gated_delta_rule(*rows, None, state, True)[1], final, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
