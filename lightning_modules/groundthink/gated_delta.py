@@ -40,7 +40,7 @@ class GatedDelta(nn.Module):
     """S <- exp(g_t) S; S <- S + beta_t k_t (v_t - S^T k_t)^T; o_t = S^T q_t / sqrt(K), in each head.
 
     q, k and v pass a short convolution with SiLU, then q and k are divided by their norms. The output is
-    o_proj(RMSNorm(o) * silu(gate_proj(x))). `Gates` gives g and beta.
+    o_proj(RMSNorm(o) * silu(gate_proj(x))). `Gates` gives g and beta. The projections of q and k begin equal.
 
     Sites: `key` [B, T, H, K] before the division, `gates.log_decay`, `gates.beta`, `read` (o) [B, T, H, V], and `state`
     (S) [B, H, K, V]. A hook on `state` runs at each position, after the write; its output is what the query reads and
@@ -83,6 +83,7 @@ class GatedDelta(nn.Module):
         self.shifted_value, self.keys, self.recall = shifted_value, keys, recall
         self.q_proj, self.k_proj = (nn.Linear(width, heads * key_width, bias=False) for _ in range(2))
         self.v_proj, self.gate_proj = (nn.Linear(width, heads * value_width, bias=False) for _ in range(2))
+        self.k_proj.load_state_dict(self.q_proj.state_dict())  # a token's query finds its key from the start
         self.q_conv, self.v_conv = (ShortConvolution(heads * size, conv_width) for size in (key_width, value_width))
         self.k_conv = ShortConvolution(heads * key_width, key_conv_width)
         self.gates = Gates(width, heads, gates, 2.0 if allow_negative_eigenvalues else 1.0)

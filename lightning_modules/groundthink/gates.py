@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-RATES = 1.0, 16.0  # range of the initial exp(A_log), as in Mamba-2
-STEPS = 1e-3, 1e-1  # range of the initial softplus(dt_bias)
+RATES = 1e-3, 1e-1  # range of the initial -g: a head forgets in 1000 to 10 positions
 
 InitialGates = Literal["spread", "seed"]
 
@@ -23,8 +22,8 @@ class Gates(nn.Module):
     Args:
         width: D.
         heads: H.
-        initial: `spread` draws exp(A_log) between 1 and 16 and softplus(dt_bias) between .001 and .1, so that heads
-            forget at different rates. `seed` begins as the notes do, with a decay of .88 and a beta of .12.
+        initial: `spread` begins with a -g between .001 and .1, spread evenly over the heads on a log scale, and a beta
+            of m / 2. `seed` begins as the notes do, with a decay of .88 and a beta of .12 m.
         most_beta: m.
     """
 
@@ -33,14 +32,13 @@ class Gates(nn.Module):
         self.most_beta = most_beta
         self.a_proj, self.b_proj = nn.Linear(width, heads, bias=False), nn.Linear(width, heads)
         if initial == "seed":  # the notes' decay is sigmoid(2 - a) = exp(-softplus(a - 2))
-            rates_H, bias_H, b_bias = torch.ones(heads), torch.full([heads], -2.0), -2.0
+            bias_H, b_bias = torch.full([heads], -2.0), -2.0
         else:
-            rates_H = torch.empty(heads).uniform_(*RATES)
             # One draw in each of H equal parts of the range: of a few independent draws, all may forget at once
             shares_H = (torch.arange(heads) + torch.rand(heads)) / heads
-            steps_H = STEPS[0] * (STEPS[1] / STEPS[0]) ** shares_H
-            bias_H, b_bias = steps_H.expm1().log(), 0.0
-        self.A_log, self.dt_bias = nn.Parameter(rates_H.log()), nn.Parameter(bias_H)
+            rates_H = RATES[0] * (RATES[1] / RATES[0]) ** shares_H
+            bias_H, b_bias = rates_H.expm1().log(), 0.0
+        self.A_log, self.dt_bias = nn.Parameter(torch.zeros(heads)), nn.Parameter(bias_H)
         nn.init.constant_(self.b_proj.bias, b_bias)
         self.log_decay, self.beta = nn.Identity(), nn.Identity()
 

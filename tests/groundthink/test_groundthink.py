@@ -115,8 +115,8 @@ def test_initial_gates():
     torch.testing.assert_close(gates(x)[0].exp(), torch.full((1, 1, 2), 2.0).sigmoid())
     torch.testing.assert_close(gates(x)[1], torch.full((1, 1, 2), -2.0).sigmoid())
     log_decay_BTH, beta_BTH = Gates(16, 64, "spread", 2.0)(x)
-    assert -1.6 <= log_decay_BTH.min() < -0.1
-    assert -0.01 < log_decay_BTH.max() <= -0.001
+    assert -0.1 <= log_decay_BTH.min() < -0.09
+    assert -0.0011 < log_decay_BTH.max() <= -0.001
     assert (beta_BTH == 1).all()
 
 
