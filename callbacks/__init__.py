@@ -3,6 +3,7 @@
 from callbacks.activation_clamp import ActivationClamp
 from callbacks.activation_noise import ActivationNoise
 from callbacks.activation_reference import ActivationReference
+from callbacks.curriculum import Curriculum
 from callbacks.diversity_monitor import DiversityMonitor
 from callbacks.drift_monitor import DriftMonitor
 from callbacks.last_checkpoint import LastCheckpoint
@@ -18,6 +19,7 @@ __all__ = [
     "ActivationClamp",
     "ActivationNoise",
     "ActivationReference",
+    "Curriculum",
     "DiversityMonitor",
     "DriftMonitor",
     "LastCheckpoint",
