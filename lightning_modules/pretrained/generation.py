@@ -1,12 +1,14 @@
 """Batched greedy generation by transformers.
 
-Shapes: B batch, T positions, K vectors, D model width.
+Shapes: B batch, T positions, K vectors, D model width, V vocabulary.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
 
 LOOK = 8  # new tokens between two looks for the stop text
+_reads_padding: "WeakKeyDictionary[CausalLM, bool]" = WeakKeyDictionary()  # what is known of each model
 
 
 @dataclass
@@ -39,6 +42,17 @@ def end_tokens(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> list[
     known = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])]
     return sorted({end for end in ends if end is not None})
+
+
+def filler_token(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return a token for places where no token is read: the padding token if the model has it, else an end token."""
+    known = [tokenizer.pad_token_id, *end_tokens(model, tokenizer), 0]
+    return next(token for token in known if token is not None and 0 <= token < vocabulary(model))
+
+
+def vocabulary(model: "CausalLM") -> int:
+    """Return the number of tokens that a model reads, which may differ from that of its tokenizer."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 @torch.no_grad()
@@ -64,25 +78,64 @@ def generate(
     """
     from transformers import StoppingCriteriaList
 
-    ends = end_tokens(model, tokenizer)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    width = max(map(len, prompts))
-    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    tokens_BT, column_BT = (
-        torch.tensor([[*[value] * (width - len(row)), *row] for row in rows], dtype=torch.long, device=model.device)
-        for rows, value in ((prompts, filler), (columns or [[-1] * len(prompt) for prompt in prompts], -1))
-    )
-    mask_BT = torch.arange(width, device=model.device) >= width - lengths_B[:, None]
+    columns = columns or [[-1] * len(prompt) for prompt in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    if len({*lengths}) > 1 and reads_padding(model, tokenizer):
+        answers: dict[int, Answer] = {}
+        for length in {*lengths}:
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            some = None if vectors_BKD is None else vectors_BKD[rows]
+            parts = [prompts[row] for row in rows], limit, stop, some, [columns[row] for row in rows]
+            answers |= zip(rows, generate(model, tokenizer, *parts), strict=True)
+        return [answers[row] for row in range(len(prompts))]
+    ends, filler = end_tokens(model, tokenizer), filler_token(model, tokenizer)
+    tokens_BT, mask_BT = _padded(prompts, filler, model.device)
+    column_BT, _ = _padded(columns, -1, model.device)
+    width = tokens_BT.shape[1]
     criteria: list[Any] = [_Stop(tokenizer, stop, width)] if stop else []
     with _greedy(model, ends, filler) as settings, inserted(model, vectors_BKD, column_BT):
-        rows: list[list[int]] = model.generate(
+        made: list[list[int]] = model.generate(
             input_ids=tokens_BT,
-            attention_mask=mask_BT.long(),
+            attention_mask=mask_BT,
             generation_config=settings,
             max_new_tokens=limit,
             stopping_criteria=StoppingCriteriaList(criteria),
         )[:, width:].tolist()
-    return _answers(tokenizer, rows, ends, stop, limit)
+    return _answers(tokenizer, made, ends, stop, limit)
+
+
+@torch.no_grad()
+def reads_padding(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether padding on the left changes what a model generates, in spite of the attention mask.
+
+    It does where a state runs over all tokens, or where learned positions count the padding.
+    """
+    if model not in _reads_padding:
+        filler, tokens = filler_token(model, tokenizer), [[1, 2, 3], [0, 1, 2, 3, 4, 5, 6]]
+        rows = [[token % vocabulary(model) for token in row] for row in tokens]
+        with _greedy(model, [], filler) as settings, torch.autocast(model.device.type, enabled=False):
+            alone_1V, beside_2V = (
+                model.generate(
+                    input_ids=tokens_BT,
+                    attention_mask=mask_BT,
+                    generation_config=settings,
+                    max_new_tokens=1,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ).logits[0]
+                for tokens_BT, mask_BT in (_padded(rows[:1], 0, model.device), _padded(rows, filler, model.device))
+            )
+        rounding = torch.finfo(model.dtype).eps ** 0.5 * alone_1V.abs().max()
+        _reads_padding[model] = bool(((alone_1V[0] - beside_2V[0]).abs() > rounding).any())
+    return _reads_padding[model]
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens_BT, padded on the left, and mask_BT, which is 1 at real tokens."""
+    width = max(map(len, rows))
+    tokens_BT = torch.tensor([[*[filler] * (width - len(row)), *row] for row in rows], dtype=torch.long, device=device)
+    lengths_B = torch.tensor([len(row) for row in rows], device=device)
+    return tokens_BT, (torch.arange(width, device=device) >= width - lengths_B[:, None]).long()
 
 
 def _answers(
@@ -94,9 +147,15 @@ def _answers(
     )
     answers = []
     for text, length in zip(texts, lengths, strict=True):
-        kept, found, _ = text.partition(stop) if stop else (text, "", "")
-        answers.append(Answer(kept.strip(), length == limit and not found))
+        end = _place(stop, text)
+        answers.append(Answer(text[:end].strip(), length == limit and end is None))
     return answers
+
+
+def _place(stop: str | None, text: str) -> int | None:
+    """Return where the stop text begins, which is not within a word; None if nowhere."""
+    found = re.search(rf"(?<!\w){re.escape(stop)}", text) if stop else None
+    return found.start() if found else None
 
 
 @contextmanager
@@ -127,5 +186,6 @@ class _Stop:
             self.done_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
         if (tokens_BT.shape[1] - self.width) % LOOK == 0:
             texts = self.tokenizer.batch_decode(tokens_BT[:, self.width :], skip_special_tokens=True)
-            self.done_B = torch.tensor([self.stop in text for text in texts], device=tokens_BT.device)
+            ended = [_place(self.stop, text) is not None for text in texts]
+            self.done_B = torch.tensor(ended, device=tokens_BT.device)
         return self.done_B

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from datamodules.errors import UserError
 from datamodules.hub import offline_without_hub, reason_of
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         dtype: torch.dtype
         generation_config: GenerationConfig
 
-        def generate(self, **options: Any) -> Tensor:
-            """Return tokens_BT."""
+        def generate(self, **options: Any) -> Any:
+            """Return tokens_BT, or an output that has them."""
 
         def get_input_embeddings(self) -> nn.Embedding:
             """Return the embedding of input tokens."""
@@ -116,19 +116,31 @@ class Pretrained:
         from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 
         config = self.load_config()
-        mapping: Any = MODEL_FOR_TEXT_ENCODING_MAPPING if config.is_encoder_decoder else MODEL_MAPPING
-        text = config.get_text_config()
+        encoders: Any = MODEL_FOR_TEXT_ENCODING_MAPPING if config.is_encoder_decoder else MODEL_MAPPING
+        kind = encoders.get(type(config), None) or MODEL_MAPPING.get(type(config), None)
+        text = config if kind is None else config.get_text_config()
         total: int | None = getattr(text, "num_hidden_layers", None)
-        if total is None or not hasattr(text, "vocab_size") or type(config) not in mapping:
+        if kind is None or total is None or not hasattr(text, "vocab_size"):
             raise UserError(f"model.source: '{self.path}' ({config.model_type}) is no language model with layers")
         for layer in layers:
             if not 1 <= layer <= total:
                 raise UserError(f"model.source_layer {layer} does not exist: '{self.path}' has layers 1 to {total}")
-        kind = mapping[type(config)]
+        kind = kind[0] if isinstance(kind, tuple) else kind
         # The pooler comes after all layers, and the checkpoints of masked language models lack it
         options = {"add_pooling_layer": False} if "add_pooling_layer" in signature(kind).parameters else {}
-        model = self._build(with_first_layers(kind, max(layers), total), config, **options)
-        return FirstLayers(model, layers, total)
+        error: Exception | None = None
+        # Some architectures need all their layers, and then give the states themselves
+        for loader, count in ((with_first_layers(kind, max(layers), total), total), (kind, None)):
+            try:
+                model = self._build(loader, config, **options)
+                is_pair = config.is_encoder_decoder and type(config) not in encoders
+                return FirstLayers(model.get_encoder() if is_pair else model, layers, count)
+            except Exception as caught:  # of any class: every architecture has code of its own
+                error = caught
+        if isinstance(error, UserError):
+            raise error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"model.source: '{self.path}' ({config.model_type}) does not read text: {reason}") from error
 
     def _build(self, loader: Any, config: "PreTrainedConfig", **options: Any) -> Any:
         options |= {"dtype": {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]}
@@ -158,10 +170,12 @@ def positions(model: "CausalLM | PreTrainedModel") -> int | None:
     says.
     """
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit <= 0:  # -1 is written for no limit
+        return None
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for table in tables:
         is_of_positions = table.num_embeddings == limit and table is not model.get_input_embeddings()
-        if limit is not None and is_of_positions and table.padding_idx is not None:
+        if is_of_positions and table.padding_idx is not None:
             return limit - table.padding_idx - 1
     return limit
 

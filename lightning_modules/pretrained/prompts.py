@@ -75,10 +75,12 @@ class Prompt:
     def stop(self) -> str | None:
         """The text with which a model goes on to the next question; None if the prompt has no such text.
 
-        It is the last line before the question, if that ends in a mark: `Question:`, `[INST]`.
+        It is the last line before the question, if that has a letter and ends in a mark: `Question:`, `[INST]`. Marks
+        alone, such as `##`, also occur in answers.
         """
         line = self.before.strip().rpartition("\n")[2].strip()
-        return None if self.has_special_tokens or len(line) < 2 or line[-1].isalnum() else line
+        is_sign = any(map(str.isalpha, line)) and not line[-1].isalnum()
+        return line if is_sign and not self.has_special_tokens else None
 
     def fill(self, question: str) -> str:
         """Return the prompt with the question in it."""
@@ -108,6 +110,26 @@ def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[
 def with_added(tokens: list[int], before: list[int]) -> list[int]:
     """Return tokens behind the special tokens `before`, which are not doubled if the text begins with them."""
     return tokens if tokens[: len(before)] == before else before + tokens
+
+
+def check_tokens(rows: Sequence[Sequence[int]], size: int, owner: str, path: str) -> None:
+    """Check that a model has every token of some rows.
+
+    Args:
+        rows: The rows.
+        size: The number of the model's tokens.
+        owner: The setting of the model, such as `model.source`.
+        path: Where the model comes from.
+
+    Raises:
+        UserError: It has not: the tokenizer is another model's, or got tokens that the model did not.
+    """
+    largest = max((token for row in rows for token in row), default=0)
+    if largest >= size:
+        raise UserError(
+            f"{owner}: the tokenizer writes token {largest}, and '{path}' has tokens 0 to {size - 1} only: "
+            f"name the model's own tokenizer in {owner}.tokenizer"
+        )
 
 
 def continued(

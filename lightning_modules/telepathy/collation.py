@@ -1,6 +1,7 @@
 """From problems to batches, in the tokens of both models."""
 
 from collections.abc import Collection, Sequence
+from typing import cast
 
 from datamodules.problems import Problem
 from lightning_modules.pretrained.prompts import pad
@@ -32,7 +33,7 @@ def training_batch(
     questions, answers = _texts(problems)
     batch = _source_batch(questions, source, bridge)
     soft = target.pack(target.soft_rows(questions, answers), batch["soft_mask"])
-    made = TrainingBatch(**batch, soft=soft)
+    made = cast(TrainingBatch, {**batch, "soft": soft})
     if "question" in needs:
         made["question"], made["question_mask"] = pad(target.question_tokens(questions), 0)
     text_rows = target.text_rows(questions, answers) if "text" in needs or prefix is not None else []

@@ -12,7 +12,16 @@ from torch import Tensor
 from datamodules.errors import UserError
 from lightning_modules.pretrained.first_layers import FirstLayers
 from lightning_modules.pretrained.loading import Pretrained, positions
-from lightning_modules.pretrained.prompts import CHAT, QUESTION, Prompt, added_tokens, behind, pad, with_added
+from lightning_modules.pretrained.prompts import (
+    CHAT,
+    QUESTION,
+    Prompt,
+    added_tokens,
+    behind,
+    check_tokens,
+    pad,
+    with_added,
+)
 from lightning_modules.telepathy.frozen import Frozen
 
 
@@ -58,6 +67,7 @@ class Source(Frozen):
         self.tokenizer = tokenizer = pretrained.load_tokenizer()
         self.width = self.model.width
         self.positions = positions(self.model.model)
+        self._vocabulary: int = self.model.model.get_input_embeddings().weight.shape[0]
         if prompt == CHAT and tokenizer.chat_template:
             whole = Prompt.chat(tokenizer, self.path)
         else:
@@ -77,13 +87,17 @@ class Source(Frozen):
             row = with_added(tokens, before)
             places.append(len(row) - len(tokens) + start)
             counts.append(len(tokens) - start)
+            if not counts[-1]:
+                raise UserError(f"model.source: the tokenizer of '{self.path}' has no token for {question[:40]!r}")
             rows.append(row + after)
             if self.positions is not None and len(rows[-1]) > self.positions:
                 raise UserError(
                     f"model.source: the question {question[:40]!r}... takes {len(rows[-1])} positions with its prompt, "
                     f"and '{self.path}' has {self.positions}"
                 )
-        source_BT, source_real_BT = pad(rows, self.tokenizer.pad_token_id or 0)
+        check_tokens(rows, self._vocabulary, "model.source", self.path)
+        filler = self.tokenizer.pad_token_id or 0
+        source_BT, source_real_BT = pad(rows, filler if filler < self._vocabulary else 0)
         offset_S = torch.arange(max(counts))
         source_mask_BS = offset_S < torch.tensor(counts)[:, None]
         # Beyond the end of a question its first position is read again, and masked

@@ -14,9 +14,18 @@ from torch import Tensor
 
 from datamodules.errors import UserError
 from lightning_modules.pretrained.causal_lm import logits_at
-from lightning_modules.pretrained.generation import Answer, end_tokens, generate
+from lightning_modules.pretrained.generation import Answer, end_tokens, filler_token, generate, vocabulary
 from lightning_modules.pretrained.loading import Pretrained, positions
-from lightning_modules.pretrained.prompts import CHAT, Prompt, added_tokens, behind, continued, encode, with_added
+from lightning_modules.pretrained.prompts import (
+    CHAT,
+    Prompt,
+    added_tokens,
+    behind,
+    check_tokens,
+    continued,
+    encode,
+    with_added,
+)
 from lightning_modules.telepathy.frozen import Frozen
 from lightning_modules.telepathy.layout import Packing, Row, pack, real_vectors
 
@@ -53,19 +62,23 @@ class Target(Frozen):
         self.tokenizer = tokenizer = pretrained.load_tokenizer()
         self.prompt = Prompt.chat(tokenizer, self.path) if prompt == CHAT else Prompt(prompt)
         self.positions = positions(self.model)
-        ends = end_tokens(self.model, tokenizer)
+        ends = [end for end in end_tokens(self.model, tokenizer) if end < vocabulary(self.model)]
         if not ends:
             raise UserError(f"model.target: '{self.path}' has no token that ends a text: choose another model")
-        self._end: int = ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self._end: int = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
         self._added = [] if self.prompt.has_special_tokens else added_tokens(tokenizer)[0]
-        self._filler: int = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        before = self.prompt.before.rstrip(" ")
-        head, after = continued(tokenizer, [before + "x" if before else "x"], [self.prompt.after])[0]
-        head = with_added(encode(tokenizer, [before])[0] if before else [], self._added)
+        self._filler = filler_token(self.model, tokenizer)
+        self._soft_prompt, self._soft_place = self._around_vectors(bos_behind)
+
+    def _around_vectors(self, bos_behind: bool) -> tuple[list[int], int]:
+        """Return the prompt without the question, and the place of the vectors in it."""
+        before, after = self.prompt.before.rstrip(" "), self.prompt.after
+        _, tail = continued(self.tokenizer, [before + "x"], [after])[0]
+        head = with_added(encode(self.tokenizer, [before])[0] if before else [], self._added)
         if bos_behind:
-            head, after = [], self._added
+            head, tail = [], self._added or [self._end]
         # A model without BOS and with an empty prompt still needs a token before an answer without a question
-        self._soft_prompt, self._soft_place = head + after or [self._end], len(head)
+        return (head + tail, len(head)) if head + tail else ([self._end], 1)
 
     @property
     def width(self) -> int:
@@ -89,11 +102,13 @@ class Target(Frozen):
         return float((sum(squares) / (size * self.width)) ** 0.5)
 
     def check(self) -> None:
-        """Find out before training whether the model answers vectors, and whether their gradient reaches them.
+        """Find out before training whether the model is causal and answers vectors, and whether gradients reach them.
 
         Raises:
-            UserError: It does not.
+            UserError: It is not, or does not.
         """
+        if self._reads_ahead():
+            raise UserError(f"model.target: '{self.path}' reads the tokens that it predicts: choose a causal model")
         rows = self.soft_rows(["x", "x y"], ["x", "y"])
         vectors_BKD = torch.full((2, 2, self.width), 0.01, device=self.model.device, requires_grad=True)
         mask_BK = torch.tensor([[True, True], [True, False]])
@@ -107,6 +122,14 @@ class Target(Frozen):
             raise UserError(f"model.target: '{self.path}' does not answer soft tokens: {reason}") from error
         if not grad_BKD.any():
             raise UserError(f"model.target: no gradient reaches soft tokens of '{self.path}': choose another model")
+
+    @torch.no_grad()
+    def _reads_ahead(self) -> bool:
+        """Return whether logits depend on later tokens, as those of an encoder do."""
+        tokens_BT = torch.tensor([[1, 2, 3], [1, 2, 4]], device=self.model.device) % vocabulary(self.model)
+        first_TV, second_TV = self.model(input_ids=tokens_BT, use_cache=False).logits[:, :2].float()
+        rounding = torch.finfo(self.model.dtype).eps ** 0.5 * first_TV.abs().max()
+        return bool(((first_TV - second_TV).abs() > rounding).any())
 
     def soft_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
         """Return the rows for soft tokens; their place is that of the question."""
@@ -125,7 +148,9 @@ class Target(Frozen):
         """Return the tokens of each prompt with its question, and of the answer behind it, the end token last."""
         prompts = [self.prompt.fill(question) for question in questions]
         replies = [self.prompt.separator + answer for answer in answers]
-        return [(prompt, [*reply, self._end]) for prompt, reply in continued(self.tokenizer, prompts, replies)]
+        rows = continued(self.tokenizer, prompts, replies)
+        check_tokens([part for row in rows for part in row], vocabulary(self.model), "model.target", self.path)
+        return [(prompt, [*reply, self._end]) for prompt, reply in rows]
 
     def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
         """Return the tokens that hold the characters of each question."""

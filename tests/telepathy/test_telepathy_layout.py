@@ -64,7 +64,8 @@ def test_a_row_of_the_target_is_the_tokenizers_whole_text(folder, problems, prom
             first = tokenizer("x")["input_ids"][:1] if tokenizer.cls_token else first
         assert row.prompt + row.answer == [*first, *whole, end]
         assert soft.answer == row.answer
-        assert row.prompt[: row.place] == soft.prompt[: soft.place]  # what comes before the question's first token
+        before = soft.prompt[: soft.place]  # what comes before the question's first token, or before an empty prompt
+        assert before == row.prompt[: row.place] or (soft.prompt, row.place) == ([end], 0)
     stop = {"Question: {question}\nAnswer:": "Question:", "Q:{question} A: ": "Q:", PROMPTS[3]: "<s>[INST]"}
     assert target.prompt.stop == stop.get(prompt)
 
