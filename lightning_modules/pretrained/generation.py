@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.pretrained.causal_lm import inserted
+from lightning_modules.pretrained.loading import first_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +46,12 @@ def end_tokens(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> list[
 
 
 def filler_token(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return a token for places where no token is read: the padding token if the model has it, else an end token."""
-    known = [tokenizer.pad_token_id, *end_tokens(model, tokenizer), 0]
+    """Return a token for places where no token is read: the padding token if the model has it, else an end token.
+
+    To models that do not count padding as positions (see `first_position`), it is an end token.
+    """
+    padding = None if first_position(model) is not None else tokenizer.pad_token_id
+    known = [padding, *end_tokens(model, tokenizer), 0]
     return next(token for token in known if token is not None and 0 <= token < vocabulary(model))
 
 

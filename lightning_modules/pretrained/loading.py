@@ -164,20 +164,26 @@ class Pretrained:
 
 
 def positions(model: "CausalLM | PreTrainedModel") -> int | None:
-    """Return the largest number of positions of a row that a model reads; None without a limit.
-
-    RoBERTa's kind of models count positions behind that of the padding, and so read fewer than their configuration
-    says.
-    """
+    """Return the largest number of positions of a row that a model reads; None without a limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None or limit <= 0:  # -1 is written for no limit
         return None
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for table in tables:
-        is_of_positions = table.num_embeddings == limit and table is not model.get_input_embeddings()
-        if is_of_positions and table.padding_idx is not None:
-            return limit - table.padding_idx - 1
-    return limit
+    return limit - (first_position(model) or 0)
+
+
+def first_position(model: "CausalLM | PreTrainedModel") -> int | None:
+    """Return the first position of a row in models of RoBERTa's kind; None for others.
+
+    These models count positions behind that of the padding, and so read fewer than their configuration says. They do
+    not count tokens that are padding.
+    """
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    for table in model.modules():
+        is_table = isinstance(table, nn.Embedding) and table is not tokens and table.num_embeddings == limit
+        if is_table and isinstance(table.padding_idx, int):
+            return table.padding_idx + 1
+    return None
 
 
 def _load(from_pretrained: Callable[..., Any], what: str, path: str, **options: Any) -> Any:
