@@ -1,7 +1,7 @@
 """Phases of a task that become harder as the held-out accuracy rises."""
 
 from collections.abc import Sized
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,6 +13,12 @@ from lightning_modules.core.contracts import connected
 from lightning_modules.core.reporting import keep_scalars, log_scalars
 
 METRIC = "validation/accuracy"
+
+
+class OverfitsBatches(Protocol):
+    """An attribute that Lightning sets on every trainer but does not declare."""
+
+    overfit_batches: int | float
 
 
 class Curriculum(Callback):
@@ -47,9 +53,9 @@ class Curriculum(Callback):
         threshold: Validation accuracy at which the next phase begins.
 
     Raises:
-        UserError: There is no phase, or the threshold is not in (0, 1]; at `setup`, the data has no knobs, a knob does
-            not fit, or there are two curricula; at the end of a validation, the module logs no accuracy; on resuming,
-            the phases so far are not those of the checkpoint.
+        UserError: There is no phase, or the threshold is not in [0, 1]; at `setup`, the data has no knobs, a knob does
+            not fit, there are two curricula, or `trainer.overfit_batches` is set; at the end of a validation, the
+            module logs no accuracy; on resuming, the phases so far are not those of the checkpoint.
     """
 
     def __init__(self, phases: list[dict[str, Any]], threshold: float = 0.95) -> None:
@@ -64,6 +70,8 @@ class Curriculum(Callback):
         if stage != "fit":
             return
         refuse_second(trainer, self)
+        if cast(OverfitsBatches, trainer).overfit_batches:
+            raise UserError("Curriculum: trainer.overfit_batches repeats the first batches, so no phase could follow")
         self._state = {"starts": [0], "steps": [0], "phases": self.phases}
         self._task(trainer).plan(self.phases)
 

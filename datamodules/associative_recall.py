@@ -128,7 +128,10 @@ class AssociativeRecall(SequenceTask):
             if length < 4 * pairs:
                 raise UserError(f"data.{name}[{number}]: {pairs} pairs and their queries need a length of {4 * pairs}")
             if pairs > len(self.keys):
-                raise UserError(f"data.{name}[{number}]: data.vocab_size {self.vocab_size} has {len(self.keys)} keys")
+                raise UserError(
+                    f"data.{name}[{number}]: {pairs} pairs are more than the {len(self.keys)} keys of data.vocab_size "
+                    f"{self.vocab_size}"
+                )
         return sets
 
     def _draw_set(self, rng: np.random.Generator, length: int, pairs: int, count: int) -> Drawn:

@@ -116,7 +116,7 @@ class Mixture(TunableTask):
 
     def tuned(self, knobs: Mapping[str, Any]) -> Self:
         """Return the mixture with other values of some knobs."""
-        other = super().tuned({name: value for name, value in knobs.items() if name == "weights"})
+        other = super().tuned(knobs)
         other.tasks = [_tuned(task, knobs) for task in self.tasks]
         return other
 

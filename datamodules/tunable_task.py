@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from difflib import get_close_matches
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -78,7 +78,8 @@ class TunableTask(SequenceTask):
         """Return the task with other values of some knobs."""
         other = copy(self)
         other._held_out, other._phases = {}, ()
-        other.tune(**{name: getattr(self, name) for name in self.knob_types()} | dict(knobs))
+        own = TunableTask.knob_types(self)  # the arguments of `tune`
+        other.tune(**{name: knobs.get(name, getattr(self, name)) for name in own})
         return other
 
     def plan(self, phases: Sequence[Mapping[str, Any]]) -> None:
@@ -155,10 +156,12 @@ def _checked(name: str, value: object, hint: Any) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:
-        return parser.parse_object({"value": value}).value
+        if value is None and type(None) not in get_args(hint):
+            raise TypeError("the library takes None for a value that was not set")
+        return parser.parse_object({"value": deepcopy(value)}).value  # it converts lists in place
     except Exception as error:  # the library's error type is not the same in all of its versions
         if get_origin(hint) is Literal:
             wanted = "one of " + ", ".join(map(repr, get_args(hint)))
         else:
-            wanted = f"of type {getattr(hint, '__name__', hint)}" if isinstance(hint, type) else f"of type {hint}"
+            wanted = f"of type {hint.__name__ if isinstance(hint, type) else hint}"
         raise UserError(f"{name} must be {wanted}, not {value!r}") from error

@@ -124,7 +124,7 @@ class FirstLayers(nn.Module):
             return self._states(tokens_BT, mask_BT)
         lengths_B = mask_BT.sum(1)
         parts = []
-        for length in lengths_B.unique().tolist():
+        for length in sorted(set(lengths_B.tolist())):
             rows_B = lengths_B == length
             states_BTC = self._states(tokens_BT[rows_B, :length], mask_BT[rows_B, :length])
             parts.append((rows_B, nn.functional.pad(states_BTC, (0, 0, 0, tokens_BT.shape[1] - length))))

@@ -147,14 +147,21 @@ def _answers(
     tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]], ends: list[int], stop: str | None, limit: int
 ) -> list[Answer]:
     lengths = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
-    texts: list[str] = tokenizer.batch_decode(
-        [row[:length] for row, length in zip(rows, lengths, strict=True)], skip_special_tokens=True
-    )
+    texts = _texts(tokenizer, [row[:length] for row, length in zip(rows, lengths, strict=True)])
     answers = []
     for text, length in zip(texts, lengths, strict=True):
         end = _place(stop, text)
         answers.append(Answer(text[:end].strip(), length == limit and end is None))
     return answers
+
+
+def _texts(tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]]) -> list[str]:
+    """Return rows as texts, without special tokens and without those that only the model has."""
+    size = len(tokenizer)
+    texts: list[str] = tokenizer.batch_decode(
+        [[token for token in row if token < size] for row in rows], skip_special_tokens=True
+    )
+    return texts
 
 
 def _place(stop: str | None, text: str) -> int | None:
@@ -190,7 +197,7 @@ class _Stop:
         if self.done_B is None:
             self.done_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
         if (tokens_BT.shape[1] - self.width) % LOOK == 0:
-            texts = self.tokenizer.batch_decode(tokens_BT[:, self.width :], skip_special_tokens=True)
+            texts = _texts(self.tokenizer, tokens_BT[:, self.width :].tolist())
             ended = [_place(self.stop, text) is not None for text in texts]
             self.done_B = torch.tensor(ended, device=tokens_BT.device)
         return self.done_B

@@ -112,6 +112,7 @@ class Telepathy(LightningModule):
         self.needs = {part for name in self.objectives for part in OBJECTIVES[name].needs}
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         self.max_new_tokens = max_new_tokens
+        self._limit_of: tuple[object, int] | None = None  # the data and its limit
         self.on_nonfinite = on_nonfinite
         flaws = reproduce_flaws if isinstance(reproduce_flaws, list) else get_args(Flaw) if reproduce_flaws else ()
         notes_scale = "key_scale" in flaws
@@ -140,9 +141,12 @@ class Telepathy(LightningModule):
         Raises:
             UserError: It is neither given nor known from the data.
         """
-        if self.max_new_tokens is None:
-            self.max_new_tokens = longest_answer(self.target, connected(self.trainer).datamodule)
-        return self.max_new_tokens
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        data: object = connected(self.trainer).datamodule
+        if self._limit_of is None or self._limit_of[0] is not data:
+            self._limit_of = data, longest_answer(self.target, data)
+        return self._limit_of[1]
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""
@@ -186,6 +190,14 @@ class Telepathy(LightningModule):
         self.validation_loss.update(losses_N.mean(), weight=len(losses_N))
         self.log("validation/loss", self.validation_loss, batch_size=len(losses_N), prog_bar=True)
 
+    def on_test_start(self) -> None:
+        """Check the target."""
+        self.target.check(trains=False)
+
+    def on_predict_start(self) -> None:
+        """Check the target."""
+        self.target.check(trains=False)
+
     def on_test_epoch_start(self) -> None:
         """Start an examination of each test set."""
         self.examinations = [Examination(name) for name in self.trainer.test_dataloaders or ()]
@@ -227,7 +239,7 @@ class Telepathy(LightningModule):
         Raises:
             UserError: The target does not answer soft tokens, or the data gives no held-out questions.
         """
-        self.target.check()
+        self.target.check(trains=True)
         if isinstance(self.normalizer, StatisticalNormalizer):
             data: object = connected(self.trainer).datamodule
             if not isinstance(data, SupportsSampleDataloader):

@@ -4,7 +4,7 @@ Shapes: B batch, T positions, S positions of the question, C width of the states
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Source(Frozen):
         self.tokenizer = tokenizer = pretrained.load_tokenizer()
         self.width = self.model.width
         self.positions = positions(self.model.model)
-        self._vocabulary: int = self.model.model.get_input_embeddings().weight.shape[0]
+        self._vocabulary = len(cast(Tensor, self.model.model.get_input_embeddings().weight))
         if prompt == CHAT and tokenizer.chat_template:
             whole = Prompt.chat(tokenizer, self.path)
         else:

@@ -101,26 +101,32 @@ class Target(Frozen):
         squares = [self.embedding(tokens).float().square().sum().item() for tokens in parts]
         return float((sum(squares) / (size * self.width)) ** 0.5)
 
-    def check(self) -> None:
-        """Find out before training whether the model is causal and answers vectors, and whether gradients reach them.
+    def check(self, trains: bool) -> None:
+        """Find out before a run whether the model is causal and answers vectors.
+
+        Args:
+            trains: Whether gradients have to reach the vectors, too.
 
         Raises:
             UserError: It is not, or does not.
         """
-        if self._reads_ahead():
-            raise UserError(f"model.target: '{self.path}' reads the tokens that it predicts: choose a causal model")
         rows = self.soft_rows(["x", "x y"], ["x", "y"])
-        vectors_BKD = torch.full((2, 2, self.width), 0.01, device=self.model.device, requires_grad=True)
+        vectors_BKD = torch.full((2, 2, self.width), 0.01, device=self.model.device, requires_grad=trains)
         mask_BK = torch.tensor([[True, True], [True, False]])
         try:
+            reads_ahead, has_gradient = self._reads_ahead(), True
             packing = move_data_to_device(self.pack(rows, mask_BK), self.model.device)
-            with torch.enable_grad():
-                (grad_BKD,) = torch.autograd.grad(self.logits(packing, vectors_BKD).float().sum(), vectors_BKD)
+            if trains:
+                with torch.enable_grad():
+                    (grad_BKD,) = torch.autograd.grad(self.logits(packing, vectors_BKD).float().sum(), vectors_BKD)
+                has_gradient = bool(grad_BKD.any())
             self.answers(rows, 2, vectors_BKD.detach(), mask_BK)
         except Exception as error:  # of any class: every architecture has code of its own
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"model.target: '{self.path}' does not answer soft tokens: {reason}") from error
-        if not grad_BKD.any():
+        if reads_ahead:
+            raise UserError(f"model.target: '{self.path}' reads the tokens that it predicts: choose a causal model")
+        if not has_gradient:
             raise UserError(f"model.target: no gradient reaches soft tokens of '{self.path}': choose another model")
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ def small_data(data: dict[str, Any]) -> dict[str, Any]:
     match data["class_path"]:
         case "ModularArithmetic":
             return {"num_workers": 0}  # the sizes of a full batch follow from p and are small
-        case "InterleavedStreams" | "TextCorpus":
+        case "InterleavedStreams" | "NeedleGym" | "TextCorpus":
             return SIZES | {"test_size": 8}
         case "WordProblems":
             return SIZES | {"test_sets": dict.fromkeys(data.get("init_args", {}).get("test_sets", ["test"]), 8)}

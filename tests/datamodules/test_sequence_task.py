@@ -8,11 +8,34 @@ import torch
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules import InterleavedStreams, ModularArithmetic, TextCorpus
+from datamodules import (
+    AssociativeRecall,
+    InterleavedStreams,
+    Mixture,
+    ModularArithmetic,
+    NeedleGym,
+    StateTracking,
+    TextCorpus,
+)
 from datamodules.batch import IGNORE
 
 SMALL = {"batch_size": 4, "eval_batch_size": 4, "validation_size": 8, "test_size": 10, "seed": 5}
+RECALL = SMALL | {"vocab_size": 40, "train_sets": [[16, 2, 24], [20, 4, 12]], "test_sets": [[16, 3]]}
 STREAMS = SMALL | {"vocab_size": 24, "seq_len": 12, "epoch_size": 24}
+
+
+def make_mixture(**options):
+    sizes = SMALL | {"epoch_size": 24} | options
+    return Mixture([NeedleGym(needles=2, seq_len=16, **sizes), StateTracking(train_len=9, **sizes)], epoch_batches=6)
+
+
+def make_phases(**options):
+    data = NeedleGym(**SMALL | {"needles": 3, "seq_len": 16, "epoch_size": 24} | options)
+    data.plan([{"needles": 1, "seq_len": 7}, {}])
+    data.begun = [0, 3]
+    return data
+
+
 TASKS = {
     **{
         f"{rule}-{interleave}": lambda rule=rule, interleave=interleave, **options: InterleavedStreams(
@@ -26,6 +49,9 @@ TASKS = {
     "modular": lambda **options: ModularArithmetic(
         **{"p": 7, "train_fraction": 0.5, "batch_size": 4, "validation_size": 8, "seed": 5} | options
     ),
+    "recall": lambda **options: AssociativeRecall(**RECALL | options),
+    "mixture": make_mixture,
+    "phases": make_phases,
 }
 
 
@@ -83,7 +109,7 @@ def test_held_out_rows_depend_neither_on_the_seed_nor_on_an_ensemble(name):
     assert name == "modular" or not torch.equal(validation, test[: len(validation)])
 
 
-@pytest.mark.parametrize("name", ["permutation-random", "text", "modular"])
+@pytest.mark.parametrize("name", ["permutation-random", "text", "modular", "recall", "mixture", "phases"])
 @pytest.mark.parametrize("ensemble", [1, 3])
 def test_ranks_share_the_same_global_batches(name, ensemble):
     whole = batches(attach(TASKS[name](), ensemble=ensemble))
@@ -94,7 +120,9 @@ def test_ranks_share_the_same_global_batches(name, ensemble):
             assert torch.equal(dealt, batch[part])
     evaluated = [list(attach(TASKS[name](), rank, 2).test_dataloader()) for rank in range(2)]
     assert len({len(share) for share in evaluated}) == 1
-    assert sum(len(b["tokens"]) for share in evaluated for b in share) == len(attach(TASKS[name]())._held_out["test"])
+    assert sum(len(b["tokens"]) for share in evaluated for b in share) == sum(
+        len(b["tokens"]) for b in attach(TASKS[name]()).test_dataloader()
+    )
 
 
 @pytest.mark.parametrize(("name", "workers"), [("permutation-round_robin", 2), ("modular", 0)])

@@ -90,7 +90,7 @@ def test_losses_answers_and_states_are_the_models_own(tmp_path, name):
         assert losses_A == pytest.approx(alone_A, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", DECODERS.keys() - {"llama tied", "mamba"} | ENCODERS.keys())
+@pytest.mark.parametrize("name", [name for name in DECODERS | ENCODERS if name not in ("llama tied", "mamba")])
 @torch.no_grad()
 def test_states_are_the_models_own(tmp_path, name):
     path = folder(tmp_path, name, AutoModel)
