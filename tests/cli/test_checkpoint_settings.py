@@ -14,9 +14,13 @@ from lightning_modules.separability import Separability
 
 GROUP = {"lr": 0.0, "initial_lr": 4e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.01, "params": [0]}
 
+SETTINGS = ["--model.optimizer.lr", 4e-3, "--model.optimizer.betas", "[0.9, 0.98]", "--model.optimizer.weight_decay"]
+SETTINGS += [0.01, "--trainer.max_steps", 1900]
+
 
 def resolved(command: str, config: str, *options: object) -> dict:
-    return Resolver([command, "--config", str(ROOT / "configs" / f"{config}.yaml"), *map(str, options)]).resolved
+    line = [command, "--config", str(ROOT / "configs" / f"{config}.yaml"), *SETTINGS, *options]
+    return Resolver([str(word) for word in line]).resolved
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Mistakes in a telepathy run: each ends in one sentence and exit code 2, and leaves no file."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -88,14 +87,6 @@ def test_a_value_that_cannot_be_is_refused_in_words(refused, case):
 def test_a_bridge_of_no_soft_tokens_a_source_token(refused):
     sentence = refused("--model.bridge.tokens_per_source", "0", config="telepathy_v16")
     assert sentence == "model.bridge.tokens_per_source must be at least 1, not 0"
-
-
-@pytest.mark.parametrize("which", ["source", "target"])
-def test_a_tokenizer_without_bos(refused, which):
-    folder = Path(shutil.copytree(f"assets/pair/{which}", "other"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": None}))
-    assert "the tokenizer of 'other' has no bos_token" in refused(f"--model.{which}.path", "other")
 
 
 def test_data_files_without_a_problem(refused):
