@@ -42,9 +42,10 @@ class GatedDelta(nn.Module):
     q, k and v pass a short convolution with SiLU, then q and k are divided by their norms. The output is
     o_proj(RMSNorm(o) * silu(gate_proj(x))). `Gates` gives g and beta. The projections of q and k begin equal.
 
-    Sites: `key` [B, T, H, K] before the division, `gates.log_decay`, `gates.beta`, `read` (o) [B, T, H, V], and `state`
-    (S) [B, H, K, V]. A hook on `state` runs at each position, after the write; its output is what the query reads and
-    what the next position gets. The mixer then takes one position after the other, which is slow.
+    Sites: `query` and `key` [B, T, H, K] before the division, `value` and `read` (o) [B, T, H, V], `gates.log_decay`
+    and `gates.beta` [B, T, H], and `state` (S) [B, H, K, V]. A hook on `state` runs at each position, after the write;
+    its output is what the query reads and what the next position gets. The mixer then takes one position after the
+    other, which is slow.
 
     Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024), arXiv:2412.06464.
 
@@ -88,7 +89,7 @@ class GatedDelta(nn.Module):
         self.k_conv = ShortConvolution(heads * key_width, key_conv_width)
         self.gates = Gates(width, heads, gates, 2.0 if allow_negative_eigenvalues else 1.0)
         self.norm, self.o_proj = nn.RMSNorm(value_width, eps=1e-6), nn.Linear(heads * value_width, width, bias=False)
-        self.key, self.state, self.read = nn.Identity(), nn.Identity(), nn.Identity()
+        self.query, self.key, self.value, self.state, self.read = (nn.Identity() for _ in range(5))
 
     def init_state(self, batch: int) -> DeltaState:
         """Return the state before the first position: nothing but zeros."""
@@ -112,8 +113,9 @@ class GatedDelta(nn.Module):
         q_BTC, q_BPC = self.q_conv(self.q_proj(x_BTD), state.pasts_BPC[0])
         k_BTC, k_BPC = self.k_conv(self.k_proj(x_BTD), state.pasts_BPC[1])
         v_BTC, v_BPC = self.v_conv(self.v_proj(x_BTD), state.pasts_BPC[2])
-        q_BTHK, v_BTHV = (x.unflatten(2, (self.heads, -1)) for x in (q_BTC, v_BTC))
-        k_BTHK = self.key(place_keys(k_BTC.unflatten(2, (self.heads, -1)), state.position, self.keys))
+        q_BTHK, k_BTHK, v_BTHV = (x.unflatten(2, (self.heads, -1)) for x in (q_BTC, k_BTC, v_BTC))
+        k_BTHK = place_keys(k_BTHK, state.position, self.keys)
+        q_BTHK, k_BTHK, v_BTHV = self.query(q_BTHK), self.key(k_BTHK), self.value(v_BTHV)
         log_decay_BTH, beta_BTH = self.gates(x_BTD)
         last_k_B1HK, last_beta_B1H = k_BTHK[:, -1:], beta_BTH[:, -1:]
         if self.shifted_value:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from callbacks.activation_clamp import ActivationClamp
 from datamodules.errors import UserError
+from datamodules.needle_gym import NeedleGym
 from lightning_modules import groundthink
 from lightning_modules.core.ensemble import call_members, stack_members
 from lightning_modules.groundthink import GroundThink
@@ -88,6 +91,21 @@ def test_a_zeroed_state_leaves_nothing_to_read_and_the_sites_change_nothing_by_t
     mixer.register_forward_hook(lambda module, args, output: outputs.append(output))
     assert (module(rows()) - expected).abs().max() > 1e-3
     assert (outputs[0] == 0).all()
+
+
+def test_callbacks_act_on_every_site_of_the_delta_rule():
+    """A clamp to zero at one site, in a test of the module, with one member and with two."""
+    data = NeedleGym(needles=2, seq_len=16, vocab_size=VOCAB, batch_size=2, test_size=8)
+    for ensemble in (1, 2):
+        module = GroundThink(**SIZES | {"width": 8}, pattern="GS", ensemble=ensemble)
+        losses = {}
+        for site in ("", "query", "key", "value", "read", "gates.beta", "gates.log_decay", "state"):
+            clamp = [ActivationClamp(f"gated_delta.{site}", "zero", during=["test"])] if site else []
+            trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=clamp)
+            losses[site] = trainer.test(module, data, verbose=False)[0]["test/loss"]
+        silent = losses["state"]
+        assert all(losses[site] == pytest.approx(silent) for site in ("query", "value", "read", "gates.beta"))
+        assert len({round(losses[site], 9) for site in ("", "state", "gates.log_decay")}) == 3
 
 
 def test_a_shifted_value_is_written_under_the_key_and_beta_of_the_position_before():
