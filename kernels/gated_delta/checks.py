@@ -36,7 +36,7 @@ def check_inputs(
             raise ValueError(f"{name} must be a multiple of 4 from 4 to {WIDEST}, not {width}")
     if v.dtype not in TYPES or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must all be fp32, bf16, fp16 or fp64, not {q.dtype}, {k.dtype} and {v.dtype}")
-    N = B if cu_seqlens is None else _check_bounds(cu_seqlens, B, T)
+    N = B if cu_seqlens is None else check_bounds(cu_seqlens, B, T)
     if initial_state is not None:
         wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
         if initial_state.shape != (N, J, K, V):
@@ -45,7 +45,7 @@ def check_inputs(
             raise ValueError(f"initial_state must be {wanted} beside {v.dtype} values, not {initial_state.dtype}")
 
 
-def _check_bounds(cu_seqlens: Tensor, B: int, T: int) -> int:
+def check_bounds(cu_seqlens: Tensor, B: int, T: int) -> int:
     """Return the number of packed sequences; bounds on a GPU are not read, since the program would wait for them."""
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must be integers [N + 1], not {cu_seqlens.dtype} {_shape(cu_seqlens)}")

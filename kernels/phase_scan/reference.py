@@ -1,0 +1,292 @@
+"""The phase scan in plain PyTorch: the definition as a sum over pairs of positions, and an equal form in chunks.
+
+In the frame that turns with the phase, the memory of a channel is a recurrence with a complex gate:
+
+    S_t = exp(l_t - i omega_t) S_{t-1} + m_t x_t exp(i write_offset_t)
+    y_t = Re(S_t exp(-i read_offset_t))
+
+No global phase exists, so no digits are lost to its size. The sum of masses is the same recurrence with the gate
+exp(l_t). In a chunk, the recurrence starts from zero, and what entered the chunk is added, times the product of the
+gates so far. With a window, the chunk is as long as the window: what entered is the end of the chunk before, from the
+first position that is still in the window. All gates are at most 1, and nothing is divided or subtracted.
+
+States are [N, 2, D]: Re S and Im S; with `normalise` [N, 3, D], the sum of masses last. With a window of W positions
+they are [N, W - 1, 2 or 3, D]: what is left of each of the last W - 1 positions, so S is the sum over them.
+
+Source: seed document 002.
+
+Shapes: B batch, T positions, D channels, N sequences, W window, C positions of a chunk, M chunks.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.gated_delta.packing import Packing
+from kernels.phase_scan.options import EPSILON
+
+CHUNK = 32  # positions; the fastest of 8, 16, 32 and 64 on a CPU
+
+
+def zero_state(
+    batch: int,
+    channels: int,
+    window: int | None = None,
+    normalise: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return the state in which nothing is written.
+
+    Args:
+        batch: Sequences N.
+        channels: Channels D.
+        window: The window W of the scan.
+        normalise: Whether the scan divides by the sum of masses.
+        dtype: fp32, or fp64 beside fp64 values.
+        device: Where the state is.
+
+    Returns:
+        [N, P, D] or, with a window, [N, W - 1, P, D]. P is 2, or 3 with `normalise`.
+    """
+    terms = () if window is None else (window - 1,)
+    return torch.zeros(batch, *terms, 2 + normalise, channels, dtype=dtype, device=device)
+
+
+def accumulate_phase(omega: Tensor, initial_phase: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return the cumulative sum of phases over positions, modulo 2 pi.
+
+    The sum is in fp64: in fp32 it would lose the digits of the phase as it grows.
+
+    Args:
+        omega: Phase per position in radians [B, T, D].
+        initial_phase: The sum before the first position [N, D], for N sequences; 0 by default. The last position of a
+            result continues it.
+        cu_seqlens: Bounds of packed sequences, each of which has its own sum.
+
+    Returns:
+        Phases [B, T, D] between -pi and pi, in fp32, or in fp64 if omega is.
+    """
+    packing, wide = Packing(cu_seqlens), torch.promote_types(omega.dtype, torch.float32)
+    phase = packing.unpack(omega.double()).cumsum(1)
+    if initial_phase is not None:
+        phase = phase + initial_phase[:, None].double()
+    turns = (phase.detach() / (2 * torch.pi)).round()
+    return packing.pack((phase - 2 * torch.pi * turns).to(wide), omega.shape[1])
+
+
+def direct_phase_scan(
+    x: Tensor,
+    omega: Tensor,
+    mass: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    window: int | None = None,
+    read_offset: Tensor | None = None,
+    write_offset: Tensor | None = None,
+    normalise: bool = False,
+    imaginary: bool = False,
+) -> Tensor:
+    """Compute the definition as a sum over all pairs of positions; see `kernels.phase_scan` for the arguments.
+
+    It needs B T^2 D numbers, and fp64 where phases are large or decays strong.
+    """
+    rows = x.shape[1]
+    mass = torch.ones_like(x) if mass is None else mass
+    gates = torch.zeros_like(x) if log_decay is None else log_decay.expand_as(x)
+    read = write = omega.cumsum(1)
+    read = read if read_offset is None else read + read_offset
+    write = write if write_offset is None else write + write_offset
+    distance = torch.arange(rows, device=x.device)[:, None] - torch.arange(rows, device=x.device)
+    inside = (distance >= 0) & (distance < (rows if window is None else window))
+    decay = gates.cumsum(1)
+    log_weight_BTTD = (decay[:, :, None] - decay[:, None]).masked_fill(~inside[:, :, None], -torch.inf)
+    weight_BTTD = log_weight_BTTD.exp() * mass[:, None]
+    angle_BTTD = write[:, None] - read[:, :, None]
+    y = (weight_BTTD * angle_BTTD.cos() * x[:, None]).sum(2)
+    if imaginary:
+        y = torch.cat((y, (weight_BTTD * angle_BTTD.sin() * x[:, None]).sum(2)), -1)
+    return y / (weight_BTTD.sum(2) + EPSILON).repeat(1, 1, 1 + imaginary) if normalise else y
+
+
+def phase_scan(
+    x: Tensor,
+    omega: Tensor,
+    mass: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    window: int | None = None,
+    read_offset: Tensor | None = None,
+    write_offset: Tensor | None = None,
+    normalise: bool = False,
+    imaginary: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the same in chunks of `chunk` positions; see `kernels.phase_scan` for the other arguments."""
+    packing, rows, output_type = Packing(cu_seqlens), x.shape[1], x.dtype
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.expand(x.shape)
+    wide = [None if v is None else packing.unpack(_wide(v, x)) for v in (x, omega, mass, log_decay, write_offset)]
+    gate_NTD, decay_NTD, write_NTD, mass_NTD = _terms(*wide)  # type: ignore[arg-type]
+    written, masses = (None, None) if initial_state is None else _parts(initial_state, normalise)
+    memory_NTD = _scan(gate_NTD, write_NTD, written, window, chunk)
+    sums_NTD = _scan(decay_NTD, mass_NTD, masses, window, chunk) if normalise else None
+    read = None if read_offset is None else packing.unpack(_wide(read_offset, x))
+    y = packing.pack(_read(memory_NTD, sums_NTD, read, imaginary), rows).to(output_type)
+    if not output_final_state:
+        return y, None
+    lengths = x.new_full((x.shape[0],), rows, dtype=torch.long) if packing.bounds is None else packing.bounds.diff()
+    final = _final(gate_NTD, write_NTD, written, memory_NTD, lengths, window)
+    sums = _final(decay_NTD, mass_NTD, masses, sums_NTD, lengths, window) if sums_NTD is not None else None
+    return y, _state(final, sums)
+
+
+def step_phase_scan(
+    x: Tensor,
+    omega: Tensor,
+    state: Tensor,
+    mass: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    read_offset: Tensor | None = None,
+    write_offset: Tensor | None = None,
+    normalise: bool = False,
+    imaginary: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute one position; see `kernels.phase_scan` for the arguments."""
+    wide = [None if v is None else _wide(v, x) for v in (x, omega, mass, log_decay, write_offset)]
+    gate, decay, write, mass = _terms(*wide)  # type: ignore[arg-type]
+    written, masses = _parts(state.to(decay.dtype), normalise)
+    windowed = state.dim() == 4
+
+    def advance(before: Tensor, gate: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+        if not windowed:
+            after = gate * before + write
+            return after, after
+        terms = torch.cat((gate[:, None] * before, write[:, None]), 1)
+        return terms.sum(1), terms[:, 1:]
+
+    memory, written = advance(written, gate, write)
+    sums, masses = (None, None) if masses is None else advance(masses, decay, mass)
+    y = _read(memory, sums, None if read_offset is None else _wide(read_offset, x), imaginary)
+    return y.to(x.dtype), _state(written, masses)
+
+
+def _wide(v: Tensor, x: Tensor) -> Tensor:
+    """Return v in fp32, or in fp64 if the values x are."""
+    return v.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _terms(
+    x: Tensor, omega: Tensor, mass: Tensor | None, log_decay: Tensor | None, write_offset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the complex gates, their moduli, what is written and its mass."""
+    decay = torch.ones_like(omega) if log_decay is None else log_decay.exp().expand_as(omega)
+    write = x if mass is None else mass * x
+    written = torch.complex(write, torch.zeros_like(write)) if write_offset is None else turn(write, write_offset)
+    return turn(decay, -omega), decay, written, torch.ones_like(x) if mass is None else mass
+
+
+def turn(x: Tensor, phase: Tensor) -> Tensor:
+    """Return x exp(i phase) for real or complex x."""
+    return x * torch.complex(phase.cos(), phase.sin())
+
+
+def _parts(state: Tensor, normalise: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the complex memory and the sums of masses of a state."""
+    real, imaginary, *masses = state.unbind(-2)
+    return torch.complex(real, imaginary), masses[0] if normalise else None
+
+
+def _state(memory: Tensor, masses: Tensor | None) -> Tensor:
+    """Return the state of a complex memory and the sums of masses."""
+    parts = [memory.real, memory.imag] if masses is None else [memory.real, memory.imag, masses]
+    return torch.stack(parts, -2)
+
+
+def _read(memory: Tensor, sums: Tensor | None, offset: Tensor | None, imaginary: bool) -> Tensor:
+    """Return the outputs of complex memories and sums of masses."""
+    read = memory if offset is None else turn(memory, -offset)
+    parts = [read.real, read.imag] if imaginary else [read.real]
+    return torch.cat(parts if sums is None else [part / (sums + EPSILON) for part in parts], -1)
+
+
+def _scan(gate_NTD: Tensor, write_NTD: Tensor, before: Tensor | None, window: int | None, chunk: int) -> Tensor:
+    """Return S_t = gate_t S_{t-1} + write_t, over the last `window` positions only if there is one.
+
+    `before` is S_0 [N, D], or the terms of the last positions [N, W - 1, D].
+    """
+    T, first = write_NTD.shape[1], 0
+    if T == 0:
+        return write_NTD
+    if before is None and window is not None and window >= T:
+        window = None
+    if window is not None and before is not None:  # the terms are positions, which pass on what they hold
+        first = window - 1
+        gate_NTD = torch.cat((torch.ones_like(before), gate_NTD), 1)
+        write_NTD = torch.cat((before, write_NTD), 1)
+    chunk = min(chunk, T) if window is None else window
+    gates, writes = (_split(x, chunk).unbind(2) for x in (gate_NTD, write_NTD))
+    own, passed = [writes[0]], [gates[0]]
+    for gate, write in zip(gates[1:], writes[1:], strict=True):
+        own.append(torch.addcmul(write, gate, own[-1]))
+        passed.append(gate * passed[-1])
+    entered = _carries(passed[-1], own[-1], before)[:, :, None] if window is None else _left_of_previous(gates, writes)
+    memory = torch.addcmul(torch.stack(own, 2), torch.stack(passed, 2), entered)
+    return memory.flatten(1, 2)[:, first : first + T]
+
+
+def _carries(passed_NMD: Tensor, own_NMD: Tensor, before: Tensor | None) -> Tensor:
+    """Return what enters each chunk: S at the end of the chunk before it."""
+    carry = torch.zeros_like(own_NMD[:, 0]) if before is None else before
+    carries = []
+    for passed, own in zip(passed_NMD.unbind(1), own_NMD.unbind(1), strict=True):
+        carries.append(carry)
+        carry = torch.addcmul(own, passed, carry)
+    return torch.stack(carries, 1)
+
+
+def _left_of_previous(gates: tuple[Tensor, ...], writes: tuple[Tensor, ...]) -> Tensor:
+    """Return [N, M, C, D]: at each position, the sum of the chunk before from the first position in the window on."""
+    left = [torch.zeros_like(writes[0])]  # of the last position, whose window is its own chunk
+    passed = torch.ones_like(gates[0])
+    for gate, write in zip(gates[:0:-1], writes[:0:-1], strict=True):
+        left.append(torch.addcmul(left[-1], passed, write))
+        passed = passed * gate
+    left_NMCD = torch.stack(left[::-1], 2)
+    return torch.cat((torch.zeros_like(left_NMCD[:, :1]), left_NMCD[:, :-1]), 1)
+
+
+def _split(x: Tensor, chunk: int) -> Tensor:
+    """Return x [N, T, D] as chunks [N, M, C, D]; zeros fill the last."""
+    return pad(x, (0, 0, 0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk))
+
+
+def _final(
+    gate_NTD: Tensor,
+    write_NTD: Tensor,
+    before: Tensor | None,
+    memory_NTD: Tensor,
+    lengths_N: Tensor,
+    window: int | None,
+) -> Tensor:
+    """Return S after the last position of each sequence, or the terms of its last W - 1 positions."""
+    N, _, D = write_NTD.shape
+    if before is None:
+        before = write_NTD.new_zeros((N, D) if window is None else (N, window - 1, D))
+    if window is None:
+        return _rows(torch.cat((before[:, None], memory_NTD), 1), lengths_N[:, None])[:, 0]
+    places_NW = lengths_N[:, None] + torch.arange(window - 1, device=lengths_N.device)
+    terms = _rows(torch.cat((before, write_NTD), 1), places_NW)
+    if window == 1:
+        return terms
+    gates = _rows(torch.cat((torch.ones_like(before), gate_NTD), 1), places_NW).unbind(1)
+    passed = [torch.ones_like(gates[0])]
+    for gate in gates[:0:-1]:
+        passed.append(passed[-1] * gate)
+    return terms * torch.stack(passed[::-1], 1)
+
+
+def _rows(x: Tensor, places_NK: Tensor) -> Tensor:
+    """Return the rows [N, K, D] of x at some positions of each sequence."""
+    return x.gather(1, places_NK[:, :, None].expand(-1, -1, x.shape[-1]))
