@@ -45,6 +45,14 @@ class StatefulMixer(Protocol):
         ...
 
 
+class ExtensibleMixer(StatefulMixer, Protocol):
+    """A mixer that can also run some positions at a time."""
+
+    def extend(self, x_BTD: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return the output at the next T positions, [B, T, D], and the state after them."""
+        ...
+
+
 class MLP(nn.Module):
     """D -> M -> D with a ReLU. Weights begin as N(0, 1 / fan-in), biases as zero."""
 
@@ -98,6 +106,11 @@ class Block(nn.Module):
         """Return the residual stream after the block at the next position, and the mixer's state after it."""
         mixed_BD, state = cast(StatefulMixer, self.mixer).step(self._mixer_input(x_BD), state)
         return self._after_mixer(x_BD, mixed_BD), state
+
+    def extend(self, x_BTD: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return the residual stream after the block at the next T positions, and the mixer's state after them."""
+        mixed_BTD, state = cast(ExtensibleMixer, self.mixer).extend(self._mixer_input(x_BTD), state)
+        return self._after_mixer(x_BTD, mixed_BTD), state
 
     def _mixer_input(self, x: Tensor) -> Tensor:
         return cast(Tensor, getattr(self, f"{self.site}_norm")(x))
@@ -157,15 +170,19 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, with_residual: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits_BTV; with `with_residual` also the stream at `final_residual`, [B, T, D]."""
+        x_BTD = self.stream(tokens_BT)
+        logits_BTV: Tensor = self.unembed(self.final_norm(x_BTD))
+        return (logits_BTV, x_BTD) if with_residual else logits_BTV
+
+    def stream(self, tokens_BT: Tensor) -> Tensor:
+        """Return the stream at `final_residual`, [B, T, D]."""
         x_BTD = self.token_embedding(tokens_BT)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding.weight[: tokens_BT.shape[1]]
         x_BTD = self.embedding(x_BTD)
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        x_BTD = self.final_residual(x_BTD)
-        logits_BTV: Tensor = self.unembed(self.final_norm(x_BTD))
-        return (logits_BTV, x_BTD) if with_residual else logits_BTV
+        return cast(Tensor, self.final_residual(x_BTD))
 
     def init_state(self, batch: int) -> DecoderState:
         """Return the state before the first position.

@@ -48,11 +48,18 @@ class EnsembleModule(LightningModule):
         """Return logits_BTV; for an ensemble logits_SBTV, from tokens_SBT or from tokens_BT that all members share."""
         return self.call(tokens)[0] if self.ensemble > 1 else as_tuple(self.network(tokens))[0]
 
-    def call(self, tokens: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the outputs of the network, logits_SBTV first; each has a first axis of S, also if S is 1."""
+    def call(self, tokens: Tensor, labels: Tensor | None = None, **options: bool) -> tuple[Tensor, ...]:
+        """Return the outputs of the network, each with a first axis of S, also if S is 1; logits_SBTV come first.
+
+        Args:
+            tokens: [S, B, T], or [B, T] where all members share them.
+            labels: Likewise; for hooks that ask for them.
+            **options: Keyword arguments of this call of the network, beside `network_options`.
+        """
+        options = self.network_options | options
         if self.ensemble > 1:
-            return call_members(self.network, self.ensemble, tokens, labels, **self.network_options)
-        return tuple(output[None] for output in as_tuple(self.network(tokens, **self.network_options)))
+            return call_members(self.network, self.ensemble, tokens, labels, **options)
+        return tuple(output[None] for output in as_tuple(self.network(tokens, **options)))
 
     def activations(self, tokens: Tensor, sites: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits_SBTV, and the outputs of the modules that match `sites`, by name, each with a first axis of S.

@@ -14,6 +14,8 @@ from torchmetrics import Metric
 from datamodules.batch import IGNORE
 from lightning_modules.core.intervals import wilson_interval
 
+NO_TOKEN = -1  # in the place of a predicted token
+
 
 class Proportion(Metric):
     """The share of hits among all samples, over all ranks, with its Wilson interval."""
@@ -104,11 +106,17 @@ class TokenMeasures(Metric):
         return {"accuracy": hits_S / self.count, "loss": self.loss / self.count}, {"accuracy": hits_S}, self.count
 
 
+def predicted_tokens(logits: Tensor) -> Tensor:
+    """Return the token with the largest logit, [...] of [..., V]; `NO_TOKEN` where a logit is NaN."""
+    return logits.argmax(-1).where(~logits.isnan().any(-1), NO_TOKEN)
+
+
 class LastStep:
     """The measures of the last training step: its logits give the accuracy without a further forward.
 
     Attributes:
-        outcome: logits_SBTV, labels and loss_S of the step on this rank; None before the first one.
+        outcome: Outputs, labels and loss_S of the step on this rank; None before the first one. The outputs are
+            logits_SBTV, or tokens_SBT that the model predicts, with `NO_TOKEN` where logits are NaN.
         resumed: The measures that stand for it in a run that has resumed and not trained yet.
     """
 
@@ -120,9 +128,10 @@ class LastStep:
         """Return accuracy_S, NaN for members with NaN logits, and loss_S, over all ranks; every rank calls it."""
         if self.outcome is None:
             return self.resumed
-        logits_SBTV, labels, loss_S = self.outcome
-        labelled, hit = labels != IGNORE, logits_SBTV.argmax(3) == labels
-        parts = hit & labelled, labelled.expand(hit.shape), logits_SBTV.isnan().any(3)
+        outputs, labels, loss_S = self.outcome
+        predicted_SBT = outputs if outputs.dim() == 3 else predicted_tokens(outputs)
+        labelled, hit = labels != IGNORE, predicted_SBT == labels
+        parts = hit & labelled, labelled.expand(hit.shape), predicted_SBT == NO_TOKEN
         counts_3S = torch.stack([part.flatten(1).sum(1) for part in parts])
         hits_S, count_S, nan_S = cast(Tensor, strategy.reduce(counts_3S, reduce_op="sum"))
         mean_S = cast(Tensor, strategy.reduce(loss_S.clone(), reduce_op="mean"))  # in place on some strategies

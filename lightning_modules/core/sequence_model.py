@@ -34,7 +34,7 @@ from lightning_modules.core.reporting import is_dry_run, record_proportion, run_
 from lightning_modules.core.schedule import Schedule, with_schedule
 
 MOST_MEMBERS = 4096  # of an ensemble
-Penalties = dict[str, tuple[float, Tensor]]  # name -> (weight, value_S)
+Penalties = dict[str, tuple[float | Tensor, Tensor]]  # name -> (weight or weight_S, value_S)
 
 
 class SequenceModel(EnsembleModule, ABC):
@@ -149,7 +149,10 @@ class SequenceModel(EnsembleModule, ABC):
         self._step_losses = torch.compile(self.losses)
 
     def losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the cross-entropy of each member, loss_S, and the outputs of the network."""
+        """Return the cross-entropy of each member, loss_S, and the outputs of the network.
+
+        A line that never makes all logits returns the tokens_SBT that it predicts in their place; see `LastStep`.
+        """
         outputs = self.call(tokens, labels)
         return member_losses(outputs[0], labels, self.double_loss), outputs
 
