@@ -6,13 +6,16 @@ from callbacks.activation_reference import ActivationReference
 from callbacks.curriculum import Curriculum
 from callbacks.diversity_monitor import DiversityMonitor
 from callbacks.drift_monitor import DriftMonitor
+from callbacks.gates import Gates
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.parameter_freeze import ParameterFreeze
 from callbacks.parameter_swap import ParameterSwap
 from callbacks.quick_eval import QuickEval
+from callbacks.recall_grid import RecallGrid
 from callbacks.routing_monitor import RoutingMonitor
 from callbacks.run_record import RunRecord
 from callbacks.stability_monitor import StabilityMonitor
+from callbacks.state_probe import StateProbe
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -22,12 +25,15 @@ __all__ = [
     "Curriculum",
     "DiversityMonitor",
     "DriftMonitor",
+    "Gates",
     "LastCheckpoint",
     "ParameterFreeze",
     "ParameterSwap",
     "QuickEval",
+    "RecallGrid",
     "RoutingMonitor",
     "RunRecord",
     "StabilityMonitor",
+    "StateProbe",
     "Throughput",
 ]

@@ -1,0 +1,95 @@
+"""What the probes of needles share: when they measure, and the task whose rows they take."""
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from callbacks.base import check_positive, refuse_second
+from callbacks.held_out import evaluation
+from callbacks.throughput import off_the_clock
+from datamodules import Mixture
+from datamodules.batch import Integers, TokenBatch
+from datamodules.errors import UserError, check_numbers
+from datamodules.sequence_task import Split, collate
+from lightning_modules.core.contracts import connected
+from lightning_modules.core.ensemble_module import EnsembleModule
+
+T = TypeVar("T")
+
+
+class NeedleProbe(Callback, ABC):
+    """A callback that measures at the end of `validate` and `test`, and of some validations during a fit.
+
+    Args:
+        rows: Rows that a measure takes.
+        every_n_validations: Measure at each n-th validation of a fit; 0 for none.
+
+    Raises:
+        UserError: A number is too small; at `setup`, there are two of these callbacks.
+    """
+
+    def __init__(self, rows: int, every_n_validations: int) -> None:
+        check_positive(self, rows=rows)
+        check_numbers(type(self).__name__, 0, every_n_validations=every_n_validations)
+        self.rows, self.every_n_validations = rows, every_n_validations
+        self._validations = 0
+
+    @abstractmethod
+    def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
+        """Measure and report under `<split>/`; every rank calls it, in eval mode and without gradients."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second callback of the class, and modules of another kind."""
+        refuse_second(trainer, self)
+        if not isinstance(pl_module, EnsembleModule):
+            name = type(self).__name__
+            raise UserError(
+                f"{name} reads models of token sequences, such as GroundThink, not {type(pl_module).__name__}"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, unless this is a validation of a fit that is not due."""
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._validations += 1
+            if not self.every_n_validations or self._validations % self.every_n_validations:
+                return
+        self._measure(trainer, pl_module, "validation")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure."""
+        self._measure(trainer, pl_module, "test")
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+        assert isinstance(pl_module, EnsembleModule)  # see `setup`
+        with off_the_clock(trainer), evaluation(trainer, pl_module):
+            self.measure(trainer, pl_module, split)
+
+    def task(self, trainer: Trainer, kind: type[T], wanted: str) -> T:
+        """Return the run's task of a kind, or the first one of a mixture.
+
+        Raises:
+            UserError: The data has none; says that `wanted` is needed.
+        """
+        data = connected(trainer).datamodule
+        for task in data.tasks if isinstance(data, Mixture) else [data]:
+            if isinstance(task, kind):
+                return task
+        raise UserError(f"{type(self).__name__} needs {wanted} under data, not {type(data).__name__}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of validations so far."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the number of validations."""
+        self._validations = state_dict["validations"]
+
+
+def batch_on(module: LightningModule, rows_B2T: Integers) -> TokenBatch:
+    """Return rows as a batch on the module's device."""
+    batch = collate(rows_B2T)
+    return {"tokens": batch["tokens"].to(module.device), "labels": batch["labels"].to(module.device)}

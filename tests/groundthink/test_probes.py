@@ -1,0 +1,335 @@
+"""The probes of the state against loops over positions, and against what the delta rule must give."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from datamodules import NeedleGym
+from datamodules.batch import IGNORE, TokenBatch
+from datamodules.sequence_task import collate
+from lightning_modules.groundthink import GroundThink
+from lightning_modules.groundthink.probes import recall, recall_report
+from lightning_modules.groundthink.probes.delta_rule import capacity, capacity_curve, two_writes
+from lightning_modules.groundthink.probes.keys import mean_absolute_cosine, random_cosine
+from lightning_modules.groundthink.probes.needles import Queries, answers, first_queries, places, roles
+from lightning_modules.groundthink.probes.retrieval import cosines, nearest, read_back, read_later
+from lightning_modules.groundthink.probes.silence import state_set
+from lightning_modules.groundthink.probes.spectrum import effective_rank, singular_values
+from lightning_modules.groundthink.probes.state import measure_state
+from lightning_modules.groundthink.probes.writes import SITES, Writes
+
+B, T, H, K, V = 3, 12, 2, 8, 4
+
+
+def rows(**options) -> TokenBatch:
+    knobs = {"needles": 3, "seq_len": 20, "vocab_size": 40, "seed": 0} | options
+    return collate(NeedleGym(**knobs).fixed("test", B))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_sites() -> dict[str, Tensor]:
+    shapes = {"key": (K,), "value": (V,), "gates.log_decay": (), "gates.beta": ()}
+    sites = {name: random(B, T, H, *shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    sites["gates.log_decay"] = -sites["gates.log_decay"].abs() / 10
+    sites["gates.beta"] = sites["gates.beta"].sigmoid()
+    return sites
+
+
+def states(sites: dict[str, Tensor], shifted: bool = False) -> Tensor:
+    """The state after each position, [B, T, H, K, V], by the rule as it is written down."""
+    state, after = torch.zeros(B, H, K, V, dtype=torch.float64), []
+    for t in range(T):
+        k, beta = sites["key"][:, t], sites["gates.beta"][:, t]
+        if shifted:
+            k, beta = sites["key"][:, t - 1], sites["gates.beta"][:, t - 1] * (t > 0)
+        k = normalize(k, dim=-1)
+        state = state * sites["gates.log_decay"][:, t].exp()[..., None, None]
+        error = sites["value"][:, t] - torch.einsum("bhkv,bhk->bhv", state, k)
+        state = state + torch.einsum("bhk,bhv->bhkv", k, error * beta[..., None])
+        after.append(state)
+    return torch.stack(after, 1)
+
+
+def test_roles_places_and_queries_of_a_row():
+    tokens = torch.tensor([[4, 11, 2, 9, 7, 14, 0, 2, 0, 7, 4, 0], [0, 3, 9, 0, 0, 0, 0, 0, 0, 0, 0, 3]])
+    labels = torch.full_like(tokens, IGNORE)
+    labels[0, 7], labels[0, 9], labels[0, 10], labels[1, 11] = 9, 14, 11, 9
+    batch: TokenBatch = {"tokens": tokens, "labels": labels}
+    role = roles(batch, range(8, 16))
+    assert role["key"].nonzero().tolist() == [[0, 0], [0, 2], [0, 4], [1, 1]]
+    assert role["value"].nonzero().tolist() == [[0, 1], [0, 3], [0, 5], [1, 2]]
+    assert role["query"].nonzero().tolist() == [[0, 7], [0, 9], [0, 10], [1, 11]]
+    assert (sum(mask.int() for mask in role.values()) == 1).all()
+    place_BN, present_BN = places(role["value"])
+    assert place_BN[0].tolist() == [1, 3, 5]
+    assert place_BN[1, 0] == 2
+    assert present_BN.tolist() == [[True, True, True], [True, False, False]]
+    assert first_queries(labels).tolist() == [7, 11]
+    assert first_queries(torch.full((1, 4), IGNORE)).tolist() == [4]
+    queries = Queries.of(batch)
+    assert queries.place_Q.tolist() == [2, 4, 0, 1]
+    assert queries.label_Q.tolist() == [9, 14, 11, 9]
+    assert queries.depth(12, 4).tolist() == [0, 1, 0, 0]
+    assert queries.within(4).tolist() == [True, True, False, False]  # values at 3, 5, 1 and 2
+    assert not queries.within(3)[0]
+
+
+@pytest.mark.parametrize("task", ["multi_value", "multi_key", "multi_query"])
+def test_answers_are_all_values_of_the_key(task):
+    batch = rows(task=task, repeats=2, needles=2)
+    queries = Queries.of(batch)
+    found = answers(batch, queries)
+    assert found.shape[1] == (2 if task == "multi_value" else 1)
+    for row, time, label, place, answer_R in zip(
+        queries.row_Q, queries.time_Q, queries.label_Q, queries.place_Q, found, strict=True
+    ):
+        tokens = batch["tokens"][row].tolist()
+        written = [
+            tokens[s + 1] for s in range(time) if tokens[s] == tokens[time] and batch["labels"][row, s] == IGNORE
+        ]
+        assert answer_R.tolist() == written
+        assert label == written[-1] == tokens[place + 1]
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_reads_and_states_are_those_of_the_rule(shifted):
+    sites = make_sites()
+    writes, expected_BTHKV = Writes.of(sites, shifted), states(sites, shifted)
+    q_BTHK = random(B, T, H, K, seed=9)
+    torch.testing.assert_close(writes.read(q_BTHK), torch.einsum("bthk,bthkv->bthv", q_BTHK, expected_BTHKV))
+    before = writes.state_before(torch.tensor([0, 5, T]))
+    torch.testing.assert_close(before[1:], torch.stack([expected_BTHKV[1, 4], expected_BTHKV[2, -1]]))
+    assert (before[0] == 0).all()
+
+
+def test_what_written_keys_read_back():
+    sites = make_sites()
+    writes, after_BTHKV = Writes.of(sites, False), states(sites)
+    place_BN, end_B = torch.tensor([[1, 4, 6], [0, 3, 5], [2, 5, 7]]), torch.tensor([8, 6, 12])
+    k_BTHK = normalize(sites["key"], dim=-1)
+    read_BNHV = read_back(writes, place_BN, end_B)
+    for b, n in np.ndindex(B, 3):
+        expected = torch.einsum("hk,hkv->hv", k_BTHK[b, place_BN[b, n]], after_BTHKV[b, end_B[b] - 1])
+        torch.testing.assert_close(read_BNHV[b, n], expected)
+    for later in range(3):
+        read = read_later(writes, place_BN, later)
+        assert read.shape[1] == 3 - later
+        for b, n in np.ndindex(B, 3 - later):
+            key, then = k_BTHK[b, place_BN[b, n]], place_BN[b, n + later]
+            torch.testing.assert_close(read[b, n], torch.einsum("hk,hkv->hv", key, after_BTHKV[b, then]))
+
+
+def test_the_nearest_value_counts_all_heads_and_needles_that_exist():
+    read, values = random(B, 4, H, V), random(B, 4, H, V, seed=1)
+    read[:, 1] += 3 * values[:, 1]
+    present = torch.tensor([[True] * 4, [True] * 4, [True, True, False, False]])
+    torch.testing.assert_close(cosines(read, values), cosine_similarity(read, values, dim=-1))
+    got = nearest(read, values, present)
+    for b, n in np.ndindex(B, 4):
+        others = [m for m in range(4) if present[b, m]]
+        scores = {m: float(cosine_similarity(read[b, n], values[b, m], dim=-1).sum()) for m in others}
+        assert got[b, n] == (present[b, n] and max(scores, key=scores.get) == n)
+    assert 0 < got.sum() < present.sum()
+
+
+def test_mean_absolute_cosine():
+    k_BTHK = normalize(random(B, T, H, K), dim=-1)
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.rand(B, T, generator=generator) < 0.5 for _ in range(2))
+    for masks in ((first, second), (first, first)):
+        total, count = torch.zeros(H, dtype=torch.float64), 0
+        for b, s, t in np.ndindex(B, T, T):
+            if s != t and masks[0][b, s] and masks[1][b, t]:
+                total, count = total + (k_BTHK[b, s] * k_BTHK[b, t]).sum(-1).abs(), count + 1
+        torch.testing.assert_close(mean_absolute_cosine(k_BTHK, *masks), total / count)
+    alone = torch.zeros(B, T, dtype=torch.bool)
+    alone[0, 3] = True
+    assert mean_absolute_cosine(k_BTHK, alone, alone).isnan().all()
+
+
+def test_random_cosine():
+    assert random_cosine(2) == pytest.approx(2 / math.pi)
+    assert random_cosine(64) == pytest.approx(0.1, abs=0.001)  # the notes' figure for 64 dimensions
+    keys = normalize(random(2000, 2, 7), dim=-1)
+    assert random_cosine(7) == pytest.approx(float((keys[:, 0] * keys[:, 1]).sum(-1).abs().mean()), abs=0.02)
+
+
+def test_effective_rank_and_singular_values():
+    state = torch.zeros(1, 3, 4, 6)
+    state[0, 0, :3, :3] = 2 * torch.eye(3)
+    state[0, 1, 0, 0], state[0, 1, 1, 1] = 3, 1
+    values_BHR = singular_values(state)
+    torch.testing.assert_close(values_BHR[0, 1], torch.tensor([3.0, 1, 0, 0]))
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    torch.testing.assert_close(effective_rank(values_BHR)[0], torch.tensor([3.0, math.exp(entropy), 0.0]))
+
+
+def needles(keys: Tensor, beta: float = 1.0, log_decay: float = 0.0) -> Writes:
+    """Writes of random values under some keys, as one row."""
+    count = len(keys)
+    gates = (torch.full((1, count, H), x, dtype=torch.float64) for x in (log_decay, beta))
+    return Writes(keys.double()[None, :, None].expand(1, count, H, -1), random(1, count, H, V), *gates)
+
+
+def test_two_writes():
+    writes = needles(normalize(random(5, K), dim=-1), beta=0.7, log_decay=-0.2)
+    measures = two_writes(writes)
+    torch.testing.assert_close(measures["overwrite_left"], torch.full((H,), math.exp(-0.2) * 0.7 * 0.3).double())
+    torch.testing.assert_close(measures["orthogonal_loss"], torch.full((H,), 1 - math.exp(-0.2)).double())
+    k, v, changes = writes.k_BTHK[0, :, 0], writes.v_BTHV[0], []
+    for i in range(4):  # one head at a time, each with the same keys
+        first = 0.7 * v[i][:, None] * k[i][:, None]  # [H, K, V]
+        second = math.exp(-0.2) * first
+        error = v[i + 1] - torch.einsum("hkv,k->hv", second, k[i + 1])
+        second = second + 0.7 * k[i + 1][:, None] * error[:, None]
+        before, after = (torch.einsum("hkv,k->hv", state, k[i]) for state in (first, second))
+        changes.append((after - before).norm(dim=-1) / before.norm(dim=-1))
+    torch.testing.assert_close(measures["neighbour_loss"], torch.stack(changes).mean(0))
+    perfect = two_writes(needles(torch.eye(K)))
+    for name in perfect:
+        assert perfect[name].abs().max() < 1e-9, name
+
+
+def test_capacity_is_the_key_width_for_orthonormal_keys_and_one_for_equal_keys():
+    basis = torch.eye(K).repeat(4, 1)
+    curve = capacity_curve(needles(basis))
+    assert {size: count for size, (_, count) in curve.items()} == dict.fromkeys((1, 2, 4, 8, 16, 32), 32)
+    assert [hits for hits, _ in curve.values()] == [32, 32, 32, 32, 16, 8]  # the last K writes of each group are left
+    assert capacity(curve) == K
+    same = capacity_curve(needles(torch.eye(K)[:1].repeat(8, 1)))
+    assert [hits for hits, _ in same.values()] == [8, 4, 2, 1]
+    assert capacity(same) == 1
+    assert capacity({1: (0, 4), 2: (4, 4)}) == 0
+
+
+def test_hits_need_the_strictly_largest_logit():
+    logits = torch.tensor([[[0.0, 2, 1], [2, 2, 1], [math.nan, 2, 1], [-1, -2, -3]]])
+    assert recall.hits(logits, torch.tensor([1, 1, 1, 2])).tolist()[0][:2] == [1, 0]
+    assert recall.hits(logits, torch.tensor([1, 1, 1, 0]))[0, 3] == 1
+    assert recall.hits(logits, torch.tensor([1, 1, 1, 2]))[0, 2].isnan()
+
+
+def test_found_are_the_answers_among_as_many_most_likely_tokens():
+    logits = torch.tensor([[[5.0, 4, 3, 2], [5, 4, 3, 2], [5, 4, 3, 2], [math.nan, 4, 3, 2]]])
+    found = recall.found(logits, torch.tensor([[1, 0], [0, 2], [3, 2], [0, 1]]))
+    assert found[0, :3].tolist() == [2, 1, 0]
+    assert found[0, 3].isnan()
+
+
+def test_tally_by_depth_and_window():
+    batch = rows(task="multi_key", seq_len=40)
+    queries = Queries.of(batch)
+    hit_SQ = (random(2, len(queries.row_Q)) > 0).double()
+    hits_SP2, count_P2 = recall.tally(hit_SQ, queries, 40, 5, 15)
+    expected, counts = torch.zeros_like(hits_SP2), torch.zeros_like(count_P2)
+    for q, (time, place) in enumerate(zip(queries.time_Q.tolist(), queries.place_Q.tolist(), strict=True)):
+        cell = int(place / 40 * 5), int(place + 1 > time - 16)  # a window of 16 sees the value
+        expected[:, cell[0], cell[1]] += hit_SQ[:, q]
+        counts[cell] += 1
+    assert torch.equal(hits_SP2, expected)
+    assert torch.equal(count_P2, counts)
+    assert (count_P2.sum(0) > 0).all()
+    assert recall.tally(hit_SQ, queries, 40, 5, None)[1][:, 1].sum() == 0
+
+
+def test_the_reach_of_windows_adds_up():
+    sizes = {"vocab_size": 11, "seq_len": 20, "width": 16, "window": 5}
+    assert recall.window_reach(GroundThink(**sizes, pattern="GSGS").network) == 8
+    assert recall.window_reach(GroundThink(**sizes, pattern="GG").network) is None
+
+
+def test_a_state_that_is_off_is_zero_at_every_position():
+    module = GroundThink(40, 20, width=16, pattern="GSGS", window=5, seed=0, window_reads_state=True).double()
+    batch, mixers = rows(), [module.network.blocks[i].gated_delta for i in (0, 2)]
+    plain = module(batch["tokens"])
+    zero = [mixer.state.register_forward_hook(lambda module, args, output: output * 0) for mixer in mixers]
+    expected = module(batch["tokens"])
+    for handle in zero:
+        handle.remove()
+    with state_set(module.network, "off", first_queries(batch["labels"])):
+        torch.testing.assert_close(module(batch["tokens"]), expected, rtol=0, atol=1e-8)
+    with state_set(module.network, "on", first_queries(batch["labels"])):
+        assert torch.equal(module(batch["tokens"]), plain)
+    assert torch.equal(module(batch["tokens"]), plain)  # the hooks are gone
+    assert (plain - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_cleared_state_is_empty_when_the_first_query_comes(shifted):
+    module = GroundThink(40, 20, width=16, pattern="GSGS", window=5, seed=0, shifted_value=shifted).double()
+    batch, mixers = rows(), [module.network.blocks[i].gated_delta for i in (0, 2)]
+    first_B = first_queries(batch["labels"])
+    with state_set(module.network, "cleared", first_B):
+        got = module(batch["tokens"])
+    assert (got - module(batch["tokens"])).abs().max() > 1e-2
+    for b, first in enumerate(first_B.tolist()):
+
+        def in_two_parts(x_BTD, mixer, first=first):
+            before, state = mixer.extend(x_BTD[:, :first], mixer.init_state(1))
+            state.memory_BHKV = torch.zeros_like(state.memory_BHKV)
+            return torch.cat([before, mixer.extend(x_BTD[:, first:], state)[0]], 1)
+
+        for mixer in mixers:
+            mixer.forward = partial(in_two_parts, mixer=mixer)
+        torch.testing.assert_close(module(batch["tokens"][b : b + 1])[0], got[b], rtol=0, atol=1e-8)
+
+
+def test_all_measures_of_a_mixer():
+    module = GroundThink(40, 24, width=16, pattern="GS", window=5, seed=0).double()
+    batch, values = rows(seq_len=24), range(20, 40)
+    with torch.no_grad():
+        _, seen = module.activations(batch["tokens"], [f"*.gated_delta.{site}" for site in SITES])
+    sites = {name: seen[f"network.blocks.0.gated_delta.{name}"][0] for name in SITES}
+    measures = measure_state(batch, sites, False, values)
+    found = measures.values
+    key_BT = (batch["tokens"] < 20) & (batch["tokens"] > 0) & (batch["labels"] == IGNORE)
+    assert found["beta_key"] == pytest.approx(float(sites["gates.beta"][key_BT].mean()), rel=1e-6)
+    query_BT = batch["labels"] != IGNORE
+    assert found["decay_query"] == pytest.approx(float(sites["gates.log_decay"][query_BT].exp().mean()), rel=1e-6)
+    assert list(measures.later) == [0, 1, 2]
+    assert measures.retrieved[1] == 9
+    writes = Writes.of(sites, False)
+    place_BN = torch.arange(1, 6, 2).expand(B, -1)  # pairs come first
+    end_B = first_queries(batch["labels"])
+    v_BNHV = writes.v_BTHV[:, 1:6:2]
+    cosine = cosine_similarity(read_back(writes, place_BN, end_B), v_BNHV, dim=-1).mean()
+    assert found["self_retrieval_cosine"] == pytest.approx(float(cosine), rel=1e-6)
+    k_BNHK = writes.k_BTHK[:, 1:6:2]
+    off = torch.einsum("bnhk,bmhk->bhnm", k_BNHK, k_BNHK).abs() * (1 - torch.eye(3))
+    assert found["key_cosine_needles"] == pytest.approx(float(off.sum() / (B * 2 * 6)), rel=1e-6)
+    different = len({int(token) for token in batch["tokens"][key_BT]})
+    assert measures.capacity_curve[1] == (different, different)
+    half = {"tokens": batch["tokens"][:2], "labels": batch["labels"][:2]}
+    other = measure_state(half, {name: x[:2] for name, x in sites.items()}, False, values)
+    assert other.retrieved[1] == 6
+
+
+def test_the_table_and_the_heat_map_show_every_cell():
+    cells = []
+    for state, hits in (("on", [[3.0, 1], [2, 0]]), ("off", [[0.0, 0], [0, math.nan]])):
+        for length in (64, 256):
+            count = torch.tensor([[4, 2], [2, 0]])
+            cells.append(recall_report.Cell("mqar", 8, length, state, torch.tensor(hits), count))
+    rows = recall_report.lines(cells, windowed=True)
+    assert len(rows) == 12  # no line for an empty cell
+    first = rows[0].plain
+    assert (first["depth"], first["window"], first["hits"], first["n"]) == ("0-50", "outside", 3, 4)
+    assert first["accuracy"] == 0.75
+    assert first["interval"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
+    table = recall_report.markdown(rows)
+    assert "| mqar | 8 | 64 | 0-50 | outside | 4 | 75.0% [30.1%, 95.4%] | 0.0% [0.0%, 49.0%] |" in table
+    texts = [text.get_text() for axes in recall_report.heat_map(cells).axes for text in axes.texts]
+    assert texts.count("66.7%\nn = 6") == 2
+    assert texts.count("100.0%\nn = 2") == 2
+    gone = recall_report.Cell("mqar", 8, 64, "on", torch.full((1, 2), math.nan), torch.tensor([[4, 0]]))
+    (line,) = recall_report.lines([gone], windowed=False)
+    assert (line.plain["accuracy"], line.plain["interval"], line.plain["window"]) == (None, None, None)
+    assert "diverged" in recall_report.markdown([line])
