@@ -15,9 +15,10 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-import callbacks  # noqa: F401  (these six are loaded so that a config may name their classes without a module)
+import callbacks  # noqa: F401  (these seven are loaded so that a config may name their classes without a module)
 import datamodules  # noqa: F401
 import lightning_modules.groundthink
+import lightning_modules.phase
 import lightning_modules.question_answering
 import lightning_modules.separability
 import lightning_modules.telepathy  # noqa: F401

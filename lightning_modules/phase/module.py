@@ -1,0 +1,132 @@
+"""The phase line: a language model whose memory is written and read by phase.
+
+Shapes: S ensemble members, B batch, T positions, V vocabulary, D width, H heads, K frequencies of a head, W window.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.batch import TokenBatch
+from datamodules.errors import SIZE, UserError, check_numbers
+from lightning_modules.core.decoder import Decoder, Factory
+from lightning_modules.core.sequence_model import SequenceModel, check_sizes
+from lightning_modules.groundthink.gated_delta import GatedDelta
+from lightning_modules.groundthink.swiglu import SwiGLU
+from lightning_modules.groundthink.window_attention import WindowAttention
+from lightning_modules.phase.angles import Kind
+from lightning_modules.phase.lstm import LSTM
+from lightning_modules.phase.mixer import Normalise, PhaseMixer
+from lightning_modules.phase.pattern import check_pattern
+from lightning_modules.phase.sampling import mixed_tokens
+from lightning_modules.phase.weights import DecayKind
+
+MOST_CONVOLVED = 64  # positions of a convolution, which is meant to be short
+
+
+class Phase(SequenceModel):
+    """A decoder whose blocks mix positions by phase (P), and models to compare it with: the same with other letters.
+
+    G is the gated delta rule, A attention with rotary positions, L an LSTM. `PPPG` is a hybrid with an associative
+    memory; `AAAA` is a transformer. There is no position embedding, so rows may be longer than `seq_len`. Generation
+    takes constant memory; an attention window bounds that of A.
+
+    Args:
+        vocab_size: Tokens of the data.
+        seq_len: Longest sequence of the data.
+        width: D, the width of the residual stream.
+        heads: H, the heads of G and A, and of P with `frequencies`; a divisor of the width.
+        pattern: One letter per block: P, G, A or L.
+        angles: How the phase of the reader differs from that of the writer: `single` (not at all), `query_offset`,
+            `offsets` (of both), `constrained` or `decoupled`.
+        decay: Whether the memory of P fades: `none`, `learned` (a rate per channel) or `input` (depends on the input).
+        window: W, the positions that P reads; None for all.
+        frequencies: K, frequencies per head of an outer-product memory; None for one complex number per channel.
+        mass: Weight what P writes.
+        normalise: What the output of P is divided by: `rms`, `mass` (the sum of all weights) or `none`.
+        conv_width: Positions that the short convolutions of P and G read; 0 for no convolution.
+        expansion: Hidden width of the output of P over D, with GELU; 0 for a single linear map.
+        dropout: Share of inputs of the output map of P that are zeroed in training.
+        attention_window: Positions that A reads; `seq_len` if None.
+        mlp_width: Hidden units of the SwiGLU (feed-forward network) of each block; 0 for blocks without one.
+        scheduled_sampling: Share of the input tokens that are the model's own samples at the end of training; it rises
+            in a line from 0.
+        **common: The arguments of `SequenceModel`.
+
+    Raises:
+        UserError: A size does not fit, or the pattern has another letter; at `setup`, a checkpoint or the data does not
+            fit.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        seq_len: int,
+        width: int = 128,
+        heads: int = 4,
+        pattern: str = "PPPP",
+        angles: Kind = "single",
+        decay: DecayKind = "learned",
+        window: int | None = None,
+        frequencies: int | None = None,
+        mass: bool = False,
+        normalise: Normalise = "rms",
+        conv_width: int = 4,
+        expansion: int = 0,
+        dropout: float = 0.0,
+        attention_window: int | None = None,
+        mlp_width: int = 0,
+        scheduled_sampling: float = 0.0,
+        **common: Any,
+    ):
+        check_sizes(width=width, heads=heads, window=window, frequencies=frequencies, attention_window=attention_window)
+        check_numbers("model", 0, SIZE, mlp_width=mlp_width, expansion=expansion)
+        check_numbers("model", 0, MOST_CONVOLVED, conv_width=conv_width)
+        check_numbers("model", 0, 1, dropout=dropout, scheduled_sampling=scheduled_sampling)
+        if frequencies and normalise == "mass":
+            raise UserError(
+                "model.normalise mass belongs to a memory per channel: with model.frequencies, set it to rms"
+            )
+        if width % heads:
+            raise UserError(f"model.heads must divide model.width: {heads} does not divide {width}")
+        check_pattern(pattern, width // heads)
+        self.width, self.heads, self.pattern, self.mlp_width = width, heads, pattern, mlp_width
+        self.conv_width, self.attention_window = conv_width, attention_window or seq_len
+        self.scheduled_sampling = scheduled_sampling
+        self.phase_options: dict[str, Any] = {
+            "frequencies": frequencies,
+            "angles": angles,
+            "decay": decay,
+            "window": window,
+            "mass": mass,
+            "normalise": normalise,
+            "expansion": expansion,
+            "dropout": dropout,
+        }
+        super().__init__(vocab_size, seq_len, **common)
+
+    def make_network(self) -> Decoder:
+        """Return a decoder with RMSNorm and the mixers of the pattern, without positions."""
+        size, conv = self.width // self.heads, self.conv_width
+        factories: dict[str, Factory] = {
+            "P": partial(PhaseMixer, self.width, self.heads, conv_width=conv, **self.phase_options),
+            "G": partial(GatedDelta, self.width, self.heads, size, size, conv, conv),
+            "A": partial(WindowAttention, self.width, self.heads, self.attention_window),
+            "L": partial(LSTM, self.width),
+        }
+        mlp = partial(SwiGLU, self.width, self.mlp_width) if self.mlp_width else None
+        mixers = [factories[letter] for letter in self.pattern]
+        return Decoder(self.vocab_size, self.width, mixers, mlp, partial(nn.RMSNorm, eps=1e-6))
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Return the loss; with `scheduled_sampling`, the model reads some of its own predictions."""
+        if self.scheduled_sampling:
+            share = self.scheduled_sampling * min(1.0, self.global_step / max(1, self.trainer.max_steps))
+            with torch.no_grad():
+                logits_SBTV = self.call(batch["tokens"])[0]
+            step = self.seeds, self.global_step, batch_idx, self.global_rank
+            tokens = mixed_tokens(batch["tokens"], batch["labels"], logits_SBTV, share, *step)
+            batch = {"tokens": tokens, "labels": batch["labels"]}
+        return super().training_step(batch, batch_idx)

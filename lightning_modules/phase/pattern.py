@@ -1,0 +1,24 @@
+"""The pattern of a network: one letter for the mixer of each block."""
+
+from datamodules.errors import SIZE, UserError
+from lightning_modules.groundthink.module import ALIGNMENT, WIDEST
+
+LETTERS = {"P": "phase", "G": "gated delta", "A": "attention", "L": "LSTM"}
+HEADS = {"A": (2, SIZE), "G": (ALIGNMENT, WIDEST)}  # what divides the width of a head, and the widest; A turns pairs
+
+
+def check_pattern(pattern: str, head_width: int) -> None:
+    """Check the letters, and the width of a head.
+
+    Raises:
+        UserError: The pattern is empty or has another letter, or a mixer does not take heads of this width.
+    """
+    letters = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
+    wrong = next((f"'{letter}' is none of them" for letter in pattern if letter not in LETTERS), "")
+    if wrong or not pattern:
+        raise UserError(f"model.pattern must have one letter per block, of {letters}: {wrong or 'it is empty'}")
+    for letter, (multiple, widest) in HEADS.items():
+        if letter in pattern and (head_width % multiple or head_width > widest):
+            limit = f" up to {widest}" if widest < SIZE else ""
+            wanted = f"a multiple of {multiple}{limit} for {letter} in model.pattern"
+            raise UserError(f"model.width / model.heads must be {wanted}, not {head_width}")
