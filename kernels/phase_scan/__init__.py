@@ -69,11 +69,17 @@ def phase_scan(
         ValueError: A shape, type or size is wrong; one sentence says which.
     """
     check_inputs(x, omega, mass, log_decay, window, read_offset, write_offset, normalise, initial_state, cu_seqlens)
-    check_backend(backend, x, window)
-    return reference.phase_scan(
-        *(x, omega, mass, log_decay, window, read_offset, write_offset),
-        *(normalise, imaginary, initial_state, output_final_state, cu_seqlens),
-    )
+    if check_backend(backend, x, window) == "reference":
+        return reference.phase_scan(
+            *(x, omega, mass, log_decay, window, read_offset, write_offset),
+            *(normalise, imaginary, initial_state, output_final_state, cu_seqlens),
+        )
+    from kernels.phase_scan.function import scan  # Triton is not installed everywhere
+
+    tensors = x, omega, mass, log_decay, read_offset, write_offset, initial_state
+    contiguous = (None if v is None else v.contiguous() for v in tensors)
+    y, final, _ = scan(*contiguous, cu_seqlens, normalise, imaginary, output_final_state)
+    return y, final if output_final_state else None
 
 
 def step_phase_scan(

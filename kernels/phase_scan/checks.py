@@ -103,6 +103,8 @@ def check_backend(backend: Backend | None, x: Tensor, window: int | None) -> Bac
         return "triton" if x.is_cuda and x.dtype != torch.float64 and window is None else "reference"
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend}")
+    if backend == "triton" and window is not None:
+        raise ValueError("backend triton has no window: use backend reference for one")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend triton computes in fp32: use backend reference for fp64")
     if backend == "triton" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

@@ -20,10 +20,10 @@ Shapes: B batch, T positions, D channels, N sequences, W window, C positions of 
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from kernels.gated_delta.packing import Packing
 from kernels.phase_scan.options import EPSILON
+from kernels.phase_scan.recurrence import last_state, windowed_scan
 
 CHUNK = 32  # positions; the fastest of 8, 16, 32 and 64 on a CPU
 
@@ -75,39 +75,6 @@ def accumulate_phase(omega: Tensor, initial_phase: Tensor | None = None, cu_seql
     return packing.pack((phase - 2 * torch.pi * turns).to(wide), omega.shape[1])
 
 
-def direct_phase_scan(
-    x: Tensor,
-    omega: Tensor,
-    mass: Tensor | None = None,
-    log_decay: Tensor | None = None,
-    window: int | None = None,
-    read_offset: Tensor | None = None,
-    write_offset: Tensor | None = None,
-    normalise: bool = False,
-    imaginary: bool = False,
-) -> Tensor:
-    """Compute the definition as a sum over all pairs of positions; see `kernels.phase_scan` for the arguments.
-
-    It needs B T^2 D numbers, and fp64 where phases are large or decays strong.
-    """
-    rows = x.shape[1]
-    mass = torch.ones_like(x) if mass is None else mass
-    gates = torch.zeros_like(x) if log_decay is None else log_decay.expand_as(x)
-    read = write = omega.cumsum(1)
-    read = read if read_offset is None else read + read_offset
-    write = write if write_offset is None else write + write_offset
-    distance = torch.arange(rows, device=x.device)[:, None] - torch.arange(rows, device=x.device)
-    inside = (distance >= 0) & (distance < (rows if window is None else window))
-    decay = gates.cumsum(1)
-    log_weight_BTTD = (decay[:, :, None] - decay[:, None]).masked_fill(~inside[:, :, None], -torch.inf)
-    weight_BTTD = log_weight_BTTD.exp() * mass[:, None]
-    angle_BTTD = write[:, None] - read[:, :, None]
-    y = (weight_BTTD * angle_BTTD.cos() * x[:, None]).sum(2)
-    if imaginary:
-        y = torch.cat((y, (weight_BTTD * angle_BTTD.sin() * x[:, None]).sum(2)), -1)
-    return y / (weight_BTTD.sum(2) + EPSILON).repeat(1, 1, 1 + imaginary) if normalise else y
-
-
 def phase_scan(
     x: Tensor,
     omega: Tensor,
@@ -130,15 +97,15 @@ def phase_scan(
     wide = [None if v is None else packing.unpack(_wide(v, x)) for v in (x, omega, mass, log_decay, write_offset)]
     gate_NTD, decay_NTD, write_NTD, mass_NTD = _terms(*wide)  # type: ignore[arg-type]
     written, masses = (None, None) if initial_state is None else _parts(initial_state, normalise)
-    memory_NTD = _scan(gate_NTD, write_NTD, written, window, chunk)
-    sums_NTD = _scan(decay_NTD, mass_NTD, masses, window, chunk) if normalise else None
+    memory_NTD = windowed_scan(gate_NTD, write_NTD, written, window, chunk)
+    sums_NTD = windowed_scan(decay_NTD, mass_NTD, masses, window, chunk) if normalise else None
     read = None if read_offset is None else packing.unpack(_wide(read_offset, x))
     y = packing.pack(_read(memory_NTD, sums_NTD, read, imaginary), rows).to(output_type)
     if not output_final_state:
         return y, None
     lengths = x.new_full((x.shape[0],), rows, dtype=torch.long) if packing.bounds is None else packing.bounds.diff()
-    final = _final(gate_NTD, write_NTD, written, memory_NTD, lengths, window)
-    sums = _final(decay_NTD, mass_NTD, masses, sums_NTD, lengths, window) if sums_NTD is not None else None
+    final = last_state(gate_NTD, write_NTD, written, memory_NTD, lengths, window)
+    sums = last_state(decay_NTD, mass_NTD, masses, sums_NTD, lengths, window) if sums_NTD is not None else None
     return y, _state(final, sums)
 
 
@@ -209,84 +176,3 @@ def _read(memory: Tensor, sums: Tensor | None, offset: Tensor | None, imaginary:
     read = memory if offset is None else turn(memory, -offset)
     parts = [read.real, read.imag] if imaginary else [read.real]
     return torch.cat(parts if sums is None else [part / (sums + EPSILON) for part in parts], -1)
-
-
-def _scan(gate_NTD: Tensor, write_NTD: Tensor, before: Tensor | None, window: int | None, chunk: int) -> Tensor:
-    """Return S_t = gate_t S_{t-1} + write_t, over the last `window` positions only if there is one.
-
-    `before` is S_0 [N, D], or the terms of the last positions [N, W - 1, D].
-    """
-    T, first = write_NTD.shape[1], 0
-    if T == 0:
-        return write_NTD
-    if before is None and window is not None and window >= T:
-        window = None
-    if window is not None and before is not None:  # the terms are positions, which pass on what they hold
-        first = window - 1
-        gate_NTD = torch.cat((torch.ones_like(before), gate_NTD), 1)
-        write_NTD = torch.cat((before, write_NTD), 1)
-    chunk = min(chunk, T) if window is None else window
-    gates, writes = (_split(x, chunk).unbind(2) for x in (gate_NTD, write_NTD))
-    own, passed = [writes[0]], [gates[0]]
-    for gate, write in zip(gates[1:], writes[1:], strict=True):
-        own.append(torch.addcmul(write, gate, own[-1]))
-        passed.append(gate * passed[-1])
-    entered = _carries(passed[-1], own[-1], before)[:, :, None] if window is None else _left_of_previous(gates, writes)
-    memory = torch.addcmul(torch.stack(own, 2), torch.stack(passed, 2), entered)
-    return memory.flatten(1, 2)[:, first : first + T]
-
-
-def _carries(passed_NMD: Tensor, own_NMD: Tensor, before: Tensor | None) -> Tensor:
-    """Return what enters each chunk: S at the end of the chunk before it."""
-    carry = torch.zeros_like(own_NMD[:, 0]) if before is None else before
-    carries = []
-    for passed, own in zip(passed_NMD.unbind(1), own_NMD.unbind(1), strict=True):
-        carries.append(carry)
-        carry = torch.addcmul(own, passed, carry)
-    return torch.stack(carries, 1)
-
-
-def _left_of_previous(gates: tuple[Tensor, ...], writes: tuple[Tensor, ...]) -> Tensor:
-    """Return [N, M, C, D]: at each position, the sum of the chunk before from the first position in the window on."""
-    left = [torch.zeros_like(writes[0])]  # of the last position, whose window is its own chunk
-    passed = torch.ones_like(gates[0])
-    for gate, write in zip(gates[:0:-1], writes[:0:-1], strict=True):
-        left.append(torch.addcmul(left[-1], passed, write))
-        passed = passed * gate
-    left_NMCD = torch.stack(left[::-1], 2)
-    return torch.cat((torch.zeros_like(left_NMCD[:, :1]), left_NMCD[:, :-1]), 1)
-
-
-def _split(x: Tensor, chunk: int) -> Tensor:
-    """Return x [N, T, D] as chunks [N, M, C, D]; zeros fill the last."""
-    return pad(x, (0, 0, 0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk))
-
-
-def _final(
-    gate_NTD: Tensor,
-    write_NTD: Tensor,
-    before: Tensor | None,
-    memory_NTD: Tensor,
-    lengths_N: Tensor,
-    window: int | None,
-) -> Tensor:
-    """Return S after the last position of each sequence, or the terms of its last W - 1 positions."""
-    N, _, D = write_NTD.shape
-    if before is None:
-        before = write_NTD.new_zeros((N, D) if window is None else (N, window - 1, D))
-    if window is None:
-        return _rows(torch.cat((before[:, None], memory_NTD), 1), lengths_N[:, None])[:, 0]
-    places_NW = lengths_N[:, None] + torch.arange(window - 1, device=lengths_N.device)
-    terms = _rows(torch.cat((before, write_NTD), 1), places_NW)
-    if window == 1:
-        return terms
-    gates = _rows(torch.cat((torch.ones_like(before), gate_NTD), 1), places_NW).unbind(1)
-    passed = [torch.ones_like(gates[0])]
-    for gate in gates[:0:-1]:
-        passed.append(passed[-1] * gate)
-    return terms * torch.stack(passed[::-1], 1)
-
-
-def _rows(x: Tensor, places_NK: Tensor) -> Tensor:
-    """Return the rows [N, K, D] of x at some positions of each sequence."""
-    return x.gather(1, places_NK[:, :, None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,87 @@
+"""The sizes of one call of the kernels, what both of them get as arguments, and the tensors that they fill.
+
+Shapes: as in `forward.py`; `slots` tiles of C rows, as `kernels.gated_delta.tiles` counts them.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.phase_scan.configurations import TABLE, Launch
+from kernels.phase_scan.options import EPSILON
+
+Tensors = tuple[Tensor, ...]
+
+
+class Problem:
+    """The sizes of one call, and the arguments that both kernels share.
+
+    Args:
+        x: Values [B, T, D].
+        log_decay: Log-decays [D] or [B, T, D], or None.
+        cu_seqlens: Bounds of the sequences, or None.
+        normalise: Whether outputs are divided by the sum of masses.
+        imaginary: Whether there are imaginary parts of outputs.
+    """
+
+    def __init__(
+        self, x: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, normalise: bool, imaginary: bool
+    ):
+        self.B, self.T, self.D = x.shape
+        self.device, self.packed = x.device, cu_seqlens is not None
+        self.width, self.parts = self.D * (1 + imaginary), 2 + normalise
+        self.how = TABLE[x.element_size() == 2]
+        rows = self.how.forward.rows
+        if cu_seqlens is None:
+            self.N, self.slots = self.B, self.B * -(-self.T // rows)
+        else:
+            self.N = cu_seqlens.shape[0] - 1
+            self.slots = self.T // rows + self.N
+        decay = "none" if log_decay is None else "channel" if log_decay.dim() == 1 else "input"
+        self.common = {"T": self.T, "D": self.D, "EPSILON": EPSILON, "DECAY": decay, "NORM": normalise}
+        self.common |= {"IMAGINARY": imaginary, "PACKED": self.packed, "COMPILED": x.is_cuda}
+
+    def run(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **options: object) -> None:
+        """Launch a program per sequence and block of channels; a tensor that the kernel does not read may be None."""
+        channels = min(launch.channels, 1 << (self.D - 1).bit_length())
+        programs = self.N * -(-self.D // channels)
+        if programs == 0:
+            return
+        options |= {"C": launch.rows, "BD": channels, "STAGES": launch.stages, "num_warps": launch.warps}
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            kernel[(programs,)](*tensors, **options, **self.common)
+
+    def forward_buffers(self, x: Tensor, output_final_state: bool) -> Tensors:
+        """Return outputs, final states, and states before each tile, without content."""
+        return (
+            self._rows(x, self.width),
+            self._states(x, self.N if output_final_state else 0),
+            self._states(x, self.slots),
+        )
+
+    def backward_buffers(self, x: Tensor, *inputs: Tensor | None) -> Tensors:
+        """Return the gradients of x, omega, mass, log-decay, read and write offset and initial states, no content.
+
+        The gradient of a log-decay per channel is one row per sequence. Those of inputs that are None are empty.
+        """
+        omega, mass, log_decay, read_offset, write_offset, initial = inputs
+        empty = x.new_empty(0)
+        rows = [empty if v is None else self._rows(v, self.D) for v in (omega, mass, read_offset, write_offset)]
+        if log_decay is None:
+            decay = empty
+        elif log_decay.dim() == 1:
+            decay = x.new_empty(self.N, self.D, dtype=torch.float32)
+        else:
+            decay = self._rows(log_decay, self.D)
+        states = empty if initial is None else torch.empty_like(initial)
+        return self._rows(x, self.D), rows[0], rows[1], decay, rows[2], rows[3], states
+
+    def _rows(self, like: Tensor, width: int) -> Tensor:
+        """Return a tensor for one result per row; rows after the last packed sequence stay zero."""
+        make = like.new_zeros if self.packed else like.new_empty
+        return make(self.B, self.T, width)
+
+    def _states(self, x: Tensor, count: int) -> Tensor:
+        return x.new_empty(count, self.parts, self.D, dtype=torch.float32)
