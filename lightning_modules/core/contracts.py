@@ -5,7 +5,7 @@ Batches and what a datamodule asks of a module are in `datamodules.batch`, for d
 Shapes: S ensemble members, B batch, T positions, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
@@ -46,6 +46,59 @@ class SupportsSampleEval(Protocol):
 
     def sample_eval(self, batch: Any) -> list[EvalSample]:
         """Answer every sample of a batch and score the answers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with the bound that it has to keep.
+
+    Attributes:
+        name: Name of the measure.
+        value: The number; NaN keeps no bound.
+        bound: The smallest allowed number, or the largest one under `at_most`.
+        at_most: Whether the bound is an upper one.
+        hits: Of a proportion, whether each sample is a hit.
+    """
+
+    name: str
+    value: float
+    bound: float
+    at_most: bool = False
+    hits: Sequence[bool] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the number keeps its bound."""
+        return self.value <= self.bound if self.at_most else self.value >= self.bound
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A check that a module passes before it is trained.
+
+    Attributes:
+        name: Name of the gate.
+        figures: Its figures, all of which have to keep their bounds.
+        meaning: One sentence on what a failure means.
+    """
+
+    name: str
+    figures: Sequence[Figure]
+    meaning: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure keeps its bound."""
+        return all(figure.passed for figure in self.figures)
+
+
+@runtime_checkable
+class SupportsGates(Protocol):
+    """A module that can be checked before it is trained; the `Gates` callback calls it."""
+
+    def gates(self, count: int, least_accuracy: float, steps: int) -> Iterator[Gate]:
+        """Run the gates one after the other, with `count` held-out samples and at most `steps` steps of training."""
         ...
 
 

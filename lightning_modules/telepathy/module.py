@@ -4,47 +4,39 @@ Shapes: B batch, S source positions of the question, C source width, K soft toke
 tokens of the whole batch, V target vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import OnNonfinite, SupportsSampleDataloader, Workload, connected
-from lightning_modules.core.reporting import is_dry_run, run_folder
-from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
+from lightning_modules.core.contracts import Gate, OnNonfinite, Workload
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.pretrained.loading import Pretrained
-from lightning_modules.pretrained.prompts import LONGEST
-from lightning_modules.telepathy.answer_limit import longest_answer
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bridges import BridgeFactory, OutputScale
 from lightning_modules.telepathy.collation import evaluation_batch, training_batch
-from lightning_modules.telepathy.examination import Examination
-from lightning_modules.telepathy.measures import scores
-from lightning_modules.telepathy.normalizer import CALIBRATION, StatisticalNormalizer, make_normalizer, sums
+from lightning_modules.telepathy.evaluation import BridgeEvaluation
+from lightning_modules.telepathy.gates import gates
+from lightning_modules.telepathy.normalizer import calibrate, make_normalizer
 from lightning_modules.telepathy.objectives import OBJECTIVES, BridgeStep, ObjectiveName, check_weights, lm
-from lightning_modules.telepathy.ranks import all_rows, summed, token_weight
+from lightning_modules.telepathy.ranks import all_rows, token_weight
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
-from lightning_modules.telepathy.text_prefix import TextPrefix
+from lightning_modules.telepathy.text_prefix import TextPrefix, clip_apart
 from lightning_modules.telepathy.workload import workload
 
 Flaw = Literal["key_scale", "bos_behind"]
 NOTES_SCALE = 0.003  # root mean square of the notes' source states, equal to that of Mistral 7B's embeddings
 
 
-class Telepathy(LightningModule):
+class Telepathy(BridgeEvaluation):
     """A frozen source reads a question, a bridge turns its hidden states into soft tokens, a frozen target answers.
 
     The target's prompt is `before {question} after`, and it sees `<bos> before [soft tokens] after`: the soft tokens
@@ -100,7 +92,7 @@ class Telepathy(LightningModule):
         reproduce_flaws: bool | list[Flaw] = False,
         on_nonfinite: OnNonfinite = "stop",
     ):
-        super().__init__()
+        super().__init__(max_new_tokens)
         self.layers = [source_layer] if isinstance(source_layer, int) else source_layer
         self.objectives: dict[ObjectiveName, float] = {"lm": 1.0} if objectives is None else objectives
         if not self.layers or min(self.layers) < 1:
@@ -108,11 +100,8 @@ class Telepathy(LightningModule):
         check_weights(self.objectives)
         check_numbers("model", 0, warmup_steps=warmup_steps)
         check_numbers("model", 0, SIZE, text_prefix=text_prefix)
-        check_numbers("model", 1, LONGEST, max_new_tokens=max_new_tokens)
         self.needs = {part for name in self.objectives for part in OBJECTIVES[name].needs}
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
-        self.max_new_tokens = max_new_tokens
-        self._limit_of: tuple[object, int] | None = None  # the data and its limit
         self.on_nonfinite = on_nonfinite
         flaws = reproduce_flaws if isinstance(reproduce_flaws, list) else get_args(Flaw) if reproduce_flaws else ()
         notes_scale = "key_scale" in flaws
@@ -127,26 +116,6 @@ class Telepathy(LightningModule):
         self.soft_tokens = OutputScale(output, scale)
         self.text_prefix = TextPrefix(text_prefix, width, scale) if text_prefix else None
         self.strict_loading = False  # the frozen models are not in checkpoints
-        self.validation_loss = MeanMetric()  # over the tokens of all ranks
-        self.examinations: list[Examination] = []
-        self.predictions: list[EvalSample] = []
-        self.intervals: dict[str, tuple[float, float]] = {}
-        self.counts: dict[str, int] = {}
-        self.hits: dict[str, list[int]] = {}
-
-    @property
-    def answer_limit(self) -> int:
-        """Length limit of generated answers, in tokens.
-
-        Raises:
-            UserError: It is neither given nor known from the data.
-        """
-        if self.max_new_tokens is not None:
-            return self.max_new_tokens
-        data: object = connected(self.trainer).datamodule
-        if self._limit_of is None or self._limit_of[0] is not data:
-            self._limit_of = data, longest_answer(self.target, data)
-        return self._limit_of[1]
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""
@@ -157,11 +126,20 @@ class Telepathy(LightningModule):
         """Return the source's states_BSC at the question, without the prompt and the BOS, whose state is an outlier."""
         return self.source.read(batch)
 
+    def states(self, batch: TelepathyBatch) -> Tensor:
+        """Return the normalised states_BSC, which the bridge reads."""
+        states_BSC: Tensor = self.normalizer(self.read(batch))
+        return states_BSC
+
     def forward(self, batch: TelepathyBatch) -> Tensor:
         """Return the soft tokens soft_BKD, zero after the last one of a row."""
-        states_BSC = self.normalizer(self.read(batch))
-        soft_BKD: Tensor = self.soft_tokens(self.bridge(states_BSC, batch["source_mask"]), batch["soft_mask"])
+        soft_BKD: Tensor = self.soft_tokens(self.bridge(self.states(batch), batch["source_mask"]), batch["soft_mask"])
         return soft_BKD
+
+    def gates(self, count: int, least_accuracy: float, steps: int) -> Iterator[Gate]:
+        """Run the gates, see `lightning_modules.telepathy.gates`."""
+        calibrate(self, self.normalizer, self.read)
+        return gates(self, count, least_accuracy, steps)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Log each weighted objective and return their sum."""
@@ -184,55 +162,6 @@ class Telepathy(LightningModule):
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
         return total
 
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Log the held-out cross-entropy of the answers, a mean over tokens."""
-        losses_N = np.concatenate(self.target.losses(batch["soft_rows"], self(batch), batch["soft_mask"]))
-        self.validation_loss.update(losses_N.mean(), weight=len(losses_N))
-        self.log("validation/loss", self.validation_loss, batch_size=len(losses_N), prog_bar=True)
-
-    def on_test_start(self) -> None:
-        """Check the target."""
-        self.target.check(trains=False)
-
-    def on_predict_start(self) -> None:
-        """Check the target."""
-        self.target.check(trains=False)
-
-    def on_test_epoch_start(self) -> None:
-        """Start an examination of each test set."""
-        self.examinations = [Examination(name) for name in self.trainer.test_dataloaders or ()]
-
-    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Examine a batch: answers and losses from soft tokens, from text, and from neither."""
-        self.examinations[dataloader_idx].add(self, batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log every measure, with its interval, hits and samples."""
-        for examination in self.examinations:
-            examination.report(self)
-        self.examinations = []
-
-    def sample_eval(self, batch: EvaluationBatch) -> list[EvalSample]:
-        """Answer a batch from soft tokens and score the answers."""
-        answers = self.target.answers(batch["soft_rows"], self.answer_limit, self(batch), batch["soft_mask"])
-        return [
-            EvalSample(problem.question, problem.answer, answer.text, scores(problem, answer.text))
-            for problem, answer in zip(batch["problems"], answers, strict=True)
-        ]
-
-    def predict_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> list[EvalSample]:
-        """Answer a batch."""
-        samples = self.sample_eval(batch)
-        self.predictions += samples
-        return samples
-
-    def on_predict_epoch_end(self) -> None:
-        """Write question, answer and output of all ranks to `samples/predictions.jsonl` in the folder of the run."""
-        samples = [sample for part in gather_objects(self.predictions) for sample in part]
-        folder, self.predictions = run_folder(self.trainer), []
-        if self.trainer.is_global_zero and not is_dry_run(self.trainer):
-            write_jsonl(Path(folder, "samples", "predictions.jsonl"), samples)
-
     def on_fit_start(self) -> None:
         """Check the target, and measure the normalizer's statistics. A resumed run measures the same.
 
@@ -240,13 +169,7 @@ class Telepathy(LightningModule):
             UserError: The target does not answer soft tokens, or the data gives no held-out questions.
         """
         self.target.check(trains=True)
-        if isinstance(self.normalizer, StatisticalNormalizer):
-            data: object = connected(self.trainer).datamodule
-            if not isinstance(data, SupportsSampleDataloader):
-                raise UserError(f"model.normalizer: {type(data).__name__} gives no held-out questions")
-            batches = map(self.trainer.strategy.batch_to_device, data.sample_dataloader(CALIBRATION))
-            sums_3C = sums(self.read(batch)[batch["source_mask"]] for batch in batches)
-            self.normalizer.calibrate(*summed(self, sums_3C))
+        calibrate(self, self.normalizer, self.read)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another kind of bridge, which a load that is not strict would accept.
@@ -267,13 +190,7 @@ class Telepathy(LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the gradient of the bridge, and apart from it that of the text prefix, which must not change it."""
-        if self.text_prefix is None or not gradient_clip_val or gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        prefix = list(self.text_prefix.parameters())
-        others = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("text_prefix.")]
-        for part in (prefix, others):
-            torch.nn.utils.clip_grad_norm_(part, gradient_clip_val)
+        clip_apart(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and its schedule."""

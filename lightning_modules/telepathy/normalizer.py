@@ -3,11 +3,16 @@
 Shapes: B batch, S source positions, N positions of a whole batch, C source width.
 """
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
+
+from datamodules.errors import UserError
+from lightning_modules.core.contracts import SupportsSampleDataloader, connected
+from lightning_modules.telepathy.ranks import summed
 
 CALIBRATION = 256  # held-out questions from which the statistics are taken
 
@@ -54,6 +59,27 @@ def sums(states: Iterable[Tensor]) -> Tensor:
     """Return sums_3C of batches states_NC: for each feature the sum, the sum of squares, and the number of states."""
     states_NC = torch.cat(list(states)).double()
     return torch.stack([states_NC.sum(0), states_NC.square().sum(0), torch.full_like(states_NC[0], len(states_NC))])
+
+
+def calibrate(module: LightningModule, normalizer: nn.Module, read: Callable[[Any], Tensor]) -> None:
+    """Measure the statistics of a normalizer on held-out questions, if it has statistics. Every rank must call it.
+
+    Args:
+        module: The module of the run.
+        normalizer: Its normalizer.
+        read: Returns the states_BSC of a batch.
+
+    Raises:
+        UserError: The data gives no held-out questions.
+    """
+    if not isinstance(normalizer, StatisticalNormalizer):
+        return
+    data: object = connected(module.trainer).datamodule
+    if not isinstance(data, SupportsSampleDataloader):
+        raise UserError(f"model.normalizer: {type(data).__name__} gives no held-out questions")
+    batches = map(module.trainer.strategy.batch_to_device, data.sample_dataloader(CALIBRATION))
+    sums_3C = sums(read(batch)[batch["source_mask"]] for batch in batches)
+    normalizer.calibrate(*summed(module, sums_3C))
 
 
 def make_normalizer(kind: Literal["none", "layer_norm", "statistical"], width: int, scale: float) -> nn.Module:

@@ -4,7 +4,9 @@ Shapes: B batch, K vectors, D target width.
 """
 
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 class TextPrefix(nn.Module):
@@ -31,3 +33,21 @@ class TextPrefix(nn.Module):
     def mask(self, size: int) -> Tensor:
         """Return mask_BK, all true, on the CPU."""
         return torch.ones(size, len(self.vectors_KD), dtype=torch.bool)
+
+
+def clip_apart(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
+    """Clip the gradient of a module, and apart from it that of its `text_prefix`, which must not change it.
+
+    Args:
+        module: The module.
+        optimizer: Its optimizer.
+        value: The bound; nothing is clipped without one.
+        algorithm: `norm` or `value`, which clips each element by itself.
+    """
+    prefix = [p for name, p in module.named_parameters() if name.startswith("text_prefix.")]
+    if not prefix or not value or algorithm == "value":
+        module.clip_gradients(optimizer, value, algorithm)
+        return
+    others = [p for name, p in module.named_parameters() if p.requires_grad and not name.startswith("text_prefix.")]
+    for part in (prefix, others):
+        torch.nn.utils.clip_grad_norm_(part, value)

@@ -1,0 +1,121 @@
+"""The gates before an expensive run: all pass on the embedded pair, and each can fail."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUIET, SMALL
+from lightning import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+from callbacks import Gates
+from datamodules import WordProblems
+from lightning_modules.telepathy import PerceiverBridge
+
+NAMES = ("text", "embeddings", "overfit", "soft_prompt")
+PRESET = ("validate", "--config", "configs/telepathy_v15.yaml", "--config", "configs/presets/telepathy/gates.yaml")
+SIZES = {"data.test_sets.test": 16, "data.eval_batch_size": 32, "data.validation_size": 32}
+SIZES |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
+
+
+@pytest.fixture
+def check(caplog):
+    """Runs gates on a module; returns the line of each gate, and the metrics."""
+
+    def run(module, steps: int, least_accuracy: float = 0.45) -> tuple[dict[str, str], dict[str, float]]:
+        trainer = Trainer(callbacks=Gates(8, least_accuracy, steps), accelerator="cpu", limit_val_batches=1, **QUIET)
+        with caplog.at_level("INFO"):
+            trainer.validate(module, datamodule=WordProblems(**SMALL | {"eval_batch_size": 8}), verbose=False)
+        said = [record.message for record in caplog.records if record.message.startswith("gate ")]
+        lines = {line.split()[1].rstrip(":"): line for line in said}
+        assert tuple(lines) == NAMES
+        return lines, {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+    return run
+
+
+def test_the_embedded_pair_passes_every_gate(workplace, caplog):
+    with caplog.at_level("INFO"):
+        done = main.main([*PRESET, *(text for key, value in SIZES.items() for text in (f"--{key}", str(value)))])
+    lines = [record.message for record in caplog.records if record.message.startswith("gate ")]
+    assert [line.split()[1].rstrip(":") for line in lines] == [*NAMES]
+    assert all(line.endswith(": passed") for line in lines)
+    record = json.loads(Path(done.run_dir, "results.json").read_text())
+    metrics = record["metrics"]
+    assert [metrics[f"gates/{name}_passed"] for name in NAMES] == [1, 1, 1, 1]
+    assert metrics["gates/text_accuracy"] >= 0.9
+    assert metrics["gates/embeddings_accuracy"] == pytest.approx(metrics["gates/text_accuracy"], abs=0.02)
+    assert metrics["gates/embeddings_ce_gap"] < 1e-3
+    assert metrics["gates/overfit_loss"] <= 0.1
+    assert metrics["gates/soft_prompt_loss"] <= 0.05
+    assert record["n"]["gates/text_accuracy"] == 32
+    assert record["intervals"]["gates/text_accuracy"][0] > 0.8
+    events = EventAccumulator(str(done.run_dir))
+    events.Reload()
+    assert {name for name in metrics if name.startswith("gates/")} <= set(events.Tags()["scalars"])
+
+
+def test_every_gate_can_fail_and_says_what_that_means(telepathy, check):
+    # Without a prompt, with the BOS in the middle, question embeddings are not read as the text is
+    module = telepathy(PerceiverBridge, reproduce_flaws=["bos_behind"])
+    lines, metrics = check(module, steps=2, least_accuracy=1.0)
+    assert [metrics[f"gates/{name}_passed"] for name in NAMES[1:]] == [0, 0, 0]
+    assert metrics["gates/embeddings_ce_gap"] > 0.1
+    for name, meaning in (
+        ("embeddings", "do not arrive as its text does"),
+        ("overfit", "cannot learn a few problems by heart"),
+        ("soft_prompt", "cannot be steered"),
+    ):
+        assert f": FAILED, {'the bridge ' if name == 'overfit' else ''}" in lines[name]
+        assert meaning in lines[name]
+
+
+def test_a_target_that_cannot_solve_the_problems_fails_the_first_gate(telepathy, check):
+    module = telepathy()
+    module.max_new_tokens = 2  # too few for any answer
+    lines, metrics = check(module, steps=1)
+    assert metrics["gates/text_accuracy"] == metrics["gates/text_passed"] == 0
+    assert "accuracy 0 of 8 (at least 0.45): FAILED, the target hardly solves these problems" in lines["text"]
+
+
+def test_gates_change_neither_weights_nor_random_numbers(telepathy, check):
+    module = telepathy(optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    _, metrics = check(module, steps=6)
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert metrics["gates/overfit_loss"] < 2.2  # although a copy has learned; 2.6 before
+
+
+def test_a_loss_that_is_not_finite_fails(telepathy, check):
+    module = telepathy()
+    torch.nn.init.constant_(module.bridge.end_D, torch.nan)
+    lines, metrics = check(module, steps=1)
+    assert metrics["gates/overfit_passed"] == 0
+    assert "loss nan" in lines["overfit"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "`steps` must be at least 1"),
+        ({"least_accuracy": 1.5}, r"Gates.least_accuracy must be at most 1"),
+    ],
+)
+def test_numbers_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Gates(**options)
+
+
+def test_other_commands_and_modules(telepathy, fit):
+    with pytest.raises(ValueError, match="Gates belong to the command validate: leave them out of the others"):
+        fit(telepathy(), 1, callbacks=[Gates()])
+    with pytest.raises(ValueError, match=r"Gates needs `gates\(...\)`, which BoringModel does not have"):
+        Trainer(callbacks=Gates(), accelerator="cpu", **QUIET).validate(BoringModel())
