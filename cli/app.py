@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import callbacks  # noqa: F401  (these seven are loaded so that a config may name their classes without a module)
 import datamodules  # noqa: F401
 import lightning_modules.groundthink
+import lightning_modules.groundthink.mechanism
 import lightning_modules.phase
 import lightning_modules.question_answering
 import lightning_modules.separability

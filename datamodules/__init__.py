@@ -2,6 +2,7 @@
 
 from datamodules.associative_recall import AssociativeRecall
 from datamodules.interleaved_streams import InterleavedStreams
+from datamodules.memory_items import MemoryItems
 from datamodules.mixture import Mixture
 from datamodules.modular_arithmetic import ModularArithmetic
 from datamodules.needle_gym import NeedleGym
@@ -12,6 +13,7 @@ from datamodules.word_problems import WordProblems
 __all__ = [
     "AssociativeRecall",
     "InterleavedStreams",
+    "MemoryItems",
     "Mixture",
     "ModularArithmetic",
     "NeedleGym",
