@@ -168,11 +168,18 @@ class Decoder(nn.Module):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=width**-0.5)
 
-    def forward(self, tokens_BT: Tensor, with_residual: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits_BTV; with `with_residual` also the stream at `final_residual`, [B, T, D]."""
+    def forward(
+        self, tokens_BT: Tensor, with_residual: bool = False, with_logits: bool = True
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return logits_BTV, or without `with_logits` what the unembedding reads, [B, T, D].
+
+        With `with_residual` also return the stream at `final_residual`, [B, T, D].
+        """
         x_BTD = self.stream(tokens_BT)
-        logits_BTV: Tensor = self.unembed(self.final_norm(x_BTD))
-        return (logits_BTV, x_BTD) if with_residual else logits_BTV
+        output: Tensor = self.final_norm(x_BTD)
+        if with_logits:
+            output = self.unembed(output)
+        return (output, x_BTD) if with_residual else output
 
     def stream(self, tokens_BT: Tensor) -> Tensor:
         """Return the stream at `final_residual`, [B, T, D]."""

@@ -12,7 +12,8 @@ from torch.nn.functional import silu
 
 from lightning_modules.groundthink.convolution import ShortConvolution
 from lightning_modules.groundthink.gates import Gates, InitialGates
-from lightning_modules.groundthink.keys import Keys, place_keys
+from lightning_modules.groundthink.keys import KeyPlaces
+from lightning_modules.groundthink.penalties import Writes
 from lightning_modules.groundthink.recall import Recall
 from lightning_modules.groundthink.rule import run_rule
 
@@ -27,6 +28,7 @@ class DeltaState:
         last_k_B1HK: Key of the last position.
         last_beta_B1H: Writing strength of the last position.
         memory_BHKV: S.
+        seen_B: Markers that have had a key of the bank.
     """
 
     position: int
@@ -34,6 +36,7 @@ class DeltaState:
     last_k_B1HK: Tensor
     last_beta_B1H: Tensor
     memory_BHKV: Tensor
+    seen_B: Tensor
 
 
 class GatedDelta(nn.Module):
@@ -59,8 +62,9 @@ class GatedDelta(nn.Module):
         gates: The initial gates; see `Gates`.
         allow_negative_eigenvalues: beta up to 2 instead of 1. Above 1, a write reflects what the key reads.
         shifted_value: Write v_t under the key, and with the beta, of position t - 1.
-        keys: `token` makes keys of tokens, `position` of positions (`hashed_keys`), and `both` adds the two.
+        places: What queries and keys hold beside the token; nothing if None.
         recall: Gets reads of the state, for the mixers behind this one.
+        writes: Gets keys and beta of each forward.
     """
 
     site = "gated_delta"
@@ -76,12 +80,14 @@ class GatedDelta(nn.Module):
         gates: InitialGates = "spread",
         allow_negative_eigenvalues: bool = False,
         shifted_value: bool = False,
-        keys: Keys = "token",
+        places: KeyPlaces | None = None,
         recall: Recall | None = None,
+        writes: Writes | None = None,
     ):
         super().__init__()
         self.heads, self.key_width, self.value_width = heads, key_width, value_width
-        self.shifted_value, self.keys, self.recall = shifted_value, keys, recall
+        self.shifted_value, self.recall, self.writes = shifted_value, recall, writes
+        self.places = places or KeyPlaces("token", False, None)
         self.q_proj, self.k_proj = (nn.Linear(width, heads * key_width, bias=False) for _ in range(2))
         self.v_proj, self.gate_proj = (nn.Linear(width, heads * value_width, bias=False) for _ in range(2))
         self.k_proj.load_state_dict(self.q_proj.state_dict())  # a token's query finds its key from the start
@@ -97,7 +103,8 @@ class GatedDelta(nn.Module):
         q_BPC, k_BPC, v_BPC = (zeros(conv.past, conv.channels) for conv in (self.q_conv, self.k_conv, self.v_conv))
         last_k_B1HK, last_beta_B1H = zeros(1, self.heads, self.key_width), zeros(1, self.heads)
         memory_BHKV = zeros(self.heads, self.key_width, self.value_width)
-        return DeltaState(0, (q_BPC, k_BPC, v_BPC), last_k_B1HK, last_beta_B1H, memory_BHKV)
+        seen_B = zeros(dtype=torch.long)
+        return DeltaState(0, (q_BPC, k_BPC, v_BPC), last_k_B1HK, last_beta_B1H, memory_BHKV, seen_B)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the contribution to the residual stream, [B, T, D]."""
@@ -114,19 +121,20 @@ class GatedDelta(nn.Module):
         k_BTC, k_BPC = self.k_conv(self.k_proj(x_BTD), state.pasts_BPC[1])
         v_BTC, v_BPC = self.v_conv(self.v_proj(x_BTD), state.pasts_BPC[2])
         q_BTHK, k_BTHK, v_BTHV = (x.unflatten(2, (self.heads, -1)) for x in (q_BTC, k_BTC, v_BTC))
-        k_BTHK = place_keys(k_BTHK, state.position, self.keys)
+        q_BTHK, k_BTHK, seen_B = self.places(q_BTHK, k_BTHK, state.position, state.seen_B)
         q_BTHK, k_BTHK, v_BTHV = self.query(q_BTHK), self.key(k_BTHK), self.value(v_BTHV)
         log_decay_BTH, beta_BTH = self.gates(x_BTD)
+        if self.writes:
+            self.writes.add(k_BTHK, beta_BTH)
         last_k_B1HK, last_beta_B1H = k_BTHK[:, -1:], beta_BTH[:, -1:]
         if self.shifted_value:
             k_BTHK = torch.cat([state.last_k_B1HK.to(k_BTHK.dtype), k_BTHK[:, :-1]], 1)
             beta_BTH = torch.cat([state.last_beta_B1H, beta_BTH[:, :-1]], 1)
         written = k_BTHK, v_BTHV, log_decay_BTH, beta_BTH
-        run = partial(run_rule, written=written, memory_BHKV=state.memory_BHKV, site=self.state)
-        o_BTHV, memory_BHKV = run(q_BTHK)
+        o_BTHV, memory_BHKV = run_rule(q_BTHK, written, state.memory_BHKV, self.state)
         if self.recall:
-            self.recall.offer(lambda q_BTHK: run(q_BTHK)[0])
+            self.recall.offer(written, state.memory_BHKV, memory_BHKV, self.state)
         o_BTHV = self.norm(self.read(o_BTHV).to(self.norm.weight.dtype))
         output_BTD = self.o_proj(o_BTHV.flatten(2) * silu(self.gate_proj(x_BTD)))
         position, pasts_BPC = state.position + x_BTD.shape[1], (q_BPC, k_BPC, v_BPC)
-        return output_BTD, DeltaState(position, pasts_BPC, last_k_B1HK, last_beta_B1H, memory_BHKV)
+        return output_BTD, DeltaState(position, pasts_BPC, last_k_B1HK, last_beta_B1H, memory_BHKV, seen_B)

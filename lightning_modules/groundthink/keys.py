@@ -1,4 +1,4 @@
-"""Keys that a position has whatever its token is.
+"""What a key holds beside the token: the position, or a place in a bank of keys.
 
 Shapes: B batch, T positions, H heads, K key width.
 """
@@ -6,21 +6,50 @@ Shapes: B batch, T positions, H heads, K key width.
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
+
+from lightning_modules.groundthink.key_bank import Bank
+from lightning_modules.groundthink.rotary import rotate
 
 MASK = 2**32 - 1
 
 Keys = Literal["token", "position", "both"]
 
 
-def place_keys(k_BTHK: Tensor, first: int, keys: Keys) -> Tensor:
-    """Return the keys of tokens at positions from `first` on, or those of the positions, or the sum of unit vectors."""
-    if keys == "token":
-        return k_BTHK
-    positions_T = torch.arange(first, first + k_BTHK.shape[1], device=k_BTHK.device)
-    hashed_THK = hashed_keys(positions_T, *k_BTHK.shape[2:]).to(k_BTHK.dtype)
-    return hashed_THK.expand_as(k_BTHK) if keys == "position" else normalize(k_BTHK, dim=-1) + hashed_THK
+class KeyPlaces(nn.Module):
+    """Turns queries and keys of tokens into those of the delta rule.
+
+    Args:
+        keys: `token` keeps the keys of tokens, `position` takes `hashed_keys` of positions instead, and `both` adds the
+            two as unit vectors.
+        rotary: Rotary positions in queries and keys of tokens.
+        bank: Keys of markers; they take the place of all other keys of those positions.
+    """
+
+    def __init__(self, keys: Keys, rotary: bool, bank: Bank | None):
+        super().__init__()
+        self.keys, self.rotary, self.bank = keys, rotary, bank
+
+    def forward(self, q_BTHK: Tensor, k_BTHK: Tensor, first: int, seen_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys, and the number of markers that each row has had after them.
+
+        Args:
+            q_BTHK: Queries of tokens.
+            k_BTHK: Keys of tokens.
+            first: The first position.
+            seen_B: Markers in each row before it.
+        """
+        positions_T = torch.arange(first, first + k_BTHK.shape[1], device=k_BTHK.device)
+        if self.rotary:
+            q_BTHK, k_BTHK = (rotate(x.transpose(1, 2), positions_T).transpose(1, 2) for x in (q_BTHK, k_BTHK))
+        if self.keys != "token":
+            hashed_THK = hashed_keys(positions_T, *k_BTHK.shape[2:]).to(k_BTHK.dtype)
+            added = self.keys == "both"
+            k_BTHK = normalize(k_BTHK, dim=-1) + hashed_THK if added else hashed_THK.expand_as(k_BTHK)
+        if self.bank is not None:
+            k_BTHK, seen_B = self.bank(k_BTHK, seen_B)
+        return q_BTHK, k_BTHK, seen_B
 
 
 def hashed_keys(positions_T: Tensor, heads: int, width: int) -> Tensor:

@@ -1,29 +1,31 @@
 """The groundthink line: needles in the delta-rule state of a hybrid of a linear recurrence and window attention.
 
-Shapes: D width, H heads, K and V widths of a head's keys and values, W window.
+Shapes: B batch, T positions, D width, H heads, K and V widths of a head's keys and values, W window.
 """
 
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor
 
 from datamodules.errors import SIZE, UserError, check_numbers
-from lightning_modules.core.decoder import Decoder, Factory
-from lightning_modules.core.sequence_model import SequenceModel, check_sizes
-from lightning_modules.groundthink.gated_delta import GatedDelta
+from lightning_modules.core.decoder import DecoderState
+from lightning_modules.core.sequence_model import check_sizes
+from lightning_modules.groundthink import checks
+from lightning_modules.groundthink.checks import ALIGNMENT as ALIGNMENT
+from lightning_modules.groundthink.checks import WIDEST as WIDEST
 from lightning_modules.groundthink.gates import InitialGates
+from lightning_modules.groundthink.hybrid import Hybrid, make_hybrid
+from lightning_modules.groundthink.key_bank import KeyBank
 from lightning_modules.groundthink.keys import Keys
-from lightning_modules.groundthink.recall import Recall
-from lightning_modules.groundthink.swiglu import SwiGLU
-from lightning_modules.groundthink.window_attention import WindowAttention
+from lightning_modules.groundthink.penalties import KeyPenalty, Penalty
+from lightning_modules.groundthink.training import PenalisedModel
 
-WIDEST = 256  # of keys and values, in the kernel
-ALIGNMENT = 4  # of both, in the kernel
 MOST_CONVOLVED = 64  # positions of a convolution, which is meant to be short
 
+Flaw = Literal["final_state"]
 
-class GroundThink(SequenceModel):
+
+class GroundThink(PenalisedModel):
     """A decoder whose blocks mix positions by the gated delta rule (G) or by window attention (S), each with a SwiGLU.
 
     There is no position embedding, so rows may be longer than `seq_len`, and generation takes constant memory.
@@ -44,13 +46,23 @@ class GroundThink(SequenceModel):
         allow_negative_eigenvalues: Writing strengths up to 2 instead of 1.
         shifted_value: Write each value under the key of the position before.
         keys: Whether keys come from the token, from a pseudorandom vector of the position, or from both.
+        rotary_keys: Rotary positions in the queries and keys of tokens, as the notes tried them.
+        key_bank: Markers: tokens whose keys come from a bank of K orthogonal keys, one after the other.
         window_reads_state: Window attention also reads the recurrent state of the last G before it.
+        key_orthogonality: Penalty on keys of one row that overlap, logged as `train/key_orthogonality`.
+        beta_sparsity: Penalty on the mean writing strength, logged as `train/beta_sparsity`.
+        piece_len: Positions that validation, test and predict read at once. The state is carried from piece to piece,
+            so logits are those of whole rows, which None reads, and which a callback with a hook on the network gets.
+        reproduce_flaws: Reproduce the flaws of the notes, all or a list. `final_state`: with `window_reads_state`, each
+            position reads the state after the last position, and so sees the answers that it has to predict.
         **common: The arguments of `SequenceModel`.
 
     Raises:
-        UserError: A size does not fit, or the pattern has another letter; at `setup`, a checkpoint or the data does not
-            fit.
+        UserError: A size does not fit, the pattern has another letter, or an option would change nothing; at `setup`, a
+            checkpoint or the data does not fit.
     """
+
+    network: Hybrid
 
     def __init__(
         self,
@@ -69,61 +81,61 @@ class GroundThink(SequenceModel):
         allow_negative_eigenvalues: bool = False,
         shifted_value: bool = False,
         keys: Keys = "token",
+        rotary_keys: bool = False,
+        key_bank: KeyBank | None = None,
         window_reads_state: bool = False,
+        key_orthogonality: KeyPenalty | None = None,
+        beta_sparsity: Penalty | None = None,
+        piece_len: int | None = None,
+        reproduce_flaws: bool | list[Flaw] = False,
         **common: Any,
     ):
-        check_sizes(width=width, heads=heads, window=window)
+        check_sizes(vocab_size=vocab_size, width=width, heads=heads, window=window, piece_len=piece_len)
         check_numbers("model", 0, SIZE, mlp_width=mlp_width)
         check_numbers("model", 0, MOST_CONVOLVED, conv_width=conv_width, key_conv_width=key_conv_width)
-        _check_pattern(pattern, window_reads_state)
-        if width % heads:
-            raise UserError(f"model.heads must divide model.width: {heads} does not divide {width}")
-        if "S" in pattern and width // heads % 2:
-            raise UserError(f"model.width / model.heads must be even for rotary positions, not {width // heads}")
-        head_width = width // heads
+        checks.check_pattern(pattern, window_reads_state)
+        checks.check_heads(width, heads, pattern)
+        penalties = {"key_orthogonality": key_orthogonality, "beta_sparsity": beta_sparsity}
+        checks.check_delta_options(pattern, keys, rotary_keys, key_bank=key_bank, **penalties)
+        checks.check_final_state(bool(reproduce_flaws), window_reads_state, piece_len)
+        sizes = {"key_width": key_width or width // heads, "value_width": value_width or width // heads}
+        checks.check_kernel(**sizes)
+        if key_bank:
+            key_bank.check(vocab_size)
         self.width, self.heads, self.pattern, self.window = width, heads, pattern, window
-        self.sizes = {"key_width": key_width or head_width, "value_width": value_width or head_width}
-        _check_kernel(**self.sizes)
-        self.mlp_width = -(-width // 3) * 8 if mlp_width is None else mlp_width
-        self.window_reads_state = window_reads_state
-        self.delta_options: dict[str, Any] = {
-            "conv_width": conv_width,
-            "key_conv_width": conv_width if key_conv_width is None else key_conv_width,
-            "gates": gates,
-            "allow_negative_eigenvalues": allow_negative_eigenvalues,
-            "shifted_value": shifted_value,
+        self.parts: dict[str, Any] = {
+            "window": window,
+            "mlp_width": -(-width // 3) * 8 if mlp_width is None else mlp_width,
             "keys": keys,
+            "rotary_keys": rotary_keys,
+            "key_bank": key_bank,
+            "recall": "none" if not window_reads_state else "final" if reproduce_flaws else "causal",
+            "overlap": key_orthogonality.form if key_orthogonality else "squared",
+            "piece_len": piece_len,
+            "delta_options": {
+                **sizes,
+                "conv_width": conv_width,
+                "key_conv_width": conv_width if key_conv_width is None else key_conv_width,
+                "gates": gates,
+                "allow_negative_eigenvalues": allow_negative_eigenvalues,
+                "shifted_value": shifted_value,
+            },
         }
-        super().__init__(vocab_size, seq_len, **common)
+        super().__init__(vocab_size, seq_len, penalties, **common)
 
-    def make_network(self) -> Decoder:
+    def make_network(self) -> Hybrid:
         """Return a decoder with RMSNorm, SwiGLU and the mixers of the pattern, without positions."""
-        mixers: list[Factory] = []
-        recall: Recall | None = None
-        for letter in self.pattern:
-            if letter == "G":
-                recall = Recall(**self.sizes) if self.window_reads_state else None
-                options = self.sizes | self.delta_options
-                mixers.append(partial(GatedDelta, self.width, self.heads, recall=recall, **options))
-            else:
-                mixers.append(partial(WindowAttention, self.width, self.heads, self.window, recall))
-        mlp = partial(SwiGLU, self.width, self.mlp_width) if self.mlp_width else None
-        return Decoder(self.vocab_size, self.width, mixers, mlp, partial(nn.RMSNorm, eps=1e-6))
+        return make_hybrid(self.vocab_size, self.width, self.heads, self.pattern, **self.parts)
 
+    def read(self, tokens_BT: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+        """Return logits_BTV of a piece of each row and the state after it; the next call takes that state.
 
-def _check_pattern(pattern: str, window_reads_state: bool) -> None:
-    if not pattern or (unknown := sorted(set(pattern) - set("GS"))):
-        wrong = f"'{unknown[0]}' is neither" if pattern else "it is empty"
-        raise UserError(
-            f"model.pattern must have one letter per block, G (gated delta) or S (window attention): {wrong}"
-        )
-    if window_reads_state and "GS" not in pattern:
-        raise UserError(f"model.window_reads_state needs an S behind a G in model.pattern, which is {pattern}")
+        Pieces give the logits of the whole rows, and gradients flow from piece to piece through the state. Training
+        carries no state from batch to batch, since the rows of two batches do not continue each other.
 
-
-def _check_kernel(**sizes: int) -> None:
-    check_numbers("model", ALIGNMENT, WIDEST, **sizes)
-    for name, size in sizes.items():
-        if size % ALIGNMENT:
-            nearest = max(ALIGNMENT, round(size / ALIGNMENT) * ALIGNMENT)
-            raise UserError(f"model.{name} must be a multiple of {ALIGNMENT}, such as {nearest}, not {size}")
+        Raises:
+            UserError: The model is an ensemble, or it reads the state after the last position.
+        """
+        if self.ensemble > 1:
+            raise UserError("an ensemble cannot carry a state between calls: use a model with model.ensemble 1")
+        return self.network.extend(tokens_BT, state or self.network.init_state(len(tokens_BT)))

@@ -5,7 +5,10 @@ Shapes: B batch, T positions, H heads, K key width, V value width.
 
 from collections.abc import Callable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.groundthink.rule import Written, run_rule
 
 Read = Callable[[Tensor], Tensor]  # q_BTHK -> o_BTHV
 
@@ -16,21 +19,34 @@ class Recall:
     Args:
         key_width: K of the state.
         value_width: V of the state.
+        final: Read the state after the last position instead, as the notes do. Each position then reads what later
+            ones have written, so the model sees the answers that it is trained to predict.
 
     Attributes:
         readers: Mixers that read in each forward.
     """
 
-    def __init__(self, key_width: int, value_width: int) -> None:
-        self.key_width, self.value_width = key_width, value_width
+    def __init__(self, key_width: int, value_width: int, final: bool = False) -> None:
+        self.key_width, self.value_width, self.final = key_width, value_width, final
         self.readers = 0
         self._read: Read | None = None
         self._left = 0
 
-    def offer(self, read: Read) -> None:
-        """Let the readers of this forward read; `read` maps queries_BTHK to S_t^T q_t, where S_t has written t."""
-        if self.readers:
-            self._read, self._left = read, self.readers
+    def offer(self, written: Written, before_BHKV: Tensor, after_BHKV: Tensor, site: nn.Module) -> None:
+        """Let the readers of this forward read S_t^T q_t, where S_t has written t; with `final`, S_T^T q_t.
+
+        Args:
+            written: What each position writes.
+            before_BHKV: The state before the first position.
+            after_BHKV: The state after the last position.
+            site: The site of the state; see `run_rule`.
+        """
+        if not self.readers:
+            return
+        if self.final:
+            nothing_BTH = torch.zeros_like(written[2])  # no decay and no write: the state stays as it is at the end
+            written, before_BHKV = (*written[:2], nothing_BTH, nothing_BTH), after_BHKV
+        self._read, self._left = lambda q_BTHK: run_rule(q_BTHK, written, before_BHKV, site)[0], self.readers
 
     def __call__(self, q_BTHK: Tensor) -> Tensor:
         """Return what the queries read, [B, T, H, V]."""

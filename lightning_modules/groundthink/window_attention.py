@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_modules.groundthink.recall import Recall
-
-BASE = 10_000.0  # of the rotary frequencies
+from lightning_modules.groundthink.rotary import BASE as BASE
+from lightning_modules.groundthink.rotary import rotate as rotate
 
 
 @dataclass
@@ -92,14 +92,3 @@ class WindowAttention(nn.Module):
         else:
             read_BHTK = scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=seen_TS)
         return read_BHTK.transpose(1, 2).flatten(2)
-
-
-def rotate(x_BHTK: Tensor, positions_T: Tensor) -> Tensor:
-    """Return rotary positions (Su et al. 2021, arXiv:2104.09864): channels i, i + K/2 turn by t / 10000^(2i/K)."""
-    half = x_BHTK.shape[-1] // 2
-    # fp32, since bf16 cannot tell late positions apart
-    frequencies = BASE ** (-torch.arange(half, device=x_BHTK.device, dtype=torch.float32) / half)
-    angles_TK = positions_T[:, None] * frequencies
-    cos_TK, sin_TK = angles_TK.cos().to(x_BHTK.dtype), angles_TK.sin().to(x_BHTK.dtype)
-    a_BHTK, b_BHTK = x_BHTK.chunk(2, -1)
-    return torch.cat([a_BHTK * cos_TK - b_BHTK * sin_TK, a_BHTK * sin_TK + b_BHTK * cos_TK], -1)

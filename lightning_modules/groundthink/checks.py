@@ -1,0 +1,80 @@
+"""What is wrong with the options of a model, in one sentence."""
+
+from datamodules.errors import UserError, check_numbers
+
+WIDEST = 256  # of keys and values, in the kernel
+ALIGNMENT = 4  # of both, in the kernel
+
+
+def check_pattern(pattern: str, window_reads_state: bool) -> None:
+    """Check the letters of a pattern.
+
+    Raises:
+        UserError: There is none, there is another letter than G and S, or no S can read a state.
+    """
+    if not pattern or (unknown := sorted(set(pattern) - set("GS"))):
+        wrong = f"'{unknown[0]}' is neither" if pattern else "it is empty"
+        raise UserError(
+            f"model.pattern must have one letter per block, G (gated delta) or S (window attention): {wrong}"
+        )
+    if window_reads_state and "GS" not in pattern:
+        raise UserError(f"model.window_reads_state needs an S behind a G in model.pattern, which is {pattern}")
+
+
+def check_heads(width: int, heads: int, pattern: str) -> None:
+    """Check that heads divide the width, and that those of window attention can have rotary positions.
+
+    Raises:
+        UserError: They do not.
+    """
+    if width % heads:
+        raise UserError(f"model.heads must divide model.width: {heads} does not divide {width}")
+    if "S" in pattern and width // heads % 2:
+        raise UserError(f"model.width / model.heads must be even for rotary positions, not {width // heads}")
+
+
+def check_kernel(**sizes: int) -> None:
+    """Check sizes that the kernel of the gated delta rule has to take.
+
+    Raises:
+        UserError: One is too small, too large or no multiple of 4; names `model.<size>`.
+    """
+    check_numbers("model", ALIGNMENT, WIDEST, **sizes)
+    for name, size in sizes.items():
+        if size % ALIGNMENT:
+            nearest = max(ALIGNMENT, round(size / ALIGNMENT) * ALIGNMENT)
+            raise UserError(f"model.{name} must be a multiple of {ALIGNMENT}, such as {nearest}, not {size}")
+
+
+def check_delta_options(pattern: str, keys: str, rotary_keys: bool, **options: object) -> None:
+    """Check options of the gated delta rule against each other and against the pattern.
+
+    Args:
+        pattern: The pattern.
+        keys: What keys are made of.
+        rotary_keys: Rotary positions in the keys.
+        **options: Options that need a G in the pattern, by name; those that are None or False are not set.
+
+    Raises:
+        UserError: An option would change nothing; names it.
+    """
+    if rotary_keys and keys == "position":
+        raise UserError("model.rotary_keys needs keys of tokens: set model.keys to token or both, not position")
+    for name, value in ({"rotary_keys": rotary_keys} | options).items():
+        if value and "G" not in pattern:
+            raise UserError(f"model.{name} needs a G in model.pattern, which is {pattern}")
+
+
+def check_final_state(final_state: bool, window_reads_state: bool, piece_len: int | None) -> None:
+    """Check that a model that reads the state after the last position reads a state, and whole rows.
+
+    Raises:
+        UserError: It does not.
+    """
+    if final_state and not window_reads_state:
+        raise UserError("model.reproduce_flaws: final_state needs model.window_reads_state true")
+    if final_state and piece_len is not None:
+        raise UserError(
+            "model.piece_len: a row cannot be read in pieces with model.reproduce_flaws final_state, for each position "
+            "reads the state after the last one"
+        )
