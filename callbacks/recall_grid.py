@@ -62,9 +62,9 @@ class RecallGrid(NeedleProbe):
     - `<stage>/recall_<task>_n<N>_t<T>`: share of queries whose label has the largest logit;
     - the same with `_inside` and `_outside`: of the queries whose value window attention can see, and of the others, if
       the model has window attention. Windows of several layers add up: sum(W - 1) positions back are inside;
-    - the same with `_cleared`: with the recurrent state cleared right before the first query of each row; and with
-      `_off`: with nothing ever written, so that window attention is all there is. Only if the model has gated delta
-      mixers;
+    - the same with `_cleared`: with the recurrent state cleared right before the first query of each row, where window
+      attention may still see what the positions before it had read; and with `_off`: with nothing ever written, so that
+      window attention is all there is. Only if the model has gated delta mixers;
     - `<stage>/ruler_<keys>_<values>_<queries>_t<T>`: `string_match_all` on RULER's axes 1/1/1, 4/1/1, 1/4/1 and 1/1/4
       (Hsieh et al. 2024, arXiv:2404.06654): the share of answers among the most likely tokens, as many as the queried
       key has values.

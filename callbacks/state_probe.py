@@ -46,21 +46,25 @@ class StateProbe(NeedleProbe):
     """Measures the gates, keys and state of each gated delta mixer on held-out rows with needles.
 
     It runs at the end of `validate` and `test`, and at some validations of a fit; `<stage>` is `validation` or `test`,
-    and `<i>` the number of the mixer's block. Values are means over positions or needles, and over heads:
+    and `<i>` the number of the mixer's block. The numbers are those of one head, the one whose queries are most like
+    the keys of their needles:
 
-    - `<stage>/block<i>_decay_<role>`, `_beta_<role>`: the gates at the tokens of each role, `key` and `value` of a
-      needle, `query` and `filler`;
+    - `<stage>/block<i>_head`, `_write_lag`, `_query_match`: that head, the positions from a needle's key to the write
+      that queries find (the convolutions carry key and value on), and the mean cosine of query and key;
+    - `_decay_<role>`, `_beta_<role>`: the gates at the tokens of each role, `key` and `value` of a needle, `query` and
+      `filler`, and at the needle's `write`;
     - `_key_cosine`, `_key_cosine_needles`, `_key_cosine_filler`: mean absolute cosine of the keys of two positions of a
-      row, of two needles, of a needle and filler;
+      row, of the writes of two needles, of a needle and filler;
     - `_effective_rank`, `_top_singular_value`: of the state before the first query;
     - `_self_retrieval`: share of needles whose value is, among the values of the row, the nearest to what its key reads
-      before the first query; with n and interval. `_self_retrieval_cosine`: the cosine of the two;
+      before the first query. `_self_retrieval_cosine`: the cosine of the two. `_query_retrieval`: the share for what
+      the query reads;
     - `_cosine_after_<r>`: the same cosine right after r later needles, which shows the interference of their writes;
     - `_overwrite_left`, `_orthogonal_loss`, `_neighbour_loss`: whether a write under the same key replaces a value, and
       how much a write under a key at right angles, or under the key of another needle, changes it;
     - `_capacity`: the most writes one behind the other, without filler, of which 95 % are found: 1, 2, 4, ...
 
-    `lightning_modules.groundthink.probes.state` has the definitions. A picture and a table of each mixer by head go to
+    `lightning_modules.groundthink.probes.state` has the definitions. A picture and a table of all heads go to
     loggers that take them, for the first ensemble member. Every rank measures all rows, so the numbers do not depend on
     the number of ranks.
 
@@ -116,5 +120,5 @@ class StateProbe(NeedleProbe):
     def _report(self, trainer: Trainer, module: EnsembleModule, prefix: str, members: list[StateMeasures]) -> None:
         measures = {name: torch.tensor([own.values[name] for own in members]) for name in members[0].values}
         report_members(trainer, module, {prefix + name: value_S for name, value_S in measures.items()})
-        hits_S = torch.tensor([float(own.retrieved[0]) for own in members])
-        record_proportion(module, f"{prefix}self_retrieval", hits_S, members[0].retrieved[1])
+        for name, count in members[0].counts.items():
+            record_proportion(module, prefix + name, measures[name] * count, count)

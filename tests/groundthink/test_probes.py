@@ -17,10 +17,10 @@ from lightning_modules.groundthink.probes import recall, recall_report
 from lightning_modules.groundthink.probes.delta_rule import capacity, capacity_curve, two_writes
 from lightning_modules.groundthink.probes.keys import mean_absolute_cosine, random_cosine
 from lightning_modules.groundthink.probes.needles import Queries, answers, first_queries, places, roles
-from lightning_modules.groundthink.probes.retrieval import cosines, nearest, read_back, read_later
+from lightning_modules.groundthink.probes.retrieval import cosines, nearest, read_back, read_later, scores
 from lightning_modules.groundthink.probes.silence import state_set
 from lightning_modules.groundthink.probes.spectrum import effective_rank, singular_values
-from lightning_modules.groundthink.probes.state import measure_state
+from lightning_modules.groundthink.probes.state import LAGS, measure_state, query_match
 from lightning_modules.groundthink.probes.writes import SITES, Writes
 
 B, T, H, K, V = 3, 12, 2, 8, 4
@@ -127,17 +127,19 @@ def test_what_written_keys_read_back():
             torch.testing.assert_close(read[b, n], torch.einsum("hk,hkv->hv", key, after_BTHKV[b, then]))
 
 
-def test_the_nearest_value_counts_all_heads_and_needles_that_exist():
-    read, values = random(B, 4, H, V), random(B, 4, H, V, seed=1)
-    read[:, 1] += 3 * values[:, 1]
+def test_the_nearest_value_is_sought_among_needles_that_exist():
+    read, values = random(B, 5, H, V), random(B, 4, H, V, seed=1)
+    read[:, 1] += 3 * values[:, 2]
+    own = torch.tensor([0, 2, 1, 3, 2]).expand(B, -1)
     present = torch.tensor([[True] * 4, [True] * 4, [True, True, False, False]])
-    torch.testing.assert_close(cosines(read, values), cosine_similarity(read, values, dim=-1))
-    got = nearest(read, values, present)
-    for b, n in np.ndindex(B, 4):
-        others = [m for m in range(4) if present[b, m]]
-        scores = {m: float(cosine_similarity(read[b, n], values[b, m], dim=-1).sum()) for m in others}
-        assert got[b, n] == (present[b, n] and max(scores, key=scores.get) == n)
-    assert 0 < got.sum() < present.sum()
+    got = nearest(scores(read, values), own, present)
+    for b, m, h in np.ndindex(B, 5, H):
+        cosine = {n: float(cosine_similarity(read[b, m, h], values[b, n, h], dim=0)) for n in range(4) if present[b, n]}
+        assert got[b, m, h] == (max(cosine, key=cosine.get) == own[b, m])
+    assert got[:2, 1].all()
+    assert 0 < got.sum() < got.numel()
+    torch.testing.assert_close(cosines(read[:, :4], values), cosine_similarity(read[:, :4], values, dim=-1))
+    assert not nearest(torch.ones(1, 1, 1, 2), torch.tensor([[0]]), torch.ones(1, 2).bool()).any()  # a tie
 
 
 def test_mean_absolute_cosine():
@@ -202,12 +204,13 @@ def test_capacity_is_the_key_width_for_orthonormal_keys_and_one_for_equal_keys()
     basis = torch.eye(K).repeat(4, 1)
     curve = capacity_curve(needles(basis))
     assert {size: count for size, (_, count) in curve.items()} == dict.fromkeys((1, 2, 4, 8, 16, 32), 32)
-    assert [hits for hits, _ in curve.values()] == [32, 32, 32, 32, 16, 8]  # the last K writes of each group are left
-    assert capacity(curve) == K
+    # The last K writes of each group are left
+    assert [hits_H.tolist() for hits_H, _ in curve.values()] == [[n] * H for n in (32, 32, 32, 32, 16, 8)]
+    assert capacity(curve).tolist() == [K] * H
     same = capacity_curve(needles(torch.eye(K)[:1].repeat(8, 1)))
-    assert [hits for hits, _ in same.values()] == [8, 4, 2, 1]
-    assert capacity(same) == 1
-    assert capacity({1: (0, 4), 2: (4, 4)}) == 0
+    assert [hits_H.tolist() for hits_H, _ in same.values()] == [[n] * H for n in (8, 4, 2, 1)]
+    assert capacity(same).tolist() == [1] * H
+    assert capacity({1: (torch.tensor([3, 4]), 4), 2: (torch.tensor([4, 4]), 4)}).tolist() == [0, 2]
 
 
 def test_hits_need_the_strictly_largest_logit():
@@ -282,34 +285,80 @@ def test_a_cleared_state_is_empty_when_the_first_query_comes(shifted):
         torch.testing.assert_close(module(batch["tokens"][b : b + 1])[0], got[b], rtol=0, atol=1e-8)
 
 
-def test_all_measures_of_a_mixer():
+def observed(batch: TokenBatch) -> dict[str, Tensor]:
+    """The sites of a mixer in a model without training."""
     module = GroundThink(40, 24, width=16, pattern="GS", window=5, seed=0).double()
-    batch, values = rows(seq_len=24), range(20, 40)
     with torch.no_grad():
         _, seen = module.activations(batch["tokens"], [f"*.gated_delta.{site}" for site in SITES])
-    sites = {name: seen[f"network.blocks.0.gated_delta.{name}"][0] for name in SITES}
-    measures = measure_state(batch, sites, False, values)
-    found = measures.values
+    return {name: seen[f"network.blocks.0.gated_delta.{name}"][0] for name in SITES}
+
+
+def test_queries_match_the_keys_of_their_needles_at_the_lag_of_the_write():
+    batch = rows(seq_len=24, task="multi_key")
+    sites, queries = observed(batch), Queries.of(batch)
+    q_BTHK, writes = normalize(sites["query"], dim=-1), Writes.of(sites, False)
+    match_LH = query_match(writes, q_BTHK, queries)
+    for lag in range(LAGS):
+        cosine = [
+            (q_BTHK[b, t] * writes.k_BTHK[b, min(s + lag, 23)]).sum(-1)
+            for b, t, s in zip(queries.row_Q, queries.time_Q, queries.place_Q, strict=True)
+        ]
+        torch.testing.assert_close(match_LH[lag], torch.stack(cosine).mean(0))
+    # The queries of head 1 become the keys two positions behind those of their needles
+    sites["query"][queries.row_Q, queries.time_Q, 1] = 3 * sites["key"][queries.row_Q, queries.place_Q + 2, 1]
+    measures = measure_state(batch, sites, False, range(20, 40))
+    assert (measures.lag, measures.head) == (2, 1)
+    assert measures.values["query_match"] == pytest.approx(1, abs=1e-5)
+    assert measures.values["write_lag"] == 2
+    read_BTHV = writes.read(normalize(sites["query"], dim=-1))
+    found = []
+    for b, t, place in zip(queries.row_Q.tolist(), queries.time_Q.tolist(), queries.place_Q.tolist(), strict=True):
+        written = [s for s in range(24) if 20 > batch["tokens"][b, s] > 0 and batch["labels"][b, s] == IGNORE]
+        cosine = {s: float(cosine_similarity(read_BTHV[b, t, 1], sites["value"][b, s + 2, 1], dim=0)) for s in written}
+        found.append(max(cosine, key=cosine.get) == place)
+    assert measures.values["query_retrieval"] == pytest.approx(sum(found) / 9)
+    assert measures.counts == {"self_retrieval": 9, "query_retrieval": 9}
+
+
+def test_all_measures_of_a_mixer():
+    batch = rows(seq_len=24)
+    sites = observed(batch)
+    queries = Queries.of(batch)
+    sites["query"][queries.row_Q, queries.time_Q, 0] = sites["key"][queries.row_Q, queries.place_Q + 1, 0]
+    measures = measure_state(batch, sites, False, range(20, 40))
+    found, head = measures.values, measures.head
+    assert (measures.lag, head) == (1, 0)  # the write is at the value: positions 1, 3 and 5
     key_BT = (batch["tokens"] < 20) & (batch["tokens"] > 0) & (batch["labels"] == IGNORE)
-    assert found["beta_key"] == pytest.approx(float(sites["gates.beta"][key_BT].mean()), rel=1e-6)
+    assert found["beta_key"] == pytest.approx(float(sites["gates.beta"][key_BT][:, head].mean()))
+    assert found["beta_write"] == found["beta_value"] != found["beta_key"]
     query_BT = batch["labels"] != IGNORE
-    assert found["decay_query"] == pytest.approx(float(sites["gates.log_decay"][query_BT].exp().mean()), rel=1e-6)
-    assert list(measures.later) == [0, 1, 2]
-    assert measures.retrieved[1] == 9
-    writes = Writes.of(sites, False)
-    place_BN = torch.arange(1, 6, 2).expand(B, -1)  # pairs come first
-    end_B = first_queries(batch["labels"])
-    v_BNHV = writes.v_BTHV[:, 1:6:2]
-    cosine = cosine_similarity(read_back(writes, place_BN, end_B), v_BNHV, dim=-1).mean()
-    assert found["self_retrieval_cosine"] == pytest.approx(float(cosine), rel=1e-6)
-    k_BNHK = writes.k_BTHK[:, 1:6:2]
-    off = torch.einsum("bnhk,bmhk->bhnm", k_BNHK, k_BNHK).abs() * (1 - torch.eye(3))
-    assert found["key_cosine_needles"] == pytest.approx(float(off.sum() / (B * 2 * 6)), rel=1e-6)
+    assert found["decay_query"] == pytest.approx(float(sites["gates.log_decay"][query_BT][:, head].exp().mean()))
+    writes, end_B = Writes.of(sites, False), first_queries(batch["labels"])
+    place_BN, v_BNHV = torch.arange(1, 6, 2).expand(B, -1), writes.v_BTHV[:, 1:6:2]
+    cosine = cosine_similarity(read_back(writes, place_BN, end_B), v_BNHV, dim=-1)
+    assert found["self_retrieval_cosine"] == pytest.approx(float(cosine[..., head].mean()))
+    k_BNK = writes.k_BTHK[:, 1:6:2, head]
+    off = torch.einsum("bnk,bmk->bnm", k_BNK, k_BNK).abs() * (1 - torch.eye(3))
+    assert found["key_cosine_needles"] == pytest.approx(float(off.sum() / (B * 6)))
+    spectrum_BHR = torch.linalg.svdvals(writes.state_before(end_B))
+    assert found["effective_rank"] == pytest.approx(float(effective_rank(spectrum_BHR)[:, head].mean()))
+    assert [name for name in found if name.startswith("cosine_after_")] == [f"cosine_after_{r}" for r in (0, 1, 2)]
+    last = cosine_similarity(read_later(writes, place_BN, 2), v_BNHV[:, :1], dim=-1)[..., head].mean()
+    assert found["cosine_after_2"] == pytest.approx(float(last))
     different = len({int(token) for token in batch["tokens"][key_BT]})
-    assert measures.capacity_curve[1] == (different, different)
-    half = {"tokens": batch["tokens"][:2], "labels": batch["labels"][:2]}
-    other = measure_state(half, {name: x[:2] for name, x in sites.items()}, False, values)
-    assert other.retrieved[1] == 6
+    assert measures.capacity_curve[1][1] == different
+
+
+def test_rows_without_filler_and_with_fewer_needles_have_measures():
+    batch = rows(seq_len=9)  # the first query stands right behind the last value
+    measures = measure_state(batch, observed(batch), False, range(20, 40))
+    assert measures.values["self_retrieval"] >= 0
+    batch["tokens"][0, 4:6], batch["labels"][0, 6:] = 0, IGNORE  # row 0 has two needles, and one query
+    batch["labels"][0, 8] = batch["tokens"][0, 1]
+    batch["tokens"][0, 8] = batch["tokens"][0, 0]
+    measures = measure_state(batch, observed(batch), False, range(20, 40))
+    assert measures.counts == {"self_retrieval": 8, "query_retrieval": 7}
+    assert all(math.isfinite(x) for name, x in measures.values.items() if "filler" not in name)
 
 
 def test_the_table_and_the_heat_map_show_every_cell():

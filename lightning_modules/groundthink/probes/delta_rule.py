@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_modules.groundthink.probes.retrieval import nearest, read_back
+from lightning_modules.groundthink.probes.retrieval import nearest, read_back, scores
 from lightning_modules.groundthink.probes.writes import Writes
 
 
@@ -44,8 +44,11 @@ def two_writes(writes_N: Writes) -> dict[str, Tensor]:
     }
 
 
-def capacity_curve(writes_N: Writes) -> dict[int, tuple[int, int]]:
-    """Return n -> (values found, values written) for n = 1, 2, 4, ... writes one behind the other into an empty state.
+Curve = dict[int, tuple[Tensor, int]]
+
+
+def capacity_curve(writes_N: Writes) -> Curve:
+    """Return n -> (values found by each head [H], values) for n = 1, 2, 4, ... writes into an empty state, one by one.
 
     The N writes are split into groups of n. A value is found if it is the nearest of the n values to what its key
     reads after all n writes.
@@ -53,7 +56,8 @@ def capacity_curve(writes_N: Writes) -> dict[int, tuple[int, int]]:
     Args:
         writes_N: N writes with different keys, as one row.
     """
-    count, curve, size = writes_N.k_BTHK.shape[1], {}, 1
+    count, size = writes_N.k_BTHK.shape[1], 1
+    curve: Curve = {}
     while size <= count:
         groups = count // size
         group_GN = torch.arange(groups * size, device=writes_N.k_BTHK.device).view(groups, size)
@@ -61,20 +65,16 @@ def capacity_curve(writes_N: Writes) -> dict[int, tuple[int, int]]:
         sequence = Writes(*(x[0][group_GN] for x in fields))
         place_GN = torch.arange(size, device=group_GN.device).expand(groups, -1)
         read_GNHV = read_back(sequence, place_GN, torch.full_like(place_GN[:, 0], size))
-        present_GN = torch.ones_like(group_GN, dtype=torch.bool)
-        curve[size] = int(nearest(read_GNHV, sequence.v_BTHV, present_GN).sum()), groups * size
+        found_GNH = nearest(scores(read_GNHV, sequence.v_BTHV), place_GN, torch.ones_like(group_GN, dtype=torch.bool))
+        curve[size] = found_GNH.sum((0, 1)).cpu(), groups * size
         size *= 2
     return curve
 
 
-def capacity(curve: dict[int, tuple[int, int]], share: float = 0.95) -> int:
-    """Return the largest n up to which at least `share` of the values are found; 0 if there is none."""
-    held = 0
-    for size, (hits, total) in curve.items():
-        if hits < share * total:
-            break
-        held = size
-    return held
+def capacity(curve: Curve, share: float = 0.95) -> Tensor:
+    """Return the largest n up to which each head finds at least `share` of the values, [H]; 0 if there is none."""
+    held_NH = torch.stack([(hits_H >= share * count) for hits_H, count in curve.values()]).cumprod(0)
+    return (held_NH * torch.tensor(list(curve))[:, None]).amax(0)
 
 
 def _ratio(x_NHV: Tensor, y_NHV: Tensor) -> Tensor:

@@ -70,6 +70,10 @@ class Queries:
         distance_Q = write_distances(tokens_BT, labels_BT)[row_Q, time_Q]
         return Queries(row_Q, time_Q, labels_BT[row_Q, time_Q], time_Q - distance_Q)
 
+    def needle(self, place_BN: Tensor) -> Tensor:
+        """Return the index of each query's needle among the places of the row's keys, int64 [Q]."""
+        return (place_BN[self.row_Q] == self.place_Q[:, None]).int().argmax(1)
+
     def depth(self, length: int, parts: int) -> Tensor:
         """Return in which of `parts` equal parts of a row of `length` the needle lies, int64 [Q]; part 0 is first."""
         return self.place_Q * parts // length

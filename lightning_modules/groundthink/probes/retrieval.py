@@ -30,20 +30,21 @@ def cosines(read_BNHV: Tensor, v_BNHV: Tensor) -> Tensor:
     return (normalize(read_BNHV, dim=-1) * normalize(v_BNHV, dim=-1)).sum(-1)
 
 
-def nearest(read_BNHV: Tensor, v_BNHV: Tensor, present_BN: Tensor) -> Tensor:
-    """Return whether the value of the same needle is nearest to what each key reads, bool [B, N].
-
-    Nearest among the row's values by the sum of the cosines of all heads, which the output of the mixer all uses.
+def nearest(score_BMHN: Tensor, own_BM: Tensor, present_BN: Tensor) -> Tensor:
+    """Return whether each read has its strictly highest score with the needle that it should find, bool [B, M, H].
 
     Args:
-        read_BNHV: What the keys read.
-        v_BNHV: What was written.
-        present_BN: The needles that exist.
+        score_BMHN: Scores of M reads per row with the N values of the row, such as cosines.
+        own_BM: The needle that each read should find.
+        present_BN: The needles that exist; a read that should find another one finds nothing.
     """
-    read_BHNV, v_BHNV = (normalize(x, dim=-1).transpose(1, 2) for x in (read_BNHV, v_BNHV))
-    score_BNN = (read_BHNV @ v_BHNV.mT).sum(1).masked_fill(~present_BN[:, None], -torch.inf)
-    own_BN = score_BNN.diagonal(dim1=1, dim2=2)
-    others_BNN = score_BNN.masked_fill(
-        torch.eye(score_BNN.shape[1], dtype=torch.bool, device=own_BN.device), -torch.inf
-    )
-    return (own_BN > others_BNN.amax(2)) & present_BN
+    score_BMHN = score_BMHN.masked_fill(~present_BN[:, None, None], -torch.inf)
+    own_BMHN = torch.zeros_like(score_BMHN, dtype=torch.bool)
+    own_BMHN.scatter_(3, own_BM[..., None, None].expand(*score_BMHN.shape[:3], 1), True)
+    best_BMH = score_BMHN.masked_fill(own_BMHN, -torch.inf).amax(3)
+    return score_BMHN.masked_fill(~own_BMHN, -torch.inf).amax(3) > best_BMH
+
+
+def scores(read_BMHV: Tensor, v_BNHV: Tensor) -> Tensor:
+    """Return the cosine of each read with each value of its row, [B, M, H, N]; 0 for zero vectors."""
+    return torch.einsum("bmhv,bnhv->bmhn", normalize(read_BMHV, dim=-1), normalize(v_BNHV, dim=-1))

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from kernels.gated_delta import chunk_gated_delta_rule
 
-SITES = ("key", "value", "gates.log_decay", "gates.beta")
+SITES = ("query", "key", "value", "gates.log_decay", "gates.beta")
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Writes:
         """Return the writes of a forward.
 
         Args:
-            sites: The outputs of the sites in `SITES`, by name.
+            sites: The outputs of the sites in `SITES`, by name; that of `query` is not used.
             shifted: Whether value t is written under the key, and with the beta, of position t - 1 (`shifted_value`).
         """
         # In at least fp32, for the state is
-        k, v, g, beta = (sites[name].to(torch.promote_types(sites[name].dtype, torch.float32)) for name in SITES)
+        k, v, g, beta = (sites[name].to(torch.promote_types(sites[name].dtype, torch.float32)) for name in SITES[1:])
         if shifted:
             k, beta = (torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) for x in (k, beta))
         return Writes(normalize(k, dim=-1), v, g, beta)
