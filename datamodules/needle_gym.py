@@ -47,6 +47,8 @@ class NeedleGym(TunableTask):
         task: How pairs and queries are made.
         queries: Keys per row that are queried, drawn at random; None for all.
         repeats: Pairs per key in `multi_value`, queries per key in `multi_query`.
+        value_count: Values that rows have, the first ones; None for all. With 1, the answer is always the same token,
+            and a model can learn it without reading the row.
         filler_tokens: Tokens of filler, which are the first ones; each filler position has one of them at random.
         vocab_size: Tokens in total. Those that are not filler are keys in the first half, and values in the second.
         **common: Arguments of `SequenceTask`.
@@ -63,6 +65,7 @@ class NeedleGym(TunableTask):
         task: Kind = "mqar",
         queries: int | None = None,
         repeats: int = 4,
+        value_count: int | None = None,
         filler_tokens: int = 1,
         vocab_size: int = 256,
         **common: Any,
@@ -74,9 +77,18 @@ class NeedleGym(TunableTask):
         middle = (filler_tokens + vocab_size) // 2
         self.keys, self.values = range(filler_tokens, middle), range(middle, vocab_size)
         self.chance = 1 / len(self.values)
-        self.tune(needles, seq_len, distance, task, queries, repeats)
+        self.tune(needles, seq_len, distance, task, queries, repeats, value_count)
 
-    def tune(self, needles: int, seq_len: int, distance: int, task: Kind, queries: int | None, repeats: int) -> None:
+    def tune(
+        self,
+        needles: int,
+        seq_len: int,
+        distance: int,
+        task: Kind,
+        queries: int | None,
+        repeats: int,
+        value_count: int | None,
+    ) -> None:
         """Set the knobs; see the class.
 
         Raises:
@@ -85,10 +97,12 @@ class NeedleGym(TunableTask):
         check_numbers("data", 1, SIZE, needles=needles, seq_len=seq_len, repeats=repeats)
         check_numbers("data", 2, SIZE, distance=distance)
         check_numbers("data", 1, needles, queries=queries)
+        check_numbers("data", 1, len(self.values), value_count=value_count)
         if task == "single" and needles != 1:
             raise UserError("data.task 'single' has one needle: set data.needles to 1, or data.task to 'multi_key'")
         self.needles, self.seq_len, self.distance, self.task = needles, seq_len, distance, task
-        self.queries, self.repeats = queries, repeats
+        self.queries, self.repeats, self.value_count = queries, repeats, value_count
+        self._values = len(self.values) if value_count is None else value_count
         self._keys_queried = needles if queries is None else queries
         self._asked = self._keys_queried * (repeats if task == "multi_query" else 1)
         self._written = needles * (repeats if task == "multi_value" else 1)
@@ -104,6 +118,8 @@ class NeedleGym(TunableTask):
                 f"{self._asked} queries need {least}"
             )
         keys = 1 if self.task == "identical_markers" else self.needles
+        if keys <= len(self.keys) and self._values < self._written <= len(self.values):
+            raise UserError(f"data.value_count {self._values} is too small: a row has {self._written} different values")
         if keys > len(self.keys) or self._written > len(self.values):
             least = self.filler_tokens + 2 * max(keys, self._written)
             raise UserError(
@@ -122,7 +138,7 @@ class NeedleGym(TunableTask):
             case _:
                 key_BN = distinct(rng, count, len(self.keys), needles)
         key_BN = key_BN + self.keys.start
-        value_BW = distinct(rng, count, len(self.values), written) + self.values.start
+        value_BW = distinct(rng, count, self._values, written) + self.values.start
         order_BW = distinct(rng, count, written, written)  # equal modulo N: pairs of one key
         last_BN = order_BW.argsort(axis=1).reshape(count, -1, needles).max(axis=1)
         queried_BN = distinct(rng, count, needles, self._keys_queried)

@@ -88,6 +88,17 @@ def test_identical_markers_have_one_key_and_each_value_once():
     assert 0 < np.mean(hits[-1::-5]) < 0.5  # the order is random
 
 
+def test_rows_have_the_first_values_alone():
+    few = make(task="slot_markers", needles=1, value_count=4)
+    values = few.draw(stream(1), 200)[:, 1]
+    assert set(values[values != IGNORE].tolist()) == set(range(26, 30))
+    data = make(task="slot_markers", needles=1)
+    data.plan([{"value_count": 1}])  # a fixed needle in training and validation; the test has all values
+    phase, test = data.current.draw(stream(1), 50)[:, 1], data.fixed("test", 500)[:, 1]
+    assert set(phase[phase != IGNORE].tolist()) == {26}
+    assert set(test[test != IGNORE].tolist()) == set(VALUES)
+
+
 def test_queries_are_grouped_by_distance():
     data = make(task="multi_value", repeats=2)
     batch = collate(data.draw(stream(2), 30))
@@ -116,6 +127,8 @@ def test_draws_without_replacement_are_uniform(size, many):
         ({"vocab_size": 10}, "data.vocab_size 10 has 3 keys and 4 values, too few for a row: 13 tokens are enough"),
         ({"task": "single"}, "data.task 'single' has one needle: set data.needles to 1"),
         ({"queries": 6}, "data.queries must be at most 5"),
+        ({"value_count": 4}, "data.value_count 4 is too small: a row has 5 different values"),
+        ({"value_count": 25}, "data.value_count must be at most 24"),
         ({"distance": 1}, "data.distance must be at least 2"),
         ({"filler_tokens": 49}, "data.filler_tokens must be at most 48"),
     ],
