@@ -17,10 +17,19 @@ Shapes: as in `forward.py`.
 import triton
 import triton.language as tl
 
-from kernels.gated_delta.tiles import first_slot, load_tile, store_tile
-from kernels.phase_scan.forward import channel_gates, load_gates, load_row, store_row
-from kernels.phase_scan.phases import cos_sin, cumulative, to_turns, total
-from kernels.phase_scan.scans import row_of, scan_one, scan_one_before, scan_two, scan_two_before
+from kernels.gated_delta.tiles import first_slot
+from kernels.phase_scan.phases import cos_sin, to_turns
+from kernels.phase_scan.scans import complex_scan, cumulative_phase, scan
+from kernels.phase_scan.tiles import (
+    channel_gates,
+    load_channels,
+    load_tile,
+    row_gates,
+    row_of,
+    rows_of_tile,
+    store_channels,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -47,7 +56,8 @@ def compute_gradients(
     EPSILON: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
-    C: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
     DECAY: tl.constexpr,
     NORM: tl.constexpr,
     IMAGINARY: tl.constexpr,
@@ -56,6 +66,7 @@ def compute_gradients(
     STAGES: tl.constexpr,
 ):
     """Compute all gradients; one program per sequence and BD channels. That of a log_decay [D] is one per sequence."""
+    C: tl.constexpr = R * G
     P: tl.constexpr = 3 if NORM else 2
     WIDTH: tl.constexpr = 2 * D if IMAGINARY else D
     blocks: tl.constexpr = (D + BD - 1) // BD
@@ -64,108 +75,109 @@ def compute_gradients(
     n = program // blocks
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     head = n.to(tl.int64) * P
-    inside_CD = tl.arange(0, C)[:, None] + tl.zeros([C, BD], tl.int32)
-    mu_re = tl.zeros([BD], tl.float32)
-    mu_im = tl.zeros([BD], tl.float32)
-    mu_mass = tl.zeros([BD], tl.float32)
-    dchannel = tl.zeros([BD], tl.float32)
+    rows = rows_of_tile(R, G)
+    mu_re = tl.zeros([1, 1, BD], tl.float32)
+    mu_im = tl.zeros([1, 1, BD], tl.float32)
+    mu_mass = tl.zeros([1, 1, BD], tl.float32)
+    dchannel = tl.zeros([1, 1, BD], tl.float32)
     if dfinal is not None:
-        mu_re += load_row(dfinal, head, column, D, BD)
-        mu_im += load_row(dfinal, head + 1, column, D, BD)
+        mu_re += load_channels(dfinal, head, column, D, BD)
+        mu_im += load_channels(dfinal, head + 1, column, D, BD)
         if NORM:
-            mu_mass += load_row(dfinal, head + 2, column, D, BD)
+            mu_mass += load_channels(dfinal, head + 2, column, D, BD)
     tiles = tl.cdiv(length, C)
     for back in tl.range(0, tiles, num_stages=STAGES):
         tile = tiles - 1 - back
         row = start + tile * C
         left = length - tile * C
         at = (slot + tile) * P
-        x_CD = load_tile(x, row, left, column, D, D, C, BD).to(tl.float32)
-        step_CD = to_turns(load_tile(omega, row, left, column, D, D, C, BD))
-        g_re_CD = load_tile(dy, row, left, column, WIDTH, D, C, BD).to(tl.float32)
-        phase_CD = cumulative(step_CD, COMPILED)
-        gate_CD, later_CD = x_CD, x_CD
+        x_RGD = load_tile(x, row, left, column, D, D, R, G, BD).to(tl.float32)
+        step_RGD = to_turns(load_tile(omega, row, left, column, D, D, R, G, BD))
+        g_re_RGD = load_tile(dy, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
+        phase_RGD = cumulative_phase(step_RGD, COMPILED, R)
+        gate_RGD, later_RGD = x_RGD, x_RGD
         if DECAY == "channel":
-            gate_CD = channel_gates(log_decay, left, column, 0, D, C, BD)
-            later_CD = channel_gates(log_decay, left, column, 1, D, C, BD)
+            gate_RGD = channel_gates(log_decay, left, column, 0, D, R, G, BD)
+            later_RGD = channel_gates(log_decay, left, column, 1, D, R, G, BD)
         if DECAY == "input":
-            gate_CD = load_gates(log_decay, row, left, column, 0, D, C, BD)
-            later_CD = load_gates(log_decay, row, left, column, 1, D, C, BD)
-        u_CD = x_CD
+            gate_RGD = row_gates(log_decay, row, left, column, 0, D, R, G, BD)
+            later_RGD = row_gates(log_decay, row, left, column, 1, D, R, G, BD)
+        u_RGD = x_RGD
         if mass is not None:
-            mass_CD = load_tile(mass, row, left, column, D, D, C, BD).to(tl.float32)
-            u_CD = x_CD * mass_CD
+            mass_RGD = load_tile(mass, row, left, column, D, D, R, G, BD).to(tl.float32)
+            u_RGD = x_RGD * mass_RGD
         else:
-            mass_CD = tl.where(inside_CD < left, 1.0, 0.0)
-        cos_CD, sin_CD = cos_sin(phase_CD, COMPILED)
-        cos_write_CD, sin_write_CD = cos_CD, sin_CD
+            mass_RGD = tl.where(rows < left, 1.0, 0.0) + tl.zeros_like(x_RGD)
+        cos_RGD, sin_RGD = cos_sin(phase_RGD, COMPILED)
+        cos_write_RGD, sin_write_RGD = cos_RGD, sin_RGD
         if write_offset is not None:
-            offset_CD = to_turns(load_tile(write_offset, row, left, column, D, D, C, BD))
-            cos_write_CD, sin_write_CD = cos_sin(phase_CD + offset_CD, COMPILED)
+            offset_RGD = to_turns(load_tile(write_offset, row, left, column, D, D, R, G, BD))
+            cos_write_RGD, sin_write_RGD = cos_sin(phase_RGD + offset_RGD, COMPILED)
         if read_offset is not None:
-            offset_CD = to_turns(load_tile(read_offset, row, left, column, D, D, C, BD))
-            cos_CD, sin_CD = cos_sin(phase_CD + offset_CD, COMPILED)
-        u_re_CD, u_im_CD = u_CD * cos_write_CD, u_CD * sin_write_CD
-        s_re, s_im = load_row(states, at, column, D, BD), load_row(states, at + 1, column, D, BD)
-        p_re_CD, p_im_CD = scan_two_before(gate_CD, u_re_CD, u_im_CD, s_re, s_im, DECAY != "none")
-        h_re_CD, h_im_CD = p_re_CD + u_re_CD, p_im_CD + u_im_CD
-        g_im_CD = tl.zeros_like(g_re_CD)
+            offset_RGD = to_turns(load_tile(read_offset, row, left, column, D, D, R, G, BD))
+            cos_RGD, sin_RGD = cos_sin(phase_RGD + offset_RGD, COMPILED)
+        u_re_RGD, u_im_RGD = u_RGD * cos_write_RGD, u_RGD * sin_write_RGD
+        s_re, s_im = load_channels(states, at, column, D, BD), load_channels(states, at + 1, column, D, BD)
+        p_re_RGD, p_im_RGD = complex_scan(gate_RGD, u_re_RGD, u_im_RGD, s_re, s_im, True, False, DECAY != "none", R)
+        h_re_RGD, h_im_RGD = p_re_RGD + u_re_RGD, p_im_RGD + u_im_RGD
+        g_im_RGD = tl.zeros_like(g_re_RGD)
         if IMAGINARY:
-            g_im_CD = load_tile(dy + D, row, left, column, WIDTH, D, C, BD).to(tl.float32)
-        z_re_CD = cos_CD * h_re_CD + sin_CD * h_im_CD
-        z_im_CD = cos_CD * h_im_CD - sin_CD * h_re_CD
+            g_im_RGD = load_tile(dy + D, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
+        z_re_RGD = cos_RGD * h_re_RGD + sin_RGD * h_im_RGD
+        z_im_RGD = cos_RGD * h_im_RGD - sin_RGD * h_re_RGD
         if NORM:
-            s_mass = load_row(states, at + 2, column, D, BD)
-            p_mass_CD = scan_one_before(gate_CD, mass_CD, s_mass, DECAY != "none")
-            factor_CD = 1.0 / (p_mass_CD + mass_CD + EPSILON)
-            g_re_CD *= factor_CD
-            g_im_CD *= factor_CD
-            dsum_CD = -(g_re_CD * z_re_CD + g_im_CD * z_im_CD) * factor_CD
-            dsum_CD = scan_one(later_CD, dsum_CD, mu_mass, True, DECAY != "none")
-            mu_mass = row_of(dsum_CD, 0, C)
+            s_mass = load_channels(states, at + 2, column, D, BD)
+            p_mass_RGD = scan(gate_RGD, mass_RGD, s_mass, True, False, DECAY != "none", R)
+            factor_RGD = 1.0 / (p_mass_RGD + mass_RGD + EPSILON)
+            g_re_RGD *= factor_RGD
+            g_im_RGD *= factor_RGD
+            dsum_RGD = -(g_re_RGD * z_re_RGD + g_im_RGD * z_im_RGD) * factor_RGD
+            dsum_RGD = scan(later_RGD, dsum_RGD, mu_mass, False, True, DECAY != "none", R)
+            mu_mass = row_of(dsum_RGD, 0, 0, R, G)
         if read_offset is not None:
-            dread_CD = g_re_CD * z_im_CD - g_im_CD * z_re_CD
-            store_tile(dread_offset, dread_CD, row, left, column, D, D, C, BD)
-        b_re_CD = g_re_CD * cos_CD - g_im_CD * sin_CD
-        b_im_CD = g_re_CD * sin_CD + g_im_CD * cos_CD
-        cos_D, sin_D = cos_sin(total(step_CD, COMPILED), COMPILED)
+            dread_RGD = g_re_RGD * z_im_RGD - g_im_RGD * z_re_RGD
+            store_tile(dread_offset, dread_RGD, row, left, column, D, D, R, G, BD)
+        b_re_RGD = g_re_RGD * cos_RGD - g_im_RGD * sin_RGD
+        b_im_RGD = g_re_RGD * sin_RGD + g_im_RGD * cos_RGD
+        cos_D, sin_D = cos_sin(row_of(phase_RGD, R - 1, G - 1, R, G), COMPILED)
         later_re, later_im = cos_D * mu_re - sin_D * mu_im, sin_D * mu_re + cos_D * mu_im
-        mu_re_CD, mu_im_CD = scan_two(later_CD, b_re_CD, b_im_CD, later_re, later_im, True, DECAY != "none")
-        mu_re, mu_im = row_of(mu_re_CD, 0, C), row_of(mu_im_CD, 0, C)
-        domega_CD = mu_re_CD * p_im_CD - mu_im_CD * p_re_CD
-        store_tile(domega, domega_CD, row, left, column, D, D, C, BD)
-        du_CD = mu_re_CD * cos_write_CD + mu_im_CD * sin_write_CD
+        mu_re_RGD, mu_im_RGD = complex_scan(
+            later_RGD, b_re_RGD, b_im_RGD, later_re, later_im, False, True, DECAY != "none", R
+        )
+        mu_re, mu_im = row_of(mu_re_RGD, 0, 0, R, G), row_of(mu_im_RGD, 0, 0, R, G)
+        domega_RGD = mu_re_RGD * p_im_RGD - mu_im_RGD * p_re_RGD
+        store_tile(domega, domega_RGD, row, left, column, D, D, R, G, BD)
+        du_RGD = mu_re_RGD * cos_write_RGD + mu_im_RGD * sin_write_RGD
         if mass is not None:
-            store_tile(dx, du_CD * mass_CD, row, left, column, D, D, C, BD)
-            dmass_CD = du_CD * x_CD
+            store_tile(dx, du_RGD * mass_RGD, row, left, column, D, D, R, G, BD)
+            dmass_RGD = du_RGD * x_RGD
             if NORM:
-                dmass_CD += dsum_CD
-            store_tile(dmass, dmass_CD, row, left, column, D, D, C, BD)
+                dmass_RGD += dsum_RGD
+            store_tile(dmass, dmass_RGD, row, left, column, D, D, R, G, BD)
         else:
-            store_tile(dx, du_CD, row, left, column, D, D, C, BD)
+            store_tile(dx, du_RGD, row, left, column, D, D, R, G, BD)
         if write_offset is not None:
-            dwrite_CD = mu_im_CD * u_re_CD - mu_re_CD * u_im_CD
-            store_tile(dwrite_offset, dwrite_CD, row, left, column, D, D, C, BD)
+            dwrite_RGD = mu_im_RGD * u_re_RGD - mu_re_RGD * u_im_RGD
+            store_tile(dwrite_offset, dwrite_RGD, row, left, column, D, D, R, G, BD)
         if DECAY != "none":
-            dgate_CD = mu_re_CD * p_re_CD + mu_im_CD * p_im_CD
+            dgate_RGD = mu_re_RGD * p_re_RGD + mu_im_RGD * p_im_RGD
             if NORM:
-                dgate_CD += dsum_CD * p_mass_CD
+                dgate_RGD += dsum_RGD * p_mass_RGD
             if DECAY == "channel":
-                dchannel += tl.sum(tl.where(inside_CD < left, dgate_CD, 0.0), 0)
+                dchannel += tl.sum(tl.sum(tl.where(rows < left, dgate_RGD, 0.0), 0, keep_dims=True), 1, keep_dims=True)
             else:
-                store_tile(dlog_decay, dgate_CD, row, left, column, D, D, C, BD)
+                store_tile(dlog_decay, dgate_RGD, row, left, column, D, D, R, G, BD)
     if DECAY == "channel":
-        store_row(dlog_decay, dchannel, n.to(tl.int64), column, D, BD)
+        store_channels(dlog_decay, dchannel, n.to(tl.int64), column, D, BD)
     if initial is not None:
         if DECAY != "none":
             first = start if DECAY == "input" else start * 0
-            columns = column + tl.arange(0, BD)
-            inside = (columns < D) & (columns * 0 < length)
-            gate_D = tl.exp(tl.load(log_decay + first * D + columns, mask=inside, other=0.0).to(tl.float32))
+            gate_D = tl.exp(load_channels(log_decay, first, column, D, BD))
+            gate_D = tl.where(gate_D * 0 < length, gate_D, 1.0)
             mu_re *= gate_D
             mu_im *= gate_D
             mu_mass *= gate_D
-        store_row(dinitial, mu_re, head, column, D, BD)
-        store_row(dinitial, mu_im, head + 1, column, D, BD)
+        store_channels(dinitial, mu_re, head, column, D, BD)
+        store_channels(dinitial, mu_im, head + 1, column, D, BD)
         if NORM:
-            store_row(dinitial, mu_mass, head + 2, column, D, BD)
+            store_channels(dinitial, mu_mass, head + 2, column, D, BD)

@@ -31,24 +31,6 @@ def to_turns(phase):
 
 
 @triton.jit
-def cumulative(turns, COMPILED: tl.constexpr):
-    """Return the cumulative sum of int32 over rows; the interpreter would not wrap it."""
-    if COMPILED:
-        return tl.cumsum(turns, 0)
-    else:
-        return tl.cumsum(turns.to(tl.int64), 0).to(tl.int32)
-
-
-@triton.jit
-def total(turns, COMPILED: tl.constexpr):
-    """Return the sum of int32 over rows."""
-    if COMPILED:
-        return tl.sum(turns, 0)
-    else:
-        return tl.sum(turns.to(tl.int64), 0).to(tl.int32)
-
-
-@triton.jit
 def cos_sin(turns, COMPILED: tl.constexpr):
     """Return cosine and sine, accurate to 5e-7, with the instructions of the GPU."""
     radians = turns.to(tl.float32) * RADIANS

@@ -33,7 +33,7 @@ class Problem:
         self.device, self.packed = x.device, cu_seqlens is not None
         self.width, self.parts = self.D * (1 + imaginary), 2 + normalise
         self.how = TABLE[x.element_size() == 2]
-        rows = self.how.forward.rows
+        rows = self.how.forward.rows * self.how.forward.groups
         if cu_seqlens is None:
             self.N, self.slots = self.B, self.B * -(-self.T // rows)
         else:
@@ -49,7 +49,8 @@ class Problem:
         programs = self.N * -(-self.D // channels)
         if programs == 0:
             return
-        options |= {"C": launch.rows, "BD": channels, "STAGES": launch.stages, "num_warps": launch.warps}
+        options |= {"R": launch.rows, "G": launch.groups, "BD": channels, "STAGES": launch.stages}
+        options["num_warps"] = launch.warps
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             kernel[(programs,)](*tensors, **options, **self.common)
 
