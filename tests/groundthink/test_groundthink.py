@@ -15,7 +15,8 @@ from lightning_modules import groundthink
 from lightning_modules.core.ensemble import call_members, stack_members
 from lightning_modules.groundthink import GroundThink
 from lightning_modules.groundthink.gates import Gates
-from lightning_modules.groundthink.keys import hashed_keys
+from lightning_modules.groundthink.key_bank import KeyBank
+from lightning_modules.groundthink.penalties import KeyPenalty, Penalty
 
 VOCAB, LENGTH = 11, 70  # more than a chunk of the kernel and than a window
 SIZES = {"vocab_size": VOCAB, "seq_len": LENGTH, "width": 16, "window": 5, "seed": 0}
@@ -26,13 +27,27 @@ OPTIONS = {
     "reflections": {"allow_negative_eigenvalues": True, "gates": "seed"},
     "shifted value": {"shifted_value": True, "key_conv_width": 2},
     "position keys": {"keys": "position"},
-    "all": {"keys": "both", "shifted_value": True, "key_conv_width": 6, "window_reads_state": True},
+    "rotary keys": {"rotary_keys": True},
+    "key bank": {"key_bank": KeyBank(1, markers=3), "conv_width": 0},
+    "all": {
+        "keys": "both",
+        "rotary_keys": True,
+        "key_bank": KeyBank(1, markers=3, learned=True),
+        "shifted_value": True,
+        "key_conv_width": 6,
+        "window_reads_state": True,
+        "allow_negative_eigenvalues": True,
+    },
 }
 CASES = [(pattern, "plain") for pattern in ("G", "S", "SG", "GGS")] + [("GSGS", name) for name in OPTIONS]
 
 
 def make(pattern: str = "GS", **options) -> GroundThink:
-    return GroundThink(**SIZES, pattern=pattern, **options).double()
+    module = GroundThink(**SIZES, pattern=pattern, **options).double()
+    for name, value in module.named_parameters():
+        if name.endswith("turn"):  # zero at first: a bank that has not learned yet
+            nn.init.normal_(value, generator=torch.Generator().manual_seed(1))
+    return module
 
 
 def rows() -> Tensor:
@@ -52,6 +67,10 @@ def test_a_logit_is_causal_and_the_same_step_by_step(pattern, name):
         seen = 0 if "G" in pattern else max(0, position - SIZES["window"] + 1)
         assert (gradient_BTD[:, seen : position + 1] != 0).any(2).all()
         assert (gradient_BTD[:, :seen] == 0).all()
+    for position in (1, 30):  # what comes from tokens without a gradient
+        changed_BT = tokens_BT.clone()
+        changed_BT[:, position + 1 :] = 2
+        assert torch.equal(network(changed_BT)[:, : position + 1], logits_BTV[:, : position + 1])
     state, stepped = network.init_state(2), []
     with torch.no_grad():
         for token_B in tokens_BT.unbind(1):
@@ -119,15 +138,6 @@ def test_a_shifted_value_is_written_under_the_key_and_beta_of_the_position_befor
     torch.testing.assert_close(seen["state"], written_BHKV, rtol=1e-4, atol=1e-6)  # the norm has an epsilon
 
 
-def test_hashed_keys_are_unit_vectors_nearly_at_right_angles_and_depend_on_the_position_alone():
-    keys_THK = hashed_keys(torch.arange(300), 2, 64)
-    flat_NK = keys_THK.flatten(0, 1)
-    cosines_NN = flat_NK @ flat_NK.T - torch.eye(len(flat_NK))
-    assert cosines_NN.diagonal().abs().max() < 1e-6
-    assert 0.9 < cosines_NN.square().mean() * 64 < 1.1  # as random signs
-    assert torch.equal(hashed_keys(torch.arange(100, 300), 2, 64), keys_THK[100:])
-
-
 def test_initial_gates():
     gates, x = Gates(16, 2, "seed", 1.0), torch.zeros(1, 1, 16)
     torch.testing.assert_close(gates(x)[0].exp(), torch.full((1, 1, 2), 2.0).sigmoid())
@@ -140,14 +150,20 @@ def test_initial_gates():
 
 def test_an_ensemble_has_the_logits_and_gradients_of_its_members():
     options = OPTIONS["all"] | {"pattern": "GS"}
+    turns = torch.randn(2, 2, 8, 8, dtype=torch.float64)
 
     def network() -> nn.Module:
         return GroundThink(**SIZES | {"seed": None}, **options).double().network
 
+    def turn(network: nn.Module, value: Tensor) -> None:
+        network.blocks[0].gated_delta.places.bank.turn.data.copy_(value)
+
     stacked = stack_members(network, [5, 6])
+    turn(stacked, turns)
     (logits_SBTV,) = call_members(stacked, 2, rows())
     logits_SBTV.square().sum().backward()
     alone = GroundThink(**SIZES | {"seed": 6}, **options).double().network
+    turn(alone, turns[1])
     torch.testing.assert_close(logits_SBTV[1], alone(rows()))
     alone(rows()).square().sum().backward()
     gradients = dict(stacked.named_parameters())
@@ -181,6 +197,22 @@ def test_gates_and_state_stay_in_fp32_under_bf16():
         ({"value_width": 260}, "model.value_width must be at most 256"),
         ({"conv_width": -1}, "model.conv_width must be at least 0"),
         ({"pattern": "SG", "window_reads_state": True}, "model.window_reads_state needs an S behind a G"),
+        ({"rotary_keys": True, "keys": "position"}, "model.rotary_keys needs keys of tokens"),
+        ({"pattern": "S", "rotary_keys": True}, "model.rotary_keys needs a G in model.pattern, which is S"),
+        ({"pattern": "S", "key_bank": KeyBank(1)}, "model.key_bank needs a G"),
+        ({"pattern": "S", "beta_sparsity": Penalty(0.1)}, "model.beta_sparsity needs a G"),
+        ({"key_bank": KeyBank(-1)}, "model.key_bank.first_marker must be at least 0, not -1"),
+        ({"key_bank": KeyBank(9, 3)}, "model.key_bank: 3 markers from token 9 on are more than the 11 tokens"),
+        ({"key_bank": KeyBank(9, 0)}, "model.key_bank.markers must be at least 1, not 0"),
+        ({"key_orthogonality": KeyPenalty(-1.0)}, "model.key_orthogonality.weight must be at least 0"),
+        ({"beta_sparsity": Penalty(1.0, from_step=-1)}, "model.beta_sparsity.from_step must be at least 0"),
+        ({"beta_sparsity": Penalty(1.0, from_accuracy=1.5)}, "model.beta_sparsity.from_accuracy must be at most 1"),
+        ({"piece_len": 0}, "model.piece_len must be at least 1"),
+        ({"reproduce_flaws": True}, "model.reproduce_flaws: final_state needs model.window_reads_state"),
+        (
+            {"reproduce_flaws": ["final_state"], "window_reads_state": True, "piece_len": 4},
+            "model.piece_len: a row cannot be read in pieces with model.reproduce_flaws final_state",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(options, message):
