@@ -9,6 +9,7 @@ from callbacks.drift_monitor import DriftMonitor
 from callbacks.gates import Gates
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.parameter_freeze import ParameterFreeze
+from callbacks.parameter_rounding import ParameterRounding
 from callbacks.parameter_swap import ParameterSwap
 from callbacks.quick_eval import QuickEval
 from callbacks.recall_grid import RecallGrid
@@ -28,6 +29,7 @@ __all__ = [
     "Gates",
     "LastCheckpoint",
     "ParameterFreeze",
+    "ParameterRounding",
     "ParameterSwap",
     "QuickEval",
     "RecallGrid",

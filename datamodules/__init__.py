@@ -6,6 +6,7 @@ from datamodules.memory_items import MemoryItems
 from datamodules.mixture import Mixture
 from datamodules.modular_arithmetic import ModularArithmetic
 from datamodules.needle_gym import NeedleGym
+from datamodules.noisy_successor import NoisySuccessor
 from datamodules.state_tracking import StateTracking
 from datamodules.text_corpus import TextCorpus
 from datamodules.word_problems import WordProblems
@@ -17,6 +18,7 @@ __all__ = [
     "Mixture",
     "ModularArithmetic",
     "NeedleGym",
+    "NoisySuccessor",
     "StateTracking",
     "TextCorpus",
     "WordProblems",
