@@ -30,14 +30,22 @@ class TrainingBatch(TelepathyBatch):
         soft: The rows with soft tokens.
         question: Target tokens of the question, [B, Q].
         question_mask: True at real tokens of `question`, [B, Q].
+        answer: Target tokens of the answer, [B, Q].
+        answer_mask: True at real tokens of `answer`, [B, Q].
         text: The rows with the question's text.
+        autoencode: Rows with soft tokens, in which question and answer are answered.
+        readback: Rows with soft tokens, in which the question is to be repeated.
         prefixed: The rows with a learned prefix before the question's text.
     """
 
     soft: Packing
     question: NotRequired[Tensor]
     question_mask: NotRequired[Tensor]
+    answer: NotRequired[Tensor]
+    answer_mask: NotRequired[Tensor]
     text: NotRequired[Packing]
+    autoencode: NotRequired[Packing]
+    readback: NotRequired[Packing]
     prefixed: NotRequired[Packing]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import SIZE, UserError, check_numbers
 
+OutputName = Literal["rms", "tanh", "none"]
 SLOPE = 4.0  # of attention over distance at the start: nearly all weight is on the nearest token
 
 
@@ -20,9 +21,11 @@ class Bridge(nn.Module, ABC):
 
     Attributes:
         soft_tokens: K, where every input has the same number of soft tokens; None where it depends on the input.
+        samples: Whether soft tokens depend on noise; `forward` then also takes seed_B, a seed of each row.
     """
 
     soft_tokens: int | None = None
+    samples: bool = False
 
     @abstractmethod
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
@@ -229,7 +232,7 @@ class OutputScale(nn.Module):
         scale: The initial s, such as the root mean square of the embeddings.
     """
 
-    def __init__(self, mode: Literal["rms", "tanh", "none"], scale: float):
+    def __init__(self, mode: OutputName, scale: float):
         super().__init__()
         self.mode = mode
         self.scale = nn.Parameter(torch.tensor(scale))

@@ -7,6 +7,7 @@ from datamodules.problems import Problem
 from lightning_modules.pretrained.prompts import pad
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bridges import Bridge
+from lightning_modules.telepathy.flaws import padded
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 from lightning_modules.telepathy.text_prefix import TextPrefix
@@ -19,6 +20,7 @@ def training_batch(
     bridge: Bridge,
     needs: Collection[str],
     prefix: TextPrefix | None,
+    padding_labels: bool = False,
 ) -> TrainingBatch:
     """Return problems with packed rows.
 
@@ -27,15 +29,26 @@ def training_batch(
         source: The model that reads.
         target: The model that answers.
         bridge: The bridge, which tells the number of soft tokens.
-        needs: What the objectives read beside the rows with soft tokens: `question`, `text`.
+        needs: What the objectives read beside the rows with soft tokens.
         prefix: The learned prefix of the text baseline, if there is one.
+        padding_labels: Reproduce the notes' labels: answers are padded with end tokens, and these are labels too.
     """
     questions, answers = _texts(problems)
     batch = _source_batch(questions, source, bridge)
-    soft = target.pack(target.soft_rows(questions, answers), batch["soft_mask"])
-    made = cast(TrainingBatch, {**batch, "soft": soft})
+    soft_rows = target.soft_rows(questions, answers)
+    rows = {"soft": soft_rows}
+    if "autoencode" in needs:
+        rows["autoencode"] = target.autoencode_rows(questions, answers)
+    if "readback" in needs:
+        rows["readback"] = target.readback_rows(questions)
+    if padding_labels:
+        rows = {name: padded(some) for name, some in rows.items()}
+    packed = {name: target.pack(some, batch["soft_mask"]) for name, some in rows.items()}
+    made = cast(TrainingBatch, {**batch, **packed})
     if "question" in needs:
         made["question"], made["question_mask"] = pad(target.question_tokens(questions), 0)
+    if "answer" in needs:
+        made["answer"], made["answer_mask"] = pad([row.answer for row in soft_rows], 0)
     text_rows = target.text_rows(questions, answers) if "text" in needs or prefix is not None else []
     if "text" in needs:
         made["text"] = target.pack(text_rows)
@@ -50,7 +63,7 @@ def evaluation_batch(problems: Sequence[Problem], source: Source, target: Target
     return EvaluationBatch(
         **_source_batch(questions, source, bridge),
         problems=problems,
-        soft_rows=target.soft_rows(questions, answers),
+        soft_rows=target.soft_rows(questions, answers, training=False),
         text_rows=target.text_rows(questions, answers),
     )
 

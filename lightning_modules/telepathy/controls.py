@@ -21,6 +21,7 @@ from lightning_modules.core.samples import gather_objects
 from lightning_modules.pretrained.generation import Answer
 from lightning_modules.telepathy.batch import EvaluationBatch
 from lightning_modules.telepathy.draw import DRAWN, Draw
+from lightning_modules.telepathy.encoding import Encoding
 from lightning_modules.telepathy.results import Array, ProblemResult
 from lightning_modules.telepathy.target import Target
 
@@ -65,6 +66,10 @@ class Examined(HasCounts, Protocol):
 
     def __call__(self, batch: EvaluationBatch) -> Tensor:
         """Return soft_BKD."""
+        ...
+
+    def encode(self, batch: EvaluationBatch) -> Encoding:
+        """Return soft_BKD with its codes."""
         ...
 
     def collate(self, problems: Sequence[Problem], training: bool) -> object:

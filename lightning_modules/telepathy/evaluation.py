@@ -18,7 +18,9 @@ from lightning_modules.core.reporting import is_dry_run, run_folder
 from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
 from lightning_modules.pretrained.prompts import LONGEST
 from lightning_modules.telepathy.answer_limit import longest_answer
-from lightning_modules.telepathy.batch import EvaluationBatch
+from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch
+from lightning_modules.telepathy.bottleneck import Bottleneck
+from lightning_modules.telepathy.encoding import Encoding
 from lightning_modules.telepathy.examination import Examination
 from lightning_modules.telepathy.measures import scores
 from lightning_modules.telepathy.target import Target
@@ -33,6 +35,7 @@ class BridgeEvaluation(LightningModule):
 
     Attributes:
         target: The frozen target; the subclass sets it.
+        bottleneck: What makes codes of soft tokens; the subclass sets it.
         text_prefix: The learned prefix of the text baseline, if there is one; the subclass sets it.
         intervals: 95 % intervals of the measures, by their names in the log.
         counts: Their numbers of samples.
@@ -43,6 +46,7 @@ class BridgeEvaluation(LightningModule):
     """
 
     target: Target
+    bottleneck: Bottleneck
     text_prefix: TextPrefix | None
 
     def __init__(self, max_new_tokens: int | None):
@@ -61,6 +65,10 @@ class BridgeEvaluation(LightningModule):
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""
         raise NotImplementedError
 
+    def encode(self, batch: TelepathyBatch) -> Encoding:
+        """Return the soft tokens of a batch, and what they came from."""
+        raise NotImplementedError
+
     @property
     def answer_limit(self) -> int:
         """Length limit of generated answers, in tokens.
@@ -77,9 +85,13 @@ class BridgeEvaluation(LightningModule):
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Log the held-out cross-entropy of the answers, a mean over tokens."""
-        losses_N = np.concatenate(self.target.losses(batch["soft_rows"], self(batch), batch["soft_mask"]))
+        encoding, mask_BK = self.encode(batch), batch["soft_mask"]
+        losses_N = np.concatenate(self.target.losses(batch["soft_rows"], encoding.soft_BKD, mask_BK))
         self.validation_loss.update(losses_N.mean(), weight=len(losses_N))
         self.log("validation/loss", self.validation_loss, batch_size=len(losses_N), prog_bar=True)
+        if encoding.codes is not None:
+            self.bottleneck.use.update(encoding.codes.index_BK[mask_BK])
+            self.log("validation/code_perplexity", self.bottleneck.use, batch_size=len(losses_N))
 
     def on_test_start(self) -> None:
         """Check the target."""

@@ -50,7 +50,8 @@ class Examination:
         rows, text_rows, mask_BK = batch["soft_rows"], batch["text_rows"], batch["soft_mask"]
         self.size = max(self.size, len(rows))
         with self._timed("soft", module.device):
-            soft_BKD = module(batch)
+            encoding = module.encode(batch)
+        soft_BKD, codes = encoding.soft_BKD, encoding.codes
         with self._timed("text", module.device):
             target.losses([replace(row, answer=row.answer[:1]) for row in text_rows])
         losses = {
@@ -72,7 +73,8 @@ class Examination:
         for i, (problem, soft_count) in enumerate(zip(batch["problems"], mask_BK.sum(1).tolist(), strict=True)):
             by_condition = {condition: values[i] for condition, values in answers.items()}
             losses_of = {condition: values[i] for condition, values in losses.items()}
-            self.results.append(ProblemResult(problem, rows[i], soft_count, by_condition, losses_of))
+            codes_K = None if codes is None else codes.index_BK[i][mask_BK[i]].cpu().numpy()
+            self.results.append(ProblemResult(problem, rows[i], soft_count, by_condition, losses_of, codes_K))
 
     @contextmanager
     def _timed(self, what: str, device: torch.device) -> Iterator[None]:

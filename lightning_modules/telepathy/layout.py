@@ -45,12 +45,14 @@ class Packing:
         column_BT: For each position the vector in its place, -1 for none.
         predict_N: Flat positions (row * T + column) whose logits predict the answer tokens.
         labels_N: The answer tokens.
+        place_N: The place of each of them in its answer, from 0.
     """
 
     tokens_BT: Tensor
     column_BT: Tensor
     predict_N: Tensor
     labels_N: Tensor
+    place_N: Tensor
 
 
 def real_vectors(mask_BK: Tensor | None, size: int) -> list[list[int]]:
@@ -82,4 +84,5 @@ def pack(rows: Sequence[Row], filler: int, mask_BK: Tensor | None = None) -> Pac
         torch.tensor([columns + [-1] * (width - len(columns)) for _, columns in filled]),
         torch.tensor(predict),
         torch.tensor([token for row in rows for token in row.answer]),
+        torch.tensor([place for row in rows for place in range(len(row.answer))]),
     )

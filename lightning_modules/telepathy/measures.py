@@ -42,6 +42,7 @@ def measure(results: list[ProblemResult]) -> Measures:
     - `ce_<condition>`: mean over answers of the mean cross-entropy per token, in nats.
     - `bridge_gain`: ce_none - ce_bridge; `source_specificity`: ce_shuffled - ce_bridge; `recovery`: bridge_gain /
       (ce_none - ce_text).
+    - `code_perplexity`: exp of the entropy of the codes of all soft tokens, with a bottleneck.
     - The measures that `add_entity_transfer`, `add_retrieval`, `add_twin_consistency` and `add_spread` add.
 
     A ratio to a number near 0 says nothing, and is absent. `relative_accuracy` is absent where the 95 % interval of its
@@ -79,6 +80,10 @@ def measure(results: list[ProblemResult]) -> Measures:
     add_retrieval(results, measures)
     add_twin_consistency(results, right["bridge"], measures)
     add_spread(results, measures)
+    codes = [result.codes_K for result in results if result.codes_K is not None]
+    if codes:
+        share_V = np.unique(np.concatenate(codes), return_counts=True)[1] / sum(map(len, codes))
+        measures.add("code_perplexity", np.exp(-(share_V * np.log(share_V)).sum()), count)
     void: set[str] = set()
     if has_diverged["bridge"]:
         void |= measures.values.keys() - set(FROM_TARGET)

@@ -6,34 +6,45 @@ tokens of the whole batch, V target vocabulary.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import Gate, OnNonfinite, Workload
 from lightning_modules.core.schedule import Schedule, with_schedule
+from lightning_modules.pretrained.generation import vocabulary
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
-from lightning_modules.telepathy.bridges import BridgeFactory, OutputScale
+from lightning_modules.telepathy.bottleneck import BottleneckName, make_bottleneck
+from lightning_modules.telepathy.bridges import BridgeFactory, OutputName
 from lightning_modules.telepathy.collation import evaluation_batch, training_batch
+from lightning_modules.telepathy.encoding import Encoding
 from lightning_modules.telepathy.evaluation import BridgeEvaluation
+from lightning_modules.telepathy.flaws import NOTES_SCALE, Flaw, chosen, make_output
 from lightning_modules.telepathy.gates import gates
+from lightning_modules.telepathy.noise import row_seeds
 from lightning_modules.telepathy.normalizer import calibrate, make_normalizer
-from lightning_modules.telepathy.objectives import OBJECTIVES, BridgeStep, ObjectiveName, check_weights, lm
+from lightning_modules.telepathy.objectives import (
+    BridgeStep,
+    ObjectiveName,
+    Setting,
+    Sizes,
+    check_parts,
+    lm,
+    make_objectives,
+    weighted,
+)
 from lightning_modules.telepathy.ranks import all_rows, token_weight
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 from lightning_modules.telepathy.text_prefix import TextPrefix, clip_apart
 from lightning_modules.telepathy.workload import workload
-
-Flaw = Literal["key_scale", "bos_behind"]
-NOTES_SCALE = 0.003  # root mean square of the notes' source states, equal to that of Mistral 7B's embeddings
 
 
 class Telepathy(BridgeEvaluation):
@@ -51,7 +62,8 @@ class Telepathy(BridgeEvaluation):
         normalizer: Normalisation of source states before the bridge: `none`, `layer_norm`, or `statistical`, with the
             mean and deviation over 256 held-out questions, measured when `fit` starts.
         output: How soft tokens are brought to the scale of the target's embeddings (see `OutputScale`).
-        objectives: Objective -> weight.
+        bottleneck: Replace each soft token by a code: `vq`: one of 4096 learned vectors; `fsq`: five rounded numbers.
+        objectives: Objective -> weight, or -> {weight, options}, see `lightning_modules.telepathy.objectives`.
         optimizer: The optimizer, without its parameters.
         warmup_steps: Steps in which the learning rate rises.
         schedule: The learning rate after the warm-up: a cosine or a line to zero at `trainer.max_steps`, or constant.
@@ -63,9 +75,8 @@ class Telepathy(BridgeEvaluation):
             twice as long with them.
         max_new_tokens: Length limit of generated answers, in tokens; None for the length of the longest answer of the
             data, or for 256 where the data gives bare results.
-        reproduce_flaws: Reproduce the flaws of the notes, all or a list. `key_scale`: states at the scale of Mistral's
-            embeddings (rms 0.003) before a cross-attention without LayerNorm and without positions. `bos_behind`: no
-            prompt, and the BOS between soft tokens and answer.
+        reproduce_flaws: Flaws of the notes to reproduce, see `lightning_modules.telepathy.flaws`; `true` for those of
+            their last version, `[key_scale, bos_behind]`.
         on_nonfinite: Whether a run ends when the loss or a weight is not finite.
 
     Raises:
@@ -80,8 +91,9 @@ class Telepathy(BridgeEvaluation):
         bridge: BridgeFactory,
         source_layer: int | list[int],
         normalizer: Literal["none", "layer_norm", "statistical"] = "none",
-        output: Literal["rms", "tanh", "none"] = "rms",
-        objectives: dict[ObjectiveName, float] | None = None,
+        output: OutputName = "rms",
+        bottleneck: BottleneckName = "none",
+        objectives: dict[ObjectiveName, Setting] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 50,
         schedule: Schedule = "cosine",
@@ -94,33 +106,39 @@ class Telepathy(BridgeEvaluation):
     ):
         super().__init__(max_new_tokens)
         self.layers = [source_layer] if isinstance(source_layer, int) else source_layer
-        self.objectives: dict[ObjectiveName, float] = {"lm": 1.0} if objectives is None else objectives
+        self.objectives = make_objectives({"lm": 1.0} if objectives is None else objectives)
+        self.flaws = chosen(reproduce_flaws)
         if not self.layers or min(self.layers) < 1:
             raise UserError(f"model.source_layer {source_layer} names no layer: they count from 1")
-        check_weights(self.objectives)
         check_numbers("model", 0, warmup_steps=warmup_steps)
         check_numbers("model", 0, SIZE, text_prefix=text_prefix)
-        self.needs = {part for name in self.objectives for part in OBJECTIVES[name].needs}
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         self.on_nonfinite = on_nonfinite
-        flaws = reproduce_flaws if isinstance(reproduce_flaws, list) else get_args(Flaw) if reproduce_flaws else ()
-        notes_scale = "key_scale" in flaws
+        notes_scale = "key_scale" in self.flaws
         self.source = Source(source, self.layers, prompt if source_prompt is None else source_prompt)
-        self.target = Target(target, prompt, "bos_behind" in flaws)
-        scale, width = self.target.embedding_scale(), self.target.width
+        self.target = Target(target, prompt, self.flaws)
+        self.scale, width = self.target.embedding_scale(), self.target.width
         if notes_scale:
             self.normalizer = make_normalizer("statistical", self.source.width, NOTES_SCALE)
         else:
             self.normalizer = make_normalizer(normalizer, self.source.width, 1.0)
         self.bridge = bridge(self.source.width, width, not notes_scale)
-        self.soft_tokens = OutputScale(output, scale)
-        self.text_prefix = TextPrefix(text_prefix, width, scale) if text_prefix else None
+        self.bottleneck = make_bottleneck(bottleneck, width, self.flaws)
+        self.soft_tokens = make_output(output, self.scale, self.flaws)
+        self.text_prefix = TextPrefix(text_prefix, width, self.scale) if text_prefix else None
+        check_parts(self.objectives, self.bridge, self.bottleneck)
+        sizes = Sizes(self.source.width, width, vocabulary(self.target.model), self.flaws)
+        heads = {str(name): objective.head(sizes) for name, objective in self.objectives.items() if objective.head}
+        self.heads = nn.ModuleDict(heads)
         self.strict_loading = False  # the frozen models are not in checkpoints
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""
         parts = problems, self.source, self.target, self.bridge
-        return training_batch(*parts, self.needs, self.text_prefix) if training else evaluation_batch(*parts)
+        if not training:
+            return evaluation_batch(*parts)
+        needs = {part for objective in self.objectives.values() for part in objective.needs}
+        return training_batch(*parts, needs, self.text_prefix, "padding_labels" in self.flaws)
 
     def read(self, batch: TelepathyBatch) -> Tensor:
         """Return the source's states_BSC at the question, without the prompt and the BOS, whose state is an outlier."""
@@ -131,10 +149,18 @@ class Telepathy(BridgeEvaluation):
         states_BSC: Tensor = self.normalizer(self.read(batch))
         return states_BSC
 
+    def encode(self, batch: TelepathyBatch) -> Encoding:
+        """Return the soft tokens of a batch, and what they came from."""
+        read, seed_B = (self.states(batch), batch["source_mask"]), None
+        if self.bridge.samples:
+            seed_B = row_seeds(batch["source"].gather(1, batch["source_place"]), batch["source_mask"], self.training)
+        bridged_BKD = self.bridge(*read) if seed_B is None else self.bridge(*read, seed_B)
+        vectors_BKD, codes = self.bottleneck(bridged_BKD)
+        return Encoding(read[0], bridged_BKD, codes, self.soft_tokens(vectors_BKD, batch["soft_mask"]), seed_B)
+
     def forward(self, batch: TelepathyBatch) -> Tensor:
         """Return the soft tokens soft_BKD, zero after the last one of a row."""
-        soft_BKD: Tensor = self.soft_tokens(self.bridge(self.states(batch), batch["source_mask"]), batch["soft_mask"])
-        return soft_BKD
+        return self.encode(batch).soft_BKD
 
     def gates(self, count: int, least_accuracy: float, steps: int) -> Iterator[Gate]:
         """Run the gates, see `lightning_modules.telepathy.gates`."""
@@ -143,21 +169,17 @@ class Telepathy(BridgeEvaluation):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Log each weighted objective and return their sum."""
-        soft_BKD = self(batch)
-        logits_NV = self.target.logits(batch["soft"], soft_BKD)
-        fixed_count = self.bridge.soft_tokens is not None
-        step = BridgeStep(batch, self.target, soft_BKD, logits_NV, fixed_count, partial(all_rows, self))
-        weight_of_tokens = token_weight(self, len(batch["soft"].labels_N))
-        losses: dict[str, Tensor] = {}
-        for name, weight in self.objectives.items():
-            objective = OBJECTIVES[name]
-            losses[name] = (weight * weight_of_tokens if objective.by_token else weight) * objective.loss(step)
+        encoding, gather, weight = self.encode(batch), partial(all_rows, self), partial(token_weight, self)
+        logits_NV = self.target.logits(batch["soft"], encoding.soft_BKD)
+        parts = self.target, self.bridge, self.bottleneck
+        step = BridgeStep(batch, *parts, encoding, logits_NV, self.scale, gather, self.heads, self.flaws)
+        losses = weighted(self.objectives, step, weight)
         total = torch.stack(list(losses.values())).sum()
         size = len(batch["source"])
         self.log("train/loss", total.detach(), batch_size=size, prog_bar=True)
         if self.text_prefix is not None:
             logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(size))
-            losses["text_prefix"] = weight_of_tokens * lm(logits_NV, batch["prefixed"].labels_N)
+            losses["text_prefix"] = weight(len(logits_NV)) * lm(logits_NV, batch["prefixed"].labels_N)
             total = total + losses["text_prefix"]
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
         return total

@@ -40,6 +40,7 @@ class ProblemResult:
         soft_count: Number of soft tokens.
         answers: Condition -> the generated answer; for all conditions but `none`.
         losses: Condition -> cross-entropy of each token of the reference answer, in nats.
+        codes_K: The codes of the soft tokens, if there is a bottleneck.
         soft_KD: The soft tokens, kept for some problems only.
         candidates_G: Log-likelihood of the reference answer given the soft tokens of each problem of its group. None
             for problems outside of full groups.
@@ -51,6 +52,7 @@ class ProblemResult:
     soft_count: int
     answers: dict[str, Answer]
     losses: dict[str, Array]
+    codes_K: Indices | None = None
     soft_KD: Array | None = None
     candidates_G: Array | None = None
     own: int = 0

@@ -3,7 +3,7 @@
 Shapes: B batch, K vectors in a row, D width, N answer tokens of the whole batch, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +26,14 @@ from lightning_modules.pretrained.prompts import (
     encode,
     with_added,
 )
+from lightning_modules.telepathy.flaws import PRIMER, Flaw
 from lightning_modules.telepathy.frozen import Frozen
 from lightning_modules.telepathy.layout import Packing, Row, pack, real_vectors
 
 if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
 
+REPEAT = "\nRepeat:"  # asks for a repetition of the question, as the embedded target was trained
 CHUNK = 4096  # tokens at a time in fp32: a vocabulary may be large
 
 
@@ -41,8 +43,7 @@ class Target(Frozen):
     Args:
         pretrained: The model to load.
         prompt: The text around the question, or `chat`.
-        bos_behind: Use the notes' rows for soft tokens: no prompt, and the BOS behind the soft tokens. To a model that
-            was trained on packed documents, this says that a new text begins and the last one is over.
+        flaws: Flaws of the notes in the rows for soft tokens: `bos_behind`, `primer_mismatch`, `missing_bos`.
 
     Attributes:
         model: The model.
@@ -56,7 +57,7 @@ class Target(Frozen):
 
     model: "CausalLM"
 
-    def __init__(self, pretrained: Pretrained, prompt: str, bos_behind: bool = False):
+    def __init__(self, pretrained: Pretrained, prompt: str, flaws: Collection[Flaw] = ()):
         super().__init__(pretrained.load_causal_lm())
         self.path = pretrained.path
         self.tokenizer = tokenizer = pretrained.load_tokenizer()
@@ -68,15 +69,21 @@ class Target(Frozen):
         self._end: int = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
         self._added = [] if self.prompt.has_special_tokens else added_tokens(tokenizer)[0]
         self._filler = filler_token(self.model, tokenizer)
-        self._soft_prompt, self._soft_place = self._around_vectors(bos_behind)
+        before, after = self.prompt.before, self.prompt.after
+        self._trained = self._around_vectors(before, after, flaws)
+        self._repeat = self._around_vectors(before, REPEAT, ())
+        asked = flaws if "missing_bos" in flaws else set(flaws) - {"missing_bos"}
+        self._asked = self._around_vectors(PRIMER if "primer_mismatch" in flaws else before, after, asked, asks=True)
 
-    def _around_vectors(self, bos_behind: bool) -> tuple[list[int], int]:
+    def _around_vectors(
+        self, before: str, after: str, flaws: Collection[Flaw], asks: bool = False
+    ) -> tuple[list[int], int]:
         """Return the prompt without the question, and the place of the vectors in it."""
-        before, after = self.prompt.before.rstrip(" "), self.prompt.after
+        before, added = before.rstrip(" "), [] if asks and "missing_bos" in flaws else self._added
         _, tail = continued(self.tokenizer, [before + "x"], [after])[0]
-        head = with_added(encode(self.tokenizer, [before])[0] if before else [], self._added)
-        if bos_behind:
-            head, tail = [], self._added or [self._end]
+        head = with_added(encode(self.tokenizer, [before])[0] if before else [], added)
+        if "bos_behind" in flaws:
+            head, tail = [], added or [self._end]
         # A model without BOS and with an empty prompt still needs a token before an answer without a question
         return (head + tail, len(head)) if head + tail else ([self._end], 1)
 
@@ -137,9 +144,20 @@ class Target(Frozen):
         rounding = torch.finfo(self.model.dtype).eps ** 0.5 * first_TV.abs().max()
         return bool(((first_TV - second_TV).abs() > rounding).any())
 
-    def soft_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
+    def soft_rows(self, questions: Sequence[str], answers: Sequence[str], training: bool = True) -> list[Row]:
         """Return the rows for soft tokens; their place is that of the question."""
-        return [Row(self._soft_prompt, self._soft_place, reply) for _, reply in self._tokens(questions, answers)]
+        around = self._trained if training else self._asked
+        return [Row(*around, reply) for _, reply in self._tokens(questions, answers)]
+
+    def autoencode_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
+        """Return the rows for soft tokens in which the question, the text after it, and the answer are answered."""
+        separator = self.prompt.separator
+        replies = [question + self.prompt.after + separator + a for question, a in zip(questions, answers, strict=True)]
+        return self.soft_rows(questions, replies)
+
+    def readback_rows(self, questions: Sequence[str]) -> list[Row]:
+        """Return the rows for soft tokens in which the question is to be repeated."""
+        return [Row(*self._repeat, reply) for _, reply in self._tokens(questions, questions)]
 
     def text_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
         """Return the rows with the text of the questions; the place for vectors is right before the question."""

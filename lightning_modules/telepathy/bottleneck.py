@@ -1,0 +1,183 @@
+"""Discrete bottlenecks between the bridge and the target: soft tokens are replaced by codes.
+
+Shapes: B batch, K soft tokens, D target width, F factors of a code, V values of a factor.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+from vector_quantize_pytorch import FSQ, SimVQ
+
+from lightning_modules.telepathy.encoding import Codes
+from lightning_modules.telepathy.flaws import Flaw
+
+BottleneckName = Literal["none", "vq", "fsq"]
+
+CODES = 4096  # of the codebook, as in the notes
+LEVELS = (8, 8, 8, 6, 5)  # about 2^14 codes (Mentzer et al. 2023, table 1)
+ENCODER_WEIGHT = 0.25  # of the encoder's side of the commitment, as in the notes (van den Oord et al. 2017)
+TINY = 1 / CODES  # bound of the notes' first codebook, far below the size of its inputs
+SHARPNESS = 4.0  # of the soft assignment to levels: the next one gets e^-4 of the share
+
+
+class CodeUse(Metric):
+    """The perplexity of the codes of a whole set: exp of their entropy. Batches and ranks do not change it.
+
+    As many codes, used equally, have the same entropy.
+
+    Args:
+        size: Number of codes.
+    """
+
+    counts_V: Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.add_state("counts_V", torch.zeros(size, dtype=torch.double), dist_reduce_fx="sum")
+
+    def update(self, index_N: Tensor) -> None:
+        """Count codes."""
+        self.counts_V += torch.bincount(index_N, minlength=len(self.counts_V))
+
+    def compute(self) -> Tensor:
+        """Return the perplexity; 1 of no codes."""
+        share_V = self.counts_V / self.counts_V.sum().clamp_min(1)
+        entropy: Tensor = torch.special.entr(share_V).sum()
+        return entropy.exp()
+
+
+class Bottleneck(nn.Module):
+    """No bottleneck. Subclasses replace each soft token by a code.
+
+    Attributes:
+        size: Number of codes; 0 without a bottleneck.
+        use: The use of codes on the held-out problems.
+    """
+
+    size = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use = CodeUse(self.size)
+
+    def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
+        """Return the vectors for the target, and their codes."""
+        return soft_BKD, None
+
+    def shares(self, soft_BKD: Tensor) -> Tensor:
+        """Return share_BKFV, how much of a soft token goes to each value of each factor of a code, with gradients."""
+        raise NotImplementedError
+
+
+class VectorBottleneck(Bottleneck):
+    """Vector quantisation in fp32: each soft token becomes the nearest vector of a codebook.
+
+    The codebook is a learned map of fixed random vectors (SimVQ, Zhu et al. 2024), so a code that no input has chosen
+    still moves with the others. Gradients pass by the rotation trick (Fifty et al. 2024). Inputs are brought to root
+    mean square 1, where the codes start as well.
+
+    Args:
+        width: D.
+        codebook_scale: Reproduce the notes' codebook: it starts within ±1/4096, and inputs keep their own size.
+    """
+
+    size = CODES
+
+    def __init__(self, width: int, codebook_scale: bool = False):
+        super().__init__()
+        self.has_own_scale = codebook_scale
+        factor = TINY / 3**0.5 if codebook_scale else 1.0  # the standard deviation of a uniform draw within ±1/4096
+        self.quantizer = SimVQ(width, CODES, init_fn=lambda codes_VD: codes_VD * (width**0.5 * factor))
+        nn.init.orthogonal_(self.quantizer.code_transform.weight)
+
+    def _scaled(self, soft_BKD: Tensor) -> Tensor:
+        return soft_BKD.float() if self.has_own_scale else _unit(soft_BKD)
+
+    def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
+        """Return the codes' vectors; gradients pass to the soft tokens, and those of the commitment to both sides."""
+        with torch.autocast(soft_BKD.device.type, enabled=False):
+            soft_BKD = self._scaled(soft_BKD)
+            vectors_BKD, index_BK, _ = self.quantizer(soft_BKD)  # its own commitment would count padding
+            code_BKD = self.quantizer.codebook[index_BK]
+            commitment_BK = (code_BKD - soft_BKD.detach()).square().mean(-1)
+            commitment_BK = commitment_BK + ENCODER_WEIGHT * (code_BKD.detach() - soft_BKD).square().mean(-1)
+        return vectors_BKD, Codes(index_BK, commitment_BK)
+
+    def shares(self, soft_BKD: Tensor) -> Tensor:
+        """Return softmax(-d² / √D) over the codes, with d the distance: there is one factor."""
+        with torch.autocast(soft_BKD.device.type, enabled=False):
+            soft_BKD, codes_VD = self._scaled(soft_BKD), self.quantizer.codebook
+            # The soft token's own square is the same for all codes
+            squares_BKV = codes_VD.square().sum(-1) - 2 * soft_BKD @ codes_VD.T
+            share_BKV: Tensor = (-squares_BKV / soft_BKD.shape[-1] ** 0.5).softmax(-1)
+            return share_BKV[..., None, :]
+
+
+class ScalarBottleneck(Bottleneck):
+    """Finite scalar quantisation in fp32 (Mentzer et al. 2023): five numbers, each rounded to one of 5 to 8 levels.
+
+    Args:
+        width: D.
+    """
+
+    size = math.prod(LEVELS)
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.quantizer = FSQ(list(LEVELS), dim=width)
+
+    def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
+        """Return the rounded vectors, with gradients as if they were not rounded. There is nothing to commit to."""
+        with torch.autocast(soft_BKD.device.type, enabled=False):
+            vectors_BKD, index_BK = self.quantizer(_unit(soft_BKD))
+        return vectors_BKD, Codes(index_BK.long(), soft_BKD.new_zeros(soft_BKD.shape[:2], dtype=torch.float32))
+
+    def shares(self, soft_BKD: Tensor) -> Tensor:
+        """Return softmax(-4 (u - l)²) over the levels l of each factor, with u the number that is rounded."""
+        with torch.autocast(soft_BKD.device.type, enabled=False):
+            count_F = torch.tensor(LEVELS, device=soft_BKD.device)
+            half_F = (count_F - 1) * (1 + 1e-3) / 2  # the library's bound, on levels from 0 to count - 1
+            offset_F = 0.5 * (count_F % 2 == 0)
+            shifted_BKF = self.quantizer.project_in(_unit(soft_BKD)) + (offset_F / half_F).atanh()
+            number_BKF = shifted_BKF.tanh() * half_F - offset_F + count_F // 2
+            level_V = torch.arange(max(LEVELS), device=soft_BKD.device)
+            far_BKFV = SHARPNESS * (number_BKF[..., None] - level_V).square()
+            share_BKFV: Tensor = (-far_BKFV).masked_fill(level_V >= count_F[:, None], -torch.inf).softmax(-1)
+            return share_BKFV
+
+
+class UntrainedOutput(Bottleneck):
+    """A fixed random map, as the notes' flow bridges had behind the part that their loss trained.
+
+    Args:
+        width: D.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.map = nn.Linear(width, width, bias=False).requires_grad_(False)
+        nn.init.normal_(self.map.weight, std=width**-0.5)
+
+    def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
+        """Return the mapped vectors."""
+        return self.map(soft_BKD), None
+
+
+def _unit(soft_BKD: Tensor) -> Tensor:
+    return F.rms_norm(soft_BKD.float(), list(soft_BKD.shape[-1:]), eps=1e-8)
+
+
+def make_bottleneck(name: BottleneckName, width: int, flaws: Collection[Flaw]) -> Bottleneck:
+    """Return a bottleneck for soft tokens of a width."""
+    match name:
+        case "vq":
+            return VectorBottleneck(width, "codebook_scale" in flaws)
+        case "fsq":
+            return ScalarBottleneck(width)
+        case "none":
+            return UntrainedOutput(width) if "untrained_output" in flaws else Bottleneck()

@@ -1,0 +1,191 @@
+"""A bridge that samples soft tokens: a diffusion transformer with rectified flow in the target's embedding space.
+
+Shapes: B batch, S source positions, C source width, K soft tokens, D target width, W width of the layers, Q embeddings
+of a text, N = B * heads.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.errors import SIZE, UserError, check_numbers
+from lightning_modules.telepathy.averages import masked_mean, row_mean
+from lightning_modules.telepathy.bridges import SLOPE, Bridge
+from lightning_modules.telepathy.noise import gaussian, mixed, uniform
+
+Conditioning = Literal["pooled", "cross", "hybrid"]
+SLOWEST, RATES = 0.1, 4.0  # waves of the time: periods from about 60 down by a factor of e^4 and more
+
+
+class FlowLayer(nn.Module):
+    """A layer of a diffusion transformer (Peebles and Xie 2023), with cross-attention to the source if it has any.
+
+    Each part is scaled and gated by the condition; all gates start at 0, so the layer starts as the identity.
+
+    Args:
+        width: W.
+        heads: Number of attention heads.
+        crosses: Whether it has cross-attention.
+    """
+
+    def __init__(self, width: int, heads: int, crosses: bool):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
+        self.own = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.cross = nn.MultiheadAttention(width, heads, batch_first=True) if crosses else None
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        last = nn.Linear(width, 6 * width)
+        self.condition = nn.Sequential(nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(
+        self, x_BKW: Tensor, condition_BW: Tensor, memory_BSW: Tensor, bias_NKS: Tensor, hole_BK: Tensor
+    ) -> Tensor:
+        """Return x_BKW; soft tokens at holes are read by no other one."""
+        shift_B1W, scale_B1W, gate_B1W, *of_mlp = self.condition(condition_BW)[:, None].chunk(6, dim=-1)
+        read_BKW = self.norms[0](x_BKW) * (1 + scale_B1W) + shift_B1W
+        x_BKW = (
+            x_BKW + gate_B1W * self.own(read_BKW, read_BKW, read_BKW, key_padding_mask=hole_BK, need_weights=False)[0]
+        )
+        if self.cross is not None:
+            read_BKW = self.norms[1](x_BKW)
+            x_BKW = x_BKW + self.cross(read_BKW, memory_BSW, memory_BSW, attn_mask=bias_NKS, need_weights=False)[0]
+        shift_B1W, scale_B1W, gate_B1W = of_mlp
+        mixed_BKW: Tensor = x_BKW + gate_B1W * self.mlp(self.norms[2](x_BKW) * (1 + scale_B1W) + shift_B1W)
+        return mixed_BKW
+
+
+class FlowBridge(Bridge):
+    """Soft tokens that flow from noise to embeddings of a text, under the condition of the source (Liu et al. 2023).
+
+    The path from noise x_0 to embeddings x_1 is x_t = t x_1 + (1 - t) x_0, and a transformer learns its velocity
+    x_1 - x_0 (objective `flow`). Sampling integrates the velocity from t = 0 in equal steps of Euler's method; it has
+    gradients, so that objectives on soft tokens train the same parameters. Embeddings and noise both have the scale 1;
+    `model.output` brings soft tokens to the scale of the target.
+
+    Noise depends on the question alone (`row_seeds`), in training also on a number that is drawn for each step. So an
+    evaluation gives the same soft tokens in any batch and on any rank.
+
+    Args:
+        source_dim: Width C of the source states.
+        target_dim: Width D of the soft tokens.
+        key_norm: Use LayerNorm on the source states, and a bias of attention towards the place of a soft token.
+        soft_tokens: K, the most soft tokens of a question, spread evenly over `span` source positions. Those behind the
+            question are left out.
+        span: Source positions: about the length of the longest question.
+        conditioning: `pooled`: the mean of the source states enters each layer's scales and gates. `cross`: each layer
+            attends over the source states. `hybrid`: both.
+        steps: Euler steps of sampling.
+        width: W.
+        depth: Number of layers.
+        heads: Number of attention heads.
+
+    Raises:
+        UserError: A size is out of range, or the sizes do not fit each other.
+    """
+
+    samples = True
+
+    def __init__(
+        self,
+        source_dim: int,
+        target_dim: int,
+        key_norm: bool = True,
+        soft_tokens: int = 60,
+        span: int = 30,
+        conditioning: Conditioning = "cross",
+        steps: int = 8,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+    ):
+        super().__init__()
+        sizes = {"soft_tokens": soft_tokens, "span": span, "steps": steps, "width": width, "depth": depth}
+        check_numbers("model.bridge", 1, SIZE, **sizes, heads=heads)
+        if width % heads or width % 2:
+            raise UserError(f"model.bridge: width {width} is odd or not divisible by {heads} heads")
+        self.soft_tokens, self.span, self.steps, self.heads = soft_tokens, span, steps, heads
+        self.conditioning, self.has_places = conditioning, key_norm
+        self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
+        self.memory, self.pool = nn.Linear(source_dim, width), nn.Linear(source_dim, width)
+        self.into = nn.Linear(target_dim, width)
+        self.place_KW = nn.Parameter(0.1 * torch.randn(soft_tokens, width))
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        crosses = conditioning != "pooled"
+        self.layers = nn.ModuleList(FlowLayer(width, heads, crosses) for _ in range(depth))
+        last = nn.Linear(width, target_dim)
+        self.out = nn.Sequential(nn.LayerNorm(width), last)
+        nn.init.zeros_(last.weight)  # no velocity at the start
+        self.memory.requires_grad_(crosses)
+        self.pool.requires_grad_(conditioning != "cross")
+
+    def soft_mask(self, mask_BS: Tensor) -> Tensor:
+        """Return mask_BK: the soft tokens whose place lies within the question."""
+        return (self._places(mask_BS.device) < mask_BS.sum(1, keepdim=True)) | (not self.has_places)
+
+    def forward(self, states_BSC: Tensor, mask_BS: Tensor, seed_B: Tensor | None = None) -> Tensor:
+        """Return sampled soft_BKD; without seeds, the noise is that of the seed 0."""
+        seed_B = states_BSC.new_zeros(len(states_BSC), dtype=torch.long) if seed_B is None else seed_B
+        source = self._conditions(states_BSC, mask_BS)
+        x_BKD = self._noise(seed_B)
+        for step in range(self.steps):
+            time_B = x_BKD.new_full((len(x_BKD),), step / self.steps)
+            x_BKD = x_BKD + self._velocity(x_BKD, time_B, *source) / self.steps
+        return x_BKD
+
+    def flow_loss(
+        self, states_BSC: Tensor, mask_BS: Tensor, seed_B: Tensor, text_BQD: Tensor, text_mask_BQ: Tensor
+    ) -> Tensor:
+        """Return the mean square error of the velocity at a time of each row, over the soft tokens that have a target.
+
+        Args:
+            states_BSC: Source states.
+            mask_BS: True at real source positions.
+            seed_B: Seeds of the rows.
+            text_BQD: Embeddings at the scale 1; those after the last soft token are left out.
+            text_mask_BQ: True at real embeddings.
+        """
+        missing = max(self._count - text_BQD.shape[1], 0)
+        x1_BKD = nn.functional.pad(text_BQD * text_mask_BQ[..., None], (0, 0, 0, missing))[:, : self._count]
+        real_BK = nn.functional.pad(text_mask_BQ, (0, missing))[:, : self._count] & self.soft_mask(mask_BS)
+        time_B, x0_BKD = uniform(mixed(seed_B), 1)[:, 0], self._noise(seed_B)
+        x_BKD = x0_BKD + time_B[:, None, None] * (x1_BKD - x0_BKD)
+        velocity_BKD = self._velocity(x_BKD, time_B, *self._conditions(states_BSC, mask_BS))
+        return row_mean((velocity_BKD - (x1_BKD - x0_BKD)).square().mean(-1), real_BK)
+
+    @property
+    def _count(self) -> int:
+        return len(self.place_KW)
+
+    def _places(self, device: torch.device) -> Tensor:
+        """Return the source position of each soft token."""
+        return torch.arange(self._count, device=device) * self.span // self._count
+
+    def _noise(self, seed_B: Tensor) -> Tensor:
+        width = self.into.in_features
+        return gaussian(seed_B, self._count * width).view(-1, self._count, width)
+
+    def _conditions(self, states_BSC: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what all steps read of the source: pooled_BW, memory_BSW, the bias of attention, holes among K."""
+        states_BSC = self.norm(states_BSC)
+        pooled_BW = self.pool(masked_mean(states_BSC, mask_BS)) * (self.conditioning != "cross")
+        place_KS = self._places(mask_BS.device)[:, None] - torch.arange(mask_BS.shape[1], device=mask_BS.device)
+        slope = SLOPE / 4 * min(self._count / self.span, 1.0) * self.has_places
+        bias_BKS = (-slope * place_KS.abs()).masked_fill(~mask_BS[:, None], -torch.inf)
+        return pooled_BW, self.memory(states_BSC), bias_BKS.repeat_interleave(self.heads, 0), ~self.soft_mask(mask_BS)
+
+    def _velocity(
+        self, x_BKD: Tensor, time_B: Tensor, pooled_BW: Tensor, memory_BSW: Tensor, bias_NKS: Tensor, hole_BK: Tensor
+    ) -> Tensor:
+        half = self.place_KW.shape[1] // 2
+        rate_H = torch.exp(torch.linspace(math.log(SLOWEST), RATES, half, device=x_BKD.device))
+        angle_BH = time_B[:, None] * rate_H
+        condition_BW = self.time(torch.cat([angle_BH.sin(), angle_BH.cos()], dim=1)) + pooled_BW
+        x_BKW = self.into(x_BKD) + self.place_KW
+        for layer in self.layers:
+            x_BKW = layer(x_BKW, condition_BW, memory_BSW, bias_NKS, hole_BK)
+        velocity_BKD: Tensor = self.out(x_BKW)
+        return velocity_BKD
