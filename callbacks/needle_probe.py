@@ -1,12 +1,12 @@
 """What the probes of needles share: when they measure, and the task whose rows they take."""
 
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.base import check_positive, refuse_second
+from callbacks.base import EveryNSteps, check_positive, refuse_second
 from callbacks.held_out import evaluation
 from callbacks.throughput import off_the_clock
 from datamodules import Mixture
@@ -24,17 +24,17 @@ class NeedleProbe(Callback, ABC):
 
     Args:
         rows: Rows that a measure takes.
-        every_n_validations: Measure at each n-th validation of a fit; 0 for none.
+        every_n_steps: In a fit, measure at the first validation after each n optimizer steps; 0 for never.
 
     Raises:
         UserError: A number is too small; at `setup`, there are two of these callbacks.
     """
 
-    def __init__(self, rows: int, every_n_validations: int) -> None:
+    def __init__(self, rows: int, every_n_steps: int) -> None:
         check_positive(self, rows=rows)
-        check_numbers(type(self).__name__, 0, every_n_validations=every_n_validations)
-        self.rows, self.every_n_validations = rows, every_n_validations
-        self._validations = 0
+        check_numbers(type(self).__name__, 0, every_n_steps=every_n_steps)
+        self.rows, self.every_n_steps = rows, every_n_steps
+        self._checks = EveryNSteps(every_n_steps)
 
     @abstractmethod
     def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
@@ -49,15 +49,16 @@ class NeedleProbe(Callback, ABC):
                 f"{name} reads models of token sequences, such as GroundThink, not {type(pl_module).__name__}"
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from the step at which the fit starts or resumes."""
+        self._checks.start(trainer.global_step)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, unless this is a validation of a fit that is not due."""
         if trainer.sanity_checking:
             return
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._validations += 1
-            if not self.every_n_validations or self._validations % self.every_n_validations:
-                return
-        self._measure(trainer, pl_module, "validation")
+        if trainer.state.fn != TrainerFn.FITTING or self._checks.advance(trainer.global_step):
+            self._measure(trainer, pl_module, "validation")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure."""
@@ -79,14 +80,6 @@ class NeedleProbe(Callback, ABC):
             if isinstance(task, kind):
                 return task
         raise UserError(f"{type(self).__name__} needs {wanted} under data, not {type(data).__name__}")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of validations so far."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the number of validations."""
-        self._validations = state_dict["validations"]
 
 
 def batch_on(module: LightningModule, rows_B2T: Integers) -> TokenBatch:

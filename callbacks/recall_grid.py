@@ -91,7 +91,7 @@ class RecallGrid(NeedleProbe):
         depths: P, parts of a row that are counted apart.
         rows: Rows per point.
         ruler: Also measure RULER's axes.
-        every_n_validations: Measure at each n-th validation of a fit; 0 for none.
+        every_n_steps: In a fit, measure at the first validation after each n optimizer steps; 0 for never.
 
     Raises:
         UserError: A number is too small or a kind is unknown; at `setup`, the data has no `NeedleGym`, no point of the
@@ -106,9 +106,9 @@ class RecallGrid(NeedleProbe):
         depths: int = 4,
         rows: int = 64,
         ruler: bool = True,
-        every_n_validations: int = 0,
+        every_n_steps: int = 0,
     ) -> None:
-        super().__init__(rows, every_n_validations)
+        super().__init__(rows, every_n_steps)
         check_positive(self, depths=depths)
         for name, values in {"needles": needles, "lengths": lengths, "tasks": tasks}.items():
             if values is not None and not values:

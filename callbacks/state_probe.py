@@ -72,19 +72,19 @@ class StateProbe(NeedleProbe):
 
         trainer:
           callbacks+:
-            - {class_path: StateProbe, init_args: {every_n_validations: 4}}
+            - {class_path: StateProbe, init_args: {every_n_steps: 1000}}
 
     Args:
         rows: Rows of the data.
-        every_n_validations: Measure at each n-th validation of a fit; 0 for none.
+        every_n_steps: In a fit, measure at the first validation after each n optimizer steps; 0 for never.
 
     Raises:
         UserError: A number is too small; at `setup`, the model has no gated delta mixer, the data has no needles, or
             there are two of these callbacks.
     """
 
-    def __init__(self, rows: int = 32, every_n_validations: int = 0) -> None:
-        super().__init__(rows, every_n_validations)
+    def __init__(self, rows: int = 32, every_n_steps: int = 0) -> None:
+        super().__init__(rows, every_n_steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse models without a state, and data without needles."""

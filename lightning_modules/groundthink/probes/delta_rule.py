@@ -14,6 +14,8 @@ from lightning_modules.groundthink.probes.writes import Writes
 def two_writes(writes_N: Writes) -> dict[str, Tensor]:
     """Write needle i and then needle i + 1 into an empty state, for all i, and return means over i, by head [H].
 
+    NaN for less than two writes.
+
     - `overwrite_left`: share of value i that the key of i still reads if value i + 1 is written under the same key:
       |difference to a state without value i| / |value i|. It is exp(g) beta_i |1 - beta_{i+1}|, so 0 at a beta of 1.
     - `orthogonal_loss`: change of what the key of i reads, |after - before| / |before|, if the second key is at right
@@ -24,6 +26,9 @@ def two_writes(writes_N: Writes) -> dict[str, Tensor]:
         writes_N: N writes, as one row.
     """
     k, v, g, beta = (x[0] for x in (writes_N.k_BTHK, writes_N.v_BTHV, writes_N.log_decay_BTH, writes_N.beta_BTH))
+    if len(k) < 2:
+        nothing_H = torch.full_like(g[0], torch.nan)
+        return dict.fromkeys(("overwrite_left", "orthogonal_loss", "neighbour_loss"), nothing_H)
     first_k, second_k = k[:-1], k[1:]
     across = second_k - (second_k * first_k).sum(-1, keepdim=True) * first_k
 

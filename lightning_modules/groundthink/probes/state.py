@@ -55,7 +55,7 @@ class StateMeasures:
             - `overwrite_left`, `orthogonal_loss`, `neighbour_loss`: see `delta_rule.two_writes`;
             - `capacity`: see `delta_rule.capacity`.
         counts: Needles of `self_retrieval`, and queries of `query_retrieval`.
-        capacity_curve: See `delta_rule.capacity_curve`; different keys of all rows.
+        capacity_curve: See `delta_rule.capacity_curve`; needles of all rows, with different keys and values.
         spectrum_HR: Singular values of the state before the first query, as means over rows, on the CPU.
     """
 
@@ -113,7 +113,7 @@ def measure_state(batch: TokenBatch, sites: Mapping[str, Tensor], shifted: bool,
     by_head["effective_rank"] = effective_rank(spectrum_BHR).mean(0)
     by_head["top_singular_value"] = spectrum_BHR[..., 0].mean(0)
     by_head |= _retrieval(writes, q_BTHK, queries, needles, end_B)
-    different = _with_different_keys(writes, batch["tokens"], needles)
+    different = _different(writes, batch["tokens"], needles)
     curve = capacity_curve(different)
     by_head |= two_writes(different) | {"capacity": capacity(curve)}
     by_head = {name: x_H.float().cpu() for name, x_H in by_head.items()}
@@ -151,12 +151,15 @@ def _retrieval(writes: Writes, q_BTHK: Tensor, queries: Queries, needles: _Needl
     return by_head
 
 
-def _with_different_keys(writes: Writes, tokens_BT: Tensor, needles: _Needles) -> Writes:
-    """Return the first write of each key token over all rows, as one row."""
+def _different(writes: Writes, tokens_BT: Tensor, needles: _Needles) -> Writes:
+    """Return writes of all rows, as one row, no two of which have the same key token or the same value token."""
     row_W, needle_W = needles.present_BN.nonzero(as_tuple=True)
-    token_W = tokens_BT[row_W, needles.key_BN[row_W, needle_W]]
-    _, first = np.unique(token_W.cpu().numpy(), return_index=True)
-    chosen = torch.from_numpy(np.sort(first)).to(row_W.device)
-    row_W, place_W = row_W[chosen], needles.place_BN[row_W[chosen], needle_W[chosen]]
+    key_W = needles.key_BN[row_W, needle_W]
+    chosen = np.arange(len(row_W))
+    for token_W in (tokens_BT[row_W, key_W], tokens_BT[row_W, key_W + 1]):
+        _, first = np.unique(token_W.cpu().numpy()[chosen], return_index=True)
+        chosen = chosen[np.sort(first)]
+    place_W = needles.place_BN[row_W, needle_W]
+    row_C, place_C = (x[torch.from_numpy(chosen).to(x.device)] for x in (row_W, place_W))
     fields = (writes.k_BTHK, writes.v_BTHV, writes.log_decay_BTH, writes.beta_BTH)
-    return Writes(*(x[row_W, place_W][None] for x in fields))
+    return Writes(*(x[row_C, place_C][None] for x in fields))

@@ -3,7 +3,10 @@
 Shapes: H heads, R singular values.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from lightning_modules.groundthink.probes.keys import random_cosine
 from lightning_modules.groundthink.probes.needles import ROLES
@@ -40,10 +43,13 @@ def picture(measures: StateMeasures, name: str, key_width: int) -> "Figure":
     place = f"head {measures.head} holds the needles, written {measures.lag} positions behind their keys"
     figure.suptitle(f"{name}\n{place}", fontsize=11)
     (decay, beta), (keys, spectrum), (later, capacity) = figure.subplots(3, 2)
-    for axes, gate, label in ((decay, "decay", "decay exp(g)"), (beta, "beta", "writing strength beta")):
-        _bars(axes, measures, {f"{gate}_{role}": role for role in (*ROLES, "write")})
-        axes.set_ylabel(label)
-    _bars(keys, measures, KEYS)
+    by_role = {role: role for role in (*ROLES, "write")}
+    _bars(decay, by_role, {role: 1 - measures.by_head[f"decay_{role}"] for role in by_role})
+    decay.set_yscale("log")  # a head may keep all but a millionth
+    decay.set_ylabel("forgotten, 1 - exp(g)")
+    _bars(beta, by_role, {role: measures.by_head[f"beta_{role}"] for role in by_role})
+    beta.set_ylabel("writing strength beta")
+    _bars(keys, KEYS, measures.by_head)
     keys.axhline(random_cosine(key_width), color="gray", linestyle="--", linewidth=1)
     keys.set_ylabel("mean |cosine| of keys\n(dashed: random)")
     ages = [int(measure.removeprefix(AFTER)) for measure in measures.by_head if measure.startswith(AFTER)]
@@ -55,7 +61,7 @@ def picture(measures: StateMeasures, name: str, key_width: int) -> "Figure":
         cosines = [float(measures.by_head[f"{AFTER}{age}"][head]) for age in ages]
         later.plot(ages, cosines, label=f"head {head}", **style)
         capacity.plot(sizes, [float(hits_H[head]) / n for hits_H, n in measures.capacity_curve.values()], **style)
-    spectrum.set(xlabel="number", ylabel="singular value of the state", ylim=(0, None))
+    spectrum.set(xlabel="number", ylabel="singular value", ylim=(0, None))
     later.set(xlabel="needles written since", ylabel="cosine of value and read")
     later.set_ylim(min(0.0, later.get_ylim()[0]), 1.02)
     capacity.set_xscale("log", base=2)
@@ -66,10 +72,10 @@ def picture(measures: StateMeasures, name: str, key_width: int) -> "Figure":
     return figure
 
 
-def _bars(axes: "Axes", measures: StateMeasures, names: dict[str, str]) -> None:
-    heads = len(measures.spectrum_HR)
+def _bars(axes: "Axes", names: dict[str, str], by_head: Mapping[str, Tensor]) -> None:
+    heads = len(by_head[next(iter(names))])
     for head in range(heads):
         places = [number + (head + 0.5) / heads * 0.8 - 0.4 for number in range(len(names))]
-        values = [float(measures.by_head[name][head]) for name in names]
+        values = [float(by_head[name][head]) for name in names]
         axes.bar(places, values, width=0.8 / heads, color=f"C{head % 10}")
     axes.set_xticks(range(len(names)), list(names.values()), fontsize=9)
