@@ -3,25 +3,20 @@
 Shapes: B rows, W windows, T positions, U = T + 1 tokens of a window.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from datamodules.batch import Integers
+from datamodules.batch import Integers, TokenBatch
 from datamodules.errors import SIZE, UserError, check_numbers
-from datamodules.sequence_task import SequenceTask, Split, label_next
-from datamodules.sources import hub_rows, reading
-
-if TYPE_CHECKING:
-    from tokenizers import ByteLevelBPETokenizer
+from datamodules.sequence_task import SequenceTask, Split, collate, label_next
+from datamodules.text_levels import Level, TextLevel, learned, restored
+from datamodules.text_source import Source, read_text
 
 HELD_OUT_PARTS = 20  # the last of 20 parts of the text is the test text, the one before it the validation text
-PIECE = 100_000  # characters per call of the tokenizer
-UNKNOWN = "�"
 
 
 class TextCorpus(SequenceTask):
@@ -32,10 +27,13 @@ class TextCorpus(SequenceTask):
         tokens  t h e _ c a t _
         labels  h e _ c a t _ s
 
-    The last 5 % of the text are for testing, and the 5 % before them for validation. Training rows begin anywhere in
-    the rest. Held-out rows are windows that do not overlap, spread evenly; there are fewer than `validation_size` or
-    `test_size` of them if the text is short. `chance` is the frequency of the most frequent token in the training text;
-    `ceiling` is None, because it is unknown.
+    The last 5 % of the text are for testing, and the 5 % before them for validation, as is usual for text8 and enwik8:
+    90, 5 and 5 million of their 100 million bytes. With `split` `90/10`, which is usual for tinyshakespeare, the last
+    10 % are for both. Training rows begin anywhere in the rest. Held-out rows are windows that do not overlap, spread
+    evenly; there are fewer than `validation_size` or `test_size` of them if the text is short. `chance` is the
+    frequency of the most frequent token in the training text; `ceiling` is None, because it is unknown.
+
+    The vocabulary is in checkpoints, so that a model reads the tokens that it was trained on, whatever the text.
 
     Args:
         source: `docs`, the help texts that come with Python (`pydoc_data.topics`, about 460 kB, slightly different in
@@ -46,6 +44,8 @@ class TextCorpus(SequenceTask):
         level: `byte`; `char`, the characters of the training text with one token for all others; or `bpe`, the tokens
             of a byte-level byte-pair encoding that is trained on the training text.
         bpe_vocab: Largest vocabulary of `bpe`, of which 256 tokens are the bytes.
+        split: Shares of the text for training, validation and test, by position; `90/10` validates and tests on the
+            same text.
         seq_len: T.
         **common: Arguments of `SequenceTask`.
     """
@@ -54,12 +54,13 @@ class TextCorpus(SequenceTask):
 
     def __init__(
         self,
-        source: Literal["docs", "file", "hub"] = "docs",
+        source: Source = "docs",
         path: str | None = None,
         text_column: str = "text",
         max_size: int | None = None,
-        level: Literal["byte", "char", "bpe"] = "byte",
+        level: Level = "byte",
         bpe_vocab: int = 2048,
+        split: Literal["90/5/5", "90/10"] = "90/5/5",
         seq_len: int = 256,
         **common: Any,
     ):
@@ -70,18 +71,12 @@ class TextCorpus(SequenceTask):
         check_numbers("data", 1, max_size=max_size)
         check_numbers("data", 256, SIZE, bpe_vocab=bpe_vocab)  # a token for each byte
         self.source, self.path, self.text_column, self.max_size = source, path or "", text_column, max_size
-        self.level, self.bpe_vocab, self.seq_len = level, bpe_vocab, seq_len
+        self.level, self.bpe_vocab, self.split, self.seq_len = level, bpe_vocab, split, seq_len
 
     @cached_property
     def vocab_size(self) -> int:  # type: ignore[override]  # computed from the text when it is first read
         """Tokens of the task; reads the text unless tokens are bytes."""
-        match self.level:
-            case "byte":
-                return 256
-            case "char":
-                return len(self._characters) + 1
-            case "bpe":
-                return int(self._tokenizer.get_vocab_size())
+        return self._vocabulary.size
 
     @cached_property
     def chance(self) -> float:  # type: ignore[override]  # likewise
@@ -95,18 +90,35 @@ class TextCorpus(SequenceTask):
 
     def rows(self, *drawn: Integers) -> Integers:
         """Cut windows out of the training text, rows_B2T."""
-        return self._windows("train", drawn[0])
+        return self._windows("train", drawn[0], self.seq_len)
 
     def fixed(self, split: Split, count: int) -> Integers:
         """Cut at most `count` windows out of a held-out text, rows_B2T."""
-        length = len(self._tokens[split])
-        count = min(count, length // (self.seq_len + 1))
-        return self._windows(split, np.arange(count) * length // count)
+        return self._spread(split, count, self.seq_len)
+
+    def text_rows(self, part: Literal["train", "validation", "test"], count: int, length: int) -> TokenBatch:
+        """Return at most `count` windows of `length` positions, spread evenly over a part of the text.
+
+        Raises:
+            UserError: The part is shorter than a window.
+        """
+        if len(self._tokens[part]) <= length:
+            tokens = f"{len(self._tokens[part])} tokens"
+            raise UserError(f"the {part} part of the text has {tokens}, and a row of {length} needs {length + 1}")
+        return collate(self._spread(part, count, length))
+
+    def tokens_per_character(self, split: Split) -> float:
+        """Return tokens / characters of a held-out text; 1 for bytes, of which each counts as a character."""
+        return len(self._tokens[split]) / len(self._texts[split])
 
     def parse(self, text: str) -> list[int]:
         """Return the tokens of a text."""
-        tokens: list[int] = self._encode(self._as_level(text)).tolist()
+        tokens: list[int] = self._vocabulary.encode(text).tolist()
         return tokens
+
+    def unknown_characters(self, text: str) -> list[str]:
+        """Return the characters of a text that have no token."""
+        return self._vocabulary.lacks(text)
 
     def token_text(self, token: int) -> str:
         """Return one token as text; characters that cannot be printed are escaped, as in `repr`."""
@@ -117,75 +129,50 @@ class TextCorpus(SequenceTask):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return tokens as text."""
-        match self.level:
-            case "byte":
-                return bytes(tokens).decode(errors="replace")
-            case "char":
-                return "".join([*map(chr, self._characters), UNKNOWN][token] for token in tokens)
-            case "bpe":
-                return str(self._tokenizer.decode(list(tokens)))
+        return self._vocabulary.decode(tokens)
 
-    def _windows(self, part: str, start_B: Integers) -> Integers:
-        window_WU = np.lib.stride_tricks.sliding_window_view(self._tokens[part], self.seq_len + 1)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the vocabulary, for a checkpoint."""
+        return {"level": self.level, "vocabulary": self._vocabulary.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the vocabulary of a checkpoint.
+
+        Raises:
+            UserError: It is of another level.
+        """
+        if state_dict["level"] != self.level:
+            raise UserError(f"data.level is {self.level}, and the checkpoint was trained on {state_dict['level']}")
+        for name in ("vocab_size", "chance", "_tokens"):  # of the text's own vocabulary
+            vars(self).pop(name, None)
+        vars(self)["_vocabulary"] = restored(self.level, state_dict["vocabulary"])
+        if self._held_out:
+            self._held_out.clear()
+            self.setup("")
+
+    def _spread(self, part: str, count: int, length: int) -> Integers:
+        size = len(self._tokens[part])
+        count = min(count, size // (length + 1))
+        return self._windows(part, np.arange(count) * size // count, length)
+
+    def _windows(self, part: str, start_B: Integers, length: int) -> Integers:
+        window_WU = np.lib.stride_tricks.sliding_window_view(self._tokens[part], length + 1)
         return label_next(window_WU[start_B])
 
     @cached_property
     def _texts(self) -> dict[str, str | bytes]:
         """Part -> its text; bytes if tokens are bytes."""
-        text = self._read()
+        text = read_text(self.source, self.path, self.text_column, self.max_size, self.level == "byte")
         held_out = len(text) // HELD_OUT_PARTS
         bounds = 0, len(text) - 2 * held_out, len(text) - held_out, len(text)
         parts = zip(("train", "validation", "test"), pairwise(bounds), strict=True)
-        return {part: text[start:end] for part, (start, end) in parts}
-
-    def _read(self) -> str | bytes:
-        text: str | bytes
-        match self.source:
-            case "docs":
-                from pydoc_data.topics import topics  # half a megabyte that only this source needs
-
-                text = "\n".join(topics[name] for name in sorted(topics))
-            case "file":
-                text = self._read_file()
-            case "hub":
-                text = "\n\n".join(self._hub_texts())
-        if not text:
-            raise UserError(f"'{self.path}' (data.path) is empty: there is no text to train on")
-        return self._as_level(text)[: self.max_size]
-
-    def _as_level(self, text: str | bytes) -> str | bytes:
-        return text.encode() if isinstance(text, str) and self.level == "byte" else text
-
-    def _read_file(self) -> str | bytes:
-        size = -1 if self.max_size is None else self.max_size
-        with reading(self.path, "data.path"):
-            if self.level == "byte":
-                with open(self.path, "rb") as file:
-                    return file.read(size)
-            try:
-                with open(self.path, encoding="utf-8-sig", newline="") as text_file:
-                    return text_file.read(size)
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"'{self.path}' (data.path) is not a text in UTF-8 ({error.reason}); "
-                    "data.level 'byte' takes any file"
-                ) from error
-
-    def _hub_texts(self) -> Iterator[str]:
-        size, streaming = 0, self.max_size is not None  # streaming downloads the part that is used
-        for row in hub_rows(self.path, split="train", streaming=streaming, local_source="file"):
-            text = row.get(self.text_column)
-            if not isinstance(text, str):
-                raise UserError(f"'{self.path}' has no text in data.text_column '{self.text_column}': it has {[*row]}")
-            yield text
-            size += len(text)
-            if self.max_size is not None and size >= self.max_size:
-                return
+        texts = {part: text[start:end] for part, (start, end) in parts}
+        return texts | dict.fromkeys(("validation", "test"), text[bounds[1] :]) if self.split == "90/10" else texts
 
     @cached_property
     def _tokens(self) -> dict[str, Integers]:
         """Part -> its tokens."""
-        tokens = {part: self._encode(text) for part, text in self._texts.items()}
+        tokens = {part: self._vocabulary.encode(text) for part, text in self._texts.items()}
         for part, part_tokens in tokens.items():
             if len(part_tokens) <= self.seq_len:
                 raise UserError(
@@ -194,40 +181,6 @@ class TextCorpus(SequenceTask):
                 )
         return tokens
 
-    def _encode(self, text: str | bytes) -> Integers:
-        if isinstance(text, bytes):
-            return np.frombuffer(text, np.uint8)
-        if self.level == "char":
-            codes, unknown = _codes(text), len(self._characters)
-            tokens = np.searchsorted(self._characters, codes).clip(max=unknown - 1)
-            return np.where(self._characters[tokens] == codes, tokens, unknown).astype(np.int32)
-        encoded = self._tokenizer.encode_batch(_pieces(text))
-        return np.concatenate([np.array(piece.ids, np.int32) for piece in encoded])
-
     @cached_property
-    def _characters(self) -> npt.NDArray[np.uint32]:
-        """Code points of the characters in the training text, sorted."""
-        return np.unique(_codes(self._train_text))
-
-    @cached_property
-    def _tokenizer(self) -> "ByteLevelBPETokenizer":
-        from tokenizers import ByteLevelBPETokenizer
-
-        tokenizer = ByteLevelBPETokenizer()
-        pieces = _pieces(self._train_text)
-        tokenizer.train_from_iterator(pieces, vocab_size=self.bpe_vocab, show_progress=False)
-        return tokenizer
-
-    @property
-    def _train_text(self) -> str:
-        text = self._texts["train"]
-        assert isinstance(text, str)  # only a text of bytes is not, and it needs no vocabulary
-        return text
-
-
-def _codes(text: str) -> npt.NDArray[np.uint32]:
-    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
-
-
-def _pieces(text: str) -> list[str]:
-    return [text[start : start + PIECE] for start in range(0, max(len(text), 1), PIECE)]
+    def _vocabulary(self) -> TextLevel:
+        return learned(self.level, b"" if self.level == "byte" else self._texts["train"], self.bpe_vocab)

@@ -179,6 +179,15 @@ class SupportsTokenText(Protocol):
 
 
 @runtime_checkable
+class HasCharacters(Protocol):
+    """A datamodule of texts whose vocabulary may lack characters."""
+
+    def unknown_characters(self, text: str) -> list[str]:
+        """Return the characters of a text that have no token."""
+        ...
+
+
+@runtime_checkable
 class StatefulNetwork(Protocol):
     """A network that also runs one position at a time, carrying a state; generation uses it."""
 

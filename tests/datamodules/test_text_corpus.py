@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import torch
 
 from datamodules import TextCorpus
 from datamodules.batch import IGNORE
@@ -69,6 +70,48 @@ def test_characters_that_training_does_not_have(tmp_path):
     assert [data.token_text(token) for token in range(6)] == ["\\n", "\\r", "a", "b", "é", "�"]
 
 
+def test_the_split_of_text8_and_enwik8_and_that_of_tinyshakespeare(tmp_path):
+    path = tmp_path / "text8"
+    path.write_text("".join(chr(97 + i % 26) for i in range(100_000)))
+    data = TextCorpus("file", str(path), **SMALL)
+    assert [len(data._texts[part]) for part in ("train", "validation", "test")] == [90_000, 5000, 5000]
+    assert data._texts["test"] == path.read_bytes()[95_000:]
+    data = TextCorpus("file", str(path), split="90/10", **SMALL)
+    assert [len(data._texts[part]) for part in ("train", "validation", "test")] == [90_000, 10_000, 10_000]
+    assert data._texts["test"] == data._texts["validation"] == path.read_bytes()[90_000:]
+
+
+@pytest.mark.parametrize("level", ["byte", "char", "bpe"])
+def test_rows_of_any_length_and_tokens_per_character(file, level):
+    data = TextCorpus("file", file, level=level, bpe_vocab=280, **SMALL)
+    batch = data.text_rows("test", 4, 40)
+    assert batch["tokens"].shape == (4, 40)
+    assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
+    assert numbered(1000)[5700:].startswith(data.decode(batch["tokens"][0].tolist()))
+    rate = data.tokens_per_character("test")
+    assert rate == 1 if level != "bpe" else 0.3 < rate < 1
+    with pytest.raises(UserError, match=r"the test part of the text has \d+ tokens, and a row of 500 needs 501"):
+        data.text_rows("test", 4, 500)
+
+
+@pytest.mark.parametrize("level", ["byte", "char", "bpe"])
+def test_another_text_is_read_with_the_vocabulary_of_a_checkpoint(file, tmp_path, level):
+    state = TextCorpus("file", file, level=level, bpe_vocab=280, **SMALL).state_dict()
+    (tmp_path / "other.txt").write_text("abc 0123, " * 100)
+    data = TextCorpus("file", str(tmp_path / "other.txt"), level=level, bpe_vocab=280, **SMALL)
+    data.setup("test")
+    data.load_state_dict(state)
+    expected = TextCorpus("file", file, level=level, bpe_vocab=280, **SMALL)
+    assert data.parse("01,") == expected.parse("01,")
+    assert data.vocab_size == expected.vocab_size
+    (batch,) = data.test_dataloader()
+    assert data.decode(batch["tokens"][0].tolist()).startswith("����0123" if level == "char" else "abc 0")
+    assert data.unknown_characters("0a1") == (["a"] if level == "char" else [])
+    other = "char" if level == "byte" else "byte"
+    with pytest.raises(UserError, match=f"data.level is {other}, and the checkpoint was trained on {level}"):
+        TextCorpus("file", file, level=other, **SMALL).load_state_dict(state)
+
+
 def test_docs_need_no_download_and_a_vocabulary_of_bytes_no_text():
     data = TextCorpus(**SMALL | {"seq_len": 64})
     assert data.vocab_size == 256
@@ -82,7 +125,7 @@ def test_docs_need_no_download_and_a_vocabulary_of_bytes_no_text():
 def test_bpe_compresses_the_text_and_is_deterministic():
     one, other = (TextCorpus(level="bpe", bpe_vocab=400, max_size=40_000, **SMALL) for _ in range(2))
     assert one.vocab_size == 400
-    assert one._tokenizer.get_vocab() == other._tokenizer.get_vocab()
+    assert one.state_dict() == other.state_dict()
     assert len(one._tokens["train"]) < 0.7 * len(one._texts["train"])
     assert one.decode(one._tokens["test"]) == one._texts["test"]
     assert one.token_text(one.parse("\n")[0]) == "\\n"
@@ -131,6 +174,12 @@ def test_an_ensemble_has_a_crop_for_each_member(file):
     [
         (b"", "byte", "is empty"),
         (b"", "char", "is empty"),
+        (b"aaaa" * 100, "byte", "consists of one character, b'a': there is nothing to predict"),
+        ("é".encode() * 100, "char", "consists of one character, 'é'"),
+        (b"a", "char", "consists of one character, 'a'"),
+        (b"ab\0c" * 100, "char", "is not a text, it holds zero bytes; data.level 'byte' takes any file"),
+        (b"PK\3\4ab" * 100, "byte", r"is compressed \(zip\): unpack it first"),
+        (b"\x1f\x8bab" * 100, "bpe", r"is compressed \(gzip\)"),
         (b"ab\xff" * 100, "char", "is not a text in UTF-8 .*data.level 'byte' takes any file"),
         (b"abc" * 20, "byte", "its validation part has 3 tokens, and a row of data.seq_len 8 needs 9"),
     ],
@@ -141,7 +190,7 @@ def test_texts_that_cannot_be_used(tmp_path, content, level, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         TextCorpus("file", str(path), level=level, **SMALL).setup("fit")
     assert "\n" not in str(caught.value)
-    if b"\xff" in content:
+    if b"\xff" in content or b"\0" in content:
         TextCorpus("file", str(path), **SMALL).setup("fit")
 
 
