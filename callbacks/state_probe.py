@@ -7,10 +7,10 @@ from typing import Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.needle_probe import NeedleProbe, batch_on
 from datamodules.batch import Integers
-from datamodules.errors import UserError
 from datamodules.sequence_task import Split
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.reporting import (
@@ -66,7 +66,7 @@ class StateProbe(NeedleProbe):
 
     `lightning_modules.groundthink.probes.state` has the definitions. A picture and a table of all heads go to
     loggers that take them, for the first ensemble member. Every rank measures all rows, so the numbers do not depend on
-    the number of ranks.
+    the number of ranks. A model without a gated delta mixer, such as a control, is left alone with a warning.
 
     Example::
 
@@ -79,19 +79,18 @@ class StateProbe(NeedleProbe):
         every_n_steps: In a fit, measure at the first validation after each n optimizer steps; 0 for never.
 
     Raises:
-        UserError: A number is too small; at `setup`, the model has no gated delta mixer, the data has no needles, or
-            there are two of these callbacks.
+        UserError: A number is too small; at `setup`, the data has no needles, or there are two of these callbacks.
     """
 
     def __init__(self, rows: int = 32, every_n_steps: int = 0) -> None:
         super().__init__(rows, every_n_steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse models without a state, and data without needles."""
+        """Refuse data without needles."""
         super().setup(trainer, pl_module, stage)
-        if not delta_mixers(cast(EnsembleModule, pl_module).network):
-            raise UserError("StateProbe: the model has no gated delta mixer: give model.pattern a G")
         self._needles(trainer)
+        if not delta_mixers(cast(EnsembleModule, pl_module).network):
+            rank_zero_warn("StateProbe has nothing to measure: model.pattern has no G, which is a gated delta mixer")
 
     def _needles(self, trainer: Trainer) -> HasNeedles:
         # mypy lets no Protocol stand for a class, but `isinstance` takes it

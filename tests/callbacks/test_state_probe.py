@@ -118,13 +118,19 @@ def test_a_picture_and_a_table_of_all_heads(tmp_path):
     assert [len(axes.lines) for axes in figure.axes[3:]] == [2, 2, 3]
 
 
+@pytest.mark.parametrize("line", ["groundthink", "separability"])
+def test_a_control_without_a_state_is_left_alone(line, tmp_path):
+    control = GroundThink(**SIZES, pattern="S")
+    if line == "separability":
+        control = Separability(vocab_size=40, seq_len=20, width=8, heads=2, seed=0)
+    with pytest.warns(UserWarning, match=r"StateProbe has nothing to measure: model.pattern has no G"):
+        metrics = run(tmp_path, control)["metrics"]
+    assert not any("block" in name for name in metrics)
+
+
 def test_mistakes_are_told_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match="StateProbe: `rows` must be at least 1"):
         StateProbe(rows=0)
-    with pytest.raises(UserError, match=r"the model has no gated delta mixer: give model.pattern a G"):
-        run(tmp_path, GroundThink(**SIZES, pattern="S"))
-    with pytest.raises(UserError, match="no gated delta mixer"):
-        run(tmp_path, Separability(vocab_size=40, seq_len=20, width=8, heads=2, seed=0))
     with pytest.raises(
         UserError, match="StateProbe needs a task with needles, such as NeedleGym, under data, not State"
     ):
