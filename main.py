@@ -35,6 +35,11 @@ def main(args: list[str] | None = None) -> CrosstalkCLI | None:
 
         run(line)
         return None
+    if line[0] == "generate":
+        from cli.generate import run as generate
+
+        generate(line[1:])
+        return None
     speed_up_help(line)
     from cli.app import CrosstalkCLI
 

@@ -7,6 +7,7 @@ COMMANDS = {
     "validate": "Measure a checkpoint on the validation set.",
     "test": "Measure a checkpoint on the test sets.",
     "predict": "Run a checkpoint on the prediction set.",
+    "generate": "Continue a text with the model of a checkpoint.",
     "study": "Run an experiment: several arms, several seeds, and a verdict on each claim.",
     "ledger": "List the claims of the seed documents with their last verdicts.",
 }
@@ -17,6 +18,7 @@ RUN_EXAMPLES = {
     "Options of a class": "python main.py fit --model.help Telepathy",
 }
 OTHER_EXAMPLES = {
+    "Continue a text": 'python main.py generate --ckpt_path runs/X/.../checkpoints/last.ckpt --prompt "The "',
     "Run a study": "python main.py study studies/X.yaml [--jobs 2 | --executor slurm --partition gpu]",
     "Report on a study": "python main.py study studies/X.yaml --report-only",
     "Claims and verdicts": "python main.py ledger [--document 004]",

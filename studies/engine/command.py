@@ -4,12 +4,12 @@ Both parse with argparse and import the rest when they need it: `ledger` and `st
 """
 
 import math
-import re
 import signal
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from typing import TYPE_CHECKING, NoReturn
+from argparse import ArgumentTypeError, Namespace
+from typing import TYPE_CHECKING
 
+from cli.plain_parser import PlainParser
 from lightning_modules.core.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
@@ -46,28 +46,6 @@ def run(line: list[str]) -> None:
         sys.exit(2)
     if code:
         sys.exit(code)
-
-
-class PlainParser(ArgumentParser):
-    """An argparse parser whose errors are one sentence and a hint; imports nothing, unlike `FriendlyParser`."""
-
-    def __init__(self, command: str, description: str):
-        super().__init__(
-            prog=f"main.py {command}",
-            description=description,
-            formatter_class=RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error on stderr and exit with code 2."""
-        from cli.choices import near
-
-        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            kind = "option" if unknown[1].startswith("-") else "use for the argument"
-            message = f"there is no {kind} {unknown[1]}{near(unknown[1], self._option_string_actions)}"
-        sys.stderr.write(f"error: {message}\nList options: python {self.prog} --help\n")
-        self.exit(2)
 
 
 def _study(line: list[str], signals: Signals) -> int:

@@ -1,0 +1,28 @@
+"""A parser for the commands that are not one run; it starts at once."""
+
+import re
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import NoReturn
+
+
+class PlainParser(ArgumentParser):
+    """An argparse parser whose errors are one sentence and a hint; imports nothing, unlike `FriendlyParser`."""
+
+    def __init__(self, command: str, description: str):
+        super().__init__(
+            prog=f"main.py {command}",
+            description=description,
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error on stderr and exit with code 2."""
+        from cli.choices import near
+
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            kind = "option" if unknown[1].startswith("-") else "use for the argument"
+            message = f"there is no {kind} {unknown[1]}{near(unknown[1], self._option_string_actions)}"
+        sys.stderr.write(f"error: {message}\nList options: python {self.prog} --help\n")
+        self.exit(2)
