@@ -11,8 +11,6 @@ from datamodules.errors import SIZE, UserError, check_numbers
 from lightning_modules.core.decoder import DecoderState
 from lightning_modules.core.sequence_model import check_sizes
 from lightning_modules.groundthink import checks
-from lightning_modules.groundthink.checks import ALIGNMENT as ALIGNMENT
-from lightning_modules.groundthink.checks import WIDEST as WIDEST
 from lightning_modules.groundthink.gates import InitialGates
 from lightning_modules.groundthink.hybrid import Hybrid, make_hybrid
 from lightning_modules.groundthink.key_bank import KeyBank

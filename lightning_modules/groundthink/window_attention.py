@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from lightning_modules.groundthink.local_attention import choose, seen
 from lightning_modules.groundthink.recall import Recall
-from lightning_modules.groundthink.rotary import BASE as BASE
-from lightning_modules.groundthink.rotary import rotate as rotate
+from lightning_modules.groundthink.rotary import rotate
 
 
 @dataclass
@@ -28,9 +27,10 @@ class WindowAttention(nn.Module):
     """o_t = sum_s softmax_s(<R_t q_t, R_s k_s> / sqrt(K)) v_s over t - W < s <= t, with rotary positions R.
 
     With `recall`, each position also reads the state S_t of the gated delta mixer before it, with a query of its own:
-    o_t + state_o(RMSNorm(S_t^T state_q(x_t))). S_t depends on no later position.
+    o_t + state_o(RMSNorm(S_t^T state_q(x_t))). S_t depends on no later position, unless `recall`
+    reads the final state.
 
-    The site `pattern` gives the attention weights, [B, H, T, T]; they are held in memory only if it has a hook.
+    The site `pattern` gives the attention weights, [B, H, T, S]; they are held in memory only if it has a hook.
 
     Args:
         width: D.
@@ -75,8 +75,7 @@ class WindowAttention(nn.Module):
         q_BHTK, k_BHTK = rotate(q_BHTK, positions_T), rotate(k_BHTK, positions_T)
         k_BHSK = torch.cat([state.k_BHCK.to(k_BHTK.dtype), k_BHTK], 2)
         v_BHSK = torch.cat([state.v_BHCK.to(v_BHTK.dtype), v_BHTK], 2)
-        distance_TS = positions_T[:, None] - torch.arange(end - k_BHSK.shape[2], end, device=x_BTD.device)
-        output_BTD = self.o_proj(self._attend(q_BHTK, k_BHSK, v_BHSK, (distance_TS >= 0) & (distance_TS < self.window)))
+        output_BTD = self.o_proj(self._attend(q_BHTK, k_BHSK, v_BHSK))
         if self.recall:
             read_BTHV = self.recall(self.state_q(x_BTD).unflatten(2, (self.heads, -1)))
             output_BTD = output_BTD + self.state_o(
@@ -84,11 +83,12 @@ class WindowAttention(nn.Module):
             )
         return output_BTD, WindowCache(end, k_BHSK[:, :, -self.window :], v_BHSK[:, :, -self.window :])
 
-    def _attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen_TS: Tensor) -> Tensor:
+    def _attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor) -> Tensor:
         if self.pattern._forward_hooks:
+            seen_TS = seen(q_BHTK.shape[2], k_BHSK.shape[2], self.window, q_BHTK.device)
             score_BHTS = (q_BHTK @ k_BHSK.mT) * q_BHTK.shape[-1] ** -0.5
             pattern_BHTS = self.pattern(score_BHTS.masked_fill(~seen_TS, -torch.inf).softmax(-1))
             read_BHTK: Tensor = pattern_BHTS.to(v_BHSK.dtype) @ v_BHSK
         else:
-            read_BHTK = scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=seen_TS)
+            read_BHTK = choose(k_BHSK.shape[2], self.window)(q_BHTK, k_BHSK, v_BHSK, self.window)
         return read_BHTK.transpose(1, 2).flatten(2)

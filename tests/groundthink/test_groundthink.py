@@ -18,7 +18,7 @@ from lightning_modules.groundthink.gates import Gates
 from lightning_modules.groundthink.key_bank import KeyBank
 from lightning_modules.groundthink.penalties import KeyPenalty, Penalty
 
-VOCAB, LENGTH = 11, 70  # more than a chunk of the kernel and than a window
+VOCAB, LENGTH = 11, 130  # more than a chunk of the kernel, and so long that window attention reads blocks
 SIZES = {"vocab_size": VOCAB, "seq_len": LENGTH, "width": 16, "window": 5, "seed": 0}
 OPTIONS = {
     "plain": {},

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize, silu
 
 from datamodules.memory_items import MemoryBatch
 from lightning_modules.groundthink.keys import hashed_keys
-from lightning_modules.groundthink.window_attention import BASE, rotate
+from lightning_modules.groundthink.rotary import BASE, rotate
 
 ItemKeys = Literal[
     "token",

@@ -1,0 +1,115 @@
+"""Compare three ways to compute attention to a window: time and memory of forward and backward.
+
+python benchmarks/window_attention.py [--lengths 256 1024] [--windows 16 64] [--bf16] [--json FILE]
+
+- `masked`: `scaled_dot_product_attention` over all pairs of positions, with a mask.
+- `blocks`: the same kernel over blocks of about W queries and the twice as many keys that they can see.
+- `flex`: FlexAttention, compiled, with a block mask that is made once. On a CPU it has no backward in torch 2.13, so
+  that the column is the forward alone.
+
+The input has `--tokens` positions in all, `--heads` heads and a head width of `--width`. Times are medians over
+`--repeats` steps. Peak memory is what a step allocates above its input: `torch.cuda.max_memory_allocated`; there is no
+such figure on a CPU. The last column is what `WindowAttention` chooses.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from lightning_modules.groundthink.local_attention import attend_blocks, attend_masked, choose
+
+WARM_UP = 3  # steps before anything is measured
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def flex(length: int, window: int, device: torch.device) -> Attend:
+    """Return FlexAttention for rows of one length, compiled."""
+
+    def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (t >= s) & (t - s < window)
+
+    torch.compiler.reset()  # else later shapes would compile for any shape
+    mask = create_block_mask(sees, None, None, length, length, device=str(device))
+    return partial(torch.compile(flex_attention), block_mask=mask)
+
+
+def measure(run: Attend, qkv: list[Tensor], repeats: int) -> dict[str, float]:
+    """Return the median milliseconds of a step, and on a GPU its peak memory in MiB."""
+    device, times = qkv[0].device, []
+
+    def step() -> None:
+        output = run(*qkv)
+        if output.requires_grad:
+            torch.autograd.grad(output, qkv, output)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(WARM_UP):
+        step()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    row = {"ms": 1e3 * statistics.median(times)}
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        row["mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return row
+
+
+def compare(length: int, window: int, options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
+    """Return the figures of each way, and check that they compute the same."""
+    torch.manual_seed(0)
+    shape = max(1, options.tokens // length), options.heads, length, options.width
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    qkv = [torch.randn(shape, device=device, dtype=dtype) for _ in range(3)]
+    trained = [x.clone().requires_grad_() for x in qkv]
+    ways: dict[str, Attend] = {"masked": partial(attend_masked, window=window)}
+    ways["blocks"] = partial(attend_blocks, window=window)
+    ways["flex"] = flex(length, window, device)
+    for run in ways.values():
+        expected = ways["masked"](*qkv)
+        torch.testing.assert_close(run(*qkv), expected, rtol=2e-2, atol=2e-2 if options.bf16 else 1e-4)
+    forward_only = "flex" if device.type == "cpu" else None
+    return {name: measure(run, qkv if name == forward_only else trained, options.repeats) for name, run in ways.items()}
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"tokens": 4096, "heads": 8, "width": 64, "repeats": 10}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    for name, defaults in {"lengths": [64, 256, 1024, 2048], "windows": [16, 64, 256]}.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=defaults, help=f"default: {defaults}")
+    parser.add_argument("--bf16", action="store_true", help="bf16 instead of fp32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    print(f"| T ({name}) | W | masked, ms | blocks, ms | flex, ms | masked, MiB | blocks, MiB | flex, MiB | chosen |")
+    print("|" + "---|" * 9)
+    figures = []
+    for length in options.lengths:
+        for window in (window for window in options.windows if window <= length):
+            rows = compare(length, window, options, device)
+            chosen = "blocks" if choose(length, window) is attend_blocks else "masked"
+            times = " | ".join(f"{row['ms']:.2f}" for row in rows.values())
+            memory = " | ".join(f"{row['mib']:.0f}" if "mib" in row else "-" for row in rows.values())
+            print(f"| {length} | {window} | {times} | {memory} | {chosen} |", flush=True)
+            figures.append({"length": length, "window": window, **rows, "chosen": chosen})
+    if options.json:
+        options.json.write_text(json.dumps({"device": name, "options": str(options), "rows": figures}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Causal attention to the last W positions, by a fused kernel, over all pairs of positions or over blocks.
+
+Shapes: B batch, T positions, H heads, K head width, W window, C <= W positions before the first query, S = C + T keys.
+Of blocks: M = B H, N blocks, L >= W queries of a block, J = 2 L keys that they are multiplied with.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+ALIGNMENT = 8  # fused kernels on a GPU take masks whose rows are a multiple of this
+SMALLEST = 16  # queries of a block
+LONG = 8  # blocks are the faster way from rows of so many blocks on
+
+
+def choose(keys: int, window: int) -> Attend:
+    """Return the faster function for S keys and a window, by `benchmarks/window_attention.py`."""
+    return attend_blocks if keys >= LONG * _block(window) else attend_masked
+
+
+def attend_masked(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -> Tensor:
+    """Return what the queries read, [B, H, T, K], from the products of all queries with all keys."""
+    mask_TS = seen(q_BHTK.shape[2], k_BHSK.shape[2], window, q_BHTK.device)
+    return scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask_TS)
+
+
+def attend_blocks(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -> Tensor:
+    """Return the same from the products of each block of queries with the keys of the block and of the block before."""
+    B, H, T, K = q_BHTK.shape
+    size, past = _block(window), k_BHSK.shape[2] - T
+    blocks = -(-T // size)
+    q_MNLK = pad(q_BHTK, (0, 0, 0, blocks * size - T)).reshape(B * H, blocks, size, K)
+    k_MNJK, v_MNJK = (
+        pad(x, (0, 0, size - past, blocks * size - T)).reshape(B * H, -1, K).unfold(1, 2 * size, size).mT
+        for x in (k_BHSK, v_BHSK)
+    )
+    # Keys before the first one are zeros. Queries after the last one see themselves, so no softmax is over nothing.
+    key_NJ = torch.arange(blocks, device=q_BHTK.device)[:, None] * size + torch.arange(2 * size, device=q_BHTK.device)
+    mask_NLJ = seen(size, 2 * size, window, q_BHTK.device) & (key_NJ >= size - past)[:, None]
+    read_MNLK = scaled_dot_product_attention(q_MNLK, k_MNJK, v_MNJK, attn_mask=mask_NLJ)
+    return read_MNLK.reshape(B, H, -1, K)[:, :, :T]
+
+
+def seen(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Return the mask [T, S] that is True where a query sees a key; the last query is at the position of the last key.
+
+    A query sees keys at a distance of 0 to W - 1.
+    """
+    distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance_TS >= 0) & (distance_TS < window)
+
+
+def _block(window: int) -> int:
+    return max(SMALLEST, -(-window // ALIGNMENT) * ALIGNMENT)

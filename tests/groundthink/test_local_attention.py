@@ -1,0 +1,50 @@
+"""Attention to a window is the same over all pairs of positions, over blocks, and by its definition."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_modules.groundthink.local_attention import attend_blocks, attend_masked, choose
+
+# Positions, positions before the first query, window: no block is full, exactly full, one more; a window over all
+SHAPES = [(70, 0, 5), (70, 5, 5), (70, 3, 5), (1, 5, 5), (1, 0, 5), (5, 2, 64), (64, 64, 64), (129, 0, 64), (40, 1, 1)]
+
+
+def tensors(length: int, past: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = length, length + past, length + past
+    return [torch.randn(2, 3, size, 4, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes]
+
+
+def attend_one(q_K: Tensor, k_SK: Tensor, v_SK: Tensor) -> Tensor:
+    return ((k_SK @ q_K) / 2).softmax(0) @ v_SK
+
+
+@pytest.mark.parametrize("attend", [attend_masked, attend_blocks])
+@pytest.mark.parametrize(("length", "past", "window"), SHAPES)
+def test_values_and_gradients_are_those_of_the_definition(attend, length, past, window):
+    q, k, v = tensors(length, past)
+    rows = []
+    for t in range(length):
+        keys = slice(max(0, past + t - window + 1), past + t + 1)
+        rows.append(torch.func.vmap(torch.func.vmap(attend_one))(q[:, :, t], k[:, :, keys], v[:, :, keys]))
+    expected = torch.stack(rows, 2)
+    output = attend(q, k, v, window)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    seed = torch.randn_like(output)
+    gradients, wanted = (torch.autograd.grad(x, (q, k, v), seed) for x in (output, expected))
+    torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attend", [attend_masked, attend_blocks])
+def test_under_vmap(attend):
+    q, k, v = (torch.randn(2, 2, 3, 40, 4, dtype=torch.float64) for _ in range(3))
+    output = torch.func.vmap(lambda q, k, v: attend(q, k, v, 6))(q, k, v)
+    torch.testing.assert_close(output[1], attend(q[1], k[1], v[1], 6))
+
+
+def test_long_rows_are_read_in_blocks_and_short_ones_at_once():
+    assert choose(1024, 64) is attend_blocks
+    assert choose(256, 64) is attend_masked
+    assert choose(64, 4) is attend_masked  # blocks have at least 16 queries
+    assert choose(65, 64) is attend_masked  # one step of generation
