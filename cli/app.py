@@ -31,6 +31,7 @@ from cli import output, renames
 from cli.checkpoint import check_files, check_fit
 from cli.commands import run_help
 from cli.config_errors import FriendlyParser
+from cli.device import device_of_run
 from cli.flags import check_flags
 from cli.given_folder import GivenFolder
 from cli.restoring import Restoring
@@ -39,6 +40,7 @@ from cli.trainer import build, with_defaults
 from cli.user_errors import host_message, library_message, user_message
 from datamodules.errors import UserError
 from lightning_modules.core.signals import Interrupted, Signals
+from lightning_modules.pretrained.loading import loading_to
 
 RUN_DIR_VARIABLE = "CROSSTALK_RUN_DIR"  # passes the folder to the processes that DDP starts
 
@@ -152,6 +154,11 @@ class CrosstalkCLI(LightningCLI):
     @rank_zero_only
     def _check_given_folder(self) -> None:
         self.given_folder = GivenFolder(self.log_dir, "trainer.default_root_dir")
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; pretrained models are loaded onto the device of this process."""
+        with loading_to(device_of_run(self.config[self.subcommand].trainer)):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with what every run has: record, progress bar, checkpoints, signals, TensorBoard."""

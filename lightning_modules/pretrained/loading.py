@@ -1,8 +1,9 @@
 """Language models and tokenizers from a folder, from the Hugging Face hub, or from a configuration alone."""
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +44,19 @@ if TYPE_CHECKING:
             """Write the weights and the configuration to a folder."""
 
 
+_device: ContextVar[torch.device | None] = ContextVar("device", default=None)  # None for the CPU
+
+
+@contextmanager
+def loading_to(device: torch.device) -> Iterator[None]:
+    """Put the models that are loaded inside the block on a device, without a copy in the memory of the CPU."""
+    token = _device.set(None if device.type == "cpu" else device)
+    try:
+        yield
+    finally:
+        _device.reset(token)
+
+
 def quiet() -> None:
     """Keep progress bars and warnings of transformers off the terminal; problems are raised as errors instead."""
     from huggingface_hub.utils.logging import set_verbosity_error as quiet_hub
@@ -59,7 +73,8 @@ class Pretrained:
 
     Attributes:
         path: A folder made by `save_pretrained`, or a hub id.
-        random_init: Build the model from its configuration with random weights, as a control or to test shapes.
+        random_init: Build the model from its configuration with random weights, as a control or to test shapes. They
+            are drawn on the device of the run.
         dtype: Precision of the weights. Frozen models may be `bfloat16`; trained models stay `float32`.
         tokenizer: Folder or hub id of the tokenizer, if it is not in `path`.
         attn_implementation: Implementation of attention in transformers, such as `sdpa`, `eager` or
@@ -101,9 +116,13 @@ class Pretrained:
         Raises:
             UserError: The model cannot be read, or its weights do not fit its configuration.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-        model: CausalLM = self._build(AutoModelForCausalLM, self.load_config())
+        config = self.load_config()
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) if self.random_init else AutoModelForCausalLM
+        if kind is None:
+            raise UserError(f"cannot load a model from '{self.path}': {config.model_type} is no causal language model")
+        model: CausalLM = self._build(kind, config)
         return model
 
     def load_first_layers(self, layers: Sequence[int]) -> FirstLayers:
@@ -143,17 +162,19 @@ class Pretrained:
         raise UserError(f"model.source: '{self.path}' ({config.model_type}) does not read text: {reason}") from error
 
     def _build(self, loader: Any, config: "PreTrainedConfig", **options: Any) -> Any:
+        what = "a model", self.path
         options |= {"dtype": {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
+        if (device := _device.get()) is not None:
+            options["device_map"] = {"": device}
+        # transformers only logs weights that do not fit; it has to return them, so that they can be an error here
+        options |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
         if self.random_init:
-            make = getattr(loader, "from_config", None) or loader._from_config
-            model = _load(lambda path, **_: make(config, **options), "a model", self.path)
+            # Of no weights, all are missing: transformers makes them on the meta device, then draws them in place
+            model, _ = _load(lambda _, **named: loader.from_pretrained(None, **named), *what, **options, state_dict={})
         else:
-            options |= {"config": config, "use_safetensors": True}
-            # transformers only logs weights that do not fit; it has to return them, so that they can be an error here
-            options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            model, info = _load(loader.from_pretrained, "a model", self.path, **options)
+            model, info = _load(loader.from_pretrained, *what, **options, use_safetensors=True)
             wrong = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
             if wrong:
                 problem = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ViTConfig
+from transformers import LlamaForCausalLM, ViTConfig, core_model_loading
 
-from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.loading import Pretrained, loading_to
 
 PAIR = Path(__file__).parents[2] / "assets" / "pair"
 
@@ -58,6 +58,74 @@ def test_random_init_has_the_shapes_and_nothing_else():
     part = Pretrained(str(PAIR / "source"), random_init=True).load_first_layers([2]).model
     assert [len(list(layer.parameters())) > 0 for layer in part.layers] == [True, True, False, False]
     assert not torch.equal(part.embed_tokens.weight, trained["model.embed_tokens.weight"])
+
+
+@torch.no_grad()
+def test_random_weights_are_drawn_once_where_they_are_needed(monkeypatch):
+    made, make = [], LlamaForCausalLM.__init__
+
+    def watched(model, *args, **options):
+        make(model, *args, **options)
+        made.append({parameter.device.type for parameter in model.parameters()})
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", watched)
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(Pretrained(str(PAIR / "source"), random_init=True).load_causal_lm())
+    assert made == [{"meta"}] * 3
+    model, again, other = (model.state_dict() for model in models)
+    assert all(value.device.type == "cpu" for value in [*models[0].parameters(), *models[0].buffers()])
+    assert all(torch.equal(value, again[name]) for name, value in model.items())
+    assert not torch.equal(model["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    std, config = model["model.layers.0.mlp.up_proj.weight"].std().item(), models[0].config
+    assert std == pytest.approx(config.initializer_range, rel=0.05)
+    # Buffers that are in no file are computed, and weights that are shared stay shared
+    frequencies = Pretrained(str(PAIR / "source")).load_causal_lm().model.rotary_emb.inv_freq
+    assert torch.equal(models[0].model.rotary_emb.inv_freq, frequencies)
+    shared = models[0].lm_head.weight is models[0].model.embed_tokens.weight
+    assert shared == config.tie_word_embeddings
+    tokens_BT = tokens("source")
+    assert models[0](tokens_BT).logits.isfinite().all()
+
+
+def test_models_are_loaded_onto_the_device_of_the_run(monkeypatch):
+    asked = []
+
+    def load(path, **options):
+        asked.append((path, options.get("device_map")))
+        raise ValueError("no such device here")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", load)
+    gpu = torch.device("cuda", 1)
+    for random in (False, True):
+        model = Pretrained(str(PAIR / "source"), random_init=random)
+        with loading_to(gpu), pytest.raises(ValueError, match="no such device here"):
+            model.load_causal_lm()
+        with pytest.raises(ValueError, match="no such device here"):
+            model.load_causal_lm()
+    path = str(PAIR / "source")
+    assert asked == [(path, {"": gpu}), (path, None), (None, {"": gpu}), (None, None)]
+
+
+def test_only_the_layers_that_are_needed_are_read(tmp_path, monkeypatch):
+    Pretrained(str(PAIR / "source")).load_causal_lm().save_pretrained(tmp_path, max_shard_size="500KB")
+    counts, materialise = [], core_model_loading._materialize_copy
+
+    def watched(tensor, *args, **options):
+        value = materialise(tensor, *args, **options)
+        counts.append(value.numel())
+        return value
+
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", watched)
+    part = Pretrained(str(tmp_path)).load_first_layers([1]).model
+    assert sum(counts) == sum(parameter.numel() for parameter in part.parameters()) > 0
+
+
+def test_a_configuration_of_no_causal_model_has_no_random_weights(tmp_path):
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot load a model from '.*': vit is no causal language model"):
+        Pretrained(str(tmp_path), random_init=True).load_causal_lm()
 
 
 def test_dtype():
