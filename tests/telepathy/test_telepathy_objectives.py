@@ -1,12 +1,15 @@
 """Objectives against closed forms."""
 
 import math
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
 from lightning_modules.core.diversity import mean_pairwise_cosine
+from lightning_modules.telepathy import FlowBridge, PerceiverBridge, TokenBridge
 from lightning_modules.telepathy import objectives as objective
 
 DIRECTIONS_BF = torch.eye(8)
@@ -82,4 +85,250 @@ def test_objectives_are_summed_with_their_weights(telepathy, fit):
 @pytest.mark.parametrize("objectives", [{}, {"lm": 0.0}])
 def test_no_objective_is_refused(telepathy, objectives):
     with pytest.raises(ValueError, match="give at least one objective a weight"):
+        telepathy(objectives=objectives)
+
+
+def masked(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random soft tokens and a mask with holes at the ends of rows."""
+    count_B = torch.arange(shape[0]) % shape[1] + 1
+    return random(*shape), torch.arange(shape[1]) < count_B[:, None]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+def test_anchor_is_the_distance_of_centred_means(distance):
+    soft_BD, text_BD = random(5, 7), random(5, 7, seed=1)
+    by_hand = []
+    for i in range(5):
+        soft_D, text_D = soft_BD[i] - soft_BD.mean(0), text_BD[i] - text_BD.mean(0)
+        cosine = (soft_D @ text_D / (soft_D.norm() * text_D.norm())).item()
+        by_hand.append(1 - cosine if distance == "cosine" else ((soft_D - text_D) ** 2).mean().item())
+    assert objective.anchor(soft_BD, text_BD, distance).item() == pytest.approx(sum(by_hand) / 5, rel=1e-5)
+
+
+def test_one_vector_for_all_inputs_satisfies_an_anchor_that_is_not_centred():
+    common_BD = 5.0 + 0.1 * random(6, 32, seed=1)
+    constant_BD = torch.full((6, 32), 5.0)
+    assert objective.anchor(constant_BD, common_BD, "cosine", centred=False).item() < 0.01
+    assert objective.anchor(constant_BD, common_BD, "cosine").item() == pytest.approx(1)
+
+
+def test_bag_of_words_has_a_half_for_present_and_a_half_for_absent_words():
+    logits_BV, present_BV = random(3, 6), torch.arange(6) % 3 < torch.tensor([[1], [2], [1]])
+    by_hand = 0.0
+    for i in range(3):
+        present = [-math.log(torch.sigmoid(x).item()) for x in logits_BV[i][present_BV[i]]]
+        absent = [-math.log(1 - torch.sigmoid(x).item()) for x in logits_BV[i][~present_BV[i]]]
+        by_hand += (sum(present) / len(present) + sum(absent) / len(absent)) / 2
+    assert objective.bag_of_words(logits_BV, present_BV).item() == pytest.approx(by_hand / 3, rel=1e-5)
+    rare_BV = torch.zeros(4, 1000, dtype=torch.bool)
+    rare_BV[:, :5] = True
+    base = objective.bag_of_words(torch.full((4, 1000), math.log(0.005)), rare_BV).item()
+    assert base > math.log(2)  # the base rate alone earns nothing
+
+
+def test_first_tokens_is_a_weighted_mean():
+    logits_NV, labels_N, weight_N = random(6, 10), torch.arange(6), torch.tensor([9.0, 9.0, 1, 1, 9.0, 1])
+    each_N = -logits_NV.log_softmax(-1)[torch.arange(6), labels_N]
+    wanted = sum(w * x for w, x in zip(weight_N.tolist(), each_N.tolist(), strict=True)) / weight_N.sum().item()
+    assert objective.first_tokens(logits_NV, labels_N, weight_N).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_separation_is_the_distance_to_the_nearest_other_input():
+    soft_BF = random(6, 9)
+    unit = [row / row.norm() for row in soft_BF]
+    nearest = [min((unit[i] - unit[j]).norm().item() for j in range(6) if j != i) for i in range(6)]
+    wanted = sum(max(0.0, 1.2 - distance) for distance in nearest) / 6
+    assert objective.separation(soft_BF, 1.2).item() == pytest.approx(wanted, abs=1e-5)
+    assert wanted > 0
+    two_clusters_BF = torch.cat([random(1, 9).expand(3, -1), -random(1, 9).expand(3, -1)])
+    assert objective.batch_diversity(two_clusters_BF).item() < 0
+    assert objective.separation(two_clusters_BF, 1.0).item() == pytest.approx(1, abs=1e-4)
+    assert objective.separation(random(1, 9), 1.0).item() == 0
+
+
+def test_position_variance_is_taken_over_inputs_at_each_position():
+    soft_BKD, mask_BK = masked(6, 4, 3)
+    variances = []
+    for k in range(4):
+        real_ND = soft_BKD[mask_BK[:, k], k]
+        if len(real_ND) > 1:
+            variances += ((real_ND - real_ND.mean(0)) ** 2).mean(0).tolist()
+    square = (soft_BKD[mask_BK] ** 2).mean().item()
+    wanted = -math.log(sum(variances) / len(variances) / square)
+    assert objective.position_variance(soft_BKD, mask_BK).item() == pytest.approx(wanted, abs=1e-4)
+    spoilt_BKD = soft_BKD.masked_fill(~mask_BK[..., None], 100.0)
+    assert objective.position_variance(spoilt_BKD, mask_BK).item() == pytest.approx(wanted, abs=1e-4)
+    assert objective.position_variance(7 * soft_BKD, mask_BK).item() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_equal_inputs_satisfy_a_variance_over_inputs_and_positions():
+    same_BKD = random(1, 8, 5).expand(6, -1, -1)
+    mask_BK = torch.ones(6, 8, dtype=torch.bool)
+    assert objective.position_variance(same_BKD, mask_BK, pooled=True).item() < 0.2
+    assert objective.position_variance(same_BKD, mask_BK).item() > 10
+
+
+def test_code_entropy_is_0_for_equal_use_and_1_for_one_code():
+    assert objective.code_entropy(torch.full((2, 4), 0.25), 16).item() == pytest.approx(0, abs=1e-6)
+    assert objective.code_entropy(torch.eye(4)[:2], 16).item() == pytest.approx(1, abs=1e-6)
+    share_FV = random(2, 4).softmax(-1)
+    by_hand = -sum(p * math.log(p) for p in share_FV.flatten().tolist()) / math.log(16)
+    assert objective.code_entropy(share_FV, 16).item() == pytest.approx(1 - by_hand, rel=1e-5)
+
+
+# What all objectives read of a step, on one rank and on two
+
+FLOW = partial(FlowBridge, width=16, heads=2, steps=2)
+FIFTEEN = {name: 1.0 for name in objective.OBJECTIVES} | {"first_tokens": {"weight": 1.0, "k": 3, "text": "question"}}
+
+
+def step_of(module, problems) -> objective.BridgeStep:
+    torch.manual_seed(5)  # of the number that flow bridges draw
+    batch = module.collate(problems, True)
+    encoding = module.encode(batch)
+    logits_NV = module.target.logits(batch["soft"], encoding.soft_BKD)
+    parts = module.target, module.bridge, module.bottleneck, encoding, logits_NV, module.scale
+    return objective.BridgeStep(batch, *parts, lambda x: x, module.heads, module.flaws)
+
+
+def on_one_rank(module, problems) -> dict[str, float]:
+    losses = objective.weighted(module.objectives, step_of(module, problems), lambda count: 1.0)
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def on_two_ranks(module, problems) -> dict[str, float]:
+    """Every objective as two ranks compute it, each with half of the problems: the mean of both."""
+    middle = len(problems) // 2
+    steps, means = [step_of(module, half) for half in (problems[:middle], problems[middle:])], {}
+    for name, one in module.objectives.items():
+        sent = []
+        for step in steps:
+            sent.append([])
+            step.gather = partial(record, sent[-1])
+            one.loss(step)
+        values, masses = [], []
+        for step in steps:
+            step.gather = partial(next_of, iter([torch.cat(pair) for pair in zip(*sent, strict=True)]))
+            values.append(one.loss(step).item())
+            masses.append(1.0 if one.mass is None else float(one.mass(step)))
+        means[name] = sum(value * mass for value, mass in zip(values, masses, strict=True)) / sum(masses)
+    return means
+
+
+def record(sent: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    sent.append(x)
+    return x
+
+
+def next_of(received: Iterator[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return next(received)
+
+
+FLAWED = ["mean_pool", "own_head", "pooled_variance", "anchor_scale", "self_contrast", "constant_anchor", "flow_scale"]
+
+
+@pytest.mark.parametrize(
+    ("bridge", "bottleneck", "left_out", "flaws"),
+    [
+        (FLOW, "vq", (), []),
+        (partial(PerceiverBridge, soft_tokens=9, heads=2, width=16), "fsq", ("flow",), []),
+        (partial(TokenBridge, hidden=16), "none", ("flow", "commitment", "code_entropy"), []),
+        (FLOW, "none", ("commitment", "code_entropy"), FLAWED),
+    ],
+)
+def test_every_objective_is_the_same_on_two_ranks_and_with_other_padding(
+    telepathy, problems, bridge, bottleneck, left_out, flaws
+):
+    objectives = {name: setting for name, setting in FIFTEEN.items() if name not in left_out}
+    module = telepathy(bridge, bottleneck=bottleneck, objectives=objectives, reproduce_flaws=flaws)
+    problems = sorted(problems, key=lambda problem: len(problem.question))  # the halves have different padding
+    one, two = on_one_rank(module, problems), on_two_ranks(module, problems)
+    assert one.keys() == set(objectives)
+    for name in one:
+        assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["anchor", "reconstruction", "bag_of_words", "autoencode", "readback", "flow"])
+def test_each_new_objective_falls_when_it_is_trained(telepathy, problems, name):
+    module = telepathy(FLOW, objectives={name: 1.0}, output="none")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
+    first = None
+    for _ in range(8):
+        (loss,) = objective.weighted(module.objectives, step_of(module, problems[:8]), lambda count: 1.0).values()
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.97 * first
+
+
+def test_what_the_target_is_asked_to_repeat(telepathy, problems):
+    module = telepathy(objectives={"autoencode": 1.0, "readback": 1.0})
+    batch, tokenizer = module.collate(problems[:1], True), module.target.tokenizer
+    question, answer = problems[0].question, problems[0].answer
+    assert tokenizer.decode(batch["readback"].labels_N[:-1]) == f" {question}"
+    assert tokenizer.decode(batch["autoencode"].labels_N[:-1]) == f" {question}\nAnswer: {answer}"
+    hole = int((batch["readback"].column_BT[0] >= 0).nonzero()[-1])
+    assert tokenizer.decode(batch["readback"].tokens_BT[0, hole + 1 :]).startswith("\nRepeat:")
+
+
+def test_reconstruction_cannot_be_had_from_a_constant_unless_means_are_compared(telepathy, problems):
+    losses = {}
+    for flaws in ([], ["mean_pool"]):
+        module = telepathy(objectives={"reconstruction": {"distance": "cosine"}}, reproduce_flaws=flaws)
+        step = step_of(module, problems)
+        step.encoding.soft_BKD = torch.ones_like(step.soft_BKD) * step.batch["soft_mask"][..., None]
+        optimizer = torch.optim.Adam(module.heads.parameters(), lr=0.03)
+        for _ in range(60):
+            loss = module.objectives["reconstruction"].loss(step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[bool(flaws)] = loss.item()
+    assert losses[True] < 0.2 < 0.4 < losses[False]
+
+
+def test_an_anchor_in_squares_at_the_scale_of_small_embeddings_has_hardly_a_gradient(telepathy, problems):
+    grads = {}
+    for flaws in ([], ["anchor_scale"]):
+        module = telepathy(objectives={"anchor": {"distance": "mse"}}, reproduce_flaws=flaws)
+        module.objectives["anchor"].loss(step_of(module, problems)).backward()
+        grads[bool(flaws)] = module.soft_tokens.scale.grad.item()
+    assert grads[False] == pytest.approx(grads[True] / module.scale**2, rel=1e-3)
+
+
+def test_a_variance_without_gradient_trains_nothing(telepathy, problems):
+    bridge = partial(PerceiverBridge, soft_tokens=9, heads=2, width=16)
+    for flaws in ([], ["dead_diversity"]):
+        module = telepathy(bridge, objectives={"position_variance": 1.0}, reproduce_flaws=flaws)
+        assert module.objectives["position_variance"].loss(step_of(module, problems)).requires_grad == (not flaws)
+
+
+def test_self_contrast_does_not_know_the_text(telepathy, problems):
+    values = {}
+    for flaws in ([], ["self_contrast"]):
+        module = telepathy(objectives={"contrastive": 1.0}, reproduce_flaws=flaws)
+        step = step_of(module, problems)
+        own = module.objectives["contrastive"].loss(step).item()
+        step.batch["question"] = step.batch["question"].flip(0)
+        values[bool(flaws)] = own, module.objectives["contrastive"].loss(step).item()
+    assert values[True][0] == values[True][1]
+    assert values[False][0] != values[False][1]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        ({"lm": {"weight": -1.0}}, "model.objectives.lm must be at least 0"),
+        ({"anchor": {"of": "answer"}}, "model.objectives.anchor has no 'of': choose among weight, text, distance"),
+        ({"anchor": {"text": "reply"}}, "model.objectives.anchor.text has no 'reply': choose among question, answer"),
+        ({"first_tokens": {"k": 2.5}}, "model.objectives.first_tokens.k must be a number of type int, not 2.5"),
+        ({"first_tokens": {"k": 0}}, "model.objectives.first_tokens.k must be at least 1, not 0"),
+        ({"separation": {"margin": "far"}}, "model.objectives.separation.margin must be a number of type float"),
+        ({"lm": 1.0, "code_entropy": 0.1}, "model.objectives.code_entropy needs codes: set model.bottleneck to vq or"),
+        ({"flow": 1.0}, "model.objectives.flow needs a FlowBridge as model.bridge, not a TokenBridge"),
+    ],
+)
+def test_objectives_that_cannot_be(telepathy, objectives, message):
+    with pytest.raises(ValueError, match=message):
         telepathy(objectives=objectives)

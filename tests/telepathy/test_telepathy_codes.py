@@ -1,0 +1,145 @@
+"""Bottlenecks: codes at the scale of their inputs, gradients, the measure of their use."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import SMALL
+
+from datamodules import WordProblems
+from lightning_modules.telepathy import PerceiverBridge
+from lightning_modules.telepathy.bottleneck import CODES, LEVELS, CodeUse, make_bottleneck
+
+WIDTH = 16
+PERCEIVER = partial(PerceiverBridge, soft_tokens=9, heads=2, width=16)
+
+
+def made(name: str, flaws: tuple[str, ...] = ()):
+    torch.manual_seed(0)
+    return make_bottleneck(name, WIDTH, flaws)
+
+
+def soft(count: int = 200) -> torch.Tensor:
+    return torch.randn(4, count // 4, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_a_vector_becomes_the_nearest_code():
+    bottleneck = made("vq")
+    unit_BKD = soft() / soft().square().mean(-1, keepdim=True).sqrt()
+    vectors_BKD, codes = bottleneck(3 * soft())  # the size of the input is not in its code
+    codebook_VD = bottleneck.quantizer.codebook
+    distance_BKV = (unit_BKD[:, :, None] - codebook_VD).norm(dim=-1)
+    assert (codes.index_BK == distance_BKV.argmin(-1)).all()
+    torch.testing.assert_close(vectors_BKD, codebook_VD[codes.index_BK], atol=1e-4, rtol=1e-4)
+    nearest_BK = distance_BKV.amin(-1).square() / WIDTH
+    torch.testing.assert_close(codes.commitment_BK, 1.25 * nearest_BK, atol=1e-4, rtol=1e-3)
+
+
+def test_the_codebook_has_the_scale_of_its_inputs_but_in_the_notes():
+    sizes = {}
+    for flaws in ((), ("codebook_scale",)):
+        bottleneck = made("vq", flaws)
+        _, codes = bottleneck(soft())
+        sizes[flaws] = bottleneck.quantizer.codebook.square().mean().sqrt().item(), codes.commitment_BK.mean().item()
+    assert sizes[()][0] == pytest.approx(1, abs=0.05)
+    assert sizes[("codebook_scale",)][0] == pytest.approx(1 / (CODES * 3**0.5), rel=0.05)
+    assert sizes[()][1] < 0.7 * 1.25 < 0.95 * 1.25 < sizes[("codebook_scale",)][1]  # all codes are equally far
+
+
+@pytest.mark.parametrize("name", ["vq", "fsq"])
+def test_gradients_reach_the_bridge_and_every_parameter(name):
+    bottleneck, soft_BKD = made(name), soft().requires_grad_()
+    vectors_BKD, codes = bottleneck(soft_BKD)
+    (vectors_BKD.square().sum(-1).sin().sum() + codes.commitment_BK.sum()).backward()
+    assert soft_BKD.grad.isfinite().all()
+    assert (soft_BKD.grad.abs().sum(-1) > 0).all()
+    assert [n for n, p in bottleneck.named_parameters() if p.grad is None] == []
+
+
+def test_the_commitment_moves_the_codebook_towards_the_inputs():
+    bottleneck = made("vq")
+    _, codes = bottleneck(soft())
+    codes.commitment_BK.mean().backward()
+    torch.optim.SGD(bottleneck.parameters(), lr=20.0).step()
+    _, moved = bottleneck(soft())
+    assert moved.commitment_BK.mean() < codes.commitment_BK.mean()
+
+
+@torch.no_grad()
+def test_scalars_are_rounded_to_their_levels():
+    bottleneck = made("fsq")
+    _, codes = bottleneck(soft(800))
+    digits = bottleneck.quantizer.indices_to_level_indices(codes.index_BK)
+    assert bottleneck.size == math.prod(LEVELS)
+    assert [set(digits[..., f].flatten().tolist()) <= set(range(n)) for f, n in enumerate(LEVELS)] == [True] * 5
+    assert codes.index_BK.unique().numel() > 100
+    assert (codes.commitment_BK == 0).all()
+
+
+@pytest.mark.parametrize("name", ["vq", "fsq"])
+def test_the_soft_assignment_agrees_with_the_codes(name):
+    bottleneck, soft_BKD = made(name), soft().requires_grad_()
+    share_BKFV = bottleneck.shares(soft_BKD)
+    torch.testing.assert_close(share_BKFV.sum(-1), torch.ones_like(share_BKFV[..., 0]))
+    codes = bottleneck(soft_BKD)[1].index_BK
+    if name == "vq":
+        assert (share_BKFV[:, :, 0].argmax(-1) == codes).all()
+    else:
+        assert (share_BKFV.argmax(-1) == bottleneck.quantizer.indices_to_level_indices(codes)).float().mean() > 0.99
+    share_BKFV[..., 0].sum().backward()
+    assert soft_BKD.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["vq", "fsq"])
+def test_quantisation_is_fp32_under_autocast_and_finite_for_zeros(name):
+    bottleneck = made(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        low_BKD, low = bottleneck(soft())
+    high_BKD, high = bottleneck(soft())
+    assert low_BKD.dtype == torch.float32
+    assert torch.equal(low.index_BK, high.index_BK)
+    torch.testing.assert_close(low_BKD, high_BKD)
+    zeros_BKD = torch.zeros(2, 3, WIDTH, requires_grad=True)
+    vectors_BKD, codes = bottleneck(zeros_BKD)
+    (vectors_BKD.sum() + codes.commitment_BK.sum()).backward()
+    assert zeros_BKD.grad.isfinite().all()
+
+
+def test_perplexity_counts_equally_used_codes_over_all_batches():
+    use = CodeUse(50)
+    use.update(torch.arange(20))
+    use.update(torch.arange(20, 40))
+    assert use.compute().item() == pytest.approx(40)
+    use.reset()
+    use.update(torch.tensor([3] * 8))
+    assert use.compute().item() == pytest.approx(1)
+    use.update(torch.tensor([4] * 4))
+    assert use.compute().item() == pytest.approx(math.exp(-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3)))
+
+
+@pytest.mark.parametrize("name", ["vq", "fsq"])
+def test_the_perplexity_is_measured_in_validation_and_test_in_any_batches(telepathy, fit, name):
+    found = set()
+    for size in (5, 16):
+        module = telepathy(PERCEIVER, bottleneck=name, max_new_tokens=2)
+        data = WordProblems(**SMALL | {"eval_batch_size": size})
+        trainer = fit(module, 1, data, limit_val_batches=1.0, val_check_interval=1)
+        validated = trainer.callback_metrics["validation/code_perplexity"].item()
+        trainer.test(module, datamodule=data, verbose=False)
+        tested = trainer.callback_metrics["test/code_perplexity"].item()
+        codes = module.encode(module.collate(data.eval_problems["test"], False))
+        mask_BK = module.collate(data.eval_problems["test"], False)["soft_mask"]
+        share_V = torch.unique(codes.codes.index_BK[mask_BK], return_counts=True)[1] / mask_BK.sum()
+        assert tested == pytest.approx(torch.special.entr(share_V).sum().exp().item(), rel=1e-5)
+        assert 1 < validated < 144
+        found.add((round(validated, 3), round(tested, 3)))
+    assert len(found) == 1
+
+
+def test_an_untrained_output_is_a_fixed_map(telepathy):
+    module = telepathy(PERCEIVER, reproduce_flaws=["untrained_output"])
+    assert module.bottleneck.map.weight.requires_grad is False
+    assert "bottleneck.map.weight" in module.state_dict()
+    assert telepathy(PERCEIVER).bottleneck.size == 0
