@@ -1,9 +1,10 @@
-"""A bank of orthogonal keys, of which each marker in a row gets the next one.
+"""A bank of orthogonal keys for markers.
 
 Shapes: B batch, T positions, H heads, K key width and size of the bank.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,14 @@ class KeyBank:
     Attributes:
         first_marker: The first marker.
         markers: Number of markers, which are successive tokens.
+        slot: Which key a marker gets: by `order` the next one of the bank, as in the notes, or by `token` the one of
+            the marker, which also has that key where it returns as a query.
         learned: Learn the bank; it stays orthogonal.
     """
 
     first_marker: int
     markers: int = 1
+    slot: Literal["order", "token"] = "order"
     learned: bool = False
 
     def check(self, vocab_size: int) -> None:
@@ -52,9 +56,10 @@ class RowTokens:
 
 
 class Bank(nn.Module):
-    """Marker number n of a row, counted from 0, has key n mod K of a head's K orthonormal keys.
+    """Marker n has key n mod K of a head's K orthonormal keys; n counts from 0 in the row, or among the markers.
 
-    Up to K markers of a row then write without any interference, whatever their tokens are. A fixed bank has the unit
+    Up to K markers then write without any interference, also if all of a row are the same token and n is the place in
+    the row. A query of the model has to find the key: the bank sets no queries. A fixed bank has the unit
     vectors as keys: random weights of the projections have no preferred direction, so that another basis would change
     nothing. A learned bank turns them by the Cayley transform (I + A)^-1 (I - A), with A = W - W^T, which is orthogonal
     for each W; W begins as zero.
@@ -85,8 +90,9 @@ class Bank(nn.Module):
         first = self.options.first_marker
         marked_BT = (tokens_BT >= first) & (tokens_BT < first + self.options.markers)
         after_BT = seen_B[:, None] + marked_BT.cumsum(1)
-        slot_BT1 = (after_BT[..., None] - 1) % self.width
-        bank_BTK = (slot_BT1 == torch.arange(self.width, device=slot_BT1.device)).to(k_BTHK.dtype)
+        slot_BT = after_BT - 1 if self.options.slot == "order" else tokens_BT - first
+        slots_K = torch.arange(self.width, device=slot_BT.device)
+        bank_BTK = (slot_BT[..., None] % self.width == slots_K).to(k_BTHK.dtype)
         if self.turn is None:
             bank_BTHK = bank_BTK[:, :, None]
         else:

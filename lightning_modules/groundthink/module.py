@@ -45,7 +45,7 @@ class GroundThink(PenalisedModel):
         shifted_value: Write each value under the key of the position before.
         keys: Whether keys come from the token, from a pseudorandom vector of the position, or from both.
         rotary_keys: Rotary positions in the queries and keys of tokens, as the notes tried them.
-        key_bank: Markers: tokens whose keys come from a bank of K orthogonal keys, one after the other.
+        key_bank: Markers: tokens whose keys come from a bank of K orthogonal keys; see `Bank`.
         window_reads_state: Window attention also reads the recurrent state of the last G before it.
         key_orthogonality: Penalty on keys of one row that overlap, logged as `train/key_orthogonality`.
         beta_sparsity: Penalty on the mean writing strength, logged as `train/beta_sparsity`.

@@ -28,7 +28,7 @@ OPTIONS = {
     "shifted value": {"shifted_value": True, "key_conv_width": 2},
     "position keys": {"keys": "position"},
     "rotary keys": {"rotary_keys": True},
-    "key bank": {"key_bank": KeyBank(1, markers=3), "conv_width": 0},
+    "key bank": {"key_bank": KeyBank(1, markers=3, slot="token"), "conv_width": 0},
     "all": {
         "keys": "both",
         "rotary_keys": True,

@@ -42,7 +42,7 @@ def test_rotary_keys_compare_with_queries_by_distance_and_tokens():
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("options", [{}, {"keys": "both", "rotary_keys": True}, {"keys": "position"}])
 def test_the_markers_of_a_row_have_orthonormal_keys_in_turn_and_other_tokens_keep_theirs(learned, options):
-    bank = KeyBank(MARKERS[0], len(MARKERS), learned)
+    bank = KeyBank(MARKERS[0], len(MARKERS), learned=learned)
     module = GroundThink(**SIZES, pattern="G", key_bank=bank, **options).double()
     plain = GroundThink(**SIZES, pattern="G", **options).double()
     turn = module.network.blocks[0].gated_delta.places.bank.turn
@@ -76,6 +76,18 @@ def test_the_slot_after_the_last_is_the_first_and_counts_go_on_after_a_piece():
         _, keys, seen_B = places(piece, piece, first, seen_B)
         pieces.append(keys)
     assert torch.equal(torch.cat(pieces, 1), whole)
+
+
+def test_a_marker_has_its_own_key_by_token_wherever_it_is():
+    tokens = RowTokens()
+    bank = Bank(2, 4, KeyBank(3, 5, slot="token"), tokens)
+    tokens.tokens_BT = torch.tensor([[4, 0, 3, 6, 4, 8, 7, 3]])
+    k_BTHK = torch.randn(1, 8, 2, 4)
+    keys_BTHK, _ = bank(k_BTHK, torch.zeros(1, dtype=torch.long))
+    for head in range(2):
+        assert keys_BTHK[0, :, head].argmax(1)[[0, 2, 3, 4, 6, 7]].tolist() == [1, 0, 3, 1, 0, 0]  # 7 - 3 is 4 mod 4
+        assert (keys_BTHK[0, [0, 2, 3, 4, 6, 7], head].abs().sum(1) == 1).all()
+    assert torch.equal(keys_BTHK[:, [1, 5]], k_BTHK[:, [1, 5]])  # token 8 is behind the last marker
 
 
 def test_a_bank_stores_as_many_values_as_it_has_keys_without_interference():
