@@ -64,9 +64,10 @@ class StateProbe(NeedleProbe):
       how much a write under a key at right angles, or under the key of another needle, changes it;
     - `_capacity`: the most writes one behind the other, without filler, of which 95 % are found: 1, 2, 4, ...
 
-    `lightning_modules.groundthink.probes.state` has the definitions. A picture and a table of all heads go to
-    loggers that take them, for the first ensemble member. Every rank measures all rows, so the numbers do not depend on
-    the number of ranks. A model without a gated delta mixer, such as a control, is left alone with a warning.
+    `lightning_modules.groundthink.probes.state` has the definitions. Pictures of the gates along a row and of all
+    measures by head, and a table, go to loggers that take them, for the first ensemble member. Every rank measures all
+    rows, so the numbers do not depend on the number of ranks. A model without a gated delta mixer, such as a control,
+    is left alone with a warning.
 
     Example::
 
@@ -114,6 +115,8 @@ class StateProbe(NeedleProbe):
                 step = logged_step(trainer)
                 figure = state_report.picture(members[0], name, mixer.key_width)
                 add_figure(trainer, f"{split}/block{block}_state", figure, step)
+                trace = state_report.trace_picture(members[0].trace, name, members[0].head)
+                add_figure(trainer, f"{split}/block{block}_gates", trace, step)
                 add_text(trainer, f"{split}/block{block}_state", state_report.markdown(members[0]), step)
 
     def _report(self, trainer: Trainer, module: EnsembleModule, prefix: str, members: list[StateMeasures]) -> None:

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kernels.gated_delta.reference import FLOORS
 from lightning_modules.groundthink.gated_delta import GatedDelta
 
-GONE = -120.0  # log-decay after which nothing is left in fp32: exp(-120) is 0
+GONE = FLOORS[torch.float32]  # log-decay after which nothing is left
 
 State = Literal["on", "cleared", "off"]
 

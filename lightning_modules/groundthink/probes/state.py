@@ -33,6 +33,21 @@ class _Needles:
 
 
 @dataclass(frozen=True)
+class GateTrace:
+    """The gates along one row, on the CPU.
+
+    Attributes:
+        decay_TH: exp(g).
+        beta_TH: Writing strength.
+        places: Role -> positions; `write` is one of the roles.
+    """
+
+    decay_TH: Tensor
+    beta_TH: Tensor
+    places: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
 class StateMeasures:
     """What a mixer's gates, keys and state do; positions, needles, queries and rows have one weight each.
 
@@ -57,6 +72,7 @@ class StateMeasures:
         counts: Needles of `self_retrieval`, and queries of `query_retrieval`.
         capacity_curve: See `delta_rule.capacity_curve`; needles of all rows, with different keys and values.
         spectrum_HR: Singular values of the state before the first query, as means over rows, on the CPU.
+        trace: The gates along the first row.
     """
 
     lag: int
@@ -65,6 +81,7 @@ class StateMeasures:
     counts: dict[str, int]
     capacity_curve: Curve
     spectrum_HR: Tensor
+    trace: GateTrace
 
     @property
     def values(self) -> dict[str, float]:
@@ -118,7 +135,9 @@ def measure_state(batch: TokenBatch, sites: Mapping[str, Tensor], shifted: bool,
     by_head |= two_writes(different) | {"capacity": capacity(curve)}
     by_head = {name: x_H.float().cpu() for name, x_H in by_head.items()}
     counts = {"self_retrieval": int(present_BN.sum()), "query_retrieval": len(queries.row_Q)}
-    return StateMeasures(lag, head, by_head, counts, curve, spectrum_BHR.mean(0).cpu())
+    first = {name: mask_BT[0].nonzero()[:, 0].tolist() for name, mask_BT in (role | {"write": written_BT}).items()}
+    trace = GateTrace(writes.log_decay_BTH[0].exp().cpu(), sites["gates.beta"][0].float().cpu(), first)
+    return StateMeasures(lag, head, by_head, counts, curve, spectrum_BHR.mean(0).cpu(), trace)
 
 
 def query_match(writes: Writes, q_BTHK: Tensor, queries: Queries) -> Tensor:

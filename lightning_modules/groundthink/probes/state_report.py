@@ -1,6 +1,6 @@
-"""The measures of a gated delta mixer as a picture and as a table, head by head.
+"""The measures of a gated delta mixer as pictures and as a table, head by head.
 
-Shapes: H heads, R singular values.
+Shapes: T positions, H heads, R singular values.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_modules.groundthink.probes.keys import random_cosine
 from lightning_modules.groundthink.probes.needles import ROLES
-from lightning_modules.groundthink.probes.state import StateMeasures
+from lightning_modules.groundthink.probes.state import GateTrace, StateMeasures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,6 +69,32 @@ def picture(measures: StateMeasures, name: str, key_width: int) -> "Figure":
     capacity.set(xlabel="writes (dashed: key width)", ylabel="values found", ylim=(0, 1.02))
     if len(heads) <= MOST_LISTED:
         figure.legend(*later.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def trace_picture(trace: GateTrace, name: str, head: int) -> "Figure":
+    """Draw the gates of one head along a row, with the tokens of the needles and the queries marked.
+
+    Args:
+        trace: The gates.
+        name: Name of the mixer.
+        head: The head.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure.suptitle(f"{name}, head {head}: gates along a row", fontsize=11)
+    axes = figure.subplots(2, 1, sharex=True)
+    for each, gate_T in zip(axes, (1 - trace.decay_TH[:, head], trace.beta_TH[:, head]), strict=True):
+        each.plot(gate_T.tolist(), color="gray", linewidth=0.8)
+        for number, role in enumerate(ROLES):
+            if role != "filler":
+                places = trace.places[role]
+                each.plot(places, gate_T[places].tolist(), "osD"[number], color=f"C{number}", markersize=4, label=role)
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("forgotten, 1 - exp(g)")
+    axes[1].set(xlabel="position", ylabel="writing strength beta", ylim=(0, None))
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
