@@ -24,14 +24,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Configuration:
-    """How the forward and the backward run; both have tiles of the same length, since the state before each tile is kept."""
+    """How the forward and the backward run, with tiles of the same length: the state before each tile is kept."""
 
     forward: Launch
     backward: Launch
 
 
-# Keys: whether the values have 16 bits. Four threads have the channels of a row, so a warp has eight groups.
+# Keys: bytes of a value. One warp per program needs no barriers; fewer rows or more warps need more instructions per
+# value, and more rows need more registers than there are.
 TABLE = {
-    False: Configuration(Launch(8, 8, 16, 1, 3), Launch(4, 16, 16, 2, 2)),
-    True: Configuration(Launch(8, 8, 32, 1, 3), Launch(4, 16, 32, 2, 2)),
+    4: Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 2)),
+    2: Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 2)),
 }

@@ -32,7 +32,7 @@ class Problem:
         self.B, self.T, self.D = x.shape
         self.device, self.packed = x.device, cu_seqlens is not None
         self.width, self.parts = self.D * (1 + imaginary), 2 + normalise
-        self.how = TABLE[x.element_size() == 2]
+        self.how = TABLE[x.element_size()]
         rows = self.how.forward.rows * self.how.forward.groups
         if cu_seqlens is None:
             self.N, self.slots = self.B, self.B * -(-self.T // rows)

@@ -13,10 +13,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def windowed_scan(gate_NTD: Tensor, write_NTD: Tensor, before: Tensor | None, window: int | None, chunk: int) -> Tensor:
+def windowed_scan(
+    gate_NTD: Tensor,
+    write_NTD: Tensor,
+    log_decay_NTD: Tensor | None,
+    before: Tensor | None,
+    window: int | None,
+    chunk: int,
+) -> Tensor:
     """Return S_t = gate_t S_{t-1} + write_t, over the last `window` positions only if there is one.
 
-    `before` is S_0 [N, D], or the terms of the last positions [N, W - 1, D].
+    The log-decay is the logarithm of the real part of the gates, and None where this is 1. `before` is S_0 [N, D], or
+    the terms of the last positions [N, W - 1, D].
     """
     T, first = write_NTD.shape[1], 0
     if T == 0:
@@ -33,18 +41,32 @@ def windowed_scan(gate_NTD: Tensor, write_NTD: Tensor, before: Tensor | None, wi
     for gate, write in zip(gates[1:], writes[1:], strict=True):
         own.append(torch.addcmul(write, gate, own[-1]))
         passed.append(gate * passed[-1])
-    entered = _carries(passed[-1], own[-1], before)[:, :, None] if window is None else _left_of_previous(gates, writes)
+    if window is None:
+        missing = None if log_decay_NTD is None else _missing(passed[-1], _split(log_decay_NTD, chunk))
+        entered = _carries(passed[-1], own[-1], missing, before)[:, :, None]
+    else:
+        entered = _left_of_previous(gates, writes)
     memory = torch.addcmul(torch.stack(own, 2), torch.stack(passed, 2), entered)
     return memory.flatten(1, 2)[:, first : first + T]
 
 
-def _carries(passed_NMD: Tensor, own_NMD: Tensor, before: Tensor | None) -> Tensor:
+def _missing(passed_NMD: Tensor, log_decay_NMCD: Tensor) -> Tensor:
+    """Return what the products of gates lack to exp of the sums of log-decays, as rounding errors.
+
+    Where decays are constant and weak, these errors are all the same, and would add up over hundreds of chunks.
+    """
+    return torch.expm1(log_decay_NMCD.detach().sum(2)) - (passed_NMD.detach().real - 1)
+
+
+def _carries(passed_NMD: Tensor, own_NMD: Tensor, missing_NMD: Tensor | None, before: Tensor | None) -> Tensor:
     """Return what enters each chunk: S at the end of the chunk before it."""
     carry = torch.zeros_like(own_NMD[:, 0]) if before is None else before
+    missing = passed_NMD.shape[1] * [None] if missing_NMD is None else missing_NMD.unbind(1)
     carries = []
-    for passed, own in zip(passed_NMD.unbind(1), own_NMD.unbind(1), strict=True):
+    for passed, own, rest in zip(passed_NMD.unbind(1), own_NMD.unbind(1), missing, strict=True):
         carries.append(carry)
-        carry = torch.addcmul(own, passed, carry)
+        after = torch.addcmul(own, passed, carry)
+        carry = after if rest is None else after + rest * carry
     return torch.stack(carries, 1)
 
 

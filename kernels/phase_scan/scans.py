@@ -122,10 +122,7 @@ def complex_scan(
 @triton.jit
 def cumulative_phase(turns, COMPILED: tl.constexpr, R: tl.constexpr):
     """Return the cumulative sum of int32, which wraps; the interpreter would widen it."""
-    if COMPILED:
-        own = tl.cumsum(turns, 0)
-    else:
-        own = tl.cumsum(turns.to(tl.int64), 0).to(tl.int32)
+    own = tl.cumsum(turns, 0) if COMPILED else tl.cumsum(turns.to(tl.int64), 0).to(tl.int32)
     groups = ends_of_groups(own, R - 1, R).to(tl.int32)
     _, before = tl.associative_scan((groups, groups * 0), 1, _sum)
     return own + before

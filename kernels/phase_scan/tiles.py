@@ -16,12 +16,18 @@ def rows_of_tile(R: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
+def columns_of_tile(column, BD: tl.constexpr):
+    """Return the channels of a program, [1, 1, BD]; a thread gets four, so a warp has eight groups of 16 channels."""
+    return tl.max_contiguous(column + tl.arange(0, BD), 4)[None, None, :]
+
+
+@triton.jit
 def load_tile(
     x, row, left, column, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr
 ):
     """Load the rows from `row` on, of which `left` exist, and BD of D channels from `column` on; zeros elsewhere."""
     rows = rows_of_tile(R, G)
-    columns = (column + tl.arange(0, BD))[None, None, :]
+    columns = columns_of_tile(column, BD)
     inside = rows < left
     if D % BD != 0:
         inside = inside & (columns < D)
@@ -43,7 +49,7 @@ def store_tile(
 ):
     """Store what `load_tile` loads."""
     rows = rows_of_tile(R, G)
-    columns = (column + tl.arange(0, BD))[None, None, :]
+    columns = columns_of_tile(column, BD)
     inside = rows < left
     if D % BD != 0:
         inside = inside & (columns < D)
@@ -53,14 +59,14 @@ def store_tile(
 @triton.jit
 def load_channels(x, row, column, D: tl.constexpr, BD: tl.constexpr):
     """Load BD channels of a row in fp32, [1, 1, BD]."""
-    columns = (column + tl.arange(0, BD))[None, None, :]
+    columns = columns_of_tile(column, BD)
     return tl.load(x + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_channels(x, values, row, column, D: tl.constexpr, BD: tl.constexpr):
     """Store what `load_channels` loads."""
-    columns = (column + tl.arange(0, BD))[None, None, :]
+    columns = columns_of_tile(column, BD)
     tl.store(x + row * D + columns, values, mask=columns < D)
 
 
