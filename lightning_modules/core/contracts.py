@@ -180,7 +180,11 @@ class SupportsTokenText(Protocol):
 
 @runtime_checkable
 class HasCharacters(Protocol):
-    """A datamodule of texts whose vocabulary may lack characters."""
+    """A datamodule of texts, whose tokens stand for characters; its vocabulary may lack some."""
+
+    def tokens_per_character(self, split: Literal["validation", "test"]) -> float:
+        """Return tokens / characters of a held-out text."""
+        ...
 
     def unknown_characters(self, text: str) -> list[str]:
         """Return the characters of a text that have no token."""

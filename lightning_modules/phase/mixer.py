@@ -77,6 +77,7 @@ class PhaseMixer(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        self.window = window
         groups = heads if frequencies else width  # of channels with one decay and one mass
         self.conv = ShortConvolution(width, conv_width)
         self.angles = Angles(width, groups, frequencies or 1, angles)

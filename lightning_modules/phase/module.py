@@ -3,6 +3,7 @@
 Shapes: S ensemble members, B batch, T positions, V vocabulary, D width, H heads, K frequencies of a head, W window.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from datamodules.batch import TokenBatch
 from datamodules.errors import SIZE, UserError, check_numbers
+from datamodules.sequence_task import Split
+from lightning_modules.core.contracts import HasCharacters
 from lightning_modules.core.decoder import Decoder, Factory
 from lightning_modules.core.sequence_model import SequenceModel, check_sizes
 from lightning_modules.groundthink.gated_delta import GatedDelta
@@ -95,16 +98,9 @@ class Phase(SequenceModel):
         self.width, self.heads, self.pattern, self.mlp_width = width, heads, pattern, mlp_width
         self.conv_width, self.attention_window = conv_width, attention_window or seq_len
         self.scheduled_sampling = scheduled_sampling
-        self.phase_options: dict[str, Any] = {
-            "frequencies": frequencies,
-            "angles": angles,
-            "decay": decay,
-            "window": window,
-            "mass": mass,
-            "normalise": normalise,
-            "expansion": expansion,
-            "dropout": dropout,
-        }
+        self.phase_options: dict[str, Any] = {"frequencies": frequencies, "angles": angles, "decay": decay}
+        self.phase_options |= {"window": window, "mass": mass, "normalise": normalise}
+        self.phase_options |= {"expansion": expansion, "dropout": dropout}
         super().__init__(vocab_size, seq_len, **common)
 
     def make_network(self) -> Decoder:
@@ -119,6 +115,21 @@ class Phase(SequenceModel):
         mlp = partial(SwiGLU, self.width, self.mlp_width) if self.mlp_width else None
         mixers = [factories[letter] for letter in self.pattern]
         return Decoder(self.vocab_size, self.width, mixers, mlp, partial(nn.RMSNorm, eps=1e-6))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measures; for a text also `bits_per_character`."""
+        super().on_validation_epoch_end()
+        self._log_bits("validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the measures; for a text also `bits_per_character`."""
+        super().on_test_epoch_end()
+        self._log_bits("test")
+
+    def _log_bits(self, split: Split) -> None:
+        if isinstance(data := self._data, HasCharacters):
+            bits_S = self.members[f"{split}/loss"] / math.log(2) * data.tokens_per_character(split)
+            self.log_members({f"{split}/bits_per_character": bits_S.to(self.device)})
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the loss; with `scheduled_sampling`, the model reads some of its own predictions."""

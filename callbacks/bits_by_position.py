@@ -1,0 +1,92 @@
+"""Bits per character by the position in the row, in rows that are longer than those of training.
+
+Shapes: S ensemble members, B rows, T positions, V vocabulary.
+"""
+
+import math
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from callbacks.needle_probe import NeedleProbe
+from datamodules import TextCorpus
+from datamodules.errors import UserError, check_numbers
+from datamodules.sequence_task import Split
+from lightning_modules.core.decoder import Decoder
+from lightning_modules.core.ensemble_module import EnsembleModule
+from lightning_modules.core.reporting import report_members
+
+AT_ONCE = 8  # rows, which are long
+
+
+def bits_by_position(module: EnsembleModule, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return the mean cross-entropy over rows at each position, in bits, [S, T]."""
+    total_ST = torch.zeros(module.ensemble, tokens_BT.shape[1], dtype=torch.float64, device=module.device)
+    for rows_BT, targets_BT in zip(*(torch.split(x_BT, AT_ONCE) for x_BT in (tokens_BT, labels_BT)), strict=True):
+        logits_SBTV = module.call(rows_BT.to(module.device))[0].float()
+        target_SBT = targets_BT.to(module.device).expand(logits_SBTV.shape[:3])
+        loss_SBT = cross_entropy(logits_SBTV.flatten(0, 2), target_SBT.flatten(), reduction="none")
+        total_ST += loss_SBT.view(target_SBT.shape).sum(1)
+    return total_ST / len(tokens_BT) / math.log(2)
+
+
+class BitsByPosition(NeedleProbe):
+    """Measures the bits per character along rows of several times the training length.
+
+    It runs at the end of `validate` and `test`, and at some validations of a fit. With `<stage>` `validation` or `test`
+    and L the length of the data's rows:
+
+    - `<stage>/bits_at_0_5`, `_1`, `_1_5`, ...: mean over the positions of the half row that ends there, in units of L.
+      A model that reads long rows as well as rows of training has the same bits everywhere behind the first half.
+    - `<stage>/bits_growth`: the mean of the last L positions less that of the second half of the first L.
+
+    Tokens of bytes and characters count as one character each; tokens of `bpe` as many as they have on average. Every
+    rank measures all rows.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - {class_path: BitsByPosition, init_args: {every_n_steps: 500}}
+
+    Args:
+        rows: Rows of the held-out text; fewer if it is short.
+        every_n_steps: In a fit, measure at the first validation after each n optimizer steps; 0 for never.
+        times: Length of the rows over L.
+
+    Raises:
+        UserError: A number is too small; at `setup`, there are two of these callbacks, the data is no text, or the
+            model's position embedding is too short; at the first measure, the held-out text is too short.
+    """
+
+    def __init__(self, rows: int = 32, every_n_steps: int = 500, times: int = 4) -> None:
+        super().__init__(rows, every_n_steps)
+        check_numbers("BitsByPosition", 1, times=times)
+        self.times = times
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse data of another kind, and models that cannot read long rows."""
+        super().setup(trainer, pl_module, stage)
+        length = self.times * self._text(trainer).seq_len
+        network = pl_module.network if isinstance(pl_module, EnsembleModule) else None
+        positions = network.position_embedding if isinstance(network, Decoder) else None
+        if positions is not None and positions.weight.shape[-2] < length:
+            longest = positions.weight.shape[-2]
+            raise UserError(f"BitsByPosition reads rows of {length}, and the model has positions for {longest}")
+
+    def _text(self, trainer: Trainer) -> TextCorpus:
+        return self.task(trainer, TextCorpus, "a text, such as TextCorpus,")
+
+    def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
+        """Measure and report."""
+        texts = self._text(trainer)
+        batch = texts.text_rows(split, self.rows, self.times * texts.seq_len)
+        bits_ST = bits_by_position(module, batch["tokens"], batch["labels"]) * texts.tokens_per_character(split)
+        half = max(texts.seq_len // 2, 1)
+        ends = range(half, bits_ST.shape[1] + 1, half)
+        names = [f"{split}/bits_at_{end / texts.seq_len:g}".replace(".", "_") for end in ends]
+        measures = {name: bits_ST[:, end - half : end].mean(1) for name, end in zip(names, ends, strict=True)}
+        late_S, early_S = bits_ST[:, -texts.seq_len :].mean(1), bits_ST[:, half : texts.seq_len].mean(1)
+        report_members(trainer, module, measures | {f"{split}/bits_growth": late_S - early_S})

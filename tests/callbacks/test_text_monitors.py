@@ -1,0 +1,153 @@
+"""TextMonitor, BitsByPosition, PhaseMonitor and GradientRatio on a small phase model and a text."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUIET
+from lightning import Trainer
+
+from callbacks import BitsByPosition, GradientRatio, PhaseMonitor, TextMonitor
+from callbacks.bits_by_position import bits_by_position
+from callbacks.gradient_ratio import mean_square
+from datamodules import NeedleGym, TextCorpus
+from datamodules.errors import UserError
+from lightning_modules.core.diversity import distinct_n
+from lightning_modules.core.repetition import repetition_rate
+from lightning_modules.phase import Phase
+from lightning_modules.separability import Separability
+
+SIZES = {"vocab_size": 256, "seq_len": 16, "width": 16, "heads": 2, "seed": 0, "warmup_steps": 1}
+
+
+def text(**options) -> TextCorpus:
+    sizes = {"max_size": 9000, "seq_len": 16, "batch_size": 4, "validation_size": 4, "test_size": 4, "seed": 0}
+    return TextCorpus(**sizes | options)
+
+
+def fit(folder: Path, *callbacks, module=None, data=None, steps: int = 4, **options) -> tuple[Phase, Trainer]:
+    module = module or Phase(**SIZES | {"pattern": "PP"} | options)
+    torch.manual_seed(0)  # of dropout
+    quiet = QUIET | {"accelerator": "cpu", "max_steps": steps, "default_root_dir": folder}
+    trainer = Trainer(**quiet, callbacks=list(callbacks), val_check_interval=2, check_val_every_n_epoch=None)
+    trainer.fit(module, datamodule=data or text())
+    return module, trainer
+
+
+def test_the_course_of_training_is_that_without_the_monitors(tmp_path):
+    monitors = TextMonitor(2, 2, length=8), BitsByPosition(2, 2), PhaseMonitor(2, 2), ratio(["*.omega.*"], every=1)
+    watched, plain = (fit(tmp_path, *callbacks, dropout=0.2)[0] for callbacks in (monitors, ()))
+    for name, value in plain.network.state_dict().items():
+        assert torch.equal(value, watched.network.state_dict()[name]), name
+
+
+def test_samples_and_their_repetition(tmp_path):
+    data = text()
+    module, trainer = fit(tmp_path, TextMonitor(3, 4, prompt=5, length=40), data=data)
+    lines = [json.loads(line) for line in (tmp_path / "samples/text-validation-4.jsonl").read_text().splitlines()]
+    assert not (tmp_path / "samples/text-validation-2.jsonl").exists()
+    outputs = [line["output"] for line in lines]
+    held_out = data._texts["validation"].decode()
+    assert len(lines) == 3
+    assert all(line["prompt"] + line["reference"] in held_out and len(line["prompt"]) == 5 for line in lines)
+    measured = {name.removeprefix("validation/"): value.item() for name, value in trainer.callback_metrics.items()}
+    assert measured["repetition"] == pytest.approx(repetition_rate(outputs), nan_ok=True)
+    assert measured["distinct_2"] == pytest.approx(distinct_n(outputs, 2), nan_ok=True)
+    own = [data.decode(row) for row in data.text_rows("train", 3, 40)["tokens"].tolist()]
+    assert measured["own_distinct_2"] == pytest.approx(distinct_n(own, 2))
+    assert measured["own_repetition"] == pytest.approx(repetition_rate(own))
+    trainer.test(module, datamodule=data, verbose=False)
+    assert (tmp_path / "samples/text-test-4.jsonl").exists()
+
+
+def test_bits_by_position(tmp_path):
+    data = text()
+    module, trainer = fit(tmp_path, BitsByPosition(9, 4), data=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    batch = data.text_rows("test", 9, 64)
+    bits_T = torch.zeros(64, dtype=torch.float64)
+    with torch.no_grad():
+        for row, labels in zip(batch["tokens"], batch["labels"], strict=True):  # one row at a time
+            log_p = module(row[None])[0].log_softmax(1)
+            bits_T -= log_p[torch.arange(64), labels].double() / math.log(2) / len(batch["tokens"])
+    torch.testing.assert_close(bits_by_position(module, **{f"{k}_BT": v for k, v in batch.items()})[0].detach(), bits_T)
+    measured = trainer.callback_metrics
+    assert measured["test/bits_at_0_5"].item() == pytest.approx(bits_T[:8].mean().item(), abs=1e-5)
+    assert measured["test/bits_at_4"].item() == pytest.approx(bits_T[56:].mean().item(), abs=1e-5)
+    growth = bits_T[48:].mean() - bits_T[8:16].mean()
+    assert measured["test/bits_growth"].item() == pytest.approx(growth.item(), abs=1e-5)
+    assert sum(name.startswith("test/bits_at") for name in measured) == 8
+
+
+@pytest.mark.parametrize("level", ["byte", "bpe"])
+def test_bits_per_character_count_characters_and_not_tokens(tmp_path, level):
+    data = text(level=level, bpe_vocab=300)
+    module, trainer = fit(tmp_path, BitsByPosition(4, 4, times=1), data=data, vocab_size=300)
+    trainer.test(module, datamodule=data, verbose=False)
+    rate = len(data._tokens["test"]) / len(data._texts["test"])
+    assert rate == 1 if level == "byte" else rate < 0.8
+    expected = trainer.callback_metrics["test/loss"].item() / math.log(2) * rate
+    assert trainer.callback_metrics["test/bits_per_character"].item() == pytest.approx(expected, rel=1e-5)
+    measured = [trainer.callback_metrics[f"test/bits_at_{end}"].item() for end in ("0_5", "1")]
+    assert sum(measured) / 2 == pytest.approx(expected, rel=1e-4)  # the same rows
+
+
+def test_the_memory_of_each_block(tmp_path):
+    options = {"decay": "none", "window": 4, "pattern": "PGP", "ensemble": 2}
+    module, trainer = fit(tmp_path, PhaseMonitor(3, 4), **options)
+    measured = {name: value.item() for name, value in trainer.callback_metrics.items() if "block" in name}
+    assert {name.partition("_")[0] for name in measured} == {"validation/block0", "validation/block2"}
+    assert measured["validation/block0_effective_window"] == measured["validation/block2_effective_window"] == 4
+    assert 0.3 < measured["validation/block0_coherence"] < 1
+    assert module.members["validation/coherence"].shape == (2,)
+    coherence = (measured["validation/block0_coherence"] + measured["validation/block2_coherence"]) / 2
+    assert trainer.callback_metrics["validation/coherence"].item() == pytest.approx(coherence)
+    with pytest.warns(UserWarning, match="PhaseMonitor has nothing to measure"):
+        fit(tmp_path, PhaseMonitor(3, 4), pattern="A")
+
+
+def ratio(parameters: list[str], over: tuple[str, ...] = ("*.v_proj.weight",), every: int = 1) -> GradientRatio:
+    return GradientRatio("measured", parameters, list(over), every)
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_the_ratio_of_gradients_before_they_are_clipped(tmp_path, ensemble):
+    parts = ["*.angles.offset.*"], ("*.angles.omega.*",)
+    module, _ = fit(tmp_path, ratio(*parts, every=3), angles="query_offset", ensemble=ensemble, steps=3)
+    named = dict(module.network.named_parameters())  # the gradients of the last step are still there
+    for member in range(ensemble):
+        sizes = []
+        for part in ("angles.offset", "angles.omega"):
+            gradients = [value.grad for name, value in named.items() if part in name]
+            own = torch.cat([(grad[member] if ensemble > 1 else grad).flatten() for grad in gradients])
+            sizes.append(own.square().mean().sqrt())
+        torch.testing.assert_close(module.members["gradient/measured"][member], sizes[0] / sizes[1])
+    assert (mean_square([], 2).isnan()).all()
+    assert (
+        "gradient/measured"
+        not in fit(tmp_path, ratio(*parts, every=4), angles="query_offset", steps=3)[1].callback_metrics
+    )
+
+
+def test_mistakes_are_told_in_a_sentence(tmp_path):
+    needles = NeedleGym(needles=2, seq_len=16, vocab_size=40, batch_size=4, validation_size=4, test_size=4)
+    for monitor in (TextMonitor(), BitsByPosition()):
+        with pytest.raises(UserError, match=f"{type(monitor).__name__} needs a text, such as TextCorpus,"):
+            fit(tmp_path, monitor, data=needles)
+    transformer = Separability(256, 16, 16, heads=2, seed=0)
+    with pytest.raises(UserError, match="BitsByPosition reads rows of 64, and the model has positions for 16"):
+        fit(tmp_path, BitsByPosition(), module=transformer)
+    with pytest.raises(UserError, match=r"set model\.ensemble to 1"):
+        fit(tmp_path, TextMonitor(), ensemble=2)
+    with pytest.raises(UserError, match="the validation part of the text has 450 tokens, and a row of 640 needs 641"):
+        fit(tmp_path, BitsByPosition(times=40, every_n_steps=1))
+    with pytest.raises(UserError, match="No parameter matches"):
+        fit(tmp_path, ratio(["*.nothing"]))
+    with pytest.raises(UserError, match=r"TextMonitor\.prompt must be at least 1"):
+        TextMonitor(prompt=0)
+    with pytest.raises(UserError, match=r"BitsByPosition\.times must be at least 1"):
+        BitsByPosition(times=0)
+    with pytest.raises(UserError, match="every_n_steps"):
+        ratio(["*"], every=0)
