@@ -15,8 +15,11 @@ from datamodules.errors import UserError, check_numbers
 from datamodules.sequence_task import Split, collate
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.ensemble_module import EnsembleModule
+from lightning_modules.core.reporting import is_dry_run
 
 T = TypeVar("T")
+
+DRY_ROWS = 2
 
 
 class NeedleProbe(Callback, ABC):
@@ -68,6 +71,10 @@ class NeedleProbe(Callback, ABC):
         assert isinstance(pl_module, EnsembleModule)  # see `setup`
         with off_the_clock(trainer), evaluation(trainer, pl_module):
             self.measure(trainer, pl_module, split)
+
+    def count(self, trainer: Trainer) -> int:
+        """Return the number of rows; a dry run (`fast_dev_run`) only tries a few."""
+        return min(self.rows, DRY_ROWS) if is_dry_run(trainer) else self.rows
 
     def task(self, trainer: Trainer, kind: type[T], wanted: str) -> T:
         """Return the run's task of a kind, or the first one of a mixture.

@@ -195,7 +195,7 @@ class RecallGrid(NeedleProbe):
 
     def _batches(self, trainer: Trainer, module: EnsembleModule, task: NeedleGym, split: Split) -> list[TokenBatch]:
         """Return this rank's rows in batches whose logits fit into memory."""
-        rows_B2T = task.fixed(split, self.rows)[trainer.global_rank :: trainer.world_size]
+        rows_B2T = task.fixed(split, self.count(trainer))[trainer.global_rank :: trainer.world_size]
         size = max(1, MOST_LOGITS // (module.ensemble * task.seq_len * task.vocab_size))
         return [batch_on(module, rows_B2T[start : start + size]) for start in range(0, len(rows_B2T), size)]
 

@@ -100,7 +100,7 @@ class StateProbe(NeedleProbe):
     def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
         """Measure and report every mixer."""
         task = self._needles(trainer)
-        batch = batch_on(module, task.fixed(split, self.rows))
+        batch = batch_on(module, task.fixed(split, self.count(trainer)))
         mixers = delta_mixers(module.network)
         _, seen = module.activations(batch["tokens"], [f"network.{mixer}.{site}" for mixer in mixers for site in SITES])
         for name, mixer in mixers.items():

@@ -113,7 +113,10 @@ def test_window_and_state(tmp_path):
 
 def trainer_of(rank: int, world: int):
     return SimpleNamespace(
-        global_rank=rank, world_size=world, strategy=SimpleNamespace(reduce=lambda x, reduce_op: x.clone())
+        global_rank=rank,
+        world_size=world,
+        fast_dev_run=0,
+        strategy=SimpleNamespace(reduce=lambda x, reduce_op: x.clone()),
     )
 
 
@@ -162,6 +165,14 @@ def test_some_validations_of_a_fit_and_the_same_training(tmp_path):
     never = Grid([2], [20])
     fit(tmp_path / "d", never)
     assert steps == [6, 10]
+
+
+def test_a_dry_run_tries_two_rows_and_writes_nothing(tmp_path):
+    options = {"accelerator": "cpu", "default_root_dir": tmp_path, "fast_dev_run": True}
+    module, trainer = GroundThink(**SIZES), Trainer(callbacks=[RecallGrid()], **options)
+    trainer.test(module, make_data(), verbose=False)
+    assert module.counts["test/recall_mqar_n3_t20"] == 6
+    assert not (tmp_path / "recall").exists()
 
 
 def test_members_of_an_ensemble_and_a_member_that_diverged(tmp_path):
