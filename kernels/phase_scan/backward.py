@@ -18,18 +18,11 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
+from kernels.phase_scan.forward import load_direction, load_written
+from kernels.phase_scan.gates import tile_gates
 from kernels.phase_scan.phases import cos_sin, to_turns
 from kernels.phase_scan.scans import complex_scan, cumulative_phase, scan
-from kernels.phase_scan.tiles import (
-    channel_gates,
-    load_channels,
-    load_tile,
-    row_gates,
-    row_of,
-    rows_of_tile,
-    store_channels,
-    store_tile,
-)
+from kernels.phase_scan.tiles import load_channels, load_tile, row_of, rows_of_tile, store_channels, store_tile
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -58,7 +51,7 @@ def compute_gradients(
     BD: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
-    DECAY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
     NORM: tl.constexpr,
     IMAGINARY: tl.constexpr,
     PACKED: tl.constexpr,
@@ -75,7 +68,6 @@ def compute_gradients(
     n = program // blocks
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     head = n.to(tl.int64) * P
-    rows = rows_of_tile(R, G)
     mu_re = tl.zeros([1, 1, BD], tl.float32)
     mu_im = tl.zeros([1, 1, BD], tl.float32)
     mu_mass = tl.zeros([1, 1, BD], tl.float32)
@@ -85,98 +77,93 @@ def compute_gradients(
         mu_im += load_channels(dfinal, head + 1, column, D, BD)
         if NORM:
             mu_mass += load_channels(dfinal, head + 2, column, D, BD)
+    channel_decay = None
+    if PER_CHANNEL:
+        channel_decay = load_channels(log_decay, 0, column, D, BD)
     tiles = tl.cdiv(length, C)
     for back in tl.range(0, tiles, num_stages=STAGES):
         tile = tiles - 1 - back
         row = start + tile * C
         left = length - tile * C
-        at = (slot + tile) * P
-        x_RGD = load_tile(x, row, left, column, D, D, R, G, BD).to(tl.float32)
-        step_RGD = to_turns(load_tile(omega, row, left, column, D, D, R, G, BD))
+        at = (slot + tile) * (P + 1)
+        x_RGD, mass_RGD, u_RGD = load_written(x, mass, row, left, column, D, R, G, BD)
+        phase = load_channels(states, at + P, column, D, BD).to(tl.int32, bitcast=True)
+        phase_RGD = cumulative_phase(to_turns(load_tile(omega, row, left, column, D, D, R, G, BD)), phase, R)
         g_re_RGD = load_tile(dy, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
-        phase_RGD = cumulative_phase(step_RGD, COMPILED, R)
-        gate_RGD, later_RGD = x_RGD, x_RGD
-        if DECAY == "channel":
-            gate_RGD = channel_gates(log_decay, left, column, 0, D, R, G, BD)
-            later_RGD = channel_gates(log_decay, left, column, 1, D, R, G, BD)
-        if DECAY == "input":
-            gate_RGD = row_gates(log_decay, row, left, column, 0, D, R, G, BD)
-            later_RGD = row_gates(log_decay, row, left, column, 1, D, R, G, BD)
-        u_RGD = x_RGD
-        if mass is not None:
-            mass_RGD = load_tile(mass, row, left, column, D, D, R, G, BD).to(tl.float32)
-            u_RGD = x_RGD * mass_RGD
-        else:
-            mass_RGD = tl.where(rows < left, 1.0, 0.0) + tl.zeros_like(x_RGD)
-        cos_RGD, sin_RGD = cos_sin(phase_RGD, COMPILED)
-        cos_write_RGD, sin_write_RGD = cos_RGD, sin_RGD
-        if write_offset is not None:
-            offset_RGD = to_turns(load_tile(write_offset, row, left, column, D, D, R, G, BD))
-            cos_write_RGD, sin_write_RGD = cos_sin(phase_RGD + offset_RGD, COMPILED)
-        if read_offset is not None:
-            offset_RGD = to_turns(load_tile(read_offset, row, left, column, D, D, R, G, BD))
-            cos_RGD, sin_RGD = cos_sin(phase_RGD + offset_RGD, COMPILED)
-        u_re_RGD, u_im_RGD = u_RGD * cos_write_RGD, u_RGD * sin_write_RGD
-        s_re, s_im = load_channels(states, at, column, D, BD), load_channels(states, at + 1, column, D, BD)
-        p_re_RGD, p_im_RGD = complex_scan(gate_RGD, u_re_RGD, u_im_RGD, s_re, s_im, True, False, DECAY != "none", R)
-        h_re_RGD, h_im_RGD = p_re_RGD + u_re_RGD, p_im_RGD + u_im_RGD
         g_im_RGD = tl.zeros_like(g_re_RGD)
         if IMAGINARY:
             g_im_RGD = load_tile(dy + D, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
-        z_re_RGD = cos_RGD * h_re_RGD + sin_RGD * h_im_RGD
-        z_im_RGD = cos_RGD * h_im_RGD - sin_RGD * h_re_RGD
+        # fmt: off
+        gate_RGD, passed = tile_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
+        later_RGD, passed_later = tile_gates(log_decay, channel_decay, row, left, column, 1, D, R, G, BD)
+        cos_RGD, sin_RGD = cos_sin(phase_RGD, COMPILED)
+        write_re_RGD, write_im_RGD = load_direction(
+            write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
+        )
+        read_re_RGD, read_im_RGD = load_direction(
+            read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
+        )
+        u_re_RGD, u_im_RGD = u_RGD * write_re_RGD, u_RGD * write_im_RGD
+        s_re, s_im = load_channels(states, at, column, D, BD), load_channels(states, at + 1, column, D, BD)
+        p_re_RGD, p_im_RGD, _, _ = complex_scan(
+            gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, True, False, R, G
+        )
+        h_re_RGD, h_im_RGD = p_re_RGD + u_re_RGD, p_im_RGD + u_im_RGD
+        z_re_RGD = read_re_RGD * h_re_RGD + read_im_RGD * h_im_RGD
+        z_im_RGD = read_re_RGD * h_im_RGD - read_im_RGD * h_re_RGD
         if NORM:
             s_mass = load_channels(states, at + 2, column, D, BD)
-            p_mass_RGD = scan(gate_RGD, mass_RGD, s_mass, True, False, DECAY != "none", R)
+            p_mass_RGD, _ = scan(gate_RGD, passed, mass_RGD, s_mass, True, False, R, G)
             factor_RGD = 1.0 / (p_mass_RGD + mass_RGD + EPSILON)
             g_re_RGD *= factor_RGD
             g_im_RGD *= factor_RGD
             dsum_RGD = -(g_re_RGD * z_re_RGD + g_im_RGD * z_im_RGD) * factor_RGD
-            dsum_RGD = scan(later_RGD, dsum_RGD, mu_mass, False, True, DECAY != "none", R)
-            mu_mass = row_of(dsum_RGD, 0, 0, R, G)
+            dsum_RGD, mu_mass = scan(later_RGD, passed_later, dsum_RGD, mu_mass, False, True, R, G)
         if read_offset is not None:
             dread_RGD = g_re_RGD * z_im_RGD - g_im_RGD * z_re_RGD
             store_tile(dread_offset, dread_RGD, row, left, column, D, D, R, G, BD)
-        b_re_RGD = g_re_RGD * cos_RGD - g_im_RGD * sin_RGD
-        b_im_RGD = g_re_RGD * sin_RGD + g_im_RGD * cos_RGD
-        cos_D, sin_D = cos_sin(row_of(phase_RGD, R - 1, G - 1, R, G), COMPILED)
-        later_re, later_im = cos_D * mu_re - sin_D * mu_im, sin_D * mu_re + cos_D * mu_im
-        mu_re_RGD, mu_im_RGD = complex_scan(
-            later_RGD, b_re_RGD, b_im_RGD, later_re, later_im, False, True, DECAY != "none", R
+        if dfinal is not None:  # that of the last state, which is in the frame of the last position
+            cos_D, sin_D = cos_sin(row_of(phase_RGD, R - 1, G - 1, R, G).to(tl.int64).to(tl.int32), COMPILED)
+            last_re, last_im = cos_D * mu_re - sin_D * mu_im, sin_D * mu_re + cos_D * mu_im
+            mu_re, mu_im = tl.where(back == 0, last_re, mu_re), tl.where(back == 0, last_im, mu_im)
+        g_re_RGD, g_im_RGD = (
+            g_re_RGD * read_re_RGD - g_im_RGD * read_im_RGD, g_re_RGD * read_im_RGD + g_im_RGD * read_re_RGD
         )
-        mu_re, mu_im = row_of(mu_re_RGD, 0, 0, R, G), row_of(mu_im_RGD, 0, 0, R, G)
+        mu_re_RGD, mu_im_RGD, mu_re, mu_im = complex_scan(
+            later_RGD, passed_later, g_re_RGD, g_im_RGD, mu_re, mu_im, False, True, R, G
+        )
+        # fmt: on
         domega_RGD = mu_re_RGD * p_im_RGD - mu_im_RGD * p_re_RGD
         store_tile(domega, domega_RGD, row, left, column, D, D, R, G, BD)
-        du_RGD = mu_re_RGD * cos_write_RGD + mu_im_RGD * sin_write_RGD
-        if mass is not None:
+        du_RGD = mu_re_RGD * write_re_RGD + mu_im_RGD * write_im_RGD
+        if mass is None:
+            store_tile(dx, du_RGD, row, left, column, D, D, R, G, BD)
+        else:
             store_tile(dx, du_RGD * mass_RGD, row, left, column, D, D, R, G, BD)
             dmass_RGD = du_RGD * x_RGD
             if NORM:
                 dmass_RGD += dsum_RGD
             store_tile(dmass, dmass_RGD, row, left, column, D, D, R, G, BD)
-        else:
-            store_tile(dx, du_RGD, row, left, column, D, D, R, G, BD)
         if write_offset is not None:
             dwrite_RGD = mu_im_RGD * u_re_RGD - mu_re_RGD * u_im_RGD
             store_tile(dwrite_offset, dwrite_RGD, row, left, column, D, D, R, G, BD)
-        if DECAY != "none":
+        if log_decay is not None:
             dgate_RGD = mu_re_RGD * p_re_RGD + mu_im_RGD * p_im_RGD
             if NORM:
                 dgate_RGD += dsum_RGD * p_mass_RGD
-            if DECAY == "channel":
-                dchannel += tl.sum(tl.sum(tl.where(rows < left, dgate_RGD, 0.0), 0, keep_dims=True), 1, keep_dims=True)
+            if PER_CHANNEL:
+                dgate_RGD = tl.where(rows_of_tile(R, G) < left, dgate_RGD, 0.0)
+                dchannel += tl.sum(tl.sum(dgate_RGD, 0, keep_dims=True), 1, keep_dims=True)
             else:
                 store_tile(dlog_decay, dgate_RGD, row, left, column, D, D, R, G, BD)
-    if DECAY == "channel":
+    if PER_CHANNEL:
         store_channels(dlog_decay, dchannel, n.to(tl.int64), column, D, BD)
     if initial is not None:
-        if DECAY != "none":
-            first = start if DECAY == "input" else start * 0
-            gate_D = tl.exp(load_channels(log_decay, first, column, D, BD))
-            gate_D = tl.where(gate_D * 0 < length, gate_D, 1.0)
-            mu_re *= gate_D
-            mu_im *= gate_D
-            mu_mass *= gate_D
+        if log_decay is not None:
+            gate_RGD, _ = tile_gates(log_decay, channel_decay, start, length, column, 0, D, 1, 1, BD)
+            mu_re *= gate_RGD
+            mu_im *= gate_RGD
+            mu_mass *= gate_RGD
         store_channels(dinitial, mu_re, head, column, D, BD)
         store_channels(dinitial, mu_im, head + 1, column, D, BD)
         if NORM:

@@ -1,29 +1,65 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The kernel of the forward: a program carries the memory of BD channels through a sequence, C rows at a time.
 
-In a tile, the frame of the phase is that of its first row. With the phase p_t since then, written values turn by p_t,
-their scan has real gates, and what is read turns back. The state before each tile is kept for the backward.
+It computes in the frame of the first position: with the cumulative phase p_t, written values turn by p_t, their scan
+has real gates, and what is read turns back. The memory and the phase before each tile are kept for the backward.
 
-Shapes: T rows of the input, D channels, N sequences, C rows of a tile, BD channels of a program, P parts of a state:
-real and imaginary part, and the sum of masses.
+Shapes: T rows of the input, D channels, N sequences, C = R G rows of a tile, BD channels of a program, P parts of a
+state: real and imaginary part, and the sum of masses. Tiles are [R, G, BD], as in `tiles.py`.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
+from kernels.phase_scan.gates import tile_gates
 from kernels.phase_scan.phases import cos_sin, to_turns
 from kernels.phase_scan.scans import complex_scan, cumulative_phase, scan
-from kernels.phase_scan.tiles import (
-    channel_gates,
-    load_channels,
-    load_tile,
-    row_gates,
-    row_of,
-    rows_of_tile,
-    store_channels,
-    store_tile,
-)
+from kernels.phase_scan.tiles import load_channels, load_tile, row_of, rows_of_tile, store_channels, store_tile
+
+
+@triton.jit
+def load_written(
+    x,
+    mass,
+    row,
+    left,
+    column,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Return values, masses and their product; the mass of a row is 1 if there are none, and 0 if there is no row."""
+    x_RGD = load_tile(x, row, left, column, D, D, R, G, BD).to(tl.float32)
+    if mass is None:
+        return x_RGD, tl.where(rows_of_tile(R, G) < left, 1.0, 0.0) + tl.zeros_like(x_RGD), x_RGD
+    else:
+        mass_RGD = load_tile(mass, row, left, column, D, D, R, G, BD).to(tl.float32)
+        return x_RGD, mass_RGD, x_RGD * mass_RGD
+
+
+@triton.jit
+def load_direction(
+    offset,
+    phase_RGD,
+    cos_RGD,
+    sin_RGD,
+    row,
+    left,
+    column,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    BD: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Return cosine and sine of phase and offset: those of the phase if there is no offset."""
+    if offset is None:
+        return cos_RGD, sin_RGD
+    else:
+        offset_RGD = to_turns(load_tile(offset, row, left, column, D, D, R, G, BD))
+        return cos_sin(phase_RGD + offset_RGD, COMPILED)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -45,7 +81,7 @@ def compute_outputs(
     BD: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
-    DECAY: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
     NORM: tl.constexpr,
     IMAGINARY: tl.constexpr,
     FINAL: tl.constexpr,
@@ -66,61 +102,51 @@ def compute_outputs(
     s_re = tl.zeros([1, 1, BD], tl.float32)
     s_im = tl.zeros([1, 1, BD], tl.float32)
     s_mass = tl.zeros([1, 1, BD], tl.float32)
+    phase = tl.zeros([1, 1, BD], tl.int32)
     if initial is not None:
         s_re += load_channels(initial, head, column, D, BD)
         s_im += load_channels(initial, head + 1, column, D, BD)
         if NORM:
             s_mass += load_channels(initial, head + 2, column, D, BD)
+    channel_decay = None
+    if PER_CHANNEL:
+        channel_decay = load_channels(log_decay, 0, column, D, BD)
     for tile in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         row = start + tile * C
         left = length - tile * C
-        at = (slot + tile) * P
+        at = (slot + tile) * (P + 1)
         store_channels(states, s_re, at, column, D, BD)
         store_channels(states, s_im, at + 1, column, D, BD)
+        store_channels(states, phase.to(tl.float32, bitcast=True), at + P, column, D, BD)
+        _, mass_RGD, u_RGD = load_written(x, mass, row, left, column, D, R, G, BD)
+        phase_RGD = cumulative_phase(to_turns(load_tile(omega, row, left, column, D, D, R, G, BD)), phase, R)
+        phase = row_of(phase_RGD, R - 1, G - 1, R, G).to(tl.int64).to(tl.int32)
+        gate_RGD, passed = tile_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
+        cos_RGD, sin_RGD = cos_sin(phase_RGD, COMPILED)
+        # fmt: off
+        write_re_RGD, write_im_RGD = load_direction(
+            write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
+        )
+        read_re_RGD, read_im_RGD = load_direction(
+            read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
+        )
+        h_re_RGD, h_im_RGD, s_re, s_im = complex_scan(
+            gate_RGD, passed, u_RGD * write_re_RGD, u_RGD * write_im_RGD, s_re, s_im, False, False, R, G
+        )
+        # fmt: on
+        y_RGD = read_re_RGD * h_re_RGD + read_im_RGD * h_im_RGD
+        factor_RGD = tl.full([R, G, BD], 1.0, tl.float32)
         if NORM:
             store_channels(states, s_mass, at + 2, column, D, BD)
-        u_RGD = load_tile(x, row, left, column, D, D, R, G, BD).to(tl.float32)
-        step_RGD = to_turns(load_tile(omega, row, left, column, D, D, R, G, BD))
-        phase_RGD = cumulative_phase(step_RGD, COMPILED, R)
-        gate_RGD = u_RGD
-        if DECAY == "channel":
-            gate_RGD = channel_gates(log_decay, left, column, 0, D, R, G, BD)
-        if DECAY == "input":
-            gate_RGD = row_gates(log_decay, row, left, column, 0, D, R, G, BD)
-        if mass is not None:
-            mass_RGD = load_tile(mass, row, left, column, D, D, R, G, BD).to(tl.float32)
-            u_RGD *= mass_RGD
-        else:
-            mass_RGD = tl.where(rows_of_tile(R, G) < left, 1.0, 0.0) + tl.zeros_like(u_RGD)
-        cos_RGD, sin_RGD = cos_sin(phase_RGD, COMPILED)
-        if write_offset is not None:
-            offset_RGD = to_turns(load_tile(write_offset, row, left, column, D, D, R, G, BD))
-            cos_write_RGD, sin_write_RGD = cos_sin(phase_RGD + offset_RGD, COMPILED)
-            re_RGD, im_RGD = u_RGD * cos_write_RGD, u_RGD * sin_write_RGD
-        else:
-            re_RGD, im_RGD = u_RGD * cos_RGD, u_RGD * sin_RGD
-        re_RGD, im_RGD = complex_scan(gate_RGD, re_RGD, im_RGD, s_re, s_im, False, False, DECAY != "none", R)
-        if read_offset is not None:
-            offset_RGD = to_turns(load_tile(read_offset, row, left, column, D, D, R, G, BD))
-            cos_RGD, sin_RGD = cos_sin(phase_RGD + offset_RGD, COMPILED)
-        y_RGD = cos_RGD * re_RGD + sin_RGD * im_RGD
+            sum_RGD, s_mass = scan(gate_RGD, passed, mass_RGD, s_mass, False, False, R, G)
+            factor_RGD = 1.0 / (sum_RGD + EPSILON)
+        store_tile(y, y_RGD * factor_RGD, row, left, column, WIDTH, D, R, G, BD)
         if IMAGINARY:
-            y_im_RGD = cos_RGD * im_RGD - sin_RGD * re_RGD
-        if NORM:
-            sum_RGD = scan(gate_RGD, mass_RGD, s_mass, False, False, DECAY != "none", R)
-            s_mass = row_of(sum_RGD, R - 1, G - 1, R, G)
-            y_RGD /= sum_RGD + EPSILON
-            if IMAGINARY:
-                y_im_RGD /= sum_RGD + EPSILON
-        store_tile(y, y_RGD, row, left, column, WIDTH, D, R, G, BD)
-        if IMAGINARY:
-            store_tile(y + D, y_im_RGD, row, left, column, WIDTH, D, R, G, BD)
-        cos_D, sin_D = cos_sin(row_of(phase_RGD, R - 1, G - 1, R, G), COMPILED)
-        last_re, last_im = row_of(re_RGD, R - 1, G - 1, R, G), row_of(im_RGD, R - 1, G - 1, R, G)
-        s_re = cos_D * last_re + sin_D * last_im
-        s_im = cos_D * last_im - sin_D * last_re
+            y_RGD = read_re_RGD * h_im_RGD - read_im_RGD * h_re_RGD
+            store_tile(y + D, y_RGD * factor_RGD, row, left, column, WIDTH, D, R, G, BD)
     if FINAL:
-        store_channels(final, s_re, head, column, D, BD)
-        store_channels(final, s_im, head + 1, column, D, BD)
+        cos_D, sin_D = cos_sin(phase, COMPILED)
+        store_channels(final, cos_D * s_re + sin_D * s_im, head, column, D, BD)
+        store_channels(final, cos_D * s_im - sin_D * s_re, head + 1, column, D, BD)
         if NORM:
             store_channels(final, s_mass, head + 2, column, D, BD)

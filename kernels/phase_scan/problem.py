@@ -39,8 +39,8 @@ class Problem:
         else:
             self.N = cu_seqlens.shape[0] - 1
             self.slots = self.T // rows + self.N
-        decay = "none" if log_decay is None else "channel" if log_decay.dim() == 1 else "input"
-        self.common = {"T": self.T, "D": self.D, "EPSILON": EPSILON, "DECAY": decay, "NORM": normalise}
+        per_channel = log_decay is not None and log_decay.dim() == 1
+        self.common = {"T": self.T, "D": self.D, "EPSILON": EPSILON, "PER_CHANNEL": per_channel, "NORM": normalise}
         self.common |= {"IMAGINARY": imaginary, "PACKED": self.packed, "COMPILED": x.is_cuda}
 
     def run(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **options: object) -> None:
@@ -55,11 +55,11 @@ class Problem:
             kernel[(programs,)](*tensors, **options, **self.common)
 
     def forward_buffers(self, x: Tensor, output_final_state: bool) -> Tensors:
-        """Return outputs, final states, and states before each tile, without content."""
+        """Return outputs, final states, and states and phases before each tile, without content."""
         return (
             self._rows(x, self.width),
-            self._states(x, self.N if output_final_state else 0),
-            self._states(x, self.slots),
+            x.new_empty(self.N if output_final_state else 0, self.parts, self.D, dtype=torch.float32),
+            x.new_empty(self.slots, self.parts + 1, self.D, dtype=torch.float32),
         )
 
     def backward_buffers(self, x: Tensor, *inputs: Tensor | None) -> Tensors:
@@ -83,6 +83,3 @@ class Problem:
         """Return a tensor for one result per row; rows after the last packed sequence stay zero."""
         make = like.new_zeros if self.packed else like.new_empty
         return make(self.B, self.T, width)
-
-    def _states(self, x: Tensor, count: int) -> Tensor:
-        return x.new_empty(count, self.parts, self.D, dtype=torch.float32)

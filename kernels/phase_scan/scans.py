@@ -9,7 +9,8 @@ scans with BEFORE return a_t S_{t-1} = S_t - u_t: where a_t is small, the subtra
 import triton
 import triton.language as tl
 
-from kernels.phase_scan.tiles import ends_of_groups
+from kernels.phase_scan.gates import pass_on
+from kernels.phase_scan.tiles import ends_of_groups, row_of
 
 
 @triton.jit
@@ -56,10 +57,31 @@ def _complex_groups(a1, u1, v1, b1, k1, l1, a2, u2, v2, b2, k2, l2):
 
 
 @triton.jit
-def scan(a, u, entered, BEFORE: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, R: tl.constexpr):
-    """Return S, or a_t S_{t-1}, for what is written in the tile and what entered it; without DECAY, gates are 1."""
+def scan(a, log_passed, u, entered, BEFORE: tl.constexpr, REVERSE: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
+    """Return S or, with BEFORE, a_t S_{t-1}, for what is written in the tile and what entered it; and S at the end.
+
+    Args:
+        a: Gates [R, G, BD], or None if all are 1.
+        log_passed: Logarithm of their product [1, 1, BD].
+        u: What is written [R, G, BD].
+        entered: S before the tile [1, 1, BD].
+        BEFORE: Return a_t S_{t-1}.
+        REVERSE: Begin with the last row.
+        R: Rows of a group.
+        G: Groups.
+    """
     end: tl.constexpr = 0 if REVERSE else R - 1
-    if DECAY:
+    end_group: tl.constexpr = 0 if REVERSE else G - 1
+    if a is None:
+        own = tl.cumsum(u, 0, REVERSE)
+        group_u = ends_of_groups(own, end, R)
+        _, before = tl.associative_scan((group_u, group_u * 0), 1, _sum, REVERSE)
+        entered = before + entered
+        last = row_of(group_u + entered, 0, end_group, 1, G)
+        if BEFORE:
+            own -= u
+        return own + entered, last
+    else:
         if BEFORE:
             passed, sums, own = tl.associative_scan((a, u, u * 0), 0, _rows_before, REVERSE)
         else:
@@ -67,32 +89,40 @@ def scan(a, u, entered, BEFORE: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.c
             own = sums
         group_a, group_u = ends_of_groups(passed, end, R), ends_of_groups(sums, end, R)
         zeros = group_u * 0
-        _, _, gates, before = tl.associative_scan((group_a, group_u, zeros + 1, zeros), 1, _groups, REVERSE)
-        return own + passed * (before + gates * entered)
-    else:
-        own = tl.cumsum(u, 0, REVERSE)
-        group_u = ends_of_groups(own, end, R)
-        _, before = tl.associative_scan((group_u, group_u * 0), 1, _sum, REVERSE)
-        if BEFORE:
-            own -= u
-        return own + (before + entered)
+        all_a, all_u, gates, before = tl.associative_scan((group_a, group_u, zeros + 1, zeros), 1, _groups, REVERSE)
+        last = row_of(all_u, 0, end_group, 1, G) + pass_on(row_of(all_a, 0, end_group, 1, G), log_passed, entered)
+        return own + passed * (before + gates * entered), last
 
 
 @triton.jit
 def complex_scan(
     a,
+    log_passed,
     u,
     v,
     entered_u,
     entered_v,
     BEFORE: tl.constexpr,
     REVERSE: tl.constexpr,
-    DECAY: tl.constexpr,
     R: tl.constexpr,
+    G: tl.constexpr,
 ):
-    """Return the same for the real part u and the imaginary part v."""
+    """Return the same for the real part u and the imaginary part v: two results, and what they are at the end."""
     end: tl.constexpr = 0 if REVERSE else R - 1
-    if DECAY:
+    end_group: tl.constexpr = 0 if REVERSE else G - 1
+    if a is None:
+        own_u, own_v = tl.cumsum(u, 0, REVERSE), tl.cumsum(v, 0, REVERSE)
+        group_u, group_v = ends_of_groups(own_u, end, R), ends_of_groups(own_v, end, R)
+        zeros = group_u * 0
+        _, _, before_u, before_v = tl.associative_scan((group_u, group_v, zeros, zeros), 1, _sums, REVERSE)
+        entered_u, entered_v = before_u + entered_u, before_v + entered_v
+        last_u = row_of(group_u + entered_u, 0, end_group, 1, G)
+        last_v = row_of(group_v + entered_v, 0, end_group, 1, G)
+        if BEFORE:
+            own_u -= u
+            own_v -= v
+        return own_u + entered_u, own_v + entered_v, last_u, last_v
+    else:
         if BEFORE:
             zeros = u * 0
             passed, sums_u, sums_v, own_u, own_v = tl.associative_scan(
@@ -104,25 +134,22 @@ def complex_scan(
         group_a = ends_of_groups(passed, end, R)
         group_u, group_v = ends_of_groups(sums_u, end, R), ends_of_groups(sums_v, end, R)
         zeros = group_u * 0
-        _, _, _, gates, before_u, before_v = tl.associative_scan(
+        all_a, all_u, all_v, gates, before_u, before_v = tl.associative_scan(
             (group_a, group_u, group_v, zeros + 1, zeros, zeros), 1, _complex_groups, REVERSE
         )
-        return own_u + passed * (before_u + gates * entered_u), own_v + passed * (before_v + gates * entered_v)
-    else:
-        own_u, own_v = tl.cumsum(u, 0, REVERSE), tl.cumsum(v, 0, REVERSE)
-        group_u, group_v = ends_of_groups(own_u, end, R), ends_of_groups(own_v, end, R)
-        zeros = group_u * 0
-        _, _, before_u, before_v = tl.associative_scan((group_u, group_v, zeros, zeros), 1, _sums, REVERSE)
-        if BEFORE:
-            own_u -= u
-            own_v -= v
-        return own_u + (before_u + entered_u), own_v + (before_v + entered_v)
+        last_a = row_of(all_a, 0, end_group, 1, G)
+        last_u = row_of(all_u, 0, end_group, 1, G) + pass_on(last_a, log_passed, entered_u)
+        last_v = row_of(all_v, 0, end_group, 1, G) + pass_on(last_a, log_passed, entered_v)
+        entered_u, entered_v = before_u + gates * entered_u, before_v + gates * entered_v
+        return own_u + passed * entered_u, own_v + passed * entered_v, last_u, last_v
 
 
 @triton.jit
-def cumulative_phase(turns, COMPILED: tl.constexpr, R: tl.constexpr):
-    """Return the cumulative sum of int32, which wraps; the interpreter would widen it."""
-    own = tl.cumsum(turns, 0) if COMPILED else tl.cumsum(turns.to(tl.int64), 0).to(tl.int32)
-    groups = ends_of_groups(own, R - 1, R).to(tl.int32)
+def cumulative_phase(turns, entered, R: tl.constexpr):
+    """Return the cumulative sum of int32, which wraps. The conversions do nothing in compiled code; the interpreter
+    has sums of 64 bits, and wraps there.
+    """
+    own = tl.cumsum(turns, 0).to(tl.int64).to(tl.int32)
+    groups = ends_of_groups(own, R - 1, R).to(tl.int64).to(tl.int32)
     _, before = tl.associative_scan((groups, groups * 0), 1, _sum)
-    return own + before
+    return own + (before + entered)

@@ -71,31 +71,6 @@ def store_channels(x, values, row, column, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def row_gates(
-    log_decay,
-    row,
-    left,
-    column,
-    AHEAD: tl.constexpr,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Return the gates of the rows AHEAD rows further, for a log_decay [T, D]; 1 where there is no row."""
-    return tl.exp(load_tile(log_decay, row + AHEAD, left - AHEAD, column, D, D, R, G, BD).to(tl.float32))
-
-
-@triton.jit
-def channel_gates(
-    log_decay, left, column, AHEAD: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr
-):
-    """Return the same for a log_decay [D]."""
-    gate = tl.exp(load_channels(log_decay, 0, column, D, BD))
-    return tl.where(rows_of_tile(R, G) < left - AHEAD, gate, 1.0)
-
-
-@triton.jit
 def row_of(x, r: tl.constexpr, g: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
     """Return a row of a tile, [1, 1, BD]."""
     x = tl.sum(tl.where(tl.arange(0, R)[:, None, None] == r, x, 0), 0, keep_dims=True)

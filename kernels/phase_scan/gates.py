@@ -1,0 +1,60 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
+"""Gates in the kernels: exp of log-decays, and their product over a tile.
+
+Where decays are constant and weak, the rounding errors of gates are all the same, and would add up over thousands of
+positions. So a gate near 1 is 1 plus a polynomial, and what leaves a tile is exact for the sum of its log-decays.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.phase_scan.tiles import load_tile, rows_of_tile
+
+NEAR = tl.constexpr(-0.125)  # log-decays above this are treated as small
+
+
+@triton.jit
+def exp_minus_one(x):
+    """Return exp(x) - 1 for small x."""
+    return x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * 0.008333334))))
+
+
+@triton.jit
+def tile_gates(
+    log_decay,
+    channel_decay,
+    row,
+    left,
+    column,
+    AHEAD: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Return the gates of the rows AHEAD rows further, 1 where there is no row, and the logarithm of their product.
+
+    `channel_decay` are the log-decays [1, 1, BD] if they are the same for all rows; `log_decay` has [T, D] if it is
+    None. With neither, there are no gates.
+    """
+    if log_decay is None:
+        return None, None
+    elif channel_decay is not None:
+        inside = tl.where(rows_of_tile(R, G) < left - AHEAD, 1.0, 0.0)
+        log_gate = channel_decay * inside
+        return _exp(log_gate), channel_decay * tl.sum(tl.sum(inside, 0, keep_dims=True), 1, keep_dims=True)
+    else:
+        log_gate = load_tile(log_decay, row + AHEAD, left - AHEAD, column, D, D, R, G, BD).to(tl.float32)
+        return _exp(log_gate), tl.sum(tl.sum(log_gate, 0, keep_dims=True), 1, keep_dims=True)
+
+
+@triton.jit
+def _exp(x):
+    return tl.where(x > NEAR, 1.0 + exp_minus_one(x), tl.exp(x))
+
+
+@triton.jit
+def pass_on(product, log_product, entered):
+    """Return what is left of `entered` after gates with this rounded product and the logarithm of their product."""
+    missing = tl.where(log_product > NEAR, exp_minus_one(log_product), tl.exp(log_product) - 1.0) - (product - 1.0)
+    return product * entered + missing * entered
