@@ -149,6 +149,13 @@ class WordProblems(TaskDataModule):
         sets = [self.train_problems, *self.eval_problems.values()]
         return [problem.answer for problems in sets for problem in problems]
 
+    def questions(self) -> list[str] | None:
+        """Return the questions of all sets; None if training draws new ones without an end."""
+        if self.external is None:
+            return None
+        sets = [self.train_problems, *self.eval_problems.values()]
+        return [problem.question for problems in sets for problem in problems]
+
     def _in_format(self, problem: Problem) -> Problem:
         problem.answer_format = self.answer_format
         return problem

@@ -33,7 +33,7 @@ class TrainingBatch(TelepathyBatch):
         answer: Target tokens of the answer, [B, Q].
         answer_mask: True at real tokens of `answer`, [B, Q].
         text: The rows with the question's text.
-        autoencode: Rows with soft tokens, in which question and answer are answered.
+        autoencode: Rows with soft tokens, in which the question is to be repeated and answered.
         readback: Rows with soft tokens, in which the question is to be repeated.
         prefixed: The rows with a learned prefix before the question's text.
     """

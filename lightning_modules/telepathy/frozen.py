@@ -36,6 +36,13 @@ class Frozen(nn.Module):
         return self.model(*args, **kwargs)
 
 
+def frozen_names(module: nn.Module) -> list[str]:
+    """Return the names of the parameters and buffers of all frozen models in a module."""
+    models = [f"{name}." for name, child in module.named_modules() if isinstance(child, Frozen)]
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return [name for name in names if name.startswith(tuple(models))]
+
+
 def _drop_model(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, object]) -> None:
     for name in [name for name in state_dict if name.startswith(prefix)]:
         del state_dict[name]

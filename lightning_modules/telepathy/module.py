@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import Gate, OnNonfinite, Workload
+from lightning_modules.core.contracts import Gate, OnNonfinite, Workload, connected
+from lightning_modules.core.reporting import is_dry_run
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.pretrained.generation import vocabulary
 from lightning_modules.pretrained.loading import Pretrained
@@ -27,6 +28,7 @@ from lightning_modules.telepathy.collation import evaluation_batch, training_bat
 from lightning_modules.telepathy.encoding import Encoding
 from lightning_modules.telepathy.evaluation import BridgeEvaluation
 from lightning_modules.telepathy.flaws import NOTES_SCALE, Flaw, chosen, make_output
+from lightning_modules.telepathy.frozen import frozen_names
 from lightning_modules.telepathy.gates import gates
 from lightning_modules.telepathy.noise import row_seeds
 from lightning_modules.telepathy.normalizer import calibrate, make_normalizer
@@ -42,6 +44,7 @@ from lightning_modules.telepathy.objectives import (
 )
 from lightning_modules.telepathy.ranks import all_rows, token_weight
 from lightning_modules.telepathy.source import Source
+from lightning_modules.telepathy.source_cache import fixed_questions
 from lightning_modules.telepathy.target import Target
 from lightning_modules.telepathy.text_prefix import TextPrefix, clip_apart
 from lightning_modules.telepathy.workload import workload
@@ -101,6 +104,7 @@ class Telepathy(BridgeEvaluation):
         source_prompt: str | None = None,
         text_prefix: int = 0,
         max_new_tokens: int | None = None,
+        cache_source: bool = False,
         reproduce_flaws: bool | list[Flaw] = False,
         on_nonfinite: OnNonfinite = "stop",
     ):
@@ -113,7 +117,7 @@ class Telepathy(BridgeEvaluation):
         check_numbers("model", 0, warmup_steps=warmup_steps)
         check_numbers("model", 0, SIZE, text_prefix=text_prefix)
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
-        self.on_nonfinite = on_nonfinite
+        self.on_nonfinite, self.cache_source = on_nonfinite, cache_source
         notes_scale = "key_scale" in self.flaws
         self.source = Source(source, self.layers, prompt if source_prompt is None else source_prompt)
         self.target = Target(target, prompt, self.flaws)
@@ -131,6 +135,13 @@ class Telepathy(BridgeEvaluation):
         heads = {str(name): objective.head(sizes) for name, objective in self.objectives.items() if objective.head}
         self.heads = nn.ModuleDict(heads)
         self.strict_loading = False  # the frozen models are not in checkpoints
+        # Each rank loads them by itself: DDP neither sends them from rank 0 nor keeps what is freed
+        self._ddp_params_and_buffers_to_ignore = frozen_names(self)
+
+    def setup(self, stage: str) -> None:
+        """Before a fit with `cache_source`, write the source's states to files and free the source."""
+        if self.cache_source and stage == "fit" and not is_dry_run(self.trainer):
+            self.source.move_to_files(fixed_questions(connected(self.trainer).datamodule), self.trainer)
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""

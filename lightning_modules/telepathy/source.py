@@ -4,12 +4,15 @@ Shapes: B batch, T positions, S positions of the question, C width of the states
 """
 
 from collections.abc import Sequence
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 import torch
-from torch import Tensor
+from lightning import Trainer
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from lightning_modules.pretrained.fingerprint import fingerprint
 from lightning_modules.pretrained.first_layers import FirstLayers
 from lightning_modules.pretrained.loading import Pretrained, positions
 from lightning_modules.pretrained.prompts import (
@@ -23,6 +26,7 @@ from lightning_modules.pretrained.prompts import (
     with_added,
 )
 from lightning_modules.telepathy.frozen import Frozen
+from lightning_modules.telepathy.source_cache import SourceCache
 
 
 class SourceBatch(TypedDict):
@@ -33,12 +37,14 @@ class SourceBatch(TypedDict):
         source_real: True at real tokens of `source`, [B, T].
         source_place: The positions of the question's tokens in `source`, [B, S].
         source_mask: True at real positions of the question, [B, S].
+        states: The states at these positions, [B, S, C], where they come from files.
     """
 
     source: Tensor
     source_real: Tensor
     source_place: Tensor
     source_mask: Tensor
+    states: NotRequired[Tensor]
 
 
 class Source(Frozen):
@@ -54,6 +60,7 @@ class Source(Frozen):
         model: The model, up to the last of `layers`.
         tokenizer: Its tokenizer.
         width: Number of features C of the states.
+        cache: The files with the states, once they have taken the place of the model.
 
     Raises:
         UserError: The model cannot be loaded or has no such layer, or the prompt has no place for a question.
@@ -66,6 +73,7 @@ class Source(Frozen):
         self.path = pretrained.path
         self.tokenizer = tokenizer = pretrained.load_tokenizer()
         self.width = self.model.width
+        self.cache: SourceCache | None = None
         self.positions = positions(self.model.model)
         self._vocabulary = len(cast(Tensor, self.model.model.get_input_embeddings().weight))
         if prompt == CHAT and tokenizer.chat_template:
@@ -102,13 +110,51 @@ class Source(Frozen):
         source_mask_BS = offset_S < torch.tensor(counts)[:, None]
         # Beyond the end of a question its first position is read again, and masked
         source_place_BS = torch.tensor(places)[:, None] + offset_S * source_mask_BS
-        return SourceBatch(
+        batch = SourceBatch(
             source=source_BT, source_real=source_real_BT, source_place=source_place_BS, source_mask=source_mask_BS
         )
+        if self.cache is not None:
+            batch["states"] = self.cache.read(questions)
+        return batch
+
+    def read(self, batch: SourceBatch) -> Tensor:
+        """Return the states_BSC of the question in fp32, without those of the prompt and of special tokens."""
+        return (batch["states"] if "states" in batch else self._states(batch)).float()
 
     @torch.no_grad()
-    def read(self, batch: SourceBatch) -> Tensor:
-        """Return the states_BSC of the question, without those of the prompt and of special tokens."""
+    def _states(self, batch: SourceBatch) -> Tensor:
         states_BTC: Tensor = self(batch["source"], batch["source_real"])
         place_BS1 = batch["source_place"][..., None]
-        return states_BTC.gather(1, place_BS1.expand(-1, -1, states_BTC.shape[-1])).float()
+        return states_BTC.gather(1, place_BS1.expand(-1, -1, states_BTC.shape[-1]))
+
+    def move_to_files(self, questions: Sequence[str], trainer: Trainer) -> None:
+        """Write the states at all questions of a data set to files, and free the model; see `SourceCache`.
+
+        From then on `tokenize` adds the states to its batches. Every rank must call it. A second call with the same or
+        fewer questions does nothing.
+
+        Raises:
+            UserError: The model has been freed, and has not read all of these questions.
+        """
+        if self.cache is not None and all(question in self.cache for question in questions):
+            return
+        if self.cache is not None:
+            raise UserError("model.cache_source: the source was freed in an earlier fit, on other data")
+        plugin, device = trainer.precision_plugin, trainer.strategy.root_device
+        model = plugin.convert_module(self.model.to(device))
+        batch = self.tokenize(questions)
+        identity = {
+            "weights": fingerprint(model, self.model.model.config),
+            "layers": self.model.layers,
+            "precision": str(trainer.precision),
+        }
+        rows = [row[real].tolist() for row, real in zip(batch["source"], batch["source_real"], strict=True)]
+        cache = SourceCache(identity, questions, rows, batch["source_mask"].sum(1).tolist(), self.width)
+
+        def states(some: Sequence[str]) -> list[Tensor]:
+            batch = move_data_to_device(self.tokenize(some), device)
+            with plugin.val_step_context():
+                return [row[real] for row, real in zip(self._states(batch), batch["source_mask"], strict=True)]
+
+        cache.fill(states, trainer.global_rank, trainer.world_size)
+        self.cache, self.model = cache, cast(FirstLayers, nn.Module())

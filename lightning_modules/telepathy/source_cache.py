@@ -1,0 +1,208 @@
+"""The states of a frozen source at the questions of a data set: written once to files, and read from them in training.
+
+Shapes: N source positions of all questions of a file, C source width, S source positions of a question, B batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from datamodules.errors import UserError
+from lightning_modules.core.files import replacing
+from lightning_modules.core.samples import gather_objects
+
+FOLDER = Path("runs", "source_states")
+FORMAT = "1"  # of the files; another one is another key
+FILE_BYTES = 2**28  # of the states in a file, about
+LONGEST_STATE = 4  # bytes of a feature at most
+ROWS = 32  # questions that the source reads at a time
+
+States = Callable[[Sequence[str]], list[Tensor]]  # of some questions, states_SC each
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of the cache and the questions whose states it holds, in their order."""
+
+    path: Path
+    questions: tuple[str, ...]
+    lengths: tuple[int, ...]
+
+
+@runtime_checkable
+class HasQuestions(Protocol):
+    """A datamodule that knows the questions of its problems."""
+
+    def questions(self) -> list[str] | None:
+        """Return the questions of all sets; None if there is no end of them."""
+        ...
+
+
+def fixed_questions(data: object) -> list[str]:
+    """Return the questions of a datamodule.
+
+    Raises:
+        UserError: It has none, or draws new ones in training.
+    """
+    if not isinstance(data, HasQuestions):
+        raise UserError(f"model.cache_source: {type(data).__name__} has no questions")
+    questions = data.questions()
+    if questions is None:
+        raise UserError(
+            "model.cache_source needs problems that are read more than once, and data.source 'generated' draws new "
+            "ones in every step: use 'file' or 'hub'"
+        )
+    return questions
+
+
+class SourceCache:
+    """Files with the states of a source at a set of questions.
+
+    The folder `runs/source_states/<key>` has safetensors files of about 256 MB, each with `states`, [N, C] in the type
+    that the source gives, and a checksum. Nothing is rounded. The key depends on all that the states depend on: the
+    source's weights and configuration, its layers, its tokens for each question, and the precision of the run. A file
+    appears as a whole and holds its own checksum, so runs that write the same cache at once may replace each other's
+    files by files that are as good.
+
+    Args:
+        identity: What the states depend on beside the questions; plain types.
+        questions: The questions; each is stored once.
+        rows: The source's tokens of each question, in the same order.
+        lengths: Number S of states of each question.
+        width: C.
+        folder: The folder of all caches.
+
+    Attributes:
+        folder: The folder of this cache.
+    """
+
+    def __init__(
+        self,
+        identity: dict[str, Any],
+        questions: Sequence[str],
+        rows: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        width: int,
+        folder: Path = FOLDER,
+    ):
+        # Sorted, so that rows of a batch are of one length; by their text too, so that no order of the data matters
+        known = {
+            text: (len(row), text, [*row], count) for text, row, count in zip(questions, rows, lengths, strict=True)
+        }
+        ordered = sorted(known.values())
+        content = [FORMAT, identity, width, [(row, length) for _, _, row, length in ordered]]
+        self.key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        self.folder = folder / self.key[:32]
+        self._files = list(self._cut([(text, length) for _, text, _, length in ordered], width))
+        self._place: dict[str, tuple[int, int, int]] = {}
+        for number, file in enumerate(self._files):
+            end = 0
+            for text, length in zip(file.questions, file.lengths, strict=True):
+                self._place[text] = number, end, end + length
+                end += length
+        self._opened: dict[int, Any] = {}
+
+    def _cut(self, ordered: Sequence[tuple[str, int]], width: int) -> Iterator[_File]:
+        """Yield files of questions; a file ends with the question that fills it."""
+        most, start, total = max(FILE_BYTES // (LONGEST_STATE * width), 1), 0, 0
+        for end, (_, length) in enumerate(ordered, 1):
+            total += length
+            if total >= most or end == len(ordered):
+                texts, lengths = zip(*ordered[start:end], strict=True)
+                yield _File(self.folder / f"states-{start:08}.safetensors", texts, lengths)
+                start, total = end, 0
+
+    def __contains__(self, question: str) -> bool:
+        return question in self._place
+
+    def fill(self, states: States, rank: int = 0, world: int = 1) -> int:
+        """Write the files that are missing or damaged; every rank must call it and does its part.
+
+        Args:
+            states: Returns the states of questions; it is not called if all files are there.
+            rank: Index of this process.
+            world: Number of processes.
+
+        Returns:
+            The number of files that this rank has written.
+
+        Raises:
+            UserError: Another rank does not see the files of this one.
+        """
+        written = 0
+        for file in self._files[rank::world]:
+            fault = self._fault(file)
+            if fault is None:
+                continue
+            if fault:
+                rank_zero_warn(f"model.cache_source: {file.path} is damaged, {fault}; it is written again")
+            self._write(file, states)
+            written += 1
+        gather_objects(None)  # wait for the other ranks
+        missing = [file.path for file in self._files if not file.path.is_file()]
+        if any(gather_objects(bool(missing))):
+            where = f": this one lacks {missing[0]}" if missing else ""
+            raise UserError(f"model.cache_source: {FOLDER} must lie on a file system that all machines share{where}")
+        return written
+
+    def _write(self, file: _File, states: States) -> None:
+        parts = [
+            part for start in range(0, len(file.questions), ROWS) for part in states(file.questions[start:][:ROWS])
+        ]
+        lengths = tuple(len(part) for part in parts)
+        assert lengths == file.lengths, "the source gives other states than its tokens tell"
+        tensors = {"states": torch.cat([part.cpu() for part in parts])}
+        with replacing(file.path) as draft:
+            draft.write_bytes(save(tensors, {"key": self.key, "sha256": _checksum(tensors["states"])}))
+
+    def _fault(self, file: _File) -> str | None:
+        """Return what is wrong with a file; an empty text if it does not exist, None if nothing is wrong."""
+        if not file.path.is_file():
+            return ""
+        try:
+            with safe_open(file.path, "pt") as opened:
+                metadata, states_NC = opened.metadata() or {}, opened.get_tensor("states")
+        except (SafetensorError, OSError) as error:
+            return f"it cannot be read ({str(error).splitlines()[0]})"
+        if metadata.get("key") != self.key or len(states_NC) != sum(file.lengths):
+            return "it belongs to another cache"
+        return None if metadata.get("sha256") == _checksum(states_NC) else "its checksum is wrong"
+
+    def read(self, questions: Sequence[str]) -> Tensor:
+        """Return states_BSC of questions, zero behind the end of a question.
+
+        Raises:
+            UserError: A question is not in the cache, or a file has vanished since the run began.
+        """
+        parts = [self._read(question) for question in questions]
+        states_BSC = parts[0].new_zeros(len(parts), max(map(len, parts)), parts[0].shape[-1])
+        for state_SC, row_SC in zip(parts, states_BSC, strict=True):
+            row_SC[: len(state_SC)] = state_SC
+        return states_BSC
+
+    def _read(self, question: str) -> Tensor:
+        if question not in self._place:
+            raise UserError(f"model.cache_source: the source has not read {question[:40]!r}..., and is not in memory")
+        number, start, end = self._place[question]
+        if number not in self._opened:
+            try:
+                opened: Any = safe_open(self._files[number].path, "pt")
+                self._opened[number] = opened.__enter__().get_slice("states")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"model.cache_source: {self._files[number].path} cannot be read: {error}") from error
+        states_SC: Tensor = self._opened[number][start:end]
+        return states_SC
+
+
+def _checksum(tensor: Tensor) -> str:
+    content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(content).hexdigest()
