@@ -116,9 +116,11 @@ def test_a_picture_and_a_table_of_all_heads(tmp_path):
     assert f"head {measures.head} holds the needles" in figure.get_suptitle()
     assert [len(axes.patches) for axes in figure.axes[:3]] == [10, 10, 6]  # two heads
     assert [len(axes.lines) for axes in figure.axes[3:]] == [2, 2, 3]
-    _, beta = state_report.trace_picture(measures.trace, "blocks.0.gated_delta", 1).axes
+    forgotten, beta = state_report.trace_picture(measures.trace, "blocks.0.gated_delta", 1).axes
     row, keys, values, queries = beta.lines
     assert row.get_ydata().tolist() == sites["gates.beta"][0, :, 1].tolist()
+    taken = 1 - sites["gates.log_decay"][0, :, 1].double().exp()
+    torch.testing.assert_close(torch.tensor(forgotten.lines[0].get_ydata()), taken, rtol=1e-5, atol=0)
     assert keys.get_xdata().tolist() == [0, 2, 4]
     assert values.get_xdata().tolist() == [1, 3, 5]
     labelled = (batch["labels"][0] >= 0).nonzero()[:, 0]

@@ -37,12 +37,12 @@ class GateTrace:
     """The gates along one row, on the CPU.
 
     Attributes:
-        decay_TH: exp(g).
+        forgotten_TH: 1 - exp(g), the share of the state that the decay takes.
         beta_TH: Writing strength.
         places: Role -> positions; `write` is one of the roles.
     """
 
-    decay_TH: Tensor
+    forgotten_TH: Tensor
     beta_TH: Tensor
     places: dict[str, list[int]]
 
@@ -136,7 +136,7 @@ def measure_state(batch: TokenBatch, sites: Mapping[str, Tensor], shifted: bool,
     by_head = {name: x_H.float().cpu() for name, x_H in by_head.items()}
     counts = {"self_retrieval": int(present_BN.sum()), "query_retrieval": len(queries.row_Q)}
     first = {name: mask_BT[0].nonzero()[:, 0].tolist() for name, mask_BT in (role | {"write": written_BT}).items()}
-    trace = GateTrace(writes.log_decay_BTH[0].exp().cpu(), sites["gates.beta"][0].float().cpu(), first)
+    trace = GateTrace(-writes.log_decay_BTH[0].expm1().cpu(), sites["gates.beta"][0].float().cpu(), first)
     return StateMeasures(lag, head, by_head, counts, curve, spectrum_BHR.mean(0).cpu(), trace)
 
 

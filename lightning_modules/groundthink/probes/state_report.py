@@ -85,7 +85,7 @@ def trace_picture(trace: GateTrace, name: str, head: int) -> "Figure":
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     figure.suptitle(f"{name}, head {head}: gates along a row", fontsize=11)
     axes = figure.subplots(2, 1, sharex=True)
-    for each, gate_T in zip(axes, (1 - trace.decay_TH[:, head], trace.beta_TH[:, head]), strict=True):
+    for each, gate_T in zip(axes, (trace.forgotten_TH[:, head], trace.beta_TH[:, head]), strict=True):
         each.plot(gate_T.tolist(), color="gray", linewidth=0.8)
         for number, role in enumerate(ROLES):
             if role != "filler":
