@@ -47,7 +47,7 @@ class DeltaMemory(LightningModule):
     - `error_at_n`, `first_error_at_n`, `last_error_at_n`: |read - v| / |v| of all items, the first and the last one;
     - `similarity_at_n`, likewise: cosine of the read with v;
     - `recall_at_n`, `first_recall_at_n`: share of items whose read has a larger cosine with the item's own value than
-      with every other value; chance is 1 / n;
+      with every other value; chance is 1 / n, and with `repeat`, where all values are equal, it means nothing;
     - `key_similarity_at_n`: mean |cosine| of the keys of two items; `state_norm_at_n`: |S|;
     - `soft_error_at_n`, `soft_recall_at_n`: error of a read that blends what lies under all keys, with the weights
       softmax(keys q), and the share of items whose own key has the largest weight.

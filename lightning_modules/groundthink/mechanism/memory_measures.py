@@ -118,7 +118,7 @@ def _pair_similarity(key_SBNK: Tensor) -> Tensor:
     """Return the mean |cosine| of two different items' keys, [S, B]; 0 for one item."""
     count = key_SBNK.shape[2]
     total_SB = (key_SBNK @ key_SBNK.mT).abs().sum((2, 3)) - key_SBNK.square().sum((2, 3))
-    return total_SB / max(count * (count - 1), 1)
+    return total_SB.clamp(min=0) / max(count * (count - 1), 1)  # rounding may leave less than 0
 
 
 class GradientError(Metric):
