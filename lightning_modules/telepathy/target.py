@@ -150,14 +150,13 @@ class Target(Frozen):
         return [Row(*around, reply) for _, reply in self._tokens(questions, answers)]
 
     def autoencode_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
-        """Return the rows for soft tokens in which the question, the text after it, and the answer are answered."""
-        separator = self.prompt.separator
-        replies = [question + self.prompt.after + separator + a for question, a in zip(questions, answers, strict=True)]
-        return self.soft_rows(questions, replies)
+        """Return the rows for soft tokens in which the question is to be repeated and then to be answered."""
+        between = self.prompt.after + self.prompt.separator
+        return self.readback_rows([question + between + a for question, a in zip(questions, answers, strict=True)])
 
     def readback_rows(self, questions: Sequence[str]) -> list[Row]:
         """Return the rows for soft tokens in which the question is to be repeated."""
-        return [Row(*self._repeat, reply) for _, reply in self._tokens(questions, questions)]
+        return [Row(*self._repeat, reply) for _, reply in self._tokens([""] * len(questions), questions)]
 
     def text_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
         """Return the rows with the text of the questions; the place for vectors is right before the question."""

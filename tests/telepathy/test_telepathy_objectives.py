@@ -268,8 +268,9 @@ def test_what_the_target_is_asked_to_repeat(telepathy, problems):
     question, answer = problems[0].question, problems[0].answer
     assert tokenizer.decode(batch["readback"].labels_N[:-1]) == f" {question}"
     assert tokenizer.decode(batch["autoencode"].labels_N[:-1]) == f" {question}\nAnswer: {answer}"
-    hole = int((batch["readback"].column_BT[0] >= 0).nonzero()[-1])
-    assert tokenizer.decode(batch["readback"].tokens_BT[0, hole + 1 :]).startswith("\nRepeat:")
+    for rows in ("autoencode", "readback"):
+        hole = int((batch[rows].column_BT[0] >= 0).nonzero()[-1])
+        assert tokenizer.decode(batch[rows].tokens_BT[0, hole + 1 :]).startswith(f"\nRepeat: {question[:20]}")
 
 
 def test_reconstruction_cannot_be_had_from_a_constant_unless_means_are_compared(telepathy, problems):

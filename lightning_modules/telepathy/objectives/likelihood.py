@@ -37,7 +37,7 @@ def make_lm() -> Objective:
 
 
 def make_autoencode() -> Objective:
-    """The cross-entropy of the question and the answer behind it, which the target writes from the soft tokens."""
+    """The cross-entropy of the question, which the target is asked to repeat, and of the answer behind it."""
     return _cross_entropy("autoencode")
 
 
