@@ -3,8 +3,7 @@
 Shapes: B batch, S source positions, C source width, K vectors, D target width, N answer tokens of the whole batch.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
@@ -50,16 +49,6 @@ class Gated(Protocol):
     warmup_steps: int
 
     @property
-    def bridge(self) -> nn.Module:
-        """The bridge."""
-        ...
-
-    @property
-    def soft_tokens(self) -> nn.Module:
-        """The scale of its output."""
-        ...
-
-    @property
     def trainer(self) -> Trainer:
         """The trainer."""
         ...
@@ -69,8 +58,32 @@ class Gated(Protocol):
         """Length limit of generated answers, in tokens."""
         ...
 
-    def states(self, batch: Any) -> Tensor:
-        """Return the normalised states_BSC at the questions."""
+    def read(self, batch: Any) -> Tensor:
+        """Return states_BSC at the questions."""
+        ...
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Return soft_BKD."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode of training."""
+        ...
+
+    def eval(self) -> Any:
+        """Set the mode of evaluation."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state without that of the frozen models."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """Restore a state."""
         ...
 
     def collate(self, problems: Sequence[Problem], training: bool) -> Any:
@@ -97,7 +110,7 @@ class _Read:
 def gates(module: Gated, count: int, least_accuracy: float, steps: int) -> Iterator[Gate]:
     """Run the gates of a module one after the other. Every rank must call it.
 
-    Neither the weights of the module nor its random states change: a copy of the bridge is trained.
+    The weights of the module are the same afterwards.
 
     Args:
         module: The module, connected to a trainer.
@@ -140,21 +153,17 @@ def question_embeddings(module: Gated, batch: EvaluationBatch) -> tuple[Tensor, 
 
 
 def overfitted(module: Gated, batch: TrainingBatch, steps: int) -> float:
-    """Train a copy of the bridge on one batch with the module's optimizer; return the cross-entropy at the end.
+    """Train the bridge on one batch with the module's optimizer; return the cross-entropy at the end.
 
-    The batch is that of this rank, and the cross-entropy the largest one of all ranks.
+    The batch is that of this rank, and the cross-entropy the largest one of all ranks. The weights are put back.
     """
     with torch.no_grad(), module.trainer.precision_plugin.val_step_context():
-        states_BSC = module.states(batch)
-    bridge, output = copy.deepcopy(module.bridge).train(), copy.deepcopy(module.soft_tokens).train()
-    parameters = [*bridge.parameters(), *output.parameters()]
+        batch = TrainingBatch(**{**batch, "states": module.read(batch)})  # read once
+    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = module.optimizer(parameters)
     rises = min(module.warmup_steps, steps // 4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup(step + 1, rises))
-
-    def soft_tokens() -> Tensor:
-        soft_BKD: Tensor = output(bridge(states_BSC, batch["source_mask"]), batch["soft_mask"])
-        return soft_BKD
 
     def step() -> None:
         clip = module.trainer.gradient_clip_val
@@ -164,7 +173,13 @@ def overfitted(module: Gated, batch: TrainingBatch, steps: int) -> float:
         schedule.step()
         optimizer.zero_grad()
 
-    return _descend(module, batch, soft_tokens, step, steps, BRIDGE_LOSS)
+    module.train()
+    try:
+        return _descend(module, batch, lambda: module(batch), step, steps, BRIDGE_LOSS)
+    finally:
+        optimizer.zero_grad()
+        module.load_state_dict(kept)
+        module.eval()
 
 
 def prompted(module: Gated, batch: TrainingBatch, steps: int) -> float:
