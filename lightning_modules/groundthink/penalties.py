@@ -112,7 +112,7 @@ class Writes:
 
     def close(self) -> tuple[Tensor, Tensor]:
         """Return the overlap of keys and the mean beta, both a mean over mixers, and measure no longer."""
-        assert self._kept
+        assert self._kept is not None  # `open` comes first
         overlaps, betas = zip(*self._kept, strict=True)
         self._kept = None
         return torch.stack(overlaps).mean(), torch.stack(betas).mean()
