@@ -30,9 +30,10 @@ class Angles(nn.Module):
     - `constrained`: r = cumsum(0.1 delta(x)); w = 0. The reader's phase is the writer's with a small adjustment.
     - `decoupled`: r = cumsum(omega'(x) - omega(x)); w = 0. The reader's phase is a sum of its own.
 
-    The bias of omega (and of omega') is a spread of frequencies in each head, with periods of 4 to 512 positions,
-    evenly on a log scale. omega(x) begins with a standard deviation of half its bias, offsets with one of 1 rad. Phases
-    are in fp32 also under autocast: a sum of bf16 phases is wrong by more than its size after 2000 positions.
+    omega and omega' are learned about a spread of frequencies in each head, with periods of 4 to 512 positions, evenly
+    on a log scale: weight decay leads back to them. omega(x) begins with a standard deviation of half its frequency,
+    offsets with one of 1 rad. Phases are in fp32 also under autocast: a sum of bf16 phases is wrong by more than its
+    size after 2000 positions.
 
     Sites: `advance` (omega) [B, T, F] in radians.
 
@@ -45,16 +46,20 @@ class Angles(nn.Module):
         kind: The kind.
     """
 
+    frequency_F: Tensor
+
     def __init__(self, width: int, heads: int, frequencies: int, kind: Kind):
         super().__init__()
         self.kind, self.phases = kind, heads * frequencies
-        self.omega, self.advance = _frequencies(width, heads, frequencies), nn.Identity()
+        frequency_F = spread_frequencies(heads, frequencies)
+        self.register_buffer("frequency_F", frequency_F, persistent=False)
+        self.omega, self.advance = _linear(width, SPREAD * frequency_F), nn.Identity()
         if kind == "decoupled":
-            self.offset = _frequencies(width, heads, frequencies)
+            self.offset = _linear(width, SPREAD * frequency_F)
         elif kind != "single":
-            self.offset = _offset(width, self.phases)
+            self.offset = _linear(width, torch.ones(self.phases))
         if kind == "offsets":
-            self.key_offset = _offset(width, self.phases)
+            self.key_offset = _linear(width, torch.ones(self.phases))
 
     def init_state(self, batch: int) -> Tensor | None:
         """Return the sum of the reader's steps before the first position, [B, F]; None for kinds without a sum."""
@@ -67,7 +72,7 @@ class Angles(nn.Module):
             x_BTD: The input.
             sum_BF: The sum of the reader's steps so far; its next value is the last position of the reader's offset.
         """
-        omega_BTF = self.advance(_project(x_BTD, self.omega))
+        omega_BTF = self.advance(_project(x_BTD, self.omega) + self.frequency_F)
         if self.kind == "single":
             return omega_BTF, None, None
         offset_BTF = _project(x_BTD, self.offset)
@@ -79,24 +84,22 @@ class Angles(nn.Module):
             case "constrained":
                 return omega_BTF, accumulate_phase(COUPLING * offset_BTF, sum_BF), None
             case "decoupled":
-                return omega_BTF, accumulate_phase(offset_BTF - omega_BTF, sum_BF), None
+                return omega_BTF, accumulate_phase(offset_BTF + self.frequency_F - omega_BTF, sum_BF), None
 
 
-def _frequencies(width: int, heads: int, frequencies: int) -> nn.Linear:
-    layer = nn.Linear(width, heads * frequencies)
+def spread_frequencies(heads: int, frequencies: int) -> Tensor:
+    """Return the frequencies that omega is learned about, in radians per position, [F]; a head has the whole range."""
     shortest, longest = (math.log(period) for period in PERIODS)
     omega_KH = 2 * math.pi * (-torch.linspace(shortest, longest, heads * frequencies)).exp().view(frequencies, heads)
-    omega_F = omega_KH.T.flatten()  # every head has the whole range
-    with torch.no_grad():
-        layer.bias.copy_(omega_F)
-        layer.weight.normal_().mul_(SPREAD * width**-0.5 * omega_F[:, None])
-    return layer
+    return omega_KH.T.flatten()
 
 
-def _offset(width: int, phases: int) -> nn.Linear:
-    layer = nn.Linear(width, phases)
-    nn.init.normal_(layer.weight, std=width**-0.5)
+def _linear(width: int, deviation_F: Tensor) -> nn.Linear:
+    """Return a linear map whose outputs begin with a mean of 0 and these standard deviations."""
+    layer = nn.Linear(width, len(deviation_F))
     nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        layer.weight.normal_().mul_(width**-0.5 * deviation_F[:, None])
     return layer
 
 

@@ -27,12 +27,15 @@ class Decay(nn.Module):
         kind: `none`, `learned` or `input`.
     """
 
+    spread_G: Tensor
+
     def __init__(self, width: int, groups: int, kind: DecayKind):
         super().__init__()
         self.kind, self.log_decay = kind, nn.Identity()
         if kind != "none":
             shortest, longest = (math.log(horizon) for horizon in HORIZONS)
-            self.rate = nn.Parameter(-torch.linspace(longest, shortest, groups))
+            self.register_buffer("spread_G", -torch.linspace(longest, shortest, groups), persistent=False)
+            self.rate = nn.Parameter(torch.zeros(groups))  # weight decay leads back to the spread
         if kind == "input":
             self.decay_proj = nn.Linear(width, groups)
             nn.init.zeros_(self.decay_proj.weight)
@@ -42,7 +45,7 @@ class Decay(nn.Module):
         """Return log gamma, or None for a memory that does not fade."""
         if self.kind == "none":
             return None
-        rate_G = self.rate.exp()
+        rate_G = (self.spread_G + self.rate).exp()
         if self.kind == "learned":
             return cast(Tensor, self.log_decay(-rate_G))
         rate_BTG = rate_G * softplus(self.decay_proj(x_BTD).to(rate_G.dtype)) / math.log(2)

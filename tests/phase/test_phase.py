@@ -122,11 +122,11 @@ def test_the_reader_of_each_kind_of_angles():
     omega, read, write = angles(x_BTD, angles.init_state(2))
     turns = (read - (0.1 * angles.offset(x_BTD)).cumsum(1)) / (2 * torch.pi)
     torch.testing.assert_close(turns, turns.round(), rtol=0, atol=1e-9)
-    torch.testing.assert_close(omega, angles.omega(x_BTD))
+    torch.testing.assert_close(omega, angles.omega(x_BTD) + angles.frequency_F)
     assert write is None
     angles = make_angles("decoupled")
     omega, read, write = angles(x_BTD, angles.init_state(2))
-    turns = (omega.cumsum(1) + read - angles.offset(x_BTD).cumsum(1)) / (2 * torch.pi)
+    turns = (omega.cumsum(1) + read - (angles.offset(x_BTD) + angles.frequency_F).cumsum(1)) / (2 * torch.pi)
     torch.testing.assert_close(turns, turns.round(), rtol=0, atol=1e-9)
     angles = make_angles("offsets")
     _, read, write = angles(x_BTD, None)
@@ -134,7 +134,7 @@ def test_the_reader_of_each_kind_of_angles():
 
 
 def test_initial_phases_and_decays_are_spread():
-    period_HK = 2 * torch.pi / Angles(16, 4, 8, "single").omega.bias.view(4, 8)
+    period_HK = 2 * torch.pi / Angles(16, 4, 8, "single")(torch.zeros(1, 1, 16), None)[0].view(4, 8)
     assert (period_HK.min(1).values < 6.5).all()
     assert (period_HK.max(1).values > 300).all()  # each head has the whole range
     horizon_G = -1 / Decay(16, 12, "learned")(torch.zeros(1, 1, 16))
