@@ -30,9 +30,12 @@ class Configuration:
     backward: Launch
 
 
-# Keys: bytes of a value. One warp per program needs no barriers; fewer rows or more warps need more instructions per
-# value, and more rows need more registers than there are.
+# Keys: bytes of a value, and whether there are two or more of: masses, decays, an offset, another one, normalisation.
+# One warp per program needs no barriers. Fewer rows or more warps need more instructions per value, and more rows need
+# more registers than there are.
 TABLE = {
-    4: Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 2)),
-    2: Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 2)),
+    (4, False): Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 2)),
+    (4, True): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2)),
+    (2, False): Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 2)),
+    (2, True): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2)),
 }

@@ -10,13 +10,13 @@ import triton.language as tl
 
 from kernels.phase_scan.tiles import load_tile, rows_of_tile
 
-NEAR = tl.constexpr(-0.125)  # log-decays above this are treated as small
+NEAR = tl.constexpr(-0.03125)  # log-decays above this are treated as small
 
 
 @triton.jit
 def exp_minus_one(x):
     """Return exp(x) - 1 for small x."""
-    return x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * 0.008333334))))
+    return x * (1.0 + x * (0.5 + x * (0.16666667 + x * 0.041666668)))
 
 
 @triton.jit
@@ -40,9 +40,8 @@ def tile_gates(
     if log_decay is None:
         return None, None
     elif channel_decay is not None:
-        inside = tl.where(rows_of_tile(R, G) < left - AHEAD, 1.0, 0.0)
-        log_gate = channel_decay * inside
-        return _exp(log_gate), channel_decay * tl.sum(tl.sum(inside, 0, keep_dims=True), 1, keep_dims=True)
+        rows = tl.minimum(tl.maximum(left - AHEAD, 0), R * G).to(tl.float32)
+        return tl.where(rows_of_tile(R, G) < left - AHEAD, _exp(channel_decay), 1.0), channel_decay * rows
     else:
         log_gate = load_tile(log_decay, row + AHEAD, left - AHEAD, column, D, D, R, G, BD).to(tl.float32)
         return _exp(log_gate), tl.sum(tl.sum(log_gate, 0, keep_dims=True), 1, keep_dims=True)

@@ -25,7 +25,7 @@ def run_forward(
     output_final_state: bool,
 ) -> Tensors:
     """Return outputs, final states and the states before tiles."""
-    problem = Problem(x, log_decay, cu_seqlens, normalise, imaginary)
+    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary)
     y, final, states = problem.forward_buffers(x, output_final_state)
     problem.run(
         compute_outputs,
@@ -49,7 +49,8 @@ def _forward_shapes(
     imaginary: bool,
     output_final_state: bool,
 ) -> Tensors:
-    return Problem(x, log_decay, cu_seqlens, normalise, imaginary).forward_buffers(x, output_final_state)
+    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary)
+    return problem.forward_buffers(x, output_final_state)
 
 
 def run_backward(
@@ -68,7 +69,7 @@ def run_backward(
     imaginary: bool,
 ) -> Tensors:
     """Return the gradients of x, omega, mass, log-decay, read and write offset, and of the initial states."""
-    problem = Problem(x, log_decay, cu_seqlens, normalise, imaginary)
+    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary)
     inputs = x, omega, mass, log_decay, read_offset, write_offset, initial
     gradients = problem.backward_buffers(*inputs)
     problem.run(compute_gradients, problem.how.backward, *inputs, states, dy, dfinal, *gradients, cu_seqlens)
@@ -90,7 +91,7 @@ def _backward_shapes(
     normalise: bool,
     imaginary: bool,
 ) -> Tensors:
-    problem = Problem(x, log_decay, cu_seqlens, normalise, imaginary)
+    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary)
     return problem.backward_buffers(x, omega, mass, log_decay, read_offset, write_offset, initial)
 
 

@@ -20,19 +20,31 @@ class Problem:
 
     Args:
         x: Values [B, T, D].
+        mass: Factors of the values, or None.
         log_decay: Log-decays [D] or [B, T, D], or None.
+        read_offset: Phases added where it reads, or None.
+        write_offset: Phases added where it writes, or None.
         cu_seqlens: Bounds of the sequences, or None.
         normalise: Whether outputs are divided by the sum of masses.
         imaginary: Whether there are imaginary parts of outputs.
     """
 
     def __init__(
-        self, x: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, normalise: bool, imaginary: bool
+        self,
+        x: Tensor,
+        mass: Tensor | None,
+        log_decay: Tensor | None,
+        read_offset: Tensor | None,
+        write_offset: Tensor | None,
+        cu_seqlens: Tensor | None,
+        normalise: bool,
+        imaginary: bool,
     ):
         self.B, self.T, self.D = x.shape
         self.device, self.packed = x.device, cu_seqlens is not None
         self.width, self.parts = self.D * (1 + imaginary), 2 + normalise
-        self.how = TABLE[x.element_size()]
+        extras = normalise + sum(v is not None for v in (mass, log_decay, read_offset, write_offset))
+        self.how = TABLE[x.element_size(), extras > 1]
         rows = self.how.forward.rows * self.how.forward.groups
         if cu_seqlens is None:
             self.N, self.slots = self.B, self.B * -(-self.T // rows)

@@ -1,0 +1,150 @@
+"""The Triton kernels in Triton's interpreter, beside the reference in fp64.
+
+The interpreter has to be on before Triton is imported, so all of this runs in one other process. It shows that the
+arithmetic is right, not what a compiler makes of it: `benchmarks/phase_scan_check.py` does that on a GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+from toy_phase_scan import Toy
+
+from kernels.phase_scan import phase_scan
+
+F32, F16 = torch.float32, torch.float16
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable]:
+    """Return a function that calls another one in a process with the interpreter."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield lambda call, *arguments: pool.submit(call, *arguments).result()
+
+
+def small_tiles() -> None:
+    """Let the kernels have tiles of few rows and channels: the interpreter treats each number on its own."""
+    from kernels.phase_scan import configurations
+
+    launch = configurations.Launch(rows=2, groups=2, channels=4, warps=1, stages=1)
+    configurations.TABLE.update(dict.fromkeys(configurations.TABLE, configurations.Configuration(launch, launch)))
+
+
+def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    pairs = zip(found, expected, strict=True)
+    return [float((x.double() - y).norm() / y.norm().clamp(min=1e-100)) for x, y in pairs]
+
+
+def results(call: Callable, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Return outputs, final states and all gradients of a function of both."""
+    inputs = {name: v.detach().clone().requires_grad_() for name, v in inputs.items()}
+    y, final = call(**inputs)
+    loss = (0.1 * y.double()).sin().sum() + (0.1 * final.double()).sin().sum()
+    return [y.detach(), final.detach(), *torch.autograd.grad(loss, list(inputs.values()))]
+
+
+def kernel_errors(toy: Toy) -> list[float]:
+    small_tiles()
+
+    def call(**inputs: Tensor) -> tuple[Tensor, Tensor]:
+        wide = inputs["x"].dtype == torch.float64
+        backend = "reference" if wide else "triton"
+        return phase_scan(**inputs, **toy.options, output_final_state=True, backend=backend)
+
+    inputs = toy.inputs()
+    return relative_errors(results(call, inputs), results(call, {name: v.double() for name, v in inputs.items()}))
+
+
+@pytest.mark.parametrize(
+    ("toy", "most"),
+    [
+        (Toy(T=9, decay=None, extras=False, dtype=F32, rate=20.0), 2e-6),
+        (Toy(B=1, T=10, bounds=(0, 0, 5, 9), dtype=F32), 2e-6),
+        (Toy(B=1, T=6, decay="channel", strength=0.01, dtype=F32), 2e-6),
+        (Toy(B=1, T=9, strength=50.0, extras=False, dtype=F32), 2e-6),
+        (Toy(B=1, T=6, D=1, bounds=(0, 5), decay="channel", extras=False, dtype=F16), 3e-3),
+    ],
+    ids=str,
+)
+def test_values_and_gradients(interpreter, toy: Toy, most: float):
+    errors = interpreter(kernel_errors, toy)
+    assert max(errors) < most, errors
+
+
+def drift() -> list[float]:
+    """Return the errors where the phase and the log-decay are constant, so that all rounding errors have one sign."""
+    small_tiles()
+    inputs = Toy(B=1, T=200, D=1, decay="channel", strength=0.0, extras=False, dtype=F32).inputs()
+    inputs["omega"].fill_(3.0)
+    inputs["log_decay"].fill_(-0.003)
+    y, _ = phase_scan(**inputs, backend="triton")
+    expected, _ = phase_scan(**{name: v.double() for name, v in inputs.items()}, backend="reference")
+    return relative_errors([y], [expected])
+
+
+def test_constant_phases_do_not_drift(interpreter):
+    assert interpreter(drift)[0] < 1e-6
+
+
+def causality_holds() -> bool:
+    """Return whether later inputs leave outputs, and gradients of later positions, exactly as they are."""
+    small_tiles()
+    inputs = Toy(B=1, T=6, D=1, dtype=F32).inputs()
+    rows = {name: v for name, v in inputs.items() if name != "initial_state"}
+    for t in (1, 2):
+        values = {name: v.detach().clone().requires_grad_() for name, v in rows.items()}
+        y, _ = phase_scan(**values, normalise=True, backend="triton")
+        gradients = torch.autograd.grad(y[:, t].sum(), list(values.values()))
+        other = {name: torch.cat((v[:, : t + 1], 2 * v[:, t + 1 :]), 1) for name, v in rows.items()}
+        changed, _ = phase_scan(**other, normalise=True, backend="triton")
+        if not (changed[:, : t + 1].equal(y[:, : t + 1]) and all(g[:, t + 1 :].eq(0).all() for g in gradients)):
+            return False
+    return True
+
+
+def test_causality_is_exact(interpreter):
+    assert interpreter(causality_holds)
+
+
+def member_errors(toy: Toy, compiled: bool) -> list[float]:
+    small_tiles()
+    members = [toy.inputs(seed) for seed in range(2)]
+    shared = members[0].pop("initial_state")
+    stacked = {name: torch.stack([member[name] for member in members]) for name in members[0]}
+
+    def members_of(backend: str) -> Callable:
+        def call(rows: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+            options = toy.options | {"output_final_state": True, "backend": backend}
+            return phase_scan(**rows, **options, initial_state=state)
+
+        def together(initial_state: Tensor, **rows: Tensor) -> tuple[Tensor, Tensor]:
+            return vmap(call, (0, None))(rows, initial_state)
+
+        return together
+
+    kernels = members_of("triton")
+    if compiled:
+        kernels = torch.compile(kernels, backend="aot_eager", fullgraph=True)
+    inputs = stacked | {"initial_state": shared}
+    wide = {name: v.double() for name, v in inputs.items()}
+    return relative_errors(results(kernels, inputs), results(members_of("reference"), wide))
+
+
+@pytest.mark.parametrize(
+    ("toy", "compiled"),
+    [
+        (Toy(T=5, D=1, dtype=F32), False),
+        (Toy(T=5, D=1, decay="channel", dtype=F32), False),
+        (Toy(B=1, T=6, D=1, bounds=(0, 2, 2, 5), dtype=F32), False),
+        (Toy(T=5, D=1, decay="channel", dtype=F32), True),
+    ],
+    ids=str,
+)
+def test_members_of_an_ensemble(interpreter, toy: Toy, compiled: bool):
+    errors = interpreter(member_errors, toy, compiled)
+    assert max(errors) < 2e-6, errors
