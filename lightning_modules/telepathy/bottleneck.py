@@ -140,7 +140,7 @@ class ScalarBottleneck(Bottleneck):
     def shares(self, soft_BKD: Tensor) -> Tensor:
         """Return softmax(-4 (u - l)²) over the levels l of each factor, with u the number that is rounded."""
         with torch.autocast(soft_BKD.device.type, enabled=False):
-            count_F = torch.tensor(LEVELS, device=soft_BKD.device)
+            count_F = self.quantizer._levels  # on the device already
             half_F = (count_F - 1) * (1 + 1e-3) / 2  # the library's bound, on levels from 0 to count - 1
             offset_F = 0.5 * (count_F % 2 == 0)
             shifted_BKF = self.quantizer.project_in(_unit(soft_BKD)) + (offset_F / half_F).atanh()

@@ -19,7 +19,6 @@ from datamodules.problems import Problem
 from lightning_modules.core.contracts import Gate, OnNonfinite, Workload, connected
 from lightning_modules.core.reporting import is_dry_run
 from lightning_modules.core.schedule import Schedule, with_schedule
-from lightning_modules.pretrained.generation import vocabulary
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bottleneck import BottleneckName, make_bottleneck
@@ -131,7 +130,7 @@ class Telepathy(BridgeEvaluation):
         self.soft_tokens = make_output(output, self.scale, self.flaws)
         self.text_prefix = TextPrefix(text_prefix, width, self.scale) if text_prefix else None
         check_parts(self.objectives, self.bridge, self.bottleneck)
-        sizes = Sizes(self.source.width, width, vocabulary(self.target.model), self.flaws)
+        sizes = Sizes(self.source.width, width, len(self.target.embedding.weight), self.flaws)
         heads = {str(name): objective.head(sizes) for name, objective in self.objectives.items() if objective.head}
         self.heads = nn.ModuleDict(heads)
         self.strict_loading = False  # the frozen models are not in checkpoints

@@ -66,9 +66,10 @@ def two(launch) -> Path:
 
 
 def test_objectives_over_the_batch_are_the_same_on_two_processes(launch):
-    diverse = ["--model.objectives", "{batch_diversity: 1.0, contrastive: 0.1}", "--test_after_fit", "false"]
+    weights = dict.fromkeys(["contrastive", "anchor", "separation", "position_variance"], 0.1) | {"batch_diversity": 1}
+    diverse = ["--model.objectives", json.dumps(weights), "--test_after_fit", "false"]
     alone, shared = launch("fit", "alone", 1, *diverse), launch("fit", "shared", 2, *diverse)
-    for name in ("train/batch_diversity", "train/contrastive", "train/loss"):
+    for name in ("train/loss", *(f"train/{objective}" for objective in weights)):
         assert series(shared, name) == pytest.approx(series(alone, name), abs=1e-5)
         assert len(set(series(alone, name))) == STEPS
     assert series(shared, "validation/loss") == pytest.approx(series(alone, "validation/loss"), rel=1e-3)

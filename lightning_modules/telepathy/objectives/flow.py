@@ -27,6 +27,7 @@ def make_flow(text: Literal["question", "answer"] = "question") -> Objective:
         text_BQD, mask_BQ = step.embedded(text)
         factor = NOTES_SCALE if "flow_scale" in step.flaws else 1.0
         states = encoding.states_BSC, step.batch["source_mask"]
-        return bridge.flow_loss(*states, encoding.seed_B, text_BQD * (factor / step.scale), mask_BQ)
+        error = bridge.flow_loss(*states, encoding.seed_B, text_BQD * (factor / step.scale), mask_BQ)
+        return error + 0 * step.soft_BKD.sum()  # DDP waits for a gradient of every parameter, that of the scale too
 
     return Objective(loss, needs=(text,))

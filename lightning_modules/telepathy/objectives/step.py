@@ -79,7 +79,7 @@ class Sizes:
     Attributes:
         source: Width C of the source's states.
         target: Width D of the soft tokens.
-        vocabulary: Number of the target's tokens.
+        vocabulary: Number of the target's embeddings.
         flaws: The flaws of the notes to reproduce.
     """
 
