@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from callbacks.activation_clamp import ActivationClamp
 from datamodules.batch import IGNORE
 from datamodules.needle_gym import NeedleGym
+from lightning_modules.core import losses
 from lightning_modules.groundthink import GroundThink, training
+from lightning_modules.groundthink.key_bank import KeyBank
 from lightning_modules.groundthink.penalties import KeyPenalty, Onsets, Penalty, key_overlap
 
 SIZES = {"vocab_size": 16, "seq_len": 16, "width": 16, "window": 4, "seed": 0, "warmup_steps": 1}
@@ -182,6 +184,16 @@ def test_a_training_step_waits_for_no_value_of_the_device():
     with Waits() as waits:
         module(batch()["tokens"]).sum().item()
     assert waits.seen  # the test sees one that is there
+
+
+def test_the_loss_of_every_option_is_one_graph(monkeypatch):
+    """`torch.compile` traces it without a break; the backend that runs the graph has no part in that."""
+    monkeypatch.setattr(losses, "CHUNK", 10 * 16)  # several chunks
+    options = BOTH | {"keys": "both", "rotary_keys": True, "shifted_value": True, "window_reads_state": True}
+    module = GroundThink(**SIZES, **options, key_bank=KeyBank(1, 3, learned=True))
+    compiled = torch.compile(module.losses, fullgraph=True, backend="eager")
+    (loss_S, outputs), (expected_S, wanted) = compiled(**batch()), module.losses(**batch())
+    torch.testing.assert_close((loss_S, *outputs), (expected_S, *wanted))
 
 
 class Waits(TorchDispatchMode):
