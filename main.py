@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -35,10 +36,8 @@ def main(args: list[str] | None = None) -> CrosstalkCLI | None:
 
         run(line)
         return None
-    if line[0] == "generate":
-        from cli.generate import run as generate
-
-        generate(line[1:])
+    if line[0] in ("export", "generate"):
+        import_module(f"cli.{line[0]}").run(line[1:])
         return None
     speed_up_help(line)
     from cli.app import CrosstalkCLI

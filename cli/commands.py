@@ -7,7 +7,8 @@ COMMANDS = {
     "validate": "Measure a checkpoint on the validation set.",
     "test": "Measure a checkpoint on the test sets.",
     "predict": "Run a checkpoint on the prediction set.",
-    "generate": "Continue a text with the model of a checkpoint.",
+    "generate": "Continue a text, or answer questions, with the model of a checkpoint.",
+    "export": "Write the bridge of a telepathy checkpoint as one safetensors file.",
     "study": "Run an experiment: several arms, several seeds, and a verdict on each claim.",
     "ledger": "List the claims of the seed documents with their last verdicts.",
 }

@@ -1,22 +1,32 @@
 """The command `generate`: text from the checkpoint of a sequence model."""
 
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.plain_parser import PlainParser
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch import LightningModule
 
-HELP = """Continue a text with a model that a run has trained, one token after another.
+    from lightning_modules.core.contracts import SupportsQuestions
+
+HELP = """Continue a text with a model that a run has trained, one token after another, or answer questions.
 
 The model and its vocabulary come from the checkpoint. Models with a recurrent state, such as Phase, take no more memory
 and time per token the longer the text is.
 
   python main.py generate --ckpt_path runs/phase_tpi/<run>/checkpoints/last.ckpt --prompt "The "
+
+Telepathy answers the prompt, or each line of --file, greedily. Its checkpoint may also be a file of `export`.
+
+  python main.py generate --ckpt_path runs/telepathy_v16/<run>/checkpoints/last.ckpt --file questions.txt
 """
+
+ROWS = 16  # questions at a time
 
 
 def run(line: list[str]) -> None:
@@ -41,18 +51,26 @@ def run(line: list[str]) -> None:
 
 
 def generated(options: Namespace) -> Iterator[str]:
-    """Yield the prompt, then its continuation in pieces of at least one character.
+    """Yield the prompt, then its continuation in pieces of at least one character; or answers, of a model of questions.
 
     Raises:
         UserError: The checkpoint cannot be used, the model cannot generate, or the prompt does not suit it.
     """
+    from cli.loaded import load
+    from datamodules.errors import UserError
+    from lightning_modules.core.contracts import SupportsQuestions
     from lightning_modules.core.generation import Sampling
     from lightning_modules.core.seeding import check_seed, seeded_generator
     from lightning_modules.core.text_stream import stream_text
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     check_seed(options.seed, "--seed")
-    model, data = _load(options)
+    model, data = load(options.ckpt_path, options.config)
+    if isinstance(model, SupportsQuestions):
+        yield from _answers(model, options)
+        return
+    if options.prompt is None:
+        raise UserError(f"--file: {type(model).__name__} answers no questions: give it a --prompt to continue")
     network, tokens_BT = _prompt(options.prompt, model, data, options.ckpt_path)
     yield options.prompt
     generator = seeded_generator(options.seed)
@@ -63,7 +81,10 @@ def _parser() -> PlainParser:
     parser = PlainParser("generate", HELP)
     add = parser.add_argument
     add("--ckpt_path", required=True, metavar="FILE", help="checkpoint of a run")
-    add("--prompt", required=True, metavar="TEXT", help="text to continue")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", metavar="TEXT", help="text to continue, or question to answer")
+    questions = "questions to answer, one per line; the answers are printed as lines of JSON"
+    text.add_argument("--file", metavar="FILE", help=questions)
     add("--max_new_tokens", type=int, default=500, metavar="N", help="tokens to add (default 500)")
     heat = "divides the logits (default 0.8); 0 takes the most likely token, larger values are more random"
     add("--temperature", type=float, default=0.8, metavar="X", help=heat)
@@ -76,46 +97,29 @@ def _parser() -> PlainParser:
     return parser
 
 
-def _load(options: Namespace) -> tuple["LightningModule", Any]:
-    """Return the model with the checkpoint's weights, and the data with its vocabulary."""
-    from cli.checkpoint_fit import misfit_of_parameters
+def _answers(model: "SupportsQuestions", options: Namespace) -> Iterator[str]:
+    """Yield the answer to the prompt, or a line of JSON for each question of the file."""
+    if options.prompt is not None:
+        yield model.answer([options.prompt], options.max_new_tokens)[0]
+        return
+    questions = _lines(options.file)
+    for start in range(0, len(questions), ROWS):
+        some = questions[start : start + ROWS]
+        for question, answer in zip(some, model.answer(some, options.max_new_tokens), strict=True):
+            yield json.dumps({"question": question, "answer": answer}, ensure_ascii=False) + "\n"
+
+
+def _lines(path: str) -> list[str]:
     from datamodules.errors import UserError
-    from lightning_modules.core.checkpoints import check_finite, read_checkpoint, saved_config
 
-    path = options.ckpt_path
-    content = read_checkpoint(path, "--ckpt_path")
-    check_finite(content, "--ckpt_path", path)
-    config = saved_config(content)
-    if options.config:
-        from cli.resolver import Resolver
-
-        config = Resolver(["predict", *(text for file in options.config for text in ("--config", file))]).resolved
-    if not {"model", "data"} <= config.keys():
-        raise UserError(f"--ckpt_path: {path} holds no config of a run: name it with --config")
-    model, data = _build(config)
-    if misfit := misfit_of_parameters(content, model):
-        raise UserError(f"--ckpt_path: the checkpoint does not fit the config: {misfit}")
-    model.load_state_dict(content["state_dict"])
-    if state := content.get(type(data).__qualname__):
-        data.load_state_dict(state)
-    return model.eval(), data
-
-
-def _build(config: dict[str, Any]) -> "tuple[LightningModule, LightningDataModule]":
-    """Return the model and the data of a resolved config."""
-    from lightning.pytorch import LightningDataModule, LightningModule
-
-    from cli import renames
-    from cli.app import RunParser
-    from cli.trainer import build
-
-    parser = RunParser(prog="main.py generate")
-    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
-    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
-    parser.add_instantiator(build, object)
-    parsed = parser.parse_object({key: renames.renamed(config[key]) for key in ("model", "data")})
-    built = parser.instantiate_classes(parsed)
-    return built.model, built.data
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise UserError(f"--file: {path} cannot be read: {reason}") from error
+    if not any(lines):
+        raise UserError(f"--file: {path} holds no question")
+    return [line for line in lines if line]
 
 
 def _prompt(text: str, model: "LightningModule", data: Any, path: str) -> tuple[Any, Any]:

@@ -49,6 +49,15 @@ class SupportsSampleEval(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsQuestions(Protocol):
+    """A module that answers questions in words; the command `generate` calls it."""
+
+    def answer(self, questions: Sequence[str], limit: int) -> list[str]:
+        """Answer questions with at most `limit` tokens each."""
+        ...
+
+
 @dataclass(frozen=True)
 class Figure:
     """A number with the bound that it has to keep.

@@ -5,10 +5,12 @@ Shapes: B batch, K soft tokens, D target width.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from lightning import LightningModule
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torchmetrics import MeanMetric
 
 from datamodules.errors import check_numbers
@@ -122,6 +124,14 @@ class BridgeEvaluation(LightningModule):
             EvalSample(problem.question, problem.answer, answer.text, scores(problem, answer.text))
             for problem, answer in zip(batch["problems"], answers, strict=True)
         ]
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[str], limit: int) -> list[str]:
+        """Answer questions from soft tokens, with at most `limit` tokens each."""
+        collated = self.collate([Problem(question, "") for question in questions], training=False)
+        batch = cast(EvaluationBatch, move_data_to_device(collated, self.device))
+        answers = self.target.answers(batch["soft_rows"], limit, self(batch), batch["soft_mask"])
+        return [answer.text for answer in answers]
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> list[EvalSample]:
         """Answer a batch."""

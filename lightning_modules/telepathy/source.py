@@ -59,6 +59,8 @@ class Source(Frozen):
     Attributes:
         model: The model, up to the last of `layers`.
         tokenizer: Its tokenizer.
+        before: The text before the question.
+        added: The special tokens before and behind the text.
         width: Number of features C of the states.
         cache: The files with the states, once they have taken the place of the model.
 
@@ -81,7 +83,7 @@ class Source(Frozen):
         else:
             whole = Prompt(QUESTION if prompt == CHAT else prompt)
         self.before = whole.before
-        self._added = ([], []) if whole.has_special_tokens else added_tokens(tokenizer)
+        self.added = ([], []) if whole.has_special_tokens else added_tokens(tokenizer)
 
     def tokenize(self, questions: Sequence[str]) -> SourceBatch:
         """Return questions in tokens.
@@ -90,7 +92,7 @@ class Source(Frozen):
             UserError: A question has no token, or a row is longer than the model's positions.
         """
         rows, places, counts = [], [], []
-        before, after = self._added
+        before, after = self.added
         for question, tokens, start in zip(questions, *behind(self.tokenizer, self.before, questions), strict=True):
             row = with_added(tokens, before)
             places.append(len(row) - len(tokens) + start)

@@ -133,7 +133,7 @@ def test_mistakes_end_in_one_sentence(refused):
     assert "--seed must be an integer from 0" in refused("--prompt", "the", "--seed", "-1")
     assert "did you mean '--prompt'?" in refused("--prompt", "the", "--promt", "x")
     assert "--ckpt_path" in refused("--prompt", "the", "--ckpt_path", "none.ckpt")
-    assert "the following arguments are required: --prompt" in refused()
+    assert "one of the arguments --prompt --file is required" in refused()
 
 
 def test_a_checkpoint_that_does_not_fit_or_is_no_sequence_model(refused):

@@ -21,7 +21,7 @@ def start(*args: str, **options) -> subprocess.Popen[str]:
 def test_the_overview_lists_every_command(line, capsys):
     assert main.main(line) is None
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "generate", "study", "ledger"):
+    for command in ("fit", "validate", "test", "predict", "generate", "export", "study", "ledger"):
         assert f"\n  {command} " in text
     assert "python main.py fit --config" in text
 
@@ -41,7 +41,7 @@ def test_a_wrong_command_names_the_nearest(word, near, capsys):
     errors = capsys.readouterr().err
     assert f"no command '{word}'" in errors
     assert (f"did you mean {near}?" in errors) == bool(near)
-    assert "fit, validate, test, predict, generate, study, ledger" in errors
+    assert "fit, validate, test, predict, generate, export, study, ledger" in errors
 
 
 def test_a_reader_that_ends_early_leaves_no_trace():

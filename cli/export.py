@@ -1,0 +1,69 @@
+"""The command `export`: a trained bridge as one file for other programs."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from cli.plain_parser import PlainParser
+
+HELP = """Write the bridge of a Telepathy checkpoint as one safetensors file, with config and fingerprints of its models.
+
+docs/telepathy_full_size.md has a program that answers questions with such a file, without this project.
+
+  python main.py export --ckpt_path runs/telepathy_v16/<run>/checkpoints/last.ckpt --output bridge.safetensors
+"""
+
+
+def run(line: list[str]) -> None:
+    """Run a command line; a user's mistake is answered by a sentence, with exit code 2.
+
+    Args:
+        line: The command line behind `export`.
+    """
+    options = _parser().parse_args(line)
+    try:
+        print(f"bridge: {exported(options)}")
+    except Exception as error:
+        from cli.user_errors import host_message, user_message
+
+        if not (sentence := user_message(error) or host_message(error)):
+            raise
+        sys.stderr.write(f"error: {sentence}\n")
+        sys.exit(2 if user_message(error) else 1)
+
+
+def exported(options: Namespace) -> Path:
+    """Write the file and return its path.
+
+    Raises:
+        UserError: The checkpoint cannot be used, or is of another model.
+    """
+    from cli.loaded import checkpoint, load
+    from cli.run_folder import check_folder
+    from datamodules.errors import UserError
+    from lightning_modules.telepathy.export import export
+    from lightning_modules.telepathy.module import Telepathy
+
+    path = Path(options.output or Path(options.ckpt_path).with_suffix(".safetensors"))
+    if path.suffix != ".safetensors":
+        raise UserError(f"--output: {path} must end in .safetensors")
+    if options.ckpt_path.endswith(".safetensors"):
+        raise UserError(f"--ckpt_path: {options.ckpt_path} is exported already")
+    _, config = checkpoint(options.ckpt_path, options.config)
+    check_folder(path.parent, "--output")
+    model, _ = load(options.ckpt_path, options.config)
+    if not isinstance(model, Telepathy):
+        raise UserError(
+            f"--ckpt_path: {options.ckpt_path} is of {type(model).__name__}, and only Telepathy has a bridge"
+        )
+    export(model, config["model"], path)
+    return path
+
+
+def _parser() -> PlainParser:
+    parser = PlainParser("export", HELP)
+    add = parser.add_argument
+    add("--ckpt_path", required=True, metavar="FILE", help="checkpoint of a run")
+    add("--output", metavar="FILE", help="file to write (default: that of the checkpoint, with the end .safetensors)")
+    add("--config", action="append", metavar="FILE", help="config of the model, for a checkpoint without one")
+    return parser
