@@ -350,10 +350,27 @@ def test_all_measures_of_a_mixer():
     assert measures.capacity_curve[1][1] == len(set(first.values())) < len(pairs)
 
 
+def test_gates_of_shifted_values():
+    batch = rows(seq_len=24)
+    sites, queries = observed(batch), Queries.of(batch)
+    sites["query"][queries.row_Q, queries.time_Q, 0] = sites["key"][queries.row_Q, queries.place_Q, 0]
+    found = measure_state(batch, sites, True, range(20, 40)).values
+    assert (found["write_lag"], found["head"]) == (1, 0)  # the value, under the key before it
+    beta_BT = sites["gates.beta"][..., 0]
+    assert found["beta_key"] == found["beta_write"] == pytest.approx(float(beta_BT[:, 0:6:2].mean()))
+    assert found["beta_value"] == pytest.approx(float(beta_BT[:, 1:6:2].mean()))
+
+
 def test_rows_without_filler_and_with_fewer_needles_have_measures():
     batch = rows(seq_len=9)  # the first query stands right behind the last value
-    measures = measure_state(batch, observed(batch), False, range(20, 40))
-    assert measures.values["self_retrieval"] >= 0
+    sites, queries = observed(batch), Queries.of(batch)
+    sites["query"][queries.row_Q, queries.time_Q, 1] = sites["key"][queries.row_Q, queries.place_Q + 2, 1]
+    measures = measure_state(batch, sites, False, range(20, 40))
+    assert (measures.lag, measures.head) == (2, 1)  # the last write, at 6, comes with the first query
+    writes, place_BN = Writes.of(sites, False), torch.tensor([[2, 4, 6]] * B)
+    read_BNHV = read_back(writes, place_BN, torch.full((B,), 7))
+    cosine = cosine_similarity(read_BNHV, writes.at(place_BN).v_BTHV, dim=-1)[..., 1].mean()
+    assert measures.values["self_retrieval_cosine"] == pytest.approx(float(cosine))
     batch["tokens"][0, 4:6], batch["labels"][0, 6:] = 0, IGNORE  # row 0 has two needles, and one query
     batch["labels"][0, 8] = batch["tokens"][0, 1]
     batch["tokens"][0, 8] = batch["tokens"][0, 0]
