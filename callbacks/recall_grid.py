@@ -73,9 +73,9 @@ class RecallGrid(NeedleProbe):
     row in which the needle begins, are lines of `recall/<stage>-<step>.jsonl` in the run's folder and a table in
     loggers that take texts (of the first ensemble member). Heat maps go to loggers that take figures.
 
-    Keys, values, filler and the other knobs are those of the data. Rows are the same for each model, rank and batch
-    size. Points of the grid that do not fit, such as more needles than a row holds, are left out. The course of
-    training is the same as without the callback.
+    Every key is queried. Keys, values, filler and the other knobs are those of the data. Rows are the same for each
+    model, rank and batch size. Points of the grid that do not fit, such as more needles than a row holds, are left out.
+    The course of training is the same as without the callback.
 
     Example::
 
