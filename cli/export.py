@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cli.plain_parser import PlainParser
 
-HELP = """Write the bridge of a Telepathy checkpoint as one safetensors file, with config and fingerprints of its models.
+HELP = """Write the bridge of a Telepathy checkpoint as one safetensors file, with what identifies its models.
 
 docs/telepathy_full_size.md has a program that answers questions with such a file, without this project.
 

@@ -1,5 +1,6 @@
 """Every config and preset of the repository runs: parsed, built, trained for a few steps, validated and tested."""
 
+import json
 import re
 import shlex
 import shutil
@@ -57,6 +58,10 @@ def small_data(data: dict[str, Any]) -> dict[str, Any]:
             return sets | {"batch_size": 8, "validation_size": 8, "test_size": 8, "num_workers": 0}
         case "MemoryItems":
             return {"test_size": 2}
+        case "WordProblems" if data.get("init_args", {}).get("source") == "hub":
+            rows = [json.dumps({"question": f"How many are {n} cups?", "answer": f"#### {n}"}) for n in range(40)]
+            Path("train.jsonl").write_text("\n".join(rows))
+            return SIZES | {"source": "file", "path": "train.jsonl", "test_sets": {"test": 4}}
         case "WordProblems":
             return SIZES | {"test_sets": dict.fromkeys(data.get("init_args", {}).get("test_sets", ["test"]), 8)}
     raise AssertionError(f"this test has no sizes for {data['class_path']}")
@@ -72,9 +77,13 @@ def small_model(model: dict[str, Any]) -> dict[str, Any]:
             return {"compile": False}
         case "Separability":
             return {"ensemble": min(model["init_args"].get("ensemble", 1), 2), "compile": False}
-        case "Telepathy" if model["init_args"]["source"]["path"].startswith("runs/"):
+        case "Telepathy" if not model["init_args"]["source"]["path"].startswith("assets/"):
             encoder, chat = make_real_pair()
-            return {"source": {"path": encoder}, "target": {"path": chat}, "max_new_tokens": 8}
+            small: dict[str, Any] = {"source": {"path": encoder}, "target": {"path": chat}, "max_new_tokens": 8}
+            if "width" in model["init_args"]["bridge"]["init_args"]:
+                sizes = {"width": 32, "heads": 2, "hidden": 32, "depth": 1}
+                small |= {"source_layer": [1, 2], "bridge": {"init_args": sizes}}
+            return small
         case "Telepathy":
             return {"max_new_tokens": 4}
     return {}
@@ -96,7 +105,12 @@ def launch(workplace) -> Callable[..., CrosstalkCLI]:
     """Runs a command line as it is, except that one overlay more makes all sizes small."""
 
     def call(line: list[str], **trainer: Any) -> CrosstalkCLI:
-        config = read(line[2])
+        options = zip(line[1::2], line[2::2], strict=True)
+        config, *overlays = [read(path) for option, path in options if option == "--config"]
+        for part, overlay in [(part, overlay) for part in ("data", "model") for overlay in overlays]:
+            config[part] = config[part] | {
+                "init_args": config[part].get("init_args", {}) | overlay.get(part, {}).get("init_args", {})
+            }
         small = {part: {"init_args": by(config[part])} for part, by in (("data", small_data), ("model", small_model))}
         Path("small.yaml").write_text(yaml.safe_dump(small | {"trainer": TRAINER | trainer}))
         return cli.main([*line, "--config", "small.yaml"])
@@ -108,7 +122,8 @@ def test_there_are_configs():
     assert {"telepathy_v15", "telepathy_v16", "pair_source", "pair_target"} <= set(CONFIGS)
     assert {f"separability_{task}" for task in ("interleaved", "grokking", "grokking_small", "text")} <= set(CONFIGS)
     of_separability = ("reference", "clamp_naive", "clamp_mean_preserving", "noise", "freeze_routing")
-    names = ["ddp", "debug", "profile", *(f"separability/{name}" for name in of_separability)]
+    names = ["ddp", "debug", "h100x8", "profile", "telepathy/gates", "telepathy/llama31_mistral7b"]
+    names += [*(f"separability/{name}" for name in of_separability)]
     assert {f"configs/presets/{name}.yaml" for name in names} <= set(PRESETS)
 
 
