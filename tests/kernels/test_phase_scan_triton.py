@@ -77,10 +77,10 @@ def test_values_and_gradients(interpreter, toy: Toy, most: float):
 
 
 def drift() -> list[float]:
-    """Return the errors where the phase and the log-decay are constant, so that all rounding errors have one sign."""
+    """Return the error where the phase and the log-decay are constant, so that all rounding errors have one sign."""
     small_tiles()
-    inputs = Toy(B=1, T=200, D=1, decay="channel", strength=0.0, extras=False, dtype=F32).inputs()
-    inputs["omega"].fill_(3.0)
+    inputs = Toy(B=1, T=120, D=1, decay="channel", extras=False, dtype=F32).inputs()
+    inputs["omega"].fill_(3.1)
     inputs["log_decay"].fill_(-0.003)
     y, _ = phase_scan(**inputs, backend="triton")
     expected, _ = phase_scan(**{name: v.double() for name, v in inputs.items()}, backend="reference")
@@ -88,7 +88,7 @@ def drift() -> list[float]:
 
 
 def test_constant_phases_do_not_drift(interpreter):
-    assert interpreter(drift)[0] < 1e-6
+    assert interpreter(drift)[0] < 5e-7
 
 
 def causality_holds() -> bool:

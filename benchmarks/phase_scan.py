@@ -1,0 +1,185 @@
+"""Time the phase scan on a GPU beside other implementations, in one process.
+
+python -m benchmarks.phase_scan [--shapes 8,4096,1024 ...] [--types float32 bfloat16]
+    [--variants plain mass channel input] [--repeats 30] [--first_call] [--json FILE]
+
+A shape is B, T, D. The variants are those of `phase_scan_peers.py`: no decay, masses, a decay per channel, a decay per
+position. The others are PyTorch's cumulative sums, `torch.compile` of them, PyTorch's associative scan, and
+accelerated_scan if it can be imported, with its change of layout and without: the latter computes a scan over channels,
+and only its time counts. Times are medians over `--repeats` runs of the forward and of forward and backward, called
+from Python and replayed as a CUDA graph; `nan` says that an implementation cannot do this. `copy %` is the share of a
+device copy's rate that the least possible traffic would have in that time: in the forward each input read and the
+output written once, in the backward each input and the cotangent read and each gradient written once. Peak memory is of
+forward and backward above the inputs, and `least` is what the output and the gradients need. `--first_call` times the
+first forward and backward of a fresh process without caches instead. On a CPU, which runs the reference, there are no
+graphs and no peak memory.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.phase_scan_peers import VARIANTS, Rule, inputs, ours, peers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = ["32,256,128", "32,1024,512", "8,4096,1024"]
+COLUMNS = "forward ms", "graph ms", "both ms", "both graph ms", "copy %", "both copy %", "peak MiB", "least MiB"
+FIRST_CALL = """
+import time, torch
+from benchmarks.phase_scan_peers import inputs, ours
+values = inputs("input", 8, 4096, 1024, torch.float32, "cuda")
+torch.cuda.synchronize()
+start = time.perf_counter()
+torch.autograd.grad(ours(**values).sum(), list(values.values()))
+torch.cuda.synchronize()
+print(f"{time.perf_counter() - start:.2f}")
+"""
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the median time of a call."""
+    for _ in range(min(10, repeats)):
+        run()
+    times: list[float] = []
+    event: Any = torch.cuda.Event
+    for _ in range(repeats):
+        if DEVICE == "cpu":
+            begin = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - begin))
+            continue
+        start, end = (event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graph_milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the median time of a replay as a CUDA graph; NaN if the call cannot be captured, or on a CPU."""
+    if DEVICE == "cpu":
+        return float("nan")
+    graph, stream = torch.cuda.CUDAGraph(), torch.Stream("cuda")
+    try:
+        torch.cuda.synchronize()
+        with stream:
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return float("nan")
+    return milliseconds(graph.replay, repeats)
+
+
+def copy_rate() -> float:
+    """Return the bytes per second that a copy reads and writes."""
+    source = torch.empty(2**28 if DEVICE == "cuda" else 2**22, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), 30) / 1e3)
+
+
+def attempt(measurement: Callable[[], float], what: str) -> float:
+    """Return a measurement, or NaN and a line on the screen where an implementation cannot do it."""
+    try:
+        return measurement()
+    except Exception as error:  # whatever another implementation raises
+        print(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])
+        return float("nan")
+
+
+def measure(name: str, rule: Rule, values: dict[str, Tensor], rate: float, repeats: int) -> dict[str, float]:
+    """Return the row of one implementation at one shape."""
+    tensors = list(values.values())
+    cotangent = torch.randn_like(values["x"])
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return rule(**values)
+
+    def both() -> object:
+        return torch.autograd.grad(rule(**values), tensors, cotangent)
+
+    def peak() -> float:
+        if DEVICE == "cpu":
+            return float("nan")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    read, written = sum(x.nbytes for x in tensors), cotangent.nbytes
+    row = {
+        "forward ms": attempt(lambda: milliseconds(forward, repeats), f"{name}, forward"),
+        "graph ms": attempt(lambda: graph_milliseconds(forward, repeats), f"{name}, forward as a graph"),
+        "both ms": attempt(lambda: milliseconds(both, repeats), f"{name}, both"),
+        "both graph ms": attempt(lambda: graph_milliseconds(both, repeats), f"{name}, both as a graph"),
+    }
+    fastest, fastest_both = (
+        min((t for t in times if t == t), default=float("nan"))
+        for times in ((row["forward ms"], row["graph ms"]), (row["both ms"], row["both graph ms"]))
+    )
+    row["copy %"] = 100 * (read + written) / rate / fastest * 1e3
+    row["both copy %"] = 100 * (3 * read + 2 * written) / rate / fastest_both * 1e3
+    return row | {"peak MiB": attempt(peak, f"{name}, memory"), "least MiB": (read + written) / 2**20}
+
+
+def first_call() -> float:
+    """Return the seconds of the first forward and backward in a fresh process."""
+    with tempfile.TemporaryDirectory() as cache:
+        paths = {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parents[1])}
+        run = subprocess.run(
+            [sys.executable, "-c", FIRST_CALL], env=os.environ | paths, capture_output=True, text=True, check=True
+        )
+    return float(run.stdout)
+
+
+def main() -> None:
+    """Print a table per shape, type and variant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--types", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--first_call", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.first_call:
+        print(f"first forward and backward: {first_call():.1f} s")
+        return
+    rate = copy_rate()
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    print(f"{device}, torch {torch.__version__}, copy {rate / 1e12:.3g} TB/s")
+    rows = []
+    for shape in options.shapes:
+        for dtype in options.types:
+            for variant in options.variants:
+                B, T, D = map(int, shape.split(","))
+                values = inputs(variant, B, T, D, getattr(torch, dtype), DEVICE)
+                print(f"\n{shape} {dtype} {variant}\n{'':<22}" + "".join(f"{column:>14}" for column in COLUMNS))
+                for name, rule in ({"ours": ours} | peers(variant)).items():
+                    row = measure(name, rule, values, rate, options.repeats)
+                    print(f"{name:<22}" + "".join(f"{row[column]:>14.3f}" for column in COLUMNS), flush=True)
+                    rows.append({"shape": shape, "type": dtype, "variant": variant, "name": name, **row})
+    if options.json:
+        options.json.write_text(json.dumps({"copy_bytes_per_second": rate, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
