@@ -15,6 +15,7 @@ from datamodules.batch import IGNORE
 from datamodules.errors import UserError
 from lightning_modules.core.intervals import wilson_interval
 from lightning_modules.groundthink import GroundThink
+from lightning_modules.groundthink.window_attention import WindowAttention
 from lightning_modules.separability import Separability
 
 SIZES = {"vocab_size": 40, "seq_len": 20, "width": 16, "window": 5, "pattern": "GS", "seed": 0}
@@ -111,6 +112,23 @@ def test_window_and_state(tmp_path):
     assert sum(line["n"] for line in lines if line["state"] == "off" and line["window"] == "inside") == inside
 
 
+def test_accuracies_inside_and_outside_of_the_window(tmp_path):
+    module = reader()
+    module.network.attention = WindowAttention(16, 2, 5)
+    record = run(tmp_path, module, RecallGrid([3], [20], ["multi_key"], rows=40, ruler=False))
+    hits = {"inside": [0, 0], "outside": [0, 0]}
+    for tokens, labels in make_data(task="multi_key").fixed("validation", 40).tolist():
+        for time in (t for t in range(20) if labels[t] != IGNORE):
+            place = tokens.index(tokens[time])
+            side = hits["inside" if time - (place + 1) < 5 else "outside"]
+            side[0], side[1] = side[0] + (place < 10), side[1] + 1
+    for side, (hit, n) in hits.items():
+        name = f"validation/recall_multi_key_n3_t20_{side}"
+        assert (record["hits"][name], record["n"][name]) == ([hit], n)
+    assert hits["inside"][0] < hits["inside"][1]
+    assert hits["outside"][0] > 0
+
+
 def trainer_of(rank: int, world: int):
     return SimpleNamespace(
         global_rank=rank,
@@ -152,19 +170,19 @@ def test_some_validations_of_a_fit_and_the_same_training(tmp_path):
             super().measure(trainer, module, split)
 
     plain, _ = fit(tmp_path / "a")
-    grid = Grid([2], [20], rows=2, every_n_steps=5)
+    grid = Grid([2], [20], rows=2, every_n_steps=7)
     watched, trainer = fit(tmp_path / "b", grid)
-    assert steps == [6]
+    assert steps == [8]
     assert trainer.callback_metrics["validation/recall_mqar_n2_t20"] >= 0
     for name, value in plain.state_dict().items():
         assert torch.equal(value, watched.state_dict()[name]), name
     trainer.save_checkpoint(tmp_path / "eight.ckpt")
-    resumed = Grid([2], [20], rows=2, every_n_steps=5)
-    fit(tmp_path / "c", resumed, steps=12, ckpt_path=tmp_path / "eight.ckpt")
-    assert steps == [6, 10]
+    resumed = Grid([2], [20], rows=2, every_n_steps=7)
+    fit(tmp_path / "c", resumed, steps=14, ckpt_path=tmp_path / "eight.ckpt")
+    assert steps == [8, 14]
     never = Grid([2], [20])
     fit(tmp_path / "d", never)
-    assert steps == [6, 10]
+    assert steps == [8, 14]
 
 
 def test_a_dry_run_tries_two_rows_and_writes_nothing(tmp_path):
