@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 from vector_quantize_pytorch import FSQ, SimVQ
 
+from lightning_modules.telepathy.code_use import CodeUse
 from lightning_modules.telepathy.encoding import Codes
 from lightning_modules.telepathy.flaws import Flaw
 
@@ -22,33 +22,8 @@ CODES = 4096  # of the codebook, as in the notes
 LEVELS = (8, 8, 8, 6, 5)  # about 2^14 codes (Mentzer et al. 2023, table 1)
 ENCODER_WEIGHT = 0.25  # of the encoder's side of the commitment, as in the notes (van den Oord et al. 2017)
 TINY = 1 / CODES  # bound of the notes' first codebook, far below the size of its inputs
+PACE = 0.05  # of the codebook, in learning rates of the bridge
 SHARPNESS = 4.0  # of the soft assignment to levels: the next one gets e^-4 of the share
-
-
-class CodeUse(Metric):
-    """The perplexity of the codes of a whole set: exp of their entropy. Batches and ranks do not change it.
-
-    As many codes, used equally, have the same entropy.
-
-    Args:
-        size: Number of codes.
-    """
-
-    counts_V: Tensor
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.add_state("counts_V", torch.zeros(size, dtype=torch.double), dist_reduce_fx="sum")
-
-    def update(self, index_N: Tensor) -> None:
-        """Count codes."""
-        self.counts_V += torch.bincount(index_N, minlength=len(self.counts_V))
-
-    def compute(self) -> Tensor:
-        """Return the perplexity; 1 of no codes."""
-        share_V = self.counts_V / self.counts_V.sum().clamp_min(1)
-        entropy: Tensor = torch.special.entr(share_V).sum()
-        return entropy.exp()
 
 
 class Bottleneck(nn.Module):
@@ -74,6 +49,27 @@ class Bottleneck(nn.Module):
         raise NotImplementedError
 
 
+class SlowMap(nn.Module):
+    """A linear map that moves slowly from an orthogonal one: with Adam, at a twentieth of the learning rate.
+
+    A codebook that moves as fast as a bridge leaves its inputs behind: within ten steps another code is the nearest.
+
+    Args:
+        width: D.
+    """
+
+    base_DD: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("base_DD", nn.init.orthogonal_(torch.empty(width, width)))
+        self.change_DD = nn.Parameter(torch.zeros(width, width))
+
+    def forward(self, codes_VD: Tensor) -> Tensor:
+        """Return the mapped codes."""
+        return F.linear(codes_VD, self.base_DD + PACE * self.change_DD)
+
+
 class VectorBottleneck(Bottleneck):
     """Vector quantisation in fp32: each soft token becomes the nearest vector of a codebook.
 
@@ -92,8 +88,8 @@ class VectorBottleneck(Bottleneck):
         super().__init__()
         self.has_own_scale = codebook_scale
         factor = TINY / 3**0.5 if codebook_scale else 1.0  # the standard deviation of a uniform draw within ±1/4096
-        self.quantizer = SimVQ(width, CODES, init_fn=lambda codes_VD: codes_VD * (width**0.5 * factor))
-        nn.init.orthogonal_(self.quantizer.code_transform.weight)
+        codes = {"init_fn": lambda codes_VD: codes_VD * (width**0.5 * factor)}
+        self.quantizer = SimVQ(width, CODES, codebook_transform=SlowMap(width), **codes)
 
     def _scaled(self, soft_BKD: Tensor) -> Tensor:
         return soft_BKD.float() if self.has_own_scale else _unit(soft_BKD)

@@ -62,9 +62,11 @@ class FlowBridge(Bridge):
     """Soft tokens that flow from noise to embeddings of a text, under the condition of the source (Liu et al. 2023).
 
     The path from noise x_0 to embeddings x_1 is x_t = t x_1 + (1 - t) x_0, and a transformer learns its velocity
-    x_1 - x_0 (objective `flow`). Sampling integrates the velocity from t = 0 in equal steps of Euler's method; it has
-    gradients, so that objectives on soft tokens train the same parameters. Embeddings and noise both have the scale 1;
-    `model.output` brings soft tokens to the scale of the target.
+    x_1 - x_0 (objective `flow`) in the form (y - x_t) / (1 - t), where y is its output: the end of the path as it
+    expects it. So it has to add nothing of the noise to its output, and the last step of sampling ends at y. Sampling
+    integrates the velocity from t = 0 in equal steps of Euler's method; it has gradients, so that objectives on soft
+    tokens train the same parameters. Embeddings and noise both have the scale 1; `model.output` brings soft tokens to
+    the scale of the target.
 
     Noise depends on the question alone (`row_seeds`), in training also on a number that is drawn for each step. So an
     evaluation gives the same soft tokens in any batch and on any rank.
@@ -116,9 +118,7 @@ class FlowBridge(Bridge):
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         crosses = conditioning != "pooled"
         self.layers = nn.ModuleList(FlowLayer(width, heads, crosses) for _ in range(depth))
-        last = nn.Linear(width, target_dim)
-        self.out = nn.Sequential(nn.LayerNorm(width), last)
-        nn.init.zeros_(last.weight)  # no velocity at the start
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, target_dim))
         self.memory.requires_grad_(crosses)
         self.pool.requires_grad_(conditioning != "cross")
 
@@ -141,6 +141,8 @@ class FlowBridge(Bridge):
     ) -> Tensor:
         """Return the mean square error of the velocity at a time of each row, over the soft tokens that have a target.
 
+        Times are drawn up to that of the last step of sampling, 1 - 1 / steps.
+
         Args:
             states_BSC: Source states.
             mask_BS: True at real source positions.
@@ -151,7 +153,7 @@ class FlowBridge(Bridge):
         missing = max(self._count - text_BQD.shape[1], 0)
         x1_BKD = nn.functional.pad(text_BQD * text_mask_BQ[..., None], (0, 0, 0, missing))[:, : self._count]
         real_BK = nn.functional.pad(text_mask_BQ, (0, missing))[:, : self._count] & self.soft_mask(mask_BS)
-        time_B, x0_BKD = uniform(mixed(seed_B), 1)[:, 0], self._noise(seed_B)
+        time_B, x0_BKD = uniform(mixed(seed_B), 1)[:, 0] * (1 - 1 / self.steps), self._noise(seed_B)
         x_BKD = x0_BKD + time_B[:, None, None] * (x1_BKD - x0_BKD)
         velocity_BKD = self._velocity(x_BKD, time_B, *self._conditions(states_BSC, mask_BS))
         return row_mean((velocity_BKD - (x1_BKD - x0_BKD)).square().mean(-1), real_BK)
@@ -187,5 +189,5 @@ class FlowBridge(Bridge):
         x_BKW = self.into(x_BKD) + self.place_KW
         for layer in self.layers:
             x_BKW = layer(x_BKW, condition_BW, memory_BSW, bias_NKS, hole_BK)
-        velocity_BKD: Tensor = self.out(x_BKW)
-        return velocity_BKD
+        end_BKD: Tensor = self.out(x_BKW)
+        return (end_BKD - x_BKD) / (1 - time_B[:, None, None])
