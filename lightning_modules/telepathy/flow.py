@@ -74,7 +74,8 @@ class FlowBridge(Bridge):
     Args:
         source_dim: Width C of the source states.
         target_dim: Width D of the soft tokens.
-        key_norm: Use LayerNorm on the source states, and a bias of attention towards the place of a soft token.
+        key_norm: Use LayerNorm on the source states, a bias of attention towards the place of a soft token, and the form
+            of the velocity above. In the notes the output was the velocity, noise and all.
         soft_tokens: K, the most soft tokens of a question, spread evenly over `span` source positions. Those behind the
             question are left out.
         span: Source positions: about the length of the longest question.
@@ -110,7 +111,7 @@ class FlowBridge(Bridge):
         if width % heads or width % 2:
             raise UserError(f"model.bridge: width {width} is odd or not divisible by {heads} heads")
         self.soft_tokens, self.span, self.steps, self.heads = soft_tokens, span, steps, heads
-        self.conditioning, self.has_places = conditioning, key_norm
+        self.conditioning, self.is_sound = conditioning, key_norm
         self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
         self.memory, self.pool = nn.Linear(source_dim, width), nn.Linear(source_dim, width)
         self.into = nn.Linear(target_dim, width)
@@ -124,7 +125,7 @@ class FlowBridge(Bridge):
 
     def soft_mask(self, mask_BS: Tensor) -> Tensor:
         """Return mask_BK: the soft tokens whose place lies within the question."""
-        return (self._places(mask_BS.device) < mask_BS.sum(1, keepdim=True)) | (not self.has_places)
+        return (self._places(mask_BS.device) < mask_BS.sum(1, keepdim=True)) | (not self.is_sound)
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor, seed_B: Tensor | None = None) -> Tensor:
         """Return sampled soft_BKD; without seeds, the noise is that of the seed 0."""
@@ -175,7 +176,7 @@ class FlowBridge(Bridge):
         states_BSC = self.norm(states_BSC)
         pooled_BW = self.pool(masked_mean(states_BSC, mask_BS)) * (self.conditioning != "cross")
         place_KS = self._places(mask_BS.device)[:, None] - torch.arange(mask_BS.shape[1], device=mask_BS.device)
-        slope = SLOPE / 4 * min(self._count / self.span, 1.0) * self.has_places
+        slope = SLOPE / 4 * min(self._count / self.span, 1.0) * self.is_sound
         bias_BKS = (-slope * place_KS.abs()).masked_fill(~mask_BS[:, None], -torch.inf)
         return pooled_BW, self.memory(states_BSC), bias_BKS.repeat_interleave(self.heads, 0), ~self.soft_mask(mask_BS)
 
@@ -190,4 +191,4 @@ class FlowBridge(Bridge):
         for layer in self.layers:
             x_BKW = layer(x_BKW, condition_BW, memory_BSW, bias_NKS, hole_BK)
         end_BKD: Tensor = self.out(x_BKW)
-        return (end_BKD - x_BKD) / (1 - time_B[:, None, None])
+        return (end_BKD - x_BKD) / (1 - time_B[:, None, None]) if self.is_sound else end_BKD

@@ -117,6 +117,19 @@ def test_sampling_is_eulers_method(monkeypatch):
     assert times == [0, 0.25, 0.5, 0.75]
 
 
+@torch.no_grad()
+def test_the_last_step_ends_at_the_output_but_in_the_notes():
+    read, seed_B = states([8, 8]), torch.tensor([1, 2])
+    for key_norm in (True, False):
+        bridge = bridge_of(steps=1, key_norm=key_norm)
+        bridge.out[1].weight.zero_()
+        bridge.out[1].bias.fill_(0.5)
+        soft_BKD, noise_BKD = bridge(*read, seed_B), gaussian(seed_B, 10 * TARGET).view(2, 10, TARGET)
+        torch.testing.assert_close(soft_BKD, torch.full_like(soft_BKD, 0.5) if key_norm else noise_BKD + 0.5)
+        assert bridge.soft_mask(read[1]).all()
+    assert bridge.soft_mask(states([1])[1]).all()
+
+
 def test_it_learns_to_sample_what_it_is_shown():
     torch.manual_seed(0)
     bridge, read = MADE(steps=8, width=32), states([8] * 16)
