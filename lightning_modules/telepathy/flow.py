@@ -74,8 +74,8 @@ class FlowBridge(Bridge):
     Args:
         source_dim: Width C of the source states.
         target_dim: Width D of the soft tokens.
-        key_norm: Use LayerNorm on the source states, a bias of attention towards the place of a soft token, and the form
-            of the velocity above. In the notes the output was the velocity, noise and all.
+        key_norm: Use LayerNorm on the source states, a bias of attention towards the place of a soft token, and the
+            form of the velocity above. In the notes the output was the velocity, noise and all.
         soft_tokens: K, the most soft tokens of a question, spread evenly over `span` source positions. Those behind the
             question are left out.
         span: Source positions: about the length of the longest question.
