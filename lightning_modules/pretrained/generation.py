@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_modules.pretrained.causal_lm import inserted
 from lightning_modules.pretrained.loading import first_position
+from lightning_modules.pretrained.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,6 +106,7 @@ def generate(
             generation_config=settings,
             max_new_tokens=limit,
             stopping_criteria=StoppingCriteriaList(criteria),
+            synced_gpus=is_sharded(model),  # a process that is done waits for the others, whose layers it holds
         )[:, width:].tolist()
     return _answers(tokenizer, made, ends, stop, limit)
 

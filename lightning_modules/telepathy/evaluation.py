@@ -13,12 +13,13 @@ from lightning import LightningModule
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torchmetrics import MeanMetric
 
-from datamodules.errors import check_numbers
+from datamodules.errors import UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.reporting import is_dry_run, run_folder
 from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
 from lightning_modules.pretrained.prompts import LONGEST
+from lightning_modules.pretrained.sharding import is_sharded
 from lightning_modules.telepathy.answer_limit import longest_answer
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch
 from lightning_modules.telepathy.bottleneck import Bottleneck
@@ -96,7 +97,13 @@ class BridgeEvaluation(LightningModule):
             self.log("validation/code_perplexity", self.bottleneck.use, batch_size=len(losses_N))
 
     def on_test_start(self) -> None:
-        """Check the target."""
+        """Check the target.
+
+        Raises:
+            UserError: It is split over processes, which do unequal work in a test and would wait for one another.
+        """
+        if is_sharded(self.target.model):
+            raise UserError("model.shard_frozen is for training: set test_after_fit to false, and test without it")
         self.target.check(trains=False)
 
     def on_predict_start(self) -> None:

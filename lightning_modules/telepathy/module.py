@@ -5,6 +5,7 @@ tokens of the whole batch, V target vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from datamodules.problems import Problem
 from lightning_modules.core.contracts import Gate, OnNonfinite, Workload, connected
 from lightning_modules.core.reporting import is_dry_run
 from lightning_modules.core.schedule import Schedule, with_schedule
-from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.loading import Pretrained, loading_to
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bottleneck import BottleneckName, make_bottleneck
 from lightning_modules.telepathy.bridges import BridgeFactory, OutputName
@@ -41,7 +42,7 @@ from lightning_modules.telepathy.objectives import (
     make_objectives,
     weighted,
 )
-from lightning_modules.telepathy.ranks import all_rows, token_weight
+from lightning_modules.telepathy.ranks import all_rows, shard_over, token_weight
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.source_cache import fixed_questions
 from lightning_modules.telepathy.target import Target
@@ -104,6 +105,7 @@ class Telepathy(BridgeEvaluation):
         text_prefix: int = 0,
         max_new_tokens: int | None = None,
         cache_source: bool = False,
+        shard_frozen: bool = False,
         reproduce_flaws: bool | list[Flaw] = False,
         on_nonfinite: OnNonfinite = "stop",
     ):
@@ -116,10 +118,11 @@ class Telepathy(BridgeEvaluation):
         check_numbers("model", 0, warmup_steps=warmup_steps)
         check_numbers("model", 0, SIZE, text_prefix=text_prefix)
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
-        self.on_nonfinite, self.cache_source = on_nonfinite, cache_source
+        self.on_nonfinite, self.cache_source, self.shard_frozen = on_nonfinite, cache_source, shard_frozen
         notes_scale = "key_scale" in self.flaws
-        self.source = Source(source, self.layers, prompt if source_prompt is None else source_prompt)
-        self.target = Target(target, prompt, self.flaws)
+        with loading_to(torch.device("cpu")) if shard_frozen else nullcontext():
+            self.source = Source(source, self.layers, prompt if source_prompt is None else source_prompt)
+            self.target = Target(target, prompt, self.flaws)
         self.scale, width = self.target.embedding_scale(), self.target.width
         if notes_scale:
             self.normalizer = make_normalizer("statistical", self.source.width, NOTES_SCALE)
@@ -138,9 +141,13 @@ class Telepathy(BridgeEvaluation):
         self._ddp_params_and_buffers_to_ignore = frozen_names(self)
 
     def setup(self, stage: str) -> None:
-        """Before a fit with `cache_source`, write the source's states to files and free the source."""
-        if self.cache_source and stage == "fit" and not is_dry_run(self.trainer):
+        """Before a fit, free the source under `cache_source`, and split the frozen models under `shard_frozen`."""
+        if stage != "fit":
+            return
+        if self.cache_source and not is_dry_run(self.trainer):
             self.source.move_to_files(fixed_questions(connected(self.trainer).datamodule), self.trainer)
+        if self.shard_frozen:
+            shard_over(self.trainer, self.source.model, self.target.model)
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""

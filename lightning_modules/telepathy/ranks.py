@@ -6,8 +6,13 @@ Shapes: B batch, F features.
 from typing import cast
 
 import torch
-from lightning import LightningModule
-from torch import Tensor
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from datamodules.errors import UserError
+from lightning_modules.pretrained.sharding import is_sharded, shard
 
 
 def all_rows(module: LightningModule, x_BF: Tensor) -> Tensor:
@@ -28,6 +33,22 @@ def token_weight(module: LightningModule, count: Tensor | int) -> Tensor | float
         return 1.0
     count_1 = torch.as_tensor(count, dtype=torch.float32, device=module.device)
     return count_1 / cast(Tensor, module.all_gather(count_1)).mean()
+
+
+def shard_over(trainer: Trainer, *models: nn.Module) -> None:
+    """Split models over the processes of a fit; those without weights stay as they are.
+
+    Raises:
+        UserError: The strategy of several processes is not DDP.
+    """
+    if trainer.world_size == 1:
+        rank_zero_warn("model.shard_frozen: there is one process, so nothing is split")
+        return
+    if not isinstance(trainer.strategy, DDPStrategy):
+        raise UserError("model.shard_frozen needs trainer.strategy ddp, which it completes")
+    for model in models:
+        if any(True for _ in model.parameters()) and not is_sharded(model):
+            shard(model, trainer.strategy.root_device.type, trainer.world_size)
 
 
 def summed(module: LightningModule, x: Tensor) -> Tensor:

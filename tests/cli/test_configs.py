@@ -122,7 +122,7 @@ def test_there_are_configs():
     assert {"telepathy_v15", "telepathy_v16", "pair_source", "pair_target"} <= set(CONFIGS)
     assert {f"separability_{task}" for task in ("interleaved", "grokking", "grokking_small", "text")} <= set(CONFIGS)
     of_separability = ("reference", "clamp_naive", "clamp_mean_preserving", "noise", "freeze_routing")
-    names = ["ddp", "debug", "h100x8", "profile", "telepathy/gates", "telepathy/llama31_mistral7b"]
+    names = ["ddp", "debug", "fsdp", "h100x8", "profile", "telepathy/gates", "telepathy/llama31_mistral7b"]
     names += [*(f"separability/{name}" for name in of_separability)]
     assert {f"configs/presets/{name}.yaml" for name in names} <= set(PRESETS)
 

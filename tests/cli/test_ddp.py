@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,6 +55,7 @@ def run(folder: Path, line: list[str], processes: int) -> None:
     program = [sys.executable, str(ROOT / "main.py"), *line]
     done = subprocess.run(program, cwd=folder, env=others | local, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stderr.txt").write_text(done.stderr)
 
 
 def series(folder: Path, name: str) -> list[float]:
@@ -80,6 +83,26 @@ def test_the_loss_of_the_answers_is_the_same_on_two_processes(launch, two):
     assert series(two, "validation/loss") == pytest.approx(series(one, "validation/loss"), rel=1e-3)
     # The training loss in the log is that of rank 0
     assert series(two, "train/loss") == pytest.approx(series(one, "train/loss"), rel=0.2)
+
+
+def test_frozen_models_that_are_split_give_the_same_losses(launch, two, folder):
+    callbacks = "trainer: {callbacks: [{class_path: QuickEval, init_args: {every_n_steps: 2, n_samples: 6}}]}"
+    (folder / "split.yaml").write_text(callbacks)
+    configs = ["--config", "configs/presets/fsdp.yaml", "--config", "split.yaml"]
+    flags = ["--trainer.devices", "2", "--trainer.precision", "32-true"]
+    split = launch("fit", "split", 2, *configs, *flags, *TEST)
+    said = (folder / "stderr.txt").read_text()
+    assert re.findall(r"split over 2 processes: (\S+) of (\S+) M parameters each", said) == [
+        ("0.23", "0.459"),
+        ("0.246", "0.492"),
+    ]
+    assert len(series(split, "quick_eval/accuracy")) == STEPS // 2
+    assert series(split, "train/loss") == pytest.approx(series(two, "train/loss"), abs=1e-5)
+    assert series(split, "validation/loss") == pytest.approx(series(two, "validation/loss"), rel=1e-5)
+    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (two, split)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_a_checkpoint_has_the_same_measures_on_two_processes(launch, two):
