@@ -11,10 +11,12 @@ INDIFFERENT = {
     "data.eval_batch_size",
     "data.inputs",
     "data.num_workers",
+    "model.cache_source",
     "model.compile",
     "model.on_nonfinite",
     "model.save_members",
     "model.save_to",
+    "model.shard_frozen",
     "model.start",
 }
 # Settings of training, which an evaluation does not read
