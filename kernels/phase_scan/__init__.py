@@ -59,7 +59,8 @@ def phase_scan(
         output_final_state: Return the states after the last positions too.
         cu_seqlens: Bounds [N + 1] of N sequences that lie one behind the other in a batch of one: 0, and where each
             ends. Empty sequences are allowed. Outputs after the last sequence are zero.
-        backend: `triton` or `reference`; by default Triton where the tensors are on a GPU and not of fp64.
+        backend: `triton` or `reference`; by default Triton where the tensors are on a GPU and not of fp64. The kernels
+            have no window: with one, the reference computes on the GPU too.
 
     Returns:
         The outputs [B, T, D] of the type of x, or [B, T, 2 D] with the imaginary parts behind the real ones; and the

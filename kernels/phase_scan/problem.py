@@ -57,7 +57,7 @@ class Problem:
 
     def run(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **options: object) -> None:
         """Launch a program per sequence and block of channels; a tensor that the kernel does not read may be None."""
-        channels = min(launch.channels, 1 << (self.D - 1).bit_length())
+        channels = min(launch.channels, max(4, 1 << (self.D - 1).bit_length()))
         programs = self.N * -(-self.D // channels)
         if programs == 0:
             return

@@ -20,6 +20,8 @@ Source: seed document 002.
 Shapes: B batch, T positions, D channels, N sequences, W window, C positions of a chunk, M chunks.
 """
 
+from math import isqrt
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from kernels.gated_delta.packing import Packing
 from kernels.phase_scan.options import EPSILON
 from kernels.phase_scan.recurrence import last_state, windowed_scan
 
-CHUNK = 32  # positions; the fastest of 8, 16, 32 and 64 on a CPU
+CHUNK = 32  # positions; the fastest of 8, 16, 32 and 64 on a CPU, up to 1024 positions
 
 
 def zero_state(
@@ -90,9 +92,13 @@ def phase_scan(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the same in chunks of `chunk` positions; see `kernels.phase_scan` for the other arguments."""
+    """Compute the same in chunks of `chunk` positions; see `kernels.phase_scan` for the other arguments.
+
+    The number of PyTorch's operations is that of the positions of a chunk and of the chunks, so by default both grow
+    with the root of the length.
+    """
     packing, rows, output_type = Packing(cu_seqlens), x.shape[1], x.dtype
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(x.shape)
@@ -106,6 +112,7 @@ def phase_scan(
         x_NTD, omega_NTD - omega_NTD.detach(), mass_NTD, log_decay_NTD, write_phase
     )
     written, masses = (None, None) if initial_state is None else _parts(initial_state, normalise)
+    chunk = max(CHUNK, isqrt(x_NTD.shape[1])) if chunk is None else chunk
     memory_NTD = windowed_scan(gate_NTD, write_NTD, log_decay_NTD, written, window, chunk)
     sums_NTD = windowed_scan(decay_NTD, mass_NTD, log_decay_NTD, masses, window, chunk) if normalise else None
     y = packing.pack(_read(memory_NTD, sums_NTD, read_phase, imaginary), rows).to(output_type)
