@@ -26,6 +26,7 @@ from lightning_modules.phase.pattern import check_pattern
 from lightning_modules.phase.sampling import mixed_tokens
 from lightning_modules.phase.weights import DecayKind
 
+OUTPUTS = "out_proj.weight", "o_proj.weight", "down.weight"  # of mixers and SwiGLU
 MOST_CONVOLVED = 64  # positions of a convolution, which is meant to be short
 
 
@@ -33,8 +34,8 @@ class Phase(SequenceModel):
     """A decoder whose blocks mix positions by phase (P), and models to compare it with: the same with other letters.
 
     G is the gated delta rule, A attention with rotary positions, L an LSTM. `PPPG` is a hybrid with an associative
-    memory; `AAAA` is a transformer. There is no position embedding, so rows may be longer than `seq_len`. Generation
-    takes constant memory; an attention window bounds that of A.
+    memory; `AAAA` is a transformer. The output maps of mixers and SwiGLU begin as zero. There is no position embedding,
+    so rows may be longer than `seq_len`. Generation takes constant memory; an attention window bounds that of A.
 
     Args:
         vocab_size: Tokens of the data.
@@ -114,7 +115,11 @@ class Phase(SequenceModel):
         }
         mlp = partial(SwiGLU, self.width, self.mlp_width) if self.mlp_width else None
         mixers = [factories[letter] for letter in self.pattern]
-        return Decoder(self.vocab_size, self.width, mixers, mlp, partial(nn.RMSNorm, eps=1e-6))
+        network = Decoder(self.vocab_size, self.width, mixers, mlp, partial(nn.RMSNorm, eps=1e-6))
+        for name, weight in network.named_parameters():
+            if name.endswith(OUTPUTS):
+                nn.init.zeros_(weight)  # a block begins as the identity, which shortens the start of training
+        return network
 
     def on_validation_epoch_end(self) -> None:
         """Log the measures; for a text also `bits_per_character`."""

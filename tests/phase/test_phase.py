@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import QUIET
 from lightning import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from datamodules import TextCorpus
 from datamodules.errors import UserError
@@ -40,7 +40,13 @@ CASES = [("PP", name) for name in OPTIONS] + [(pattern, "single omega") for patt
 
 
 def make(pattern: str = "PP", **options) -> Phase:
-    return Phase(**SIZES, pattern=pattern, **options).double()
+    """Return a module in which no parameter is zero, as after training."""
+    module = Phase(**SIZES | {"pattern": pattern} | options).double()
+    generator = torch.Generator().manual_seed(options.get("seed") or 0)
+    for parameter in module.parameters():
+        if (parameter == 0).all():
+            parameter.data.normal_(std=0.3, generator=generator)
+    return module
 
 
 def rows(seed: int = 0) -> Tensor:
@@ -133,6 +139,13 @@ def test_the_reader_of_each_kind_of_angles():
     torch.testing.assert_close((read, write), (angles.offset(x_BTD), angles.key_offset(x_BTD)))
 
 
+@pytest.mark.parametrize("pattern", ["P", "G", "A"])
+def test_a_block_begins_as_the_identity(pattern):
+    network = Phase(**SIZES, pattern=pattern, mlp_width=8).network
+    x_BTD = torch.randn(2, 9, 16)
+    assert torch.equal(network.blocks[0](x_BTD), x_BTD)
+
+
 def test_initial_phases_and_decays_are_spread():
     period_HK = 2 * torch.pi / Angles(16, 4, 8, "single")(torch.zeros(1, 1, 16), None)[0].view(4, 8)
     assert (period_HK.min(1).values < 6.5).all()
@@ -145,13 +158,11 @@ def test_initial_phases_and_decays_are_spread():
 @pytest.mark.parametrize("name", ["all", "decay of the input", "offsets"])
 @pytest.mark.parametrize("pattern", ["P", "GAL"])
 def test_an_ensemble_has_the_logits_and_gradients_of_its_members(pattern, name):
-    def network() -> nn.Module:
-        return Phase(**SIZES | {"seed": None}, pattern=pattern, **OPTIONS[name]).double().network
-
-    stacked = stack_members(network, [5, 6])
+    seeds = iter([5, 6])
+    stacked = stack_members(lambda: make(pattern, seed=next(seeds), **OPTIONS[name]).network, [5, 6])
     (logits_SBTV,) = call_members(stacked, 2, rows())
     logits_SBTV.square().sum().backward()
-    alone = Phase(**SIZES | {"seed": 6}, pattern=pattern, **OPTIONS[name]).double().network
+    alone = make(pattern, seed=6, **OPTIONS[name]).network
     torch.testing.assert_close(logits_SBTV[1], alone(rows()))
     alone(rows()).square().sum().backward()
     gradients = dict(stacked.named_parameters())
