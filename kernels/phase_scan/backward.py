@@ -93,9 +93,14 @@ def compute_gradients(
         g_im_RGD = tl.zeros_like(g_re_RGD)
         if IMAGINARY:
             g_im_RGD = load_tile(dy + D, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
+        gate_RGD = None
+        passed = None
+        later_RGD = None
+        passed_later = None
+        if log_decay is not None:
+            gate_RGD, passed = tile_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
+            later_RGD, passed_later = tile_gates(log_decay, channel_decay, row, left, column, 1, D, R, G, BD)
         # fmt: off
-        gate_RGD, passed = tile_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
-        later_RGD, passed_later = tile_gates(log_decay, channel_decay, row, left, column, 1, D, R, G, BD)
         cos_RGD, sin_RGD = cos_sin(phase_RGD, COMPILED)
         write_re_RGD, write_im_RGD = load_direction(
             write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED

@@ -121,7 +121,10 @@ def compute_outputs(
         _, mass_RGD, u_RGD = load_written(x, mass, row, left, column, D, R, G, BD)
         phase_RGD = cumulative_phase(to_turns(load_tile(omega, row, left, column, D, D, R, G, BD)), phase, R)
         phase = row_of(phase_RGD, R - 1, G - 1, R, G).to(tl.int64).to(tl.int32)
-        gate_RGD, passed = tile_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
+        gate_RGD = None
+        passed = None
+        if log_decay is not None:
+            gate_RGD, passed = tile_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
         cos_RGD, sin_RGD = cos_sin(phase_RGD, COMPILED)
         # fmt: off
         write_re_RGD, write_im_RGD = load_direction(

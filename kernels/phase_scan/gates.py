@@ -35,11 +35,9 @@ def tile_gates(
     """Return the gates of the rows AHEAD rows further, 1 where there is no row, and the logarithm of their product.
 
     `channel_decay` are the log-decays [1, 1, BD] if they are the same for all rows; `log_decay` has [T, D] if it is
-    None. With neither, there are no gates.
+    None.
     """
-    if log_decay is None:
-        return None, None
-    elif channel_decay is not None:
+    if channel_decay is not None:
         rows = tl.minimum(tl.maximum(left - AHEAD, 0), R * G).to(tl.float32)
         return tl.where(rows_of_tile(R, G) < left - AHEAD, _exp(channel_decay), 1.0), channel_decay * rows
     else:
