@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from lightning_modules.groundthink.local_attention import attend_blocks, attend_masked, choose
+from lightning_modules.mixers.local_attention import attend_blocks, attend_masked, choose
 
 WARM_UP = 3  # steps before anything is measured
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.gated_delta.options import Backend
 
+ALIGNMENT = 4  # of widths of keys and values
 WIDEST = 256  # of keys and values: one tile of the state has to fit a multiprocessor
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,8 +33,8 @@ def check_inputs(
         if x.dtype not in TYPES:
             raise ValueError(f"{name} must be a float tensor, not {x.dtype}")
     for name, width in (("K", K), ("V", V)):
-        if width % 4 or not 0 < width <= WIDEST:
-            raise ValueError(f"{name} must be a multiple of 4 from 4 to {WIDEST}, not {width}")
+        if width % ALIGNMENT or not 0 < width <= WIDEST:
+            raise ValueError(f"{name} must be a multiple of {ALIGNMENT} from {ALIGNMENT} to {WIDEST}, not {width}")
     if v.dtype not in TYPES or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must all be fp32, bf16, fp16 or fp64, not {q.dtype}, {k.dtype} and {v.dtype}")
     N = B if cu_seqlens is None else check_bounds(cu_seqlens, B, T)

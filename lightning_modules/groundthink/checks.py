@@ -1,9 +1,7 @@
 """What is wrong with the options of a model, in one sentence."""
 
 from datamodules.errors import UserError, check_numbers
-
-WIDEST = 256  # of keys and values, in the kernel
-ALIGNMENT = 4  # of both, in the kernel
+from kernels.gated_delta.checks import ALIGNMENT, WIDEST
 
 
 def check_pattern(pattern: str, window_reads_state: bool) -> None:

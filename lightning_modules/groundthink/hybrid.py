@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from lightning_modules.core.decoder import Decoder, DecoderState, Factory
-from lightning_modules.groundthink.gated_delta import GatedDelta
-from lightning_modules.groundthink.key_bank import Bank, KeyBank, RowTokens
-from lightning_modules.groundthink.keys import KeyPlaces, Keys
-from lightning_modules.groundthink.penalties import Writes
-from lightning_modules.groundthink.recall import Recall
-from lightning_modules.groundthink.swiglu import SwiGLU
-from lightning_modules.groundthink.window_attention import WindowAttention
+from lightning_modules.mixers.gated_delta import GatedDelta
+from lightning_modules.mixers.key_bank import Bank, KeyBank, RowTokens
+from lightning_modules.mixers.keys import KeyPlaces, Keys
+from lightning_modules.mixers.recall import Recall
+from lightning_modules.mixers.swiglu import SwiGLU
+from lightning_modules.mixers.window_attention import WindowAttention
+from lightning_modules.mixers.writes import Writes
 
 
 class Hybrid(Decoder):

@@ -11,12 +11,12 @@ from datamodules.errors import SIZE, UserError, check_numbers
 from lightning_modules.core.decoder import DecoderState
 from lightning_modules.core.sequence_model import check_sizes
 from lightning_modules.groundthink import checks
-from lightning_modules.groundthink.gates import InitialGates
 from lightning_modules.groundthink.hybrid import Hybrid, make_hybrid
-from lightning_modules.groundthink.key_bank import KeyBank
-from lightning_modules.groundthink.keys import Keys
 from lightning_modules.groundthink.penalties import KeyPenalty, Penalty
 from lightning_modules.groundthink.training import PenalisedModel
+from lightning_modules.mixers.gates import InitialGates
+from lightning_modules.mixers.key_bank import KeyBank
+from lightning_modules.mixers.keys import Keys
 
 MOST_CONVOLVED = 64  # positions of a convolution, which is meant to be short
 

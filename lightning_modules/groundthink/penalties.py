@@ -1,6 +1,6 @@
 """Penalties on keys that overlap and on writes at every position, and when they begin.
 
-Shapes: S ensemble members, P penalties, B batch, T positions, H heads, K key width.
+Shapes: S ensemble members, P penalties.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from datamodules.errors import check_numbers
 from lightning_modules.core.sequence_model import Penalties
@@ -33,7 +32,7 @@ class Penalty:
 
 @dataclass(frozen=True)
 class KeyPenalty(Penalty):
-    """The penalty on keys that overlap; see `key_overlap`.
+    """The penalty on keys that overlap; see `mixers.writes.key_overlap`.
 
     Attributes:
         form: `squared` is the mean of cos^2, `absolute` the mean of |cos|. The notes have both. `absolute` takes the
@@ -88,46 +87,3 @@ class Onsets(nn.Module):
         for index, name in enumerate(self.penalties):
             if len(begun.get(name, ())) == self.begun_PS.shape[1]:
                 self.begun_PS[index] |= torch.tensor(begun[name], device=self.begun_PS.device)
-
-
-class Writes:
-    """Keys and writing strengths of a forward, as the penalties need them.
-
-    Args:
-        form: Form of the overlap.
-    """
-
-    def __init__(self, form: Literal["squared", "absolute"]):
-        self.form: Literal["squared", "absolute"] = form
-        self._kept: list[tuple[Tensor, Tensor]] | None = None
-
-    def open(self) -> None:
-        """Measure the writes from here on."""
-        self._kept = []
-
-    def add(self, k_BTHK: Tensor, beta_BTH: Tensor) -> None:
-        """Measure the writes of a mixer, if the forward that is running measures any."""
-        if self._kept is not None:
-            self._kept.append((key_overlap(k_BTHK, self.form), beta_BTH.mean()))
-
-    def close(self) -> tuple[Tensor, Tensor]:
-        """Return the overlap of keys and the mean beta, both a mean over mixers, and measure no longer."""
-        assert self._kept is not None  # `open` comes first
-        overlaps, betas = zip(*self._kept, strict=True)
-        self._kept = None
-        return torch.stack(overlaps).mean(), torch.stack(betas).mean()
-
-
-def key_overlap(k_BTHK: Tensor, form: Literal["squared", "absolute"]) -> Tensor:
-    """Return the mean of cos^2 or |cos| over all pairs of keys of one row and head; random keys have 1 / K in cos^2.
-
-    The sum of cos^2 over pairs is |sum_t k_t k_t^T|^2, so it needs no matrix of pairs.
-    """
-    with torch.autocast(k_BTHK.device.type, enabled=False):
-        k_BTHK = normalize(k_BTHK.to(torch.promote_types(k_BTHK.dtype, torch.float32)), dim=-1)
-        T = k_BTHK.shape[1]
-        if form == "squared":
-            sum_BH = torch.einsum("bthk,bthj->bhkj", k_BTHK, k_BTHK).square().sum((2, 3))
-        else:
-            sum_BH = torch.einsum("bthk,bshk->bhts", k_BTHK, k_BTHK).abs().sum((2, 3))
-        return (sum_BH.mean() - T) / max(1, T * (T - 1))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_modules.groundthink.convolution import ShortConvolution
+from lightning_modules.mixers.convolution import ShortConvolution
 from lightning_modules.phase.angles import Angles, Kind
 from lightning_modules.phase.memory import ChannelMemory, OuterMemory, Written
 from lightning_modules.phase.weights import Decay, DecayKind, Mass

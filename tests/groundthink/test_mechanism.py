@@ -10,10 +10,10 @@ from torch.nn.functional import cosine_similarity, normalize
 import main as cli
 from datamodules.errors import UserError
 from datamodules.memory_items import MemoryItems
-from lightning_modules.groundthink.keys import hashed_keys
 from lightning_modules.groundthink.mechanism import DeltaMemory
 from lightning_modules.groundthink.mechanism.item_keys import OF_CONTEXT, make_keys
 from lightning_modules.groundthink.mechanism.memory_measures import MemoryMeasures, measure
+from lightning_modules.mixers.keys import hashed_keys
 
 DATA = {"items": 12, "key_width": 8, "value_width": 12, "test_size": 5, "eval_batch_size": 2, "seed": 3}
 

@@ -15,8 +15,9 @@ from datamodules.batch import IGNORE
 from datamodules.needle_gym import NeedleGym
 from lightning_modules.core import losses
 from lightning_modules.groundthink import GroundThink, training
-from lightning_modules.groundthink.key_bank import KeyBank
-from lightning_modules.groundthink.penalties import KeyPenalty, Onsets, Penalty, key_overlap
+from lightning_modules.groundthink.penalties import KeyPenalty, Onsets, Penalty
+from lightning_modules.mixers.key_bank import KeyBank
+from lightning_modules.mixers.writes import key_overlap
 
 SIZES = {"vocab_size": 16, "seq_len": 16, "width": 16, "window": 4, "seed": 0, "warmup_steps": 1}
 BOTH = {"key_orthogonality": KeyPenalty(0.5), "beta_sparsity": Penalty(2.0)}

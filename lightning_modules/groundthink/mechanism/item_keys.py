@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, silu
 
 from datamodules.memory_items import MemoryBatch
-from lightning_modules.groundthink.keys import hashed_keys
-from lightning_modules.groundthink.rotary import BASE, rotate
+from lightning_modules.mixers.keys import hashed_keys
+from lightning_modules.mixers.rotary import BASE, rotate
 
 ItemKeys = Literal[
     "token",

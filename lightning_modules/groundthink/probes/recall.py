@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.groundthink.probes.needles import Queries
-from lightning_modules.groundthink.window_attention import WindowAttention
+from lightning_modules.mixers.window_attention import WindowAttention
 
 
 def window_reach(network: nn.Module) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.gated_delta.reference import FLOORS
-from lightning_modules.groundthink.gated_delta import GatedDelta
+from lightning_modules.mixers.gated_delta import GatedDelta
 
 GONE = FLOORS[torch.float32]  # log-decay after which nothing is left
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.groundthink.local_attention import choose, seen
-from lightning_modules.groundthink.recall import Recall
-from lightning_modules.groundthink.rotary import rotate
+from lightning_modules.mixers.local_attention import choose, seen
+from lightning_modules.mixers.recall import Recall
+from lightning_modules.mixers.rotary import rotate
 
 
 @dataclass

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from lightning_modules.groundthink.convolution import ShortConvolution
-from lightning_modules.groundthink.gates import Gates, InitialGates
-from lightning_modules.groundthink.keys import KeyPlaces
-from lightning_modules.groundthink.penalties import Writes
-from lightning_modules.groundthink.recall import Recall
-from lightning_modules.groundthink.rule import run_rule
+from lightning_modules.mixers.convolution import ShortConvolution
+from lightning_modules.mixers.gates import Gates, InitialGates
+from lightning_modules.mixers.keys import KeyPlaces
+from lightning_modules.mixers.recall import Recall
+from lightning_modules.mixers.rule import run_rule
+from lightning_modules.mixers.writes import Writes
 
 
 @dataclass

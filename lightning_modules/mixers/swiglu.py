@@ -1,4 +1,4 @@
-"""The MLP of the hybrid."""
+"""An MLP with a gate."""
 
 from typing import cast
 

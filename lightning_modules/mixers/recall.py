@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.groundthink.rule import Written, run_rule
+from lightning_modules.mixers.rule import Written, run_rule
 
 Read = Callable[[Tensor], Tensor]  # q_BTHK -> o_BTHV
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lightning_modules.groundthink.key_bank import Bank
-from lightning_modules.groundthink.rotary import rotate
+from lightning_modules.mixers.key_bank import Bank
+from lightning_modules.mixers.rotary import rotate
 
 MASK = 2**32 - 1
 
