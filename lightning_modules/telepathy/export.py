@@ -50,7 +50,8 @@ def export(module: Telepathy, config: Mapping[str, Any], path: Path) -> None:
         path: The file.
     """
     source, target = module.source, module.target
-    batch, (row,) = move_data_to_device(source.tokenize([PROBE]), module.device), target.soft_rows([""], [""])
+    batch = move_data_to_device(source.tokenize([PROBE]), module.device)
+    (row,) = target.soft_rows([""], [""], training=False)
     about = {
         "config": dict(config),
         "probe": PROBE,

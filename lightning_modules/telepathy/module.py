@@ -78,6 +78,8 @@ class Telepathy(BridgeEvaluation):
             twice as long with them.
         max_new_tokens: Length limit of generated answers, in tokens; None for the length of the longest answer of the
             data, or for 256 where the data gives bare results.
+        cache_source: Let the source read all questions once before a fit, keep its states in files, and free it.
+        shard_frozen: Split source and target over the processes of a fit.
         reproduce_flaws: Flaws of the notes to reproduce, see `lightning_modules.telepathy.flaws`; `true` for those of
             their last version, `[key_scale, bos_behind]`.
         on_nonfinite: Whether a run ends when the loss or a weight is not finite.
@@ -132,7 +134,7 @@ class Telepathy(BridgeEvaluation):
         self.bottleneck = make_bottleneck(bottleneck, width, self.flaws)
         self.soft_tokens = make_output(output, self.scale, self.flaws)
         self.text_prefix = TextPrefix(text_prefix, width, self.scale) if text_prefix else None
-        check_parts(self.objectives, self.bridge, self.bottleneck)
+        check_parts(self.objectives, self.bridge, self.bottleneck, self.flaws)
         sizes = Sizes(self.source.width, width, len(self.target.embedding.weight), self.flaws)
         heads = {str(name): objective.head(sizes) for name, objective in self.objectives.items() if objective.head}
         self.heads = nn.ModuleDict(heads)

@@ -324,6 +324,8 @@ def test_self_contrast_does_not_know_the_text(telepathy, problems):
         ({"anchor": {"of": "answer"}}, "model.objectives.anchor has no 'of': choose among weight, text, distance"),
         ({"anchor": {"text": "reply"}}, "model.objectives.anchor.text has no 'reply': choose among question, answer"),
         ({"first_tokens": {"k": 2.5}}, "model.objectives.first_tokens.k must be a number of type int, not 2.5"),
+        ({"first_tokens": {"k": math.inf}}, "model.objectives.first_tokens.k must be a number of type int, not inf"),
+        ({"lm": {"weight": "much"}}, "model.objectives.lm.weight must be a number of type float, not 'much'"),
         ({"first_tokens": {"k": 0}}, "model.objectives.first_tokens.k must be at least 1, not 0"),
         ({"separation": {"margin": "far"}}, "model.objectives.separation.margin must be a number of type float"),
         ({"lm": 1.0, "code_entropy": 0.1}, "model.objectives.code_entropy needs codes: set model.bottleneck to vq or"),
@@ -333,3 +335,16 @@ def test_self_contrast_does_not_know_the_text(telepathy, problems):
 def test_objectives_that_cannot_be(telepathy, objectives, message):
     with pytest.raises(ValueError, match=message):
         telepathy(objectives=objectives)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "options", "needed"),
+    [
+        ("own_head", {}, "the objective bag_of_words in model.objectives"),
+        ("codebook_scale", {"bottleneck": "fsq"}, "model.bottleneck vq"),
+        ("untrained_output", {"bottleneck": "vq"}, "model.bottleneck none"),
+    ],
+)
+def test_a_flaw_of_a_part_that_is_not_there(telepathy, flaw, options, needed):
+    with pytest.raises(ValueError, match=f"model.reproduce_flaws: {flaw} needs {needed}"):
+        telepathy(reproduce_flaws=[flaw], **options)

@@ -1,15 +1,16 @@
 """The objectives of a bridge: a loss each, by name, and their weighted sum."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from datamodules.errors import UserError, check_numbers
-from lightning_modules.telepathy.bottleneck import Bottleneck
+from lightning_modules.telepathy.bottleneck import Bottleneck, UntrainedOutput, VectorBottleneck
 from lightning_modules.telepathy.bridges import Bridge
+from lightning_modules.telepathy.flaws import Flaw
 from lightning_modules.telepathy.flow import FlowBridge
 from lightning_modules.telepathy.objectives.codes import code_entropy, make_code_entropy, make_commitment
 from lightning_modules.telepathy.objectives.content import (
@@ -79,6 +80,18 @@ OBJECTIVES: dict[ObjectiveName, Callable[..., Objective]] = {
     "code_entropy": make_code_entropy,
 }
 
+# Flaws of single objectives, without which they would do nothing
+FLAW_OF: dict[Flaw, ObjectiveName] = {
+    "mean_pool": "reconstruction",
+    "self_contrast": "contrastive",
+    "constant_anchor": "anchor",
+    "anchor_scale": "anchor",
+    "own_head": "bag_of_words",
+    "flow_scale": "flow",
+    "dead_diversity": "position_variance",
+    "pooled_variance": "position_variance",
+}
+
 __all__ = [
     "OBJECTIVES",
     "BridgeStep",
@@ -112,42 +125,56 @@ def make_objectives(settings: Mapping[ObjectiveName, Setting]) -> dict[Objective
     for name, setting in settings.items():
         if name not in OBJECTIVES:
             raise UserError(f"model.objectives has no '{name}': choose among {', '.join(OBJECTIVES)}")
-        options: dict[str, Any] = dict(setting) if isinstance(setting, Mapping) else {"weight": setting}
+        options = _checked(name, setting if isinstance(setting, Mapping) else {"weight": setting})
         weight = options.pop("weight", 1.0)
         check_numbers("model.objectives", 0, **{str(name): weight})
-        made[name] = replace(OBJECTIVES[name](**_checked(name, options)), weight=weight)
+        made[name] = replace(OBJECTIVES[name](**options), weight=weight)
     if not any(objective.weight for objective in made.values()):
         raise UserError("model.objectives is empty: give at least one objective a weight, such as {lm: 1.0}")
     return made
 
 
-def check_parts(objectives: Mapping[ObjectiveName, Objective], bridge: Bridge, bottleneck: Bottleneck) -> None:
-    """Check that bridge and bottleneck have what the objectives read.
+def check_parts(
+    objectives: Mapping[ObjectiveName, Objective], bridge: Bridge, bottleneck: Bottleneck, flaws: Collection[Flaw]
+) -> None:
+    """Check that bridge and bottleneck have what the objectives read, and that each flaw is of a part that is there.
 
     Raises:
-        UserError: An objective needs a bottleneck or a `FlowBridge`.
+        UserError: An objective needs a bottleneck or a `FlowBridge`, or a flaw would do nothing.
     """
     for name in ("commitment", "code_entropy"):
         if name in objectives and not bottleneck.size:
             raise UserError(f"model.objectives.{name} needs codes: set model.bottleneck to vq or fsq")
     if "flow" in objectives and not isinstance(bridge, FlowBridge):
         raise UserError(f"model.objectives.flow needs a FlowBridge as model.bridge, not a {type(bridge).__name__}")
+    for flaw, of in FLAW_OF.items():
+        if flaw in flaws and of not in objectives:
+            raise UserError(f"model.reproduce_flaws: {flaw} needs the objective {of} in model.objectives")
+    for flaw, kind, choice in (
+        ("codebook_scale", VectorBottleneck, "vq"),
+        ("untrained_output", UntrainedOutput, "none"),
+    ):
+        if flaw in flaws and not isinstance(bottleneck, kind):
+            raise UserError(f"model.reproduce_flaws: {flaw} needs model.bottleneck {choice}")
 
 
-def _checked(name: ObjectiveName, options: dict[str, Any]) -> dict[str, Any]:
-    """Return options of an objective that it has, with values that it has."""
-    known = inspect.signature(OBJECTIVES[name], eval_str=True).parameters
+def _checked(name: ObjectiveName, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weight and options of an objective, after a check that it has them and that their values fit."""
+    kinds: dict[str, Any] = {"weight": float}
+    kinds |= {
+        key: known.annotation for key, known in inspect.signature(OBJECTIVES[name], eval_str=True).parameters.items()
+    }
     for option, value in options.items():
-        if option not in known:
-            choices = ", ".join(["weight", *known])
-            raise UserError(f"model.objectives.{name} has no '{option}': choose among {choices}")
-        kind = known[option].annotation
-        allowed = getattr(kind, "__args__", None)
-        if allowed is not None and value not in allowed:
-            raise UserError(f"model.objectives.{name}.{option} has no {value!r}: choose among {', '.join(allowed)}")
-        if allowed is None and (isinstance(value, str) or (kind is int and value != int(value))):
-            raise UserError(f"model.objectives.{name}.{option} must be a number of type {kind.__name__}, not {value!r}")
-    return options
+        where = f"model.objectives.{name}"
+        if option not in kinds:
+            raise UserError(f"{where} has no '{option}': choose among {', '.join(kinds)}")
+        kind, allowed = kinds[option], get_args(kinds[option])
+        if allowed and value not in allowed:
+            raise UserError(f"{where}.{option} has no {value!r}: choose among {', '.join(allowed)}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not allowed and not (is_number and (kind is float or float(value).is_integer())):
+            raise UserError(f"{where}.{option} must be a number of type {kind.__name__}, not {value!r}")
+    return dict(options)
 
 
 def weighted(
