@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (Triton has no unpacking in tuples)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The kernel of the backward: one sweep from the last tile to the first, in which each tile computes its memory again.
 
@@ -18,11 +19,21 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
-from kernels.phase_scan.forward import load_direction, load_written
-from kernels.phase_scan.gates import tile_gates
-from kernels.phase_scan.phases import cos_sin, to_turns
-from kernels.phase_scan.scans import complex_scan, cumulative_phase, scan
-from kernels.phase_scan.tiles import load_channels, load_tile, row_of, rows_of_tile, store_channels, store_tile
+from kernels.phase_scan.gates import load_gates
+from kernels.phase_scan.phases import cos_sin
+from kernels.phase_scan.scans import scan
+from kernels.phase_scan.tiles import (
+    directions,
+    group_of,
+    load_channels,
+    load_direction,
+    load_phases,
+    load_rows,
+    load_written,
+    rows_at,
+    store_channels,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -68,10 +79,10 @@ def compute_gradients(
     n = program // blocks
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     head = n.to(tl.int64) * P
-    mu_re = tl.zeros([1, 1, BD], tl.float32)
-    mu_im = tl.zeros([1, 1, BD], tl.float32)
-    mu_mass = tl.zeros([1, 1, BD], tl.float32)
-    dchannel = tl.zeros([1, 1, BD], tl.float32)
+    mu_re = tl.zeros([1, BD], tl.float32)
+    mu_im = tl.zeros([1, BD], tl.float32)
+    mu_mass = tl.zeros([1, BD], tl.float32)
+    dchannel = tl.zeros([1, BD], tl.float32)
     if dfinal is not None:
         mu_re += load_channels(dfinal, head, column, D, BD)
         mu_im += load_channels(dfinal, head + 1, column, D, BD)
@@ -86,89 +97,93 @@ def compute_gradients(
         row = start + tile * C
         left = length - tile * C
         at = (slot + tile) * (P + 1)
-        x_RGD, mass_RGD, u_RGD = load_written(x, mass, row, left, column, D, R, G, BD)
         phase = load_channels(states, at + P, column, D, BD).to(tl.int32, bitcast=True)
-        phase_RGD = cumulative_phase(to_turns(load_tile(omega, row, left, column, D, D, R, G, BD)), phase, R)
-        g_re_RGD = load_tile(dy, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
-        g_im_RGD = tl.zeros_like(g_re_RGD)
-        if IMAGINARY:
-            g_im_RGD = load_tile(dy + D, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
-        gate_RGD = None
-        passed = None
-        later_RGD = None
-        passed_later = None
-        if log_decay is not None:
-            gate_RGD, passed = tile_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
-            later_RGD, passed_later = tile_gates(log_decay, channel_decay, row, left, column, 1, D, R, G, BD)
         # fmt: off
-        cos_RGD, sin_RGD = cos_sin(phase_RGD, COMPILED)
+        phase_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
+        cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
         write_re_RGD, write_im_RGD = load_direction(
             write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
         )
         read_re_RGD, read_im_RGD = load_direction(
             read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
         )
-        u_re_RGD, u_im_RGD = u_RGD * write_re_RGD, u_RGD * write_im_RGD
-        s_re, s_im = load_channels(states, at, column, D, BD), load_channels(states, at + 1, column, D, BD)
-        p_re_RGD, p_im_RGD, _, _ = complex_scan(
-            gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, True, False, R, G
-        )
-        h_re_RGD, h_im_RGD = p_re_RGD + u_re_RGD, p_im_RGD + u_im_RGD
-        z_re_RGD = read_re_RGD * h_re_RGD + read_im_RGD * h_im_RGD
-        z_im_RGD = read_re_RGD * h_im_RGD - read_im_RGD * h_re_RGD
-        if NORM:
-            s_mass = load_channels(states, at + 2, column, D, BD)
-            p_mass_RGD, _ = scan(gate_RGD, passed, mass_RGD, s_mass, True, False, R, G)
-            factor_RGD = 1.0 / (p_mass_RGD + mass_RGD + EPSILON)
-            g_re_RGD *= factor_RGD
-            g_im_RGD *= factor_RGD
-            dsum_RGD = -(g_re_RGD * z_re_RGD + g_im_RGD * z_im_RGD) * factor_RGD
-            dsum_RGD, mu_mass = scan(later_RGD, passed_later, dsum_RGD, mu_mass, False, True, R, G)
-        if read_offset is not None:
-            dread_RGD = g_re_RGD * z_im_RGD - g_im_RGD * z_re_RGD
-            store_tile(dread_offset, dread_RGD, row, left, column, D, D, R, G, BD)
-        if dfinal is not None:  # that of the last state, which is in the frame of the last position
-            cos_D, sin_D = cos_sin(row_of(phase_RGD, R - 1, G - 1, R, G).to(tl.int64).to(tl.int32), COMPILED)
-            last_re, last_im = cos_D * mu_re - sin_D * mu_im, sin_D * mu_re + cos_D * mu_im
-            mu_re, mu_im = tl.where(back == 0, last_re, mu_re), tl.where(back == 0, last_im, mu_im)
-        g_re_RGD, g_im_RGD = (
-            g_re_RGD * read_re_RGD - g_im_RGD * read_im_RGD, g_re_RGD * read_im_RGD + g_im_RGD * read_re_RGD
-        )
-        mu_re_RGD, mu_im_RGD, mu_re, mu_im = complex_scan(
-            later_RGD, passed_later, g_re_RGD, g_im_RGD, mu_re, mu_im, False, True, R, G
+        x_RGD, mass_RGD, u_re_RGD, u_im_RGD = load_written(
+            x, mass, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
         )
         # fmt: on
-        domega_RGD = mu_re_RGD * p_im_RGD - mu_im_RGD * p_re_RGD
-        store_tile(domega, domega_RGD, row, left, column, D, D, R, G, BD)
-        du_RGD = mu_re_RGD * write_re_RGD + mu_im_RGD * write_im_RGD
-        if mass is None:
-            store_tile(dx, du_RGD, row, left, column, D, D, R, G, BD)
-        else:
-            store_tile(dx, du_RGD * mass_RGD, row, left, column, D, D, R, G, BD)
-            dmass_RGD = du_RGD * x_RGD
-            if NORM:
-                dmass_RGD += dsum_RGD
-            store_tile(dmass, dmass_RGD, row, left, column, D, D, R, G, BD)
-        if write_offset is not None:
-            dwrite_RGD = mu_im_RGD * u_re_RGD - mu_re_RGD * u_im_RGD
-            store_tile(dwrite_offset, dwrite_RGD, row, left, column, D, D, R, G, BD)
+        gate_RGD = None
+        passed = None
+        later_RGD = None
+        passed_later = None
         if log_decay is not None:
-            dgate_RGD = mu_re_RGD * p_re_RGD + mu_im_RGD * p_im_RGD
+            gate_RGD, passed = load_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
+            later_RGD, passed_later = load_gates(log_decay, channel_decay, row, left, column, 1, D, R, G, BD)
+        s_re, s_im = load_channels(states, at, column, D, BD), load_channels(states, at + 1, column, D, BD)
+        p_re_RGD, _ = scan(gate_RGD, passed, u_re_RGD, s_re, False, R, G)
+        p_im_RGD, _ = scan(gate_RGD, passed, u_im_RGD, s_im, False, R, G)
+        if NORM:
+            s_mass = load_channels(states, at + 2, column, D, BD)
+            p_mass_RGD, _ = scan(gate_RGD, passed, mass_RGD, s_mass, False, R, G)
+        b_re_RGD = ()
+        b_im_RGD = ()
+        dsum_RGD = ()
+        for r in tl.static_range(R):
+            g_re_GD = load_rows(dy, r, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
+            g_im_GD = tl.zeros_like(g_re_GD)
+            if IMAGINARY:
+                g_im_GD = load_rows(dy + D, r, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
+            h_re_GD, h_im_GD = p_re_RGD[r] + u_re_RGD[r], p_im_RGD[r] + u_im_RGD[r]
+            z_re_GD = read_re_RGD[r] * h_re_GD + read_im_RGD[r] * h_im_GD
+            z_im_GD = read_re_RGD[r] * h_im_GD - read_im_RGD[r] * h_re_GD
             if NORM:
-                dgate_RGD += dsum_RGD * p_mass_RGD
-            if PER_CHANNEL:
-                dgate_RGD = tl.where(rows_of_tile(R, G) < left, dgate_RGD, 0.0)
-                dchannel += tl.sum(tl.sum(dgate_RGD, 0, keep_dims=True), 1, keep_dims=True)
+                factor_GD = 1.0 / (p_mass_RGD[r] + mass_RGD[r] + EPSILON)
+                g_re_GD *= factor_GD
+                g_im_GD *= factor_GD
+                dsum_RGD = dsum_RGD + (-(g_re_GD * z_re_GD + g_im_GD * z_im_GD) * factor_GD,)
+            if read_offset is not None:
+                dread_GD = g_re_GD * z_im_GD - g_im_GD * z_re_GD
+                store_rows(dread_offset, dread_GD, r, row, left, column, D, D, R, G, BD)
+            b_re_RGD = b_re_RGD + (g_re_GD * read_re_RGD[r] - g_im_GD * read_im_RGD[r],)
+            b_im_RGD = b_im_RGD + (g_re_GD * read_im_RGD[r] + g_im_GD * read_re_RGD[r],)
+        if dfinal is not None:  # the last state is in the frame of the last position
+            cos_D, sin_D = cos_sin(group_of(phase_RGD[R - 1], G - 1, G).to(tl.int64).to(tl.int32), COMPILED)
+            last_re, last_im = cos_D * mu_re - sin_D * mu_im, sin_D * mu_re + cos_D * mu_im
+            mu_re, mu_im = tl.where(back == 0, last_re, mu_re), tl.where(back == 0, last_im, mu_im)
+        later_re_RGD, mu_re = scan(later_RGD, passed_later, b_re_RGD, mu_re, True, R, G)
+        later_im_RGD, mu_im = scan(later_RGD, passed_later, b_im_RGD, mu_im, True, R, G)
+        if NORM:
+            later_sum_RGD, mu_mass = scan(later_RGD, passed_later, dsum_RGD, mu_mass, True, R, G)
+        for r in tl.static_range(R):
+            mu_re_GD, mu_im_GD = later_re_RGD[r] + b_re_RGD[r], later_im_RGD[r] + b_im_RGD[r]
+            domega_GD = mu_re_GD * p_im_RGD[r] - mu_im_GD * p_re_RGD[r]
+            store_rows(domega, domega_GD, r, row, left, column, D, D, R, G, BD)
+            du_GD = mu_re_GD * write_re_RGD[r] + mu_im_GD * write_im_RGD[r]
+            dmass_GD = du_GD * x_RGD[r]
+            dgate_GD = mu_re_GD * p_re_RGD[r] + mu_im_GD * p_im_RGD[r]
+            if NORM:
+                dmass_GD += later_sum_RGD[r] + dsum_RGD[r]
+                dgate_GD += (later_sum_RGD[r] + dsum_RGD[r]) * p_mass_RGD[r]
+            if mass is None:
+                store_rows(dx, du_GD, r, row, left, column, D, D, R, G, BD)
             else:
-                store_tile(dlog_decay, dgate_RGD, row, left, column, D, D, R, G, BD)
+                store_rows(dx, du_GD * mass_RGD[r], r, row, left, column, D, D, R, G, BD)
+                store_rows(dmass, dmass_GD, r, row, left, column, D, D, R, G, BD)
+            if write_offset is not None:
+                dwrite_GD = mu_im_GD * u_re_RGD[r] - mu_re_GD * u_im_RGD[r]
+                store_rows(dwrite_offset, dwrite_GD, r, row, left, column, D, D, R, G, BD)
+            if PER_CHANNEL:
+                dgate_GD = tl.where(rows_at(r, R, G) < left, dgate_GD, 0.0)
+                dchannel += tl.sum(dgate_GD, 0, keep_dims=True)
+            elif log_decay is not None:
+                store_rows(dlog_decay, dgate_GD, r, row, left, column, D, D, R, G, BD)
     if PER_CHANNEL:
         store_channels(dlog_decay, dchannel, n.to(tl.int64), column, D, BD)
     if initial is not None:
         if log_decay is not None:
-            gate_RGD, _ = tile_gates(log_decay, channel_decay, start, length, column, 0, D, 1, 1, BD)
-            mu_re *= gate_RGD
-            mu_im *= gate_RGD
-            mu_mass *= gate_RGD
+            first_RGD, _ = load_gates(log_decay, channel_decay, start, length, column, 0, D, 1, 1, BD)
+            mu_re *= first_RGD[0]
+            mu_im *= first_RGD[0]
+            mu_mass *= first_RGD[0]
         store_channels(dinitial, mu_re, head, column, D, BD)
         store_channels(dinitial, mu_im, head + 1, column, D, BD)
         if NORM:

@@ -30,12 +30,11 @@ class Configuration:
     backward: Launch
 
 
-# Keys: bytes of a value, and whether there are two or more of: masses, decays, an offset, another one, normalisation.
+# Keys: bytes of a value, and how many there are of: masses, decays, offsets and normalisation; 2 stands for more, too.
 # One warp per program needs no barriers. Fewer rows or more warps need more instructions per value, and more rows need
 # more registers than there are.
 TABLE = {
-    (4, False): Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 2)),
-    (4, True): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2)),
-    (2, False): Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 2)),
-    (2, True): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2)),
+    (size, extras): Configuration(Launch(rows, 8, 16, 1, 3), Launch(rows, 8, 16, 1, 2))
+    for size in (4, 2)
+    for extras, rows in enumerate((8, 6, 4))
 }

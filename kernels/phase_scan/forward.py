@@ -5,61 +5,26 @@ It computes in the frame of the first position: with the cumulative phase p_t, w
 has real gates, and what is read turns back. The memory and the phase before each tile are kept for the backward.
 
 Shapes: T rows of the input, D channels, N sequences, C = R G rows of a tile, BD channels of a program, P parts of a
-state: real and imaginary part, and the sum of masses. Tiles are [R, G, BD], as in `tiles.py`.
+state: real and imaginary part, and the sum of masses. Tiles are tuples, as in `tiles.py`.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
-from kernels.phase_scan.gates import tile_gates
-from kernels.phase_scan.phases import cos_sin, to_turns
-from kernels.phase_scan.scans import complex_scan, cumulative_phase, scan
-from kernels.phase_scan.tiles import load_channels, load_tile, row_of, rows_of_tile, store_channels, store_tile
-
-
-@triton.jit
-def load_written(
-    x,
-    mass,
-    row,
-    left,
-    column,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Return values, masses and their product; the mass of a row is 1 if there are none, and 0 if there is no row."""
-    x_RGD = load_tile(x, row, left, column, D, D, R, G, BD).to(tl.float32)
-    if mass is None:
-        return x_RGD, tl.where(rows_of_tile(R, G) < left, 1.0, 0.0) + tl.zeros_like(x_RGD), x_RGD
-    else:
-        mass_RGD = load_tile(mass, row, left, column, D, D, R, G, BD).to(tl.float32)
-        return x_RGD, mass_RGD, x_RGD * mass_RGD
-
-
-@triton.jit
-def load_direction(
-    offset,
-    phase_RGD,
-    cos_RGD,
-    sin_RGD,
-    row,
-    left,
-    column,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    BD: tl.constexpr,
-    COMPILED: tl.constexpr,
-):
-    """Return cosine and sine of phase and offset: those of the phase if there is no offset."""
-    if offset is None:
-        return cos_RGD, sin_RGD
-    else:
-        offset_RGD = to_turns(load_tile(offset, row, left, column, D, D, R, G, BD))
-        return cos_sin(phase_RGD + offset_RGD, COMPILED)
+from kernels.phase_scan.gates import load_gates
+from kernels.phase_scan.phases import cos_sin
+from kernels.phase_scan.scans import scan
+from kernels.phase_scan.tiles import (
+    directions,
+    group_of,
+    load_channels,
+    load_direction,
+    load_phases,
+    load_written,
+    store_channels,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -99,10 +64,10 @@ def compute_outputs(
     n = program // blocks
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     head = n.to(tl.int64) * P
-    s_re = tl.zeros([1, 1, BD], tl.float32)
-    s_im = tl.zeros([1, 1, BD], tl.float32)
-    s_mass = tl.zeros([1, 1, BD], tl.float32)
-    phase = tl.zeros([1, 1, BD], tl.int32)
+    s_re = tl.zeros([1, BD], tl.float32)
+    s_im = tl.zeros([1, BD], tl.float32)
+    s_mass = tl.zeros([1, BD], tl.float32)
+    phase = tl.zeros([1, BD], tl.int32)
     if initial is not None:
         s_re += load_channels(initial, head, column, D, BD)
         s_im += load_channels(initial, head + 1, column, D, BD)
@@ -118,35 +83,41 @@ def compute_outputs(
         store_channels(states, s_re, at, column, D, BD)
         store_channels(states, s_im, at + 1, column, D, BD)
         store_channels(states, phase.to(tl.float32, bitcast=True), at + P, column, D, BD)
-        _, mass_RGD, u_RGD = load_written(x, mass, row, left, column, D, R, G, BD)
-        phase_RGD = cumulative_phase(to_turns(load_tile(omega, row, left, column, D, D, R, G, BD)), phase, R)
-        phase = row_of(phase_RGD, R - 1, G - 1, R, G).to(tl.int64).to(tl.int32)
-        gate_RGD = None
-        passed = None
-        if log_decay is not None:
-            gate_RGD, passed = tile_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
-        cos_RGD, sin_RGD = cos_sin(phase_RGD, COMPILED)
+        if NORM:
+            store_channels(states, s_mass, at + 2, column, D, BD)
         # fmt: off
+        phase_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
+        phase = group_of(phase_RGD[R - 1], G - 1, G).to(tl.int64).to(tl.int32)
+        cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
         write_re_RGD, write_im_RGD = load_direction(
             write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
         )
         read_re_RGD, read_im_RGD = load_direction(
             read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
         )
-        h_re_RGD, h_im_RGD, s_re, s_im = complex_scan(
-            gate_RGD, passed, u_RGD * write_re_RGD, u_RGD * write_im_RGD, s_re, s_im, False, False, R, G
+        _, mass_RGD, u_re_RGD, u_im_RGD = load_written(
+            x, mass, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
         )
         # fmt: on
-        y_RGD = read_re_RGD * h_re_RGD + read_im_RGD * h_im_RGD
-        factor_RGD = tl.full([R, G, BD], 1.0, tl.float32)
+        gate_RGD = None
+        passed = None
+        if log_decay is not None:
+            gate_RGD, passed = load_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
+        p_re_RGD, s_re = scan(gate_RGD, passed, u_re_RGD, s_re, False, R, G)
+        p_im_RGD, s_im = scan(gate_RGD, passed, u_im_RGD, s_im, False, R, G)
         if NORM:
-            store_channels(states, s_mass, at + 2, column, D, BD)
-            sum_RGD, s_mass = scan(gate_RGD, passed, mass_RGD, s_mass, False, False, R, G)
-            factor_RGD = 1.0 / (sum_RGD + EPSILON)
-        store_tile(y, y_RGD * factor_RGD, row, left, column, WIDTH, D, R, G, BD)
-        if IMAGINARY:
-            y_RGD = read_re_RGD * h_im_RGD - read_im_RGD * h_re_RGD
-            store_tile(y + D, y_RGD * factor_RGD, row, left, column, WIDTH, D, R, G, BD)
+            p_mass_RGD, s_mass = scan(gate_RGD, passed, mass_RGD, s_mass, False, R, G)
+        for r in tl.static_range(R):
+            h_re_GD, h_im_GD = p_re_RGD[r] + u_re_RGD[r], p_im_RGD[r] + u_im_RGD[r]
+            y_GD = read_re_RGD[r] * h_re_GD + read_im_RGD[r] * h_im_GD
+            y_im_GD = read_re_RGD[r] * h_im_GD - read_im_RGD[r] * h_re_GD
+            if NORM:
+                factor_GD = 1.0 / (p_mass_RGD[r] + mass_RGD[r] + EPSILON)
+                y_GD *= factor_GD
+                y_im_GD *= factor_GD
+            store_rows(y, y_GD, r, row, left, column, WIDTH, D, R, G, BD)
+            if IMAGINARY:
+                store_rows(y + D, y_im_GD, r, row, left, column, WIDTH, D, R, G, BD)
     if FINAL:
         cos_D, sin_D = cos_sin(phase, COMPILED)
         store_channels(final, cos_D * s_re + sin_D * s_im, head, column, D, BD)

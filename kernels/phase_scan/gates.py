@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (Triton has no unpacking in tuples)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """Gates in the kernels: exp of log-decays, and their product over a tile.
 
@@ -8,7 +9,7 @@ positions. So a gate near 1 is 1 plus a polynomial, and what leaves a tile is ex
 import triton
 import triton.language as tl
 
-from kernels.phase_scan.tiles import load_tile, rows_of_tile
+from kernels.phase_scan.tiles import load_rows, rows_at
 
 NEAR = tl.constexpr(-0.03125)  # log-decays above this are treated as small
 
@@ -20,7 +21,13 @@ def exp_minus_one(x):
 
 
 @triton.jit
-def tile_gates(
+def exp(x):
+    """Return exp(x) for x of at most 0."""
+    return tl.where(x > NEAR, 1.0 + exp_minus_one(x), tl.exp(x))
+
+
+@triton.jit
+def load_gates(
     log_decay,
     channel_decay,
     row,
@@ -34,20 +41,22 @@ def tile_gates(
 ):
     """Return the gates of the rows AHEAD rows further, 1 where there is no row, and the logarithm of their product.
 
-    `channel_decay` are the log-decays [1, 1, BD] if they are the same for all rows; `log_decay` has [T, D] if it is
-    None.
+    `channel_decay` are the log-decays [1, BD] if they are the same for all rows; `log_decay` has [T, D] if it is None.
     """
+    gate_RGD = ()
     if channel_decay is not None:
         rows = tl.minimum(tl.maximum(left - AHEAD, 0), R * G).to(tl.float32)
-        return tl.where(rows_of_tile(R, G) < left - AHEAD, _exp(channel_decay), 1.0), channel_decay * rows
+        gate_GD = exp(channel_decay) + tl.zeros([G, BD], tl.float32)
+        for r in tl.static_range(R):
+            gate_RGD = gate_RGD + (tl.where(rows_at(r, R, G) < left - AHEAD, gate_GD, 1.0),)
+        return gate_RGD, channel_decay * rows
     else:
-        log_gate = load_tile(log_decay, row + AHEAD, left - AHEAD, column, D, D, R, G, BD).to(tl.float32)
-        return _exp(log_gate), tl.sum(tl.sum(log_gate, 0, keep_dims=True), 1, keep_dims=True)
-
-
-@triton.jit
-def _exp(x):
-    return tl.where(x > NEAR, 1.0 + exp_minus_one(x), tl.exp(x))
+        sum_GD = tl.zeros([G, BD], tl.float32)
+        for r in tl.static_range(R):
+            log_GD = load_rows(log_decay, r, row + AHEAD, left - AHEAD, column, D, D, R, G, BD).to(tl.float32)
+            sum_GD += log_GD
+            gate_RGD = gate_RGD + (exp(log_GD),)
+        return gate_RGD, tl.sum(sum_GD, 0, keep_dims=True)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ class Problem:
         self.device, self.packed = x.device, cu_seqlens is not None
         self.width, self.parts = self.D * (1 + imaginary), 2 + normalise
         extras = normalise + sum(v is not None for v in (mass, log_decay, read_offset, write_offset))
-        self.how = TABLE[x.element_size(), extras > 1]
+        self.how = TABLE[x.element_size(), min(extras, 2)]
         rows = self.how.forward.rows * self.how.forward.groups
         if cu_seqlens is None:
             self.N, self.slots = self.B, self.B * -(-self.T // rows)

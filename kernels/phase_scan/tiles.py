@@ -1,33 +1,38 @@
+# ruff: noqa: RUF005  (Triton has no unpacking in tuples)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
-"""Loads and stores of the kernels. A tile has C = G R rows as [R, G, BD]: group g has the rows g R to g R + R - 1.
+"""Loads and stores of the kernels, and the scans over the groups of a tile.
 
-The compiler gives the R rows of a group to one thread, so a scan over them needs neither shuffles nor barriers, and the
-scan over groups has one number per R rows.
+A tile has C = G R rows in G groups of R: group g has the rows g R to g R + R - 1. The kernels hold it as R tiles
+[G, BD], one per place r in a group, in a tuple named with RGD. A thread has the same group in all of them, so a scan
+over the rows of a group is a loop in the program, without shuffles and barriers. Only the scan over groups, of one
+number per R rows, is one of Triton's.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def rows_of_tile(R: tl.constexpr, G: tl.constexpr):
-    """Return the rows of a tile, [R, G, 1]."""
-    return tl.arange(0, R)[:, None, None] + (tl.arange(0, G) * R)[None, :, None]
+from kernels.phase_scan.phases import cos_sin, to_turns
 
 
 @triton.jit
-def columns_of_tile(column, BD: tl.constexpr):
-    """Return the channels of a program, [1, 1, BD]; a thread gets four, so a warp has eight groups of 16 channels."""
-    return tl.max_contiguous(column + tl.arange(0, BD), 4)[None, None, :]
+def columns_of(column, BD: tl.constexpr):
+    """Return the channels of a program, [1, BD]; a thread gets four, so a warp has eight groups of 16 channels."""
+    return tl.max_contiguous(column + tl.arange(0, BD), 4)[None, :]
 
 
 @triton.jit
-def load_tile(
-    x, row, left, column, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr
+def rows_at(r, R: tl.constexpr, G: tl.constexpr):
+    """Return the rows at place r of the groups, [G, 1]."""
+    return (tl.arange(0, G) * R + r)[:, None]
+
+
+@triton.jit
+def load_rows(
+    x, r, row, left, column, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr
 ):
-    """Load the rows from `row` on, of which `left` exist, and BD of D channels from `column` on; zeros elsewhere."""
-    rows = rows_of_tile(R, G)
-    columns = columns_of_tile(column, BD)
+    """Load place r of a tile from `row` on, of which `left` rows exist, for BD of D channels; zeros elsewhere."""
+    rows = rows_at(r, R, G)
+    columns = columns_of(column, BD)
     inside = rows < left
     if D % BD != 0:
         inside = inside & (columns < D)
@@ -35,9 +40,10 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
+def store_rows(
     x,
-    tile,
+    values,
+    r,
     row,
     left,
     column,
@@ -47,37 +53,124 @@ def store_tile(
     G: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Store what `load_tile` loads."""
-    rows = rows_of_tile(R, G)
-    columns = columns_of_tile(column, BD)
+    """Store what `load_rows` loads."""
+    rows = rows_at(r, R, G)
+    columns = columns_of(column, BD)
     inside = rows < left
     if D % BD != 0:
         inside = inside & (columns < D)
-    tl.store(x + row * STRIDE + rows * STRIDE + columns, tile.to(x.dtype.element_ty), mask=inside)
+    tl.store(x + row * STRIDE + rows * STRIDE + columns, values.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def load_channels(x, row, column, D: tl.constexpr, BD: tl.constexpr):
-    """Load BD channels of a row in fp32, [1, 1, BD]."""
-    columns = columns_of_tile(column, BD)
+    """Load BD channels of a row in fp32, [1, BD]."""
+    columns = columns_of(column, BD)
     return tl.load(x + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_channels(x, values, row, column, D: tl.constexpr, BD: tl.constexpr):
     """Store what `load_channels` loads."""
-    columns = columns_of_tile(column, BD)
+    columns = columns_of(column, BD)
     tl.store(x + row * D + columns, values, mask=columns < D)
 
 
 @triton.jit
-def row_of(x, r: tl.constexpr, g: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
-    """Return a row of a tile, [1, 1, BD]."""
-    x = tl.sum(tl.where(tl.arange(0, R)[:, None, None] == r, x, 0), 0, keep_dims=True)
-    return tl.sum(tl.where(tl.arange(0, G)[None, :, None] == g, x, 0), 1, keep_dims=True)
+def group_of(x, g: tl.constexpr, G: tl.constexpr):
+    """Return one group of [G, BD], as [1, BD]."""
+    return tl.sum(tl.where((tl.arange(0, G) == g)[:, None], x, 0), 0, keep_dims=True)
 
 
 @triton.jit
-def ends_of_groups(x, r: tl.constexpr, R: tl.constexpr):
-    """Return row r of each group, [1, G, BD]."""
-    return tl.sum(tl.where(tl.arange(0, R)[:, None, None] == r, x, 0), 0, keep_dims=True)
+def load_written(
+    x,
+    mass,
+    cos_RGD,
+    sin_RGD,
+    row,
+    left,
+    column,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Return values, masses, and what is written: real and imaginary parts. Without masses, a row has the mass 1."""
+    x_RGD = ()
+    mass_RGD = ()
+    re_RGD = ()
+    im_RGD = ()
+    for r in tl.static_range(R):
+        x_GD = load_rows(x, r, row, left, column, D, D, R, G, BD).to(tl.float32)
+        if mass is None:
+            mass_GD = tl.where(rows_at(r, R, G) < left, 1.0, 0.0) + tl.zeros_like(x_GD)
+            u_GD = x_GD
+        else:
+            mass_GD = load_rows(mass, r, row, left, column, D, D, R, G, BD).to(tl.float32)
+            u_GD = x_GD * mass_GD
+        x_RGD = x_RGD + (x_GD,)
+        mass_RGD = mass_RGD + (mass_GD,)
+        re_RGD = re_RGD + (u_GD * cos_RGD[r],)
+        im_RGD = im_RGD + (u_GD * sin_RGD[r],)
+    return x_RGD, mass_RGD, re_RGD, im_RGD
+
+
+@triton.jit
+def load_phases(omega, phase, row, left, column, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
+    """Return the cumulative phases of a tile as int32, from the phase [1, BD] before it on."""
+    own_RGD = ()
+    sum_GD = tl.zeros([G, BD], tl.int32)
+    for r in tl.static_range(R):
+        sum_GD += to_turns(load_rows(omega, r, row, left, column, D, D, R, G, BD))
+        own_RGD = own_RGD + (sum_GD,)
+    _, before_GD = tl.associative_scan((sum_GD, sum_GD * 0), 0, add)
+    before_GD += phase
+    phase_RGD = ()
+    for r in tl.static_range(R):
+        phase_RGD = phase_RGD + (before_GD + own_RGD[r],)
+    return phase_RGD
+
+
+@triton.jit
+def directions(phase_RGD, R: tl.constexpr, COMPILED: tl.constexpr):
+    """Return cosines and sines of phases."""
+    cos_RGD = ()
+    sin_RGD = ()
+    for r in tl.static_range(R):
+        cos_GD, sin_GD = cos_sin(phase_RGD[r], COMPILED)
+        cos_RGD = cos_RGD + (cos_GD,)
+        sin_RGD = sin_RGD + (sin_GD,)
+    return cos_RGD, sin_RGD
+
+
+@triton.jit
+def load_direction(
+    offset,
+    phase_RGD,
+    cos_RGD,
+    sin_RGD,
+    row,
+    left,
+    column,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    BD: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Return cosine and sine of phase and offset: those of the phase if there is no offset."""
+    if offset is None:
+        return cos_RGD, sin_RGD
+    else:
+        turned_RGD = ()
+        for r in tl.static_range(R):
+            offset_GD = to_turns(load_rows(offset, r, row, left, column, D, D, R, G, BD))
+            turned_RGD = turned_RGD + (phase_RGD[r] + offset_GD,)
+        return directions(turned_RGD, R, COMPILED)
+
+
+@triton.jit
+def add(u1, k1, u2, k2):
+    """Add; k is the sum without the last term."""
+    return u1 + u2, u1 + k2
