@@ -1,5 +1,6 @@
 # ruff: noqa: RUF005  (Triton has no unpacking in tuples)
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, assignment"
 """The kernel of the backward: one sweep from the last tile to the first, in which each tile computes its memory again.
 
 With a cotangent g of the complex outputs, and in the frame of a tile: H the memory, a the gates, U what is written,

@@ -1,5 +1,6 @@
 # ruff: noqa: RUF005  (Triton has no unpacking in tuples)
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, assignment"
 """Gates in the kernels: exp of log-decays, and their product over a tile.
 
 Where decays are constant and weak, the rounding errors of gates are all the same, and would add up over thousands of

@@ -1,5 +1,6 @@
 # ruff: noqa: RUF005  (Triton has no unpacking in tuples)
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, assignment"
 """Scans over a tile: S_t = a_t S_{t-1} + u_t, of one number, or of a complex one with real gates.
 
 First over the rows of each group from zero, then over the groups. No factor above 1 appears, however strong the decay

@@ -1,5 +1,6 @@
 # ruff: noqa: RUF005  (Triton has no unpacking in tuples)
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, assignment"
 """Loads and stores of the kernels, and the scans over the groups of a tile.
 
 A tile has C = G R rows in G groups of R: group g has the rows g R to g R + R - 1. The kernels hold it as R tiles
