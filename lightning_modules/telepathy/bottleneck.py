@@ -175,5 +175,5 @@ def make_bottleneck(name: BottleneckName, width: int, flaws: Collection[Flaw]) -
             return VectorBottleneck(width, "codebook_scale" in flaws)
         case "fsq":
             return ScalarBottleneck(width)
-        case "none":
+        case _:  # "none", or the null of a config
             return UntrainedOutput(width) if "untrained_output" in flaws else Bottleneck()

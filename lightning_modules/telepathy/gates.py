@@ -23,8 +23,10 @@ from lightning_modules.core.samples import gather_objects
 from lightning_modules.core.schedule import warmup
 from lightning_modules.pretrained.generation import Answer
 from lightning_modules.pretrained.prompts import pad
+from lightning_modules.telepathy.averages import row_mean
 from lightning_modules.telepathy.batch import EvaluationBatch, TrainingBatch
-from lightning_modules.telepathy.objectives import lm
+from lightning_modules.telepathy.encoding import Encoding
+from lightning_modules.telepathy.objectives import Objective, ObjectiveName, lm
 from lightning_modules.telepathy.target import Target
 
 BY_HEART = 16  # problems per rank that a bridge and soft prompts have to fit
@@ -41,12 +43,17 @@ OVERFIT = "the bridge cannot learn a few problems by heart: raise its size or le
 SOFT_PROMPT = "no vectors make the target give these answers: it cannot be steered from this place in the prompt"
 
 
+Rows = tuple[Any, Tensor | None, Tensor | None]  # rows, vectors_BKD, mask_BK
+Vectors = Callable[[], tuple[Tensor, Tensor | float]]  # soft_BKD, and what is to be lowered beside the cross-entropy
+
+
 class Gated(Protocol):
     """A module with a bridge, as far as gates need it."""
 
     target: Target
     optimizer: OptimizerCallable
     warmup_steps: int
+    objectives: dict[ObjectiveName, Objective]
 
     @property
     def trainer(self) -> Trainer:
@@ -62,8 +69,8 @@ class Gated(Protocol):
         """Return states_BSC at the questions."""
         ...
 
-    def __call__(self, batch: Any) -> Tensor:
-        """Return soft_BKD."""
+    def encode(self, batch: Any) -> Encoding:
+        """Return soft_BKD with its codes."""
         ...
 
     def train(self, mode: bool = True) -> Any:
@@ -153,9 +160,10 @@ def question_embeddings(module: Gated, batch: EvaluationBatch) -> tuple[Tensor, 
 
 
 def overfitted(module: Gated, batch: TrainingBatch, steps: int) -> float:
-    """Train the bridge on one batch with the module's optimizer; return the cross-entropy at the end.
+    """Train bridge and bottleneck on one batch with the module's optimizer; return the cross-entropy at the end.
 
-    The batch is that of this rank, and the cross-entropy the largest one of all ranks. The weights are put back.
+    A codebook gets its gradient from the objective `commitment`, with its weight. The batch is that of this rank, and
+    the cross-entropy the largest one of all ranks. The weights are put back.
     """
     with torch.no_grad(), module.trainer.precision_plugin.val_step_context():
         batch = TrainingBatch(**{**batch, "states": module.read(batch)})  # read once
@@ -173,9 +181,17 @@ def overfitted(module: Gated, batch: TrainingBatch, steps: int) -> float:
         schedule.step()
         optimizer.zero_grad()
 
+    commitment = module.objectives.get("commitment")
+
+    def encoded() -> tuple[Tensor, Tensor | float]:
+        encoding = module.encode(batch)
+        if encoding.codes is None or commitment is None:
+            return encoding.soft_BKD, 0.0
+        return encoding.soft_BKD, commitment.weight * row_mean(encoding.codes.commitment_BK, batch["soft_mask"])
+
     module.train()
     try:
-        return _descend(module, batch, lambda: module(batch), step, steps, BRIDGE_LOSS)
+        return _descend(module, batch, encoded, step, steps, BRIDGE_LOSS)
     finally:
         optimizer.zero_grad()
         module.load_state_dict(kept)
@@ -194,11 +210,11 @@ def prompted(module: Gated, batch: TrainingBatch, steps: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    return _descend(module, batch, lambda: scale * unit_BKD, step, steps, PROMPT_LOSS)
+    return _descend(module, batch, lambda: (scale * unit_BKD, 0.0), step, steps, PROMPT_LOSS)
 
 
 def _descend(
-    module: Gated, batch: TrainingBatch, vectors: Callable[[], Tensor], step: Callable[[], None], steps: int, low: float
+    module: Gated, batch: TrainingBatch, vectors: Vectors, step: Callable[[], None], steps: int, low: float
 ) -> float:
     """Lower the cross-entropy of the answers until it is below `low` on every rank, or for `steps` steps."""
     plugin, packing, loss = module.trainer.precision_plugin, batch["soft"], float("nan")
@@ -206,18 +222,16 @@ def _descend(
         context: AbstractContextManager[Any] = plugin.train_step_context()
         with torch.enable_grad():
             with context:
-                loss_now = lm(module.target.logits(packing, vectors()), packing.labels_N)
+                soft_BKD, beside = vectors()
+                loss_now = lm(module.target.logits(packing, soft_BKD), packing.labels_N)
             if number % LOOK == 0 or number == steps:
                 # Ranks decide together, since a sharded target needs all of them in every step
                 loss = float(module.trainer.strategy.reduce(loss_now.detach().clone(), reduce_op="max"))
                 if not low < loss < float("inf"):
                     break
-            loss_now.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+            (loss_now + beside).backward()  # type: ignore[no-untyped-call]  # torch has no types here
         step()
     return loss
-
-
-Rows = tuple[Any, Tensor | None, Tensor | None]  # rows, vectors_BKD, mask_BK
 
 
 def _read(module: Gated, batches: Sequence[EvaluationBatch], rows_of: Callable[[EvaluationBatch], Rows]) -> _Read:

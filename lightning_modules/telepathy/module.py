@@ -146,8 +146,10 @@ class Telepathy(BridgeEvaluation):
         """Before a fit, free the source under `cache_source`, and split the frozen models under `shard_frozen`."""
         if stage != "fit":
             return
-        if self.cache_source and not is_dry_run(self.trainer):
-            self.source.move_to_files(fixed_questions(connected(self.trainer).datamodule), self.trainer)
+        if self.cache_source:
+            questions = fixed_questions(connected(self.trainer).datamodule)
+            if not is_dry_run(self.trainer):
+                self.source.move_to_files(questions, self.trainer)
         if self.shard_frozen:
             shard_over(self.trainer, self.source.model, self.target.model)
 

@@ -89,5 +89,5 @@ def make_normalizer(kind: Literal["none", "layer_norm", "statistical"], width: i
             return StatisticalNormalizer(width, scale)
         case "layer_norm":
             return nn.LayerNorm(width, elementwise_affine=False)
-        case "none":
+        case _:  # "none", or the null of a config
             return nn.Identity()

@@ -145,4 +145,5 @@ def test_an_untrained_output_is_a_fixed_map(telepathy):
     module = telepathy(PERCEIVER, reproduce_flaws=["untrained_output"])
     assert module.bottleneck.map.weight.requires_grad is False
     assert "bottleneck.map.weight" in module.state_dict()
-    assert telepathy(PERCEIVER).bottleneck.size == 0
+    plain = telepathy(PERCEIVER, bottleneck=None, normalizer=None)  # as a config with null makes it
+    assert (plain.bottleneck.size, type(plain.normalizer)) == (0, torch.nn.Identity)

@@ -94,6 +94,16 @@ def test_gates_change_neither_weights_nor_random_numbers(telepathy, check):
     assert metrics["gates/overfit_loss"] < 2.2  # although a copy has learned; 2.6 before
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_the_codebook_is_trained_with_the_bridge(telepathy, check, weight):
+    module = telepathy(bottleneck="vq", objectives={"lm": 1.0, "commitment": weight})
+    book, trained = module.bottleneck.quantizer.code_transform.change_DD, []
+    book.register_hook(lambda grad_DD: trained.append(bool(grad_DD.any())))
+    check(module, steps=1)
+    assert any(trained) == (weight > 0)
+    assert not book.any()
+
+
 def test_a_loss_that_is_not_finite_fails(telepathy, check):
     module = telepathy()
     torch.nn.init.constant_(module.bridge.end_D, torch.nan)

@@ -239,9 +239,10 @@ def test_a_question_that_the_source_has_not_read(place, telepathy, fit, problems
         fit(module, 1, data())
 
 
-def test_problems_without_an_end_are_refused(telepathy, fit, place):
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_problems_without_an_end_are_refused(telepathy, fit, place, is_dry):
     with pytest.raises(ValueError, match=r"model.cache_source needs problems that are read more than once"):
-        fit(telepathy(cache_source=True), 1)
+        fit(telepathy(cache_source=True), 1, fast_dev_run=is_dry)
     assert not Path("runs").exists()
 
 
