@@ -15,6 +15,7 @@ from vector_quantize_pytorch import FSQ, SimVQ
 from lightning_modules.telepathy.code_use import CodeUse
 from lightning_modules.telepathy.encoding import Codes
 from lightning_modules.telepathy.flaws import Flaw
+from lightning_modules.telepathy.output_scale import rms_unit
 
 BottleneckName = Literal["none", "vq", "fsq"]
 
@@ -92,7 +93,7 @@ class VectorBottleneck(Bottleneck):
         self.quantizer = SimVQ(width, CODES, codebook_transform=SlowMap(width), **codes)
 
     def _scaled(self, soft_BKD: Tensor) -> Tensor:
-        return soft_BKD.float() if self.has_own_scale else _unit(soft_BKD)
+        return soft_BKD.float() if self.has_own_scale else rms_unit(soft_BKD)
 
     def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
         """Return the codes' vectors; gradients pass to the soft tokens, and those of the commitment to both sides."""
@@ -130,7 +131,7 @@ class ScalarBottleneck(Bottleneck):
     def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
         """Return the rounded vectors, with gradients as if they were not rounded. There is nothing to commit to."""
         with torch.autocast(soft_BKD.device.type, enabled=False):
-            vectors_BKD, index_BK = self.quantizer(_unit(soft_BKD))
+            vectors_BKD, index_BK = self.quantizer(rms_unit(soft_BKD))
         return vectors_BKD, Codes(index_BK.long(), soft_BKD.new_zeros(soft_BKD.shape[:2], dtype=torch.float32))
 
     def shares(self, soft_BKD: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class ScalarBottleneck(Bottleneck):
             count_F = self.quantizer._levels  # on the device already
             half_F = (count_F - 1) * (1 + 1e-3) / 2  # the library's bound, on levels from 0 to count - 1
             offset_F = 0.5 * (count_F % 2 == 0)
-            shifted_BKF = self.quantizer.project_in(_unit(soft_BKD)) + (offset_F / half_F).atanh()
+            shifted_BKF = self.quantizer.project_in(rms_unit(soft_BKD)) + (offset_F / half_F).atanh()
             number_BKF = shifted_BKF.tanh() * half_F - offset_F + count_F // 2
             level_V = torch.arange(max(LEVELS), device=soft_BKD.device)
             far_BKFV = SHARPNESS * (number_BKF[..., None] - level_V).square()
@@ -162,10 +163,6 @@ class UntrainedOutput(Bottleneck):
     def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
         """Return the mapped vectors."""
         return self.map(soft_BKD), None
-
-
-def _unit(soft_BKD: Tensor) -> Tensor:
-    return F.rms_norm(soft_BKD.float(), list(soft_BKD.shape[-1:]), eps=1e-8)
 
 
 def make_bottleneck(name: BottleneckName, width: int, flaws: Collection[Flaw]) -> Bottleneck:

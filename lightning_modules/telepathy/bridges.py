@@ -5,14 +5,12 @@ Shapes: B batch, S source positions, C width of the source states, Q queries, K 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from datamodules.errors import SIZE, UserError, check_numbers
 
-OutputName = Literal["rms", "tanh", "none"]
 SLOPE = 4.0  # of attention over distance at the start: nearly all weight is on the nearest token
 
 
@@ -53,6 +51,17 @@ def start_equal(linear: nn.Linear, parts: int) -> None:
     for parameter in (linear.weight, linear.bias):
         parts_PF = parameter.data.view(parts, -1)
         parts_PF.copy_(parts_PF[:1].clone().expand_as(parts_PF))
+
+
+def places(count: int, span: int, device: torch.device) -> Tensor:
+    """Return place_K, `count` source positions spread evenly over `span`: integers, and several may be equal."""
+    return torch.arange(count, device=device) * span // count
+
+
+def place_bias(place_K: Tensor, mask_BS: Tensor, slope: float, heads: int) -> Tensor:
+    """Return bias_NKS = -slope |place_k - s| of attention over the source, -inf at padding; N = B * heads."""
+    distance_KS = (place_K[:, None] - torch.arange(mask_BS.shape[1], device=mask_BS.device)).abs()
+    return (-slope * distance_KS).masked_fill(~mask_BS[:, None], -torch.inf).repeat_interleave(heads, dim=0)
 
 
 class ReadLayer(nn.Module):
@@ -154,10 +163,7 @@ class PerceiverBridge(Bridge):
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return soft_BKD."""
         memory_BSC = self.norm(states_BSC)
-        position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
-        bias_QS = -self.slope * (self._places(mask_BS.device)[:, None] - position_S).abs()
-        bias_BQS = bias_QS.masked_fill(~mask_BS[:, None], -torch.inf)
-        bias_NQS = bias_BQS.repeat_interleave(self.heads, dim=0)
+        bias_NQS = place_bias(self._places(mask_BS.device), mask_BS, self.slope, self.heads)
         read_BQC = self.queries_QC.expand(len(states_BSC), -1, -1)
         for layer in self.layers:
             read_BQC = layer(read_BQC, memory_BSC, bias_NQS)
@@ -170,9 +176,8 @@ class PerceiverBridge(Bridge):
         return (within_BQ | (not self.has_places)).repeat_interleave(self.tokens_per_query, dim=1)
 
     def _places(self, device: torch.device) -> Tensor:
-        """Return the c_q as places_Q: integers, and several queries may have the same."""
-        queries = len(self.queries_QC)
-        return torch.arange(queries, device=device) * self.span // queries
+        """Return the c_q as place_Q."""
+        return places(len(self.queries_QC), self.span, device)
 
 
 class TokenBridge(Bridge):
@@ -220,29 +225,3 @@ class TokenBridge(Bridge):
         """Return mask_BK: the soft tokens of real source tokens, and the end vector."""
         mask_BK = mask_BS.repeat_interleave(self.tokens_per_source, dim=1)
         return torch.cat([mask_BK, mask_BS.new_ones(len(mask_BS), 1)], dim=1)
-
-
-class OutputScale(nn.Module):
-    """Bring soft tokens to the scale of the target's embeddings, with a learned factor s.
-
-    `rms`: x / rms(x) · s; `tanh`: tanh(x) · s; `none`: x · s.
-
-    Args:
-        mode: The formula.
-        scale: The initial s, such as the root mean square of the embeddings.
-    """
-
-    def __init__(self, mode: OutputName, scale: float):
-        super().__init__()
-        self.mode = mode
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, soft_BKD: Tensor, mask_BK: Tensor) -> Tensor:
-        """Return the scaled soft_BKD in fp32, zero where the mask is False."""
-        soft_BKD = soft_BKD.float()
-        match self.mode:
-            case "rms":
-                soft_BKD = nn.functional.rms_norm(soft_BKD, list(soft_BKD.shape[-1:]), eps=1e-8)
-            case "tanh":
-                soft_BKD = soft_BKD.tanh()
-        return soft_BKD * self.scale * mask_BK[..., None]

@@ -8,10 +8,17 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class CodeUse(Metric):
-    """The perplexity of the codes of a whole set: exp of their entropy. Batches and ranks do not change it.
+def perplexity(counts_V: Tensor) -> Tensor:
+    """Return exp of the entropy of codes, from how often each occurs; 1 of no codes.
 
     As many codes, used equally, have the same entropy.
+    """
+    entropy: Tensor = torch.special.entr(counts_V.double() / counts_V.sum().clamp_min(1)).sum()
+    return entropy.exp()
+
+
+class CodeUse(Metric):
+    """The perplexity of the codes of a whole set. Batches and ranks do not change it.
 
     Args:
         size: Number of codes.
@@ -28,7 +35,5 @@ class CodeUse(Metric):
         self.counts_V += torch.bincount(index_N, minlength=len(self.counts_V))
 
     def compute(self) -> Tensor:
-        """Return the perplexity; 1 of no codes."""
-        share_V = self.counts_V / self.counts_V.sum().clamp_min(1)
-        entropy: Tensor = torch.special.entr(share_V).sum()
-        return entropy.exp()
+        """Return the perplexity."""
+        return perplexity(self.counts_V)

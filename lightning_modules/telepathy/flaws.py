@@ -4,8 +4,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_modules.telepathy.bridges import OutputName, OutputScale
 from lightning_modules.telepathy.layout import Row
+from lightning_modules.telepathy.output_scale import OutputName, OutputScale
 
 Flaw = Literal[
     "key_scale",  # states have the scale of Mistral's embeddings before a cross-attention without LayerNorm and places

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from lightning_modules.telepathy.averages import masked_mean, row_mean
-from lightning_modules.telepathy.bridges import SLOPE, Bridge
+from lightning_modules.telepathy.bridges import SLOPE, Bridge, place_bias, places
 from lightning_modules.telepathy.noise import gaussian, mixed, uniform
 
 Conditioning = Literal["pooled", "cross", "hybrid"]
@@ -165,7 +165,7 @@ class FlowBridge(Bridge):
 
     def _places(self, device: torch.device) -> Tensor:
         """Return the source position of each soft token."""
-        return torch.arange(self._count, device=device) * self.span // self._count
+        return places(self._count, self.span, device)
 
     def _noise(self, seed_B: Tensor) -> Tensor:
         width = self.into.in_features
@@ -175,10 +175,9 @@ class FlowBridge(Bridge):
         """Return what all steps read of the source: pooled_BW, memory_BSW, the bias of attention, holes among K."""
         states_BSC = self.norm(states_BSC)
         pooled_BW = self.pool(masked_mean(states_BSC, mask_BS)) * (self.conditioning != "cross")
-        place_KS = self._places(mask_BS.device)[:, None] - torch.arange(mask_BS.shape[1], device=mask_BS.device)
         slope = SLOPE / 4 * min(self._count / self.span, 1.0) * self.is_sound
-        bias_BKS = (-slope * place_KS.abs()).masked_fill(~mask_BS[:, None], -torch.inf)
-        return pooled_BW, self.memory(states_BSC), bias_BKS.repeat_interleave(self.heads, 0), ~self.soft_mask(mask_BS)
+        bias_NKS = place_bias(self._places(mask_BS.device), mask_BS, slope, self.heads)
+        return pooled_BW, self.memory(states_BSC), bias_NKS, ~self.soft_mask(mask_BS)
 
     def _velocity(
         self, x_BKD: Tensor, time_B: Tensor, pooled_BW: Tensor, memory_BSW: Tensor, bias_NKS: Tensor, hole_BK: Tensor

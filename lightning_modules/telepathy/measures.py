@@ -19,6 +19,7 @@ from lightning_modules.core.diversity import (
     effective_rank,
     mean_pairwise_cosine,
 )
+from lightning_modules.telepathy.code_use import perplexity
 from lightning_modules.telepathy.draw import Draw
 from lightning_modules.telepathy.results import CONDITIONS, Array, Indices, Measures, ProblemResult, bootstrap
 
@@ -82,8 +83,8 @@ def measure(results: list[ProblemResult]) -> Measures:
     add_spread(results, measures)
     codes = [result.codes_K for result in results if result.codes_K is not None]
     if codes:
-        share_V = np.unique(np.concatenate(codes), return_counts=True)[1] / sum(map(len, codes))
-        measures.add("code_perplexity", np.exp(-(share_V * np.log(share_V)).sum()), count)
+        counts_V = np.unique(np.concatenate(codes), return_counts=True)[1]
+        measures.add("code_perplexity", perplexity(torch.from_numpy(counts_V)).item(), count)
     void: set[str] = set()
     if has_diverged["bridge"]:
         void |= measures.values.keys() - set(FROM_TARGET)

@@ -23,7 +23,7 @@ from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.pretrained.loading import Pretrained, loading_to
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bottleneck import BottleneckName, make_bottleneck
-from lightning_modules.telepathy.bridges import BridgeFactory, OutputName
+from lightning_modules.telepathy.bridges import BridgeFactory
 from lightning_modules.telepathy.collation import evaluation_batch, training_batch
 from lightning_modules.telepathy.encoding import Encoding
 from lightning_modules.telepathy.evaluation import BridgeEvaluation
@@ -42,6 +42,7 @@ from lightning_modules.telepathy.objectives import (
     make_objectives,
     weighted,
 )
+from lightning_modules.telepathy.output_scale import OutputName
 from lightning_modules.telepathy.ranks import all_rows, shard_over, token_weight
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.source_cache import fixed_questions

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_modules.telepathy.bridges import OutputScale, PerceiverBridge, TokenBridge
+from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.normalizer import StatisticalNormalizer
+from lightning_modules.telepathy.output_scale import OutputScale
 
 SOURCE, TARGET = 12, 8
 BRIDGES = {

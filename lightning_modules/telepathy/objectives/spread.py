@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules.errors import check_numbers
-from lightning_modules.core.diversity import mean_pairwise_cosine
+from lightning_modules.core.diversity import cosine_matrix, mean_pairwise_cosine
 from lightning_modules.telepathy.averages import masked_mean
 from lightning_modules.telepathy.objectives.step import BridgeStep, Objective
 
@@ -41,8 +41,7 @@ def separation(soft_BF: Tensor, margin: float) -> Tensor:
     """
     if len(soft_BF) < 2:
         return 0 * soft_BF.float().sum()
-    unit_BF = F.normalize(soft_BF.float(), dim=1)
-    cosine_BB = (unit_BF @ unit_BF.T).fill_diagonal_(-1.0)
+    cosine_BB = cosine_matrix(soft_BF).fill_diagonal_(-1.0)
     distance_B = (2 - 2 * cosine_BB.amax(1)).clamp_min(1e-12).sqrt()
     return (margin - distance_B).clamp_min(0).mean()
 
