@@ -1,10 +1,9 @@
 """The command `export`: a trained bridge as one file for other programs."""
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 
-from cli.plain_parser import PlainParser
+from cli.plain_parser import PlainParser, mistakes_in_words
 
 HELP = """Write the bridge of a Telepathy checkpoint as one safetensors file, with what identifies its models.
 
@@ -21,15 +20,8 @@ def run(line: list[str]) -> None:
         line: The command line behind `export`.
     """
     options = _parser().parse_args(line)
-    try:
+    with mistakes_in_words():
         print(f"bridge: {exported(options)}")
-    except Exception as error:
-        from cli.user_errors import host_message, user_message
-
-        if not (sentence := user_message(error) or host_message(error)):
-            raise
-        sys.stderr.write(f"error: {sentence}\n")
-        sys.exit(2 if user_message(error) else 1)
 
 
 def exported(options: Namespace) -> Path:
@@ -38,7 +30,7 @@ def exported(options: Namespace) -> Path:
     Raises:
         UserError: The checkpoint cannot be used, or is of another model.
     """
-    from cli.loaded import checkpoint, load
+    from cli.loaded import checkpoint, trained
     from cli.run_folder import check_folder
     from datamodules.errors import UserError
     from lightning_modules.telepathy.export import export
@@ -49,9 +41,9 @@ def exported(options: Namespace) -> Path:
         raise UserError(f"--output: {path} must end in .safetensors")
     if options.ckpt_path.endswith(".safetensors"):
         raise UserError(f"--ckpt_path: {options.ckpt_path} is exported already")
-    _, config = checkpoint(options.ckpt_path, options.config)
+    content, config = checkpoint(options.ckpt_path, options.config)
     check_folder(path.parent, "--output")
-    model, _ = load(options.ckpt_path, options.config)
+    model, _ = trained(content, config)
     if not isinstance(model, Telepathy):
         raise UserError(
             f"--ckpt_path: {options.ckpt_path} is of {type(model).__name__}, and only Telepathy has a bridge"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.plain_parser import PlainParser
+from cli.plain_parser import PlainParser, mistakes_in_words
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -36,17 +36,10 @@ def run(line: list[str]) -> None:
         line: The command line behind `generate`.
     """
     options = _parser().parse_args(line)
-    try:
+    with mistakes_in_words():
         for piece in generated(options):
             sys.stdout.write(piece)
             sys.stdout.flush()
-    except Exception as error:
-        from cli.user_errors import host_message, user_message
-
-        if not (sentence := user_message(error) or host_message(error)):
-            raise
-        sys.stderr.write(f"error: {sentence}\n")
-        sys.exit(2 if user_message(error) else 1)
     sys.stdout.write("\n")
 
 
@@ -57,7 +50,7 @@ def generated(options: Namespace) -> Iterator[str]:
         UserError: The checkpoint cannot be used, the model cannot generate, or the prompt does not suit it.
     """
     from cli.loaded import load
-    from datamodules.errors import UserError
+    from datamodules.errors import UserError, check_numbers
     from lightning_modules.core.contracts import SupportsQuestions
     from lightning_modules.core.generation import Sampling
     from lightning_modules.core.seeding import check_seed, seeded_generator
@@ -65,9 +58,11 @@ def generated(options: Namespace) -> Iterator[str]:
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     check_seed(options.seed, "--seed")
+    check_numbers("generate", 1, max_new_tokens=options.max_new_tokens)
+    questions = [options.prompt] if options.file is None else _lines(options.file)
     model, data = load(options.ckpt_path, options.config)
     if isinstance(model, SupportsQuestions):
-        yield from _answers(model, options)
+        yield from _answers(model, questions, options)
         return
     if options.prompt is None:
         raise UserError(f"--file: {type(model).__name__} answers no questions: give it a --prompt to continue")
@@ -97,12 +92,11 @@ def _parser() -> PlainParser:
     return parser
 
 
-def _answers(model: "SupportsQuestions", options: Namespace) -> Iterator[str]:
+def _answers(model: "SupportsQuestions", questions: list[str], options: Namespace) -> Iterator[str]:
     """Yield the answer to the prompt, or a line of JSON for each question of the file."""
-    if options.prompt is not None:
-        yield model.answer([options.prompt], options.max_new_tokens)[0]
+    if options.file is None:
+        yield model.answer(questions, options.max_new_tokens)[0]
         return
-    questions = _lines(options.file)
     for start in range(0, len(questions), ROWS):
         some = questions[start : start + ROWS]
         for question, answer in zip(some, model.answer(some, options.max_new_tokens), strict=True):

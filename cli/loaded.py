@@ -42,7 +42,19 @@ def load(path: str, configs: Sequence[str] | None) -> tuple[LightningModule, Any
             raise UserError(f"{CKPT}: {path} holds no bridge")
         restore(bridge, exported, CKPT)
         return _ready(bridge), None
-    content, config = checkpoint(path, configs)
+    return trained(*checkpoint(path, configs))
+
+
+def trained(content: dict[str, Any], config: dict[str, Any]) -> tuple[LightningModule, Any]:
+    """Return model and data of a checkpoint, as `load` does.
+
+    Args:
+        content: The content of the checkpoint.
+        config: Its config.
+
+    Raises:
+        UserError: The checkpoint does not fit the config.
+    """
     model, data = _build(config)
     if misfit := misfit_of_parameters(content, model):
         raise UserError(f"{CKPT}: the checkpoint does not fit the config: {misfit}")

@@ -3,6 +3,8 @@
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -26,3 +28,18 @@ class PlainParser(ArgumentParser):
             message = f"there is no {kind} {unknown[1]}{near(unknown[1], self._option_string_actions)}"
         sys.stderr.write(f"error: {message}\nList options: python {self.prog} --help\n")
         self.exit(2)
+
+
+@contextmanager
+def mistakes_in_words() -> Iterator[None]:
+    """Answer a user's mistake in the block by a sentence, with exit code 2, and a full disk or memory with code 1."""
+    try:
+        yield
+    except Exception as error:
+        from cli.user_errors import host_message, user_message
+
+        mistake = user_message(error)
+        if not (sentence := mistake or host_message(error)):
+            raise
+        sys.stderr.write(f"error: {sentence}\n")
+        sys.exit(2 if mistake else 1)
