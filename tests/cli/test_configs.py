@@ -25,6 +25,7 @@ LADDER = [preset for preset in PRESETS if re.fullmatch(r"v\d+", Path(preset).ste
 SIZES = {"batch_size": 8, "epoch_size": 800, "validation_size": 8, "eval_batch_size": 8, "num_workers": 0}
 TRAINER = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 TRAINER |= {"enable_progress_bar": False, "enable_model_summary": False}
+LONG = 256  # tokens of a row at most
 SIX_STEPS = {"max_steps": 6, "limit_val_batches": 0, "strategy": "auto"}
 
 
@@ -49,6 +50,14 @@ def small_data(data: dict[str, Any]) -> dict[str, Any]:
     match data["class_path"]:
         case "ModularArithmetic":
             return {"num_workers": 0}  # the sizes of a full batch follow from p and are small
+        case "NeedleGym" if data["init_args"].get("seq_len", 0) > LONG:
+            return SIZES | {
+                "seq_len": LONG,
+                "batch_size": 2,
+                "eval_batch_size": 2,
+                "test_size": 2,
+                "validation_size": 2,
+            }
         case "InterleavedStreams" | "NeedleGym" | "StateTracking":
             return SIZES | {"test_size": 8}
         case "TextCorpus":
@@ -74,7 +83,7 @@ def small_model(model: dict[str, Any]) -> dict[str, Any]:
         case "DeltaMemory":
             return {"ensemble": 2}
         case "GroundThink":
-            return {"compile": False}
+            return {"compile": False, "seq_len": min(model["init_args"]["seq_len"], LONG)}
         case "Separability":
             return {"ensemble": min(model["init_args"].get("ensemble", 1), 2), "compile": False}
         case "Telepathy" if not model["init_args"]["source"]["path"].startswith("assets/"):
