@@ -10,11 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from callbacks.needle_probe import NeedleProbe
-from datamodules import TextCorpus
-from datamodules.errors import UserError, check_numbers
+from callbacks.probe import Probe
+from datamodules.errors import check_numbers
 from datamodules.sequence_task import Split
-from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.reporting import report_members
 
@@ -32,7 +30,7 @@ def bits_by_position(module: EnsembleModule, tokens_BT: Tensor, labels_BT: Tenso
     return total_ST / len(tokens_BT) / math.log(2)
 
 
-class BitsByPosition(NeedleProbe):
+class BitsByPosition(Probe):
     """Measures the bits per character along rows of several times the training length.
 
     It runs at the end of `validate` and `test`, and at some validations of a fit. With `<stage>` `validation` or `test`
@@ -58,7 +56,7 @@ class BitsByPosition(NeedleProbe):
 
     Raises:
         UserError: A number is too small; at `setup`, there are two of these callbacks, the data is no text, or the
-            model's position embedding is too short; at the first measure, the held-out text is too short.
+            held-out text or the model's position embedding is too short.
     """
 
     def __init__(self, rows: int = 32, every_n_steps: int = 500, times: int = 4) -> None:
@@ -67,26 +65,22 @@ class BitsByPosition(NeedleProbe):
         self.times = times
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse data of another kind, and models that cannot read long rows."""
+        """Refuse data of another kind, short texts, and models that cannot read long rows."""
         super().setup(trainer, pl_module, stage)
-        length = self.times * self._text(trainer).seq_len
-        network = pl_module.network if isinstance(pl_module, EnsembleModule) else None
-        positions = network.position_embedding if isinstance(network, Decoder) else None
-        if positions is not None and positions.weight.shape[-2] < length:
-            longest = positions.weight.shape[-2]
-            raise UserError(f"BitsByPosition reads rows of {length}, and the model has positions for {longest}")
-
-    def _text(self, trainer: Trainer) -> TextCorpus:
-        return self.task(trainer, TextCorpus, "a text, such as TextCorpus,")
+        texts = self.text(trainer)
+        length = self.times * texts.seq_len
+        self.check_length(pl_module, length)
+        texts.text_rows("test" if stage == "test" else "validation", 1, length)
 
     def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
         """Measure and report."""
-        texts = self._text(trainer)
-        batch = texts.text_rows(split, self.rows, self.times * texts.seq_len)
+        texts = self.text(trainer)
+        batch = texts.text_rows(split, self.count(trainer), self.times * texts.seq_len)
         bits_ST = bits_by_position(module, batch["tokens"], batch["labels"]) * texts.tokens_per_character(split)
         half = max(texts.seq_len // 2, 1)
         ends = range(half, bits_ST.shape[1] + 1, half)
         names = [f"{split}/bits_at_{end / texts.seq_len:g}".replace(".", "_") for end in ends]
         measures = {name: bits_ST[:, end - half : end].mean(1) for name, end in zip(names, ends, strict=True)}
-        late_S, early_S = bits_ST[:, -texts.seq_len :].mean(1), bits_ST[:, half : texts.seq_len].mean(1)
+        early = slice(texts.seq_len // 2, texts.seq_len)
+        late_S, early_S = bits_ST[:, -texts.seq_len :].mean(1), bits_ST[:, early].mean(1)
         report_members(trainer, module, measures | {f"{split}/bits_growth": late_S - early_S})

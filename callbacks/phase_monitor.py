@@ -7,14 +7,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from callbacks.needle_probe import NeedleProbe, batch_on
+from callbacks.probe import Probe, batch_on
 from datamodules.sequence_task import SequenceTask, Split
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.reporting import report_members
 from lightning_modules.phase.measures import SITES, memory_measures, phase_mixers
 
 
-class PhaseMonitor(NeedleProbe):
+class PhaseMonitor(Probe):
     """Measures the effective window and the phase coherence of every phase mixer on held-out rows.
 
     It runs at the end of `validate` and `test`, and at some validations of a fit; `<stage>` is `validation` or `test`,
@@ -61,7 +61,7 @@ class PhaseMonitor(NeedleProbe):
         mixers = phase_mixers(module)
         if not mixers:
             return
-        tokens = batch_on(module, self._rows(trainer).fixed(split, self.rows))["tokens"]
+        tokens = batch_on(module, self._rows(trainer).fixed(split, self.count(trainer)))["tokens"]
         _, seen = module.activations(tokens, [f"{mixer}.{site}" for mixer in mixers for site in SITES])
         measures = {}
         for name, mixer in mixers.items():

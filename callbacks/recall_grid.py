@@ -14,13 +14,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.base import check_positive
-from callbacks.needle_probe import NeedleProbe, batch_on
+from callbacks.probe import Probe, batch_on
 from datamodules import NeedleGym
 from datamodules.batch import TokenBatch
 from datamodules.errors import UserError
 from datamodules.needle_gym import Kind
 from datamodules.sequence_task import Split
-from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.files import replacing
 from lightning_modules.core.reporting import (
@@ -53,7 +52,7 @@ class _Point:
     task: NeedleGym
 
 
-class RecallGrid(NeedleProbe):
+class RecallGrid(Probe):
     """Measures the accuracy of queries on held-out rows of `NeedleGym`, over a grid of needles and lengths.
 
     It runs at the end of `validate` and `test`, and at some validations of a fit; `<stage>` is `validation` or `test`.
@@ -130,14 +129,7 @@ class RecallGrid(NeedleProbe):
             raise UserError(f"RecallGrid: no point of the grid fits the data, for instance {refusal}")
         axes = {f"{name}_t{t}": knobs | {"seq_len": t} for name, knobs in RULER.items() for t in lengths}
         self._axes = _fitting(data, axes)[0] if self.ruler else []
-        longest = max(point.task.seq_len for point in self._points + self._axes)
-        network = cast(EnsembleModule, pl_module).network
-        if isinstance(network, Decoder) and network.position_embedding is not None:
-            positions = network.position_embedding.weight.shape[-2]
-            if positions < longest:
-                raise UserError(
-                    f"RecallGrid.lengths: the model has positions for {positions} tokens, not for {longest}"
-                )
+        self.check_length(pl_module, max(point.task.seq_len for point in self._points + self._axes))
 
     def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
         """Measure and report every point."""

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from callbacks.needle_probe import NeedleProbe, batch_on
+from callbacks.probe import Probe, batch_on
 from datamodules.batch import Integers
 from datamodules.sequence_task import Split
 from lightning_modules.core.ensemble_module import EnsembleModule
@@ -42,7 +42,7 @@ class HasNeedles(Protocol):
         ...
 
 
-class StateProbe(NeedleProbe):
+class StateProbe(Probe):
     """Measures the gates, keys and state of each gated delta mixer on held-out rows with needles.
 
     It runs at the end of `validate` and `test`, and at some validations of a fit; `<stage>` is `validation` or `test`,

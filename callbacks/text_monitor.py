@@ -2,7 +2,7 @@
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.needle_probe import NeedleProbe
+from callbacks.probe import Probe
 from datamodules import TextCorpus
 from datamodules.errors import UserError, check_numbers
 from datamodules.sequence_task import Split
@@ -26,7 +26,7 @@ from lightning_modules.core.text_stream import Vocabulary
 NGRAM = 4  # words
 
 
-class TextMonitor(NeedleProbe):
+class TextMonitor(Probe):
     """Continues held-out texts with the model, and compares the repetition in them with that of the training text.
 
     It runs at the end of `validate` and `test`, and at some validations of a fit; `<stage>` is `validation` or `test`:
@@ -56,8 +56,8 @@ class TextMonitor(NeedleProbe):
         top_k: Sample among this many tokens; None for all.
 
     Raises:
-        UserError: A number is out of range; at `setup`, there are two of these callbacks, the data is no text, or the
-            model cannot generate.
+        UserError: A number is out of range; at `setup`, there are two of these callbacks, the data is no text, the
+            held-out text is too short, or the model cannot generate as many tokens.
     """
 
     def __init__(
@@ -74,22 +74,25 @@ class TextMonitor(NeedleProbe):
         self.prompt, self.length, self.sampling = prompt, length, Sampling(temperature, top_k)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse data of another kind, and models that cannot generate."""
+        """Refuse data of another kind, short texts, and models that cannot generate as many tokens."""
         super().setup(trainer, pl_module, stage)
-        self._text(trainer)
         assert isinstance(pl_module, EnsembleModule)  # see the base class
+        texts = self.text(trainer)
         if pl_module.ensemble > 1 or not isinstance(pl_module.network, StatefulNetwork):
             raise UserError("TextMonitor generates with a single network that has `step`: set model.ensemble to 1")
+        length = self.prompt + self._length(texts)
+        self.check_length(pl_module, length - 1)  # the last token is not read
+        texts.text_rows("test" if stage == "test" else "validation", 1, length)
 
-    def _text(self, trainer: Trainer) -> TextCorpus:
-        return self.task(trainer, TextCorpus, "a text, such as TextCorpus,")
+    def _length(self, texts: TextCorpus) -> int:
+        return self.length or 4 * texts.seq_len
 
     def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
         """Generate and report."""
-        texts = self._text(trainer)
-        length = self.length or 4 * texts.seq_len
-        samples = self._samples(texts, module, split, length) if trainer.is_global_zero else []
-        own_BT = texts.text_rows("train", self.rows, length)["tokens"].tolist()
+        texts, rows = self.text(trainer), self.count(trainer)
+        length = self._length(texts)
+        samples = self._samples(texts, module, split, rows, length) if trainer.is_global_zero else []
+        own_BT = texts.text_rows("train", rows, length)["tokens"].tolist()
         pairs = {"": [sample.output for sample in samples], "own_": [texts.decode(row) for row in own_BT]}
         measures = {}
         for whose, outputs in pairs.items():
@@ -102,12 +105,14 @@ class TextMonitor(NeedleProbe):
             add_text(trainer, f"{split}/text", text_table(samples), logged_step(trainer))
             write_jsonl(folder / "samples" / f"text-{split}-{trainer.global_step}.jsonl", samples)
 
-    def _samples(self, texts: TextCorpus, module: EnsembleModule, split: Split, length: int) -> list[EvalSample]:
-        tokens_BT = texts.text_rows(split, self.rows, self.prompt + length)["tokens"]
+    def _samples(
+        self, texts: TextCorpus, module: EnsembleModule, split: Split, rows: int, length: int
+    ) -> list[EvalSample]:
+        tokens_BT = texts.text_rows(split, rows, self.prompt + length)["tokens"]
         prompt_BT, real_BN = tokens_BT[:, : self.prompt], tokens_BT[:, self.prompt :]
         network: StatefulNetwork = Vocabulary(module.network, texts.vocab_size)  # type: ignore[arg-type]  # see `setup`
         generator = seeded_generator(0, device=module.device)
         new_BN = generate(network, prompt_BT.to(module.device), length, self.sampling, generator)
-        rows = zip(prompt_BT.tolist(), real_BN.tolist(), new_BN.tolist(), strict=True)
-        texts_of_rows = [[texts.decode(part) for part in row] for row in rows]
+        parts = zip(prompt_BT.tolist(), real_BN.tolist(), new_BN.tolist(), strict=True)
+        texts_of_rows = [[texts.decode(part) for part in row] for row in parts]
         return [EvalSample(prompt, real, new) for prompt, real, new in texts_of_rows]

@@ -15,6 +15,8 @@ from torch import Tensor
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import StatefulNetwork
 
+COLDEST = torch.finfo(torch.float32).tiny  # smaller temperatures than this are 0 in fp32, by which nothing is divided
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -43,10 +45,14 @@ class Sampling:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 
     def choose(self, logits_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return the next token of each row, token_B; `generator` is on the device of the logits."""
+        """Return the next token of each row, token_B; `generator` is on the device of the logits.
+
+        With a NaN among the logits of a row, as in a model that has diverged, each token is as likely as the others.
+        """
         if self.temperature == 0:
             return logits_BV.argmax(1)
-        logits_BV = logits_BV.float() / self.temperature
+        logits_BV = logits_BV.float()
+        logits_BV = (logits_BV - logits_BV.amax(1, keepdim=True)) / max(self.temperature, COLDEST)
         if self.top_k is not None:
             least_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[1]), dim=1).values[:, -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
@@ -55,7 +61,9 @@ class Sampling:
             p_BV = sorted_BV.softmax(1)
             sorted_BV = sorted_BV.masked_fill(p_BV.cumsum(1) - p_BV >= self.top_p, -torch.inf)
             logits_BV = torch.empty_like(logits_BV).scatter(1, order_BV, sorted_BV)
-        return torch.multinomial(logits_BV.softmax(1), 1, generator=generator)[:, 0]
+        # Weights of NaN would stop the program, on a GPU for good
+        p_BV = logits_BV.softmax(1).nan_to_num(1.0)
+        return torch.multinomial(p_BV, 1, generator=generator)[:, 0]
 
 
 GREEDY = Sampling()

@@ -242,7 +242,7 @@ def test_modules_and_data_of_another_kind(tmp_path):
     transformer = Separability(vocab_size=40, seq_len=20, width=8, heads=2, seed=0)
     with pytest.raises(UserError, match="RecallGrid needs the task NeedleGym under data, not ModularArithmetic"):
         run(tmp_path, transformer, RecallGrid(), arithmetic)
-    with pytest.raises(UserError, match=r"RecallGrid.lengths: the model has positions for 20 tokens, not for 320"):
+    with pytest.raises(UserError, match="RecallGrid reads rows of 320 tokens, and the model has positions for 20"):
         run(tmp_path, transformer, RecallGrid())
     with pytest.raises(UserError, match="Two RecallGrid callbacks"):
         Trainer(accelerator="cpu", callbacks=[RecallGrid(), RecallGrid()], **QUIET).validate(transformer, make_data())

@@ -81,6 +81,12 @@ def test_bits_by_position(tmp_path):
     assert sum(name.startswith("test/bits_at") for name in measured) == 8
 
 
+def test_rows_of_one_token_have_a_growth(tmp_path):
+    _, trainer = fit(tmp_path, BitsByPosition(4, 4), data=text(seq_len=1))
+    measured = {name.removeprefix("validation/bits_"): x.item() for name, x in trainer.callback_metrics.items()}
+    assert measured["growth"] == pytest.approx(measured["at_4"] - measured["at_1"], abs=1e-5)
+
+
 @pytest.mark.parametrize("level", ["byte", "bpe"])
 def test_bits_per_character_count_characters_and_not_tokens(tmp_path, level):
     data = text(level=level, bpe_vocab=300)
@@ -137,12 +143,16 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
         with pytest.raises(UserError, match=f"{type(monitor).__name__} needs a text, such as TextCorpus,"):
             fit(tmp_path, monitor, data=needles)
     transformer = Separability(256, 16, 16, heads=2, seed=0)
-    with pytest.raises(UserError, match="BitsByPosition reads rows of 64, and the model has positions for 16"):
+    with pytest.raises(UserError, match="BitsByPosition reads rows of 64 tokens, and the model has positions for 16"):
         fit(tmp_path, BitsByPosition(), module=transformer)
+    with pytest.raises(UserError, match="TextMonitor reads rows of 79 tokens, and the model has positions for 16"):
+        fit(tmp_path, TextMonitor(), module=transformer)
     with pytest.raises(UserError, match=r"set model\.ensemble to 1"):
         fit(tmp_path, TextMonitor(), ensemble=2)
     with pytest.raises(UserError, match="the validation part of the text has 450 tokens, and a row of 640 needs 641"):
-        fit(tmp_path, BitsByPosition(times=40, every_n_steps=1))
+        fit(tmp_path, BitsByPosition(times=40))  # before training, not at the first measure
+    with pytest.raises(UserError, match="the validation part of the text has 450 tokens, and a row of 616 needs 617"):
+        fit(tmp_path, TextMonitor(length=600))
     with pytest.raises(UserError, match="No parameter matches"):
         fit(tmp_path, ratio(["*.nothing"]))
     with pytest.raises(UserError, match=r"TextMonitor\.prompt must be at least 1"):

@@ -51,11 +51,21 @@ def test_a_stream_gives_the_same_tokens_one_by_one(decoder):
         ({"temperature": 1.0, "top_p": 0.51}, {0, 1}),
         ({"temperature": 1.0, "top_p": 1.0}, {0, 1, 2, 3}),
         ({"temperature": 0.05}, {0}),
+        ({"temperature": 1e-320}, {0}),
     ],
     ids=str,
 )
 def test_sampling_draws_from_the_tokens_that_it_may(options, expected):
     assert drawn(**options) == expected
+
+
+def test_logits_of_nan_are_no_error(decoder):
+    logits_BV = torch.cat([LOGITS_BV, torch.full_like(LOGITS_BV, torch.nan)])
+    tokens = torch.stack([Sampling(0.01).choose(logits_BV) for _ in range(200)])
+    assert set(tokens[:, 0].tolist()) == {0}
+    assert set(tokens[:, 1].tolist()) == {0, 1, 2, 3}
+    torch.nn.init.constant_(decoder.unembed.weight, torch.nan)
+    assert generate(decoder, torch.zeros(1, 2, dtype=torch.long), 3, Sampling(1.0, 4, 0.9)).shape == (1, 3)
 
 
 def test_frequencies_are_the_probabilities():

@@ -1,4 +1,4 @@
-"""What the probes of needles share: when they measure, and the task whose rows they take."""
+"""What callbacks share that measure on held-out rows of tokens: when they measure, and whose rows they take."""
 
 from abc import ABC, abstractmethod
 from typing import TypeVar
@@ -9,11 +9,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.base import EveryNSteps, check_positive, refuse_second
 from callbacks.held_out import evaluation
 from callbacks.throughput import off_the_clock
-from datamodules import Mixture
+from datamodules import Mixture, TextCorpus
 from datamodules.batch import Integers, TokenBatch
 from datamodules.errors import UserError, check_numbers
 from datamodules.sequence_task import Split, collate
 from lightning_modules.core.contracts import connected
+from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.reporting import is_dry_run
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 DRY_ROWS = 2
 
 
-class NeedleProbe(Callback, ABC):
+class Probe(Callback, ABC):
     """A callback that measures at the end of `validate` and `test`, and of some validations during a fit.
 
     Args:
@@ -87,6 +88,26 @@ class NeedleProbe(Callback, ABC):
             if isinstance(task, kind):
                 return task
         raise UserError(f"{type(self).__name__} needs {wanted} under data, not {type(data).__name__}")
+
+    def text(self, trainer: Trainer) -> TextCorpus:
+        """Return the run's text, or the first one of a mixture.
+
+        Raises:
+            UserError: The data has none.
+        """
+        return self.task(trainer, TextCorpus, "a text, such as TextCorpus,")
+
+    def check_length(self, module: LightningModule, length: int) -> None:
+        """Check that a model can read rows of a length.
+
+        Raises:
+            UserError: Its position embedding is shorter.
+        """
+        network = module.network if isinstance(module, EnsembleModule) else None
+        positions = network.position_embedding if isinstance(network, Decoder) else None
+        if positions is not None and (longest := positions.weight.shape[-2]) < length:
+            name = type(self).__name__
+            raise UserError(f"{name} reads rows of {length} tokens, and the model has positions for {longest}")
 
 
 def batch_on(module: LightningModule, rows_B2T: Integers) -> TokenBatch:
