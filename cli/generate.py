@@ -59,6 +59,8 @@ def generated(options: Namespace) -> Iterator[str]:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     check_seed(options.seed, "--seed")
     check_numbers("generate", 1, max_new_tokens=options.max_new_tokens)
+    if any("\ud800" <= character <= "\udfff" for character in options.prompt or ""):  # Python's stand-ins for bytes
+        raise UserError("--prompt is no text in UTF-8")
     questions = [options.prompt] if options.file is None else _lines(options.file)
     model, data = load(options.ckpt_path, options.config)
     if isinstance(model, SupportsQuestions):
@@ -137,7 +139,10 @@ def _prompt(text: str, model: "LightningModule", data: Any, path: str) -> tuple[
     if isinstance(data, HasCharacters) and (unknown := data.unknown_characters(text)):
         listed = " ".join(map(repr, unknown))
         raise UserError(f"--prompt: the vocabulary of the model lacks {listed}: leave out what its text did not have")
-    tokens = data.parse(text)
+    try:
+        tokens = data.parse(text)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from error
     if not tokens:
         raise UserError("--prompt is empty: give at least one character to continue")
     return Vocabulary(model.network, data.vocab_size), torch.tensor([tokens])

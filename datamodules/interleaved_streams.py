@@ -13,6 +13,7 @@ from datamodules.batch import IGNORE, HasWidth, Integers
 from datamodules.errors import SEEDS, SIZE, UserError, check_numbers
 from datamodules.modular_arithmetic import is_prime
 from datamodules.sequence_task import TASK, SequenceTask, held_out_stream, label_next, stream
+from datamodules.token_rows import parse_numbers
 
 PERIODS = (2, 7)  # shortest and longest motif of `repeat`
 BLOCK = 512  # rows per block; intermediate arrays of a block fit in the cache, which halves the time
@@ -155,13 +156,7 @@ class InterleavedStreams(SequenceTask):
 
     def parse(self, text: str) -> list[int]:
         """Return the tokens of a text of numbers separated by spaces."""
-        try:
-            tokens = [int(word) for word in text.split()]
-        except ValueError:
-            tokens = [-1]
-        if not all(0 <= token < self.vocab_size for token in tokens):
-            raise UserError(f"data.inputs: '{text}' is not a row of numbers from 0 to {self.vocab_size - 1}")
-        return tokens
+        return parse_numbers(text, self.vocab_size)
 
     def _run(self, law: tuple[Integers, ...], length: int) -> Integers:
         """Return the first `length` tokens of each stream, stream_JBN, without the vocabulary offsets."""

@@ -146,6 +146,23 @@ class Mixture(TunableTask):
             task.trainer = self.trainer
             task.setup(stage)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each task, such as the vocabulary of a text, for a checkpoint."""
+        return {"tasks": [task.state_dict() for task in self.tasks]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give the tasks their states of a checkpoint.
+
+        Raises:
+            UserError: It has another number of tasks, or a task cannot take its state.
+        """
+        states = state_dict["tasks"]
+        if len(states) != len(self.tasks):
+            raise UserError(f"data.tasks: there are {len(self.tasks)}, and the checkpoint was trained on {len(states)}")
+        for task, state in zip(self.tasks, states, strict=True):
+            if state:
+                task.load_state_dict(state)
+
     def unphased_batches(self, members: int, size: int) -> Batches[Integers]:
         """Return the global training batches, with the batch size of each task."""
         batches = [task.train_batches(members, task.batch_size * self._world) for task in self.tasks]

@@ -178,12 +178,12 @@ class ModularArithmetic(SequenceTask):
         """Return the tokens of two numbers that the operation's sign or a space separates, such as `3 + 5`."""
         sign = SYMBOLS[self.op]
         if not (found := re.fullmatch(rf"\s*(\d+)(?:\s*{re.escape(sign)}\s*|\s+)(\d+)\s*=?\s*", text)):
-            raise UserError(f"data.inputs: '{text}' is not of the form '3 {sign} 5'")
+            raise UserError(f"'{text}' is not of the form '3 {sign} 5'")
         a, b = map(int, found.groups())
         if max(a, b) >= self.p:
-            raise UserError(f"data.inputs: '{text}' has a number that is not below data.p ({self.p})")
+            raise UserError(f"'{text}' has a number that is not below data.p ({self.p})")
         if self.op == "div" and b == 0:
-            raise UserError(f"data.inputs: '{text}' divides by zero")
+            raise UserError(f"'{text}' divides by zero")
         return [a, b, self.p]
 
     def input_labels(self, tokens: list[int]) -> list[int]:

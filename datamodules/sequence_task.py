@@ -206,7 +206,10 @@ class SequenceTask(TaskDataModule):
         """Return `inputs` as one batch, padded on the right, or the first test rows if there are none."""
         if self.inputs is None:
             return UnchangedLoader(self._eval_loader("test", self._held_out["test"][:SHOWN]))
-        parsed = [self.parse(text) for text in self.inputs]
+        try:
+            parsed = [self.parse(text) for text in self.inputs]
+        except UserError as error:
+            raise UserError(f"data.inputs: {error}") from error
         for text, tokens in zip(self.inputs, parsed, strict=True):
             if not 0 < len(tokens) <= self.seq_len:
                 raise UserError(f"data.inputs: '{text}' has {len(tokens)} tokens, not 1 to {self.seq_len}")

@@ -89,7 +89,7 @@ def parse_numbers(text: str, vocab_size: int) -> list[int]:
     """
     words = text.split()
     if not all(word.isdecimal() and int(word) < vocab_size for word in words):
-        raise UserError(f"data.inputs: '{text}' is not a row of numbers from 0 to {vocab_size - 1}")
+        raise UserError(f"'{text}' is not a row of numbers from 0 to {vocab_size - 1}")
     return [int(word) for word in words]
 
 

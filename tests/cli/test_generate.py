@@ -127,6 +127,7 @@ def test_a_member_of_an_ensemble(generate, refused):
 def test_mistakes_end_in_one_sentence(refused):
     assert "the vocabulary of the model lacks 'T' 'z': leave out" in refused("--prompt", "The zoo")
     assert "--prompt is empty" in refused("--prompt", "")
+    assert "--prompt is no text in UTF-8" in refused("--prompt", "a\udcff", run="byte")
     assert "generate.max_new_tokens must be at least 1, not 0" in refused("--prompt", "the", "--max_new_tokens", "0")
     assert "temperature must be at least 0" in refused("--prompt", "the", "--temperature", "-1")
     assert "top_k must be at least 1" in refused("--prompt", "the", "--top_k", "0")

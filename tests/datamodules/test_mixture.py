@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from datamodules import Mixture, NeedleGym, StateTracking, TextCorpus
+from datamodules.errors import UserError
 
 SIZES = {"batch_size": 4, "validation_size": 6, "test_size": 6}
 
@@ -48,6 +49,23 @@ def test_one_task_is_held_out():
     assert second.parse("0 5") == [0, 5]
     (shown,) = make(held_out=1).predict_dataloader()
     assert shown["tokens"].shape == (6, 9)
+
+
+def test_the_vocabularies_of_texts_are_in_checkpoints(tmp_path):
+    def mixture(characters: str, count: int = 1) -> Mixture:
+        path = tmp_path / "text.txt"
+        path.write_text(characters * 400)
+        task = TextCorpus("file", str(path), level="char", seq_len=7, **SIZES)
+        return Mixture([NeedleGym(needles=2, seq_len=16, vocab_size=20, **SIZES), *[task] * count])
+
+    before = mixture("abc")
+    state, vocab_size = before.state_dict(), before.tasks[1].vocab_size
+    after = mixture("abcxyz")  # the text has changed since
+    after.load_state_dict(state)
+    assert after.tasks[1].parse("cx") == before.tasks[1].parse("cx")
+    assert after.tasks[1].vocab_size == vocab_size == 4
+    with pytest.raises(UserError, match=r"data\.tasks: there are 3, and the checkpoint was trained on 2"):
+        mixture("abc", 2).load_state_dict(state)
 
 
 PHASES = [{"needles": 1, "seq_len": 8}, {"weights": [1, 1, 0], "train_len": 3}, {}]
