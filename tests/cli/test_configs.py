@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 import main as cli
 from cli.app import CrosstalkCLI
 from lightning_modules.telepathy.flaws import Flaw
+from lightning_modules.telepathy.objectives import FLAW_OF
 from studies.engine.resolver import resolve
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -165,6 +166,13 @@ def test_the_first_line_of_a_preset_resolves_as_it_is_written(workplace, preset)
     assert preset in line
 
 
+def flaws_in_the_docs(version: str) -> list[str]:
+    """The flaws of a version in the table of docs/telepathy_ladder.md, where V8 and V9 have `those of V7` and more."""
+    row, *_ = re.findall(rf"^\| {version} \|[^|]*\|([^|]*)\|", (ROOT / "docs/telepathy_ladder.md").read_text(), re.M)
+    earlier = re.match(r" those of (V\d+)", row)
+    return (flaws_in_the_docs(earlier[1]) if earlier else []) + re.findall("`([a-z_]+)`", row)
+
+
 @pytest.mark.parametrize("preset", LADDER)
 def test_a_version_of_the_notes_runs_and_names_its_flaws(launch, preset):
     (line,) = commands_of(preset)
@@ -175,9 +183,11 @@ def test_a_version_of_the_notes_runs_and_names_its_flaws(launch, preset):
     assert done.model.flaws == frozenset()
     assert flaws or preset.endswith("v17.yaml")  # which is not in the notes
     if flaws:
-        named = resolve(*line, *shlex.split(flaws.splitlines()[0]))["model"]["init_args"]["reproduce_flaws"]
+        model = resolve(*line, *shlex.split(flaws.splitlines()[0]))["model"]["init_args"]
+        named = model["reproduce_flaws"]
         assert set(named) <= set(get_args(Flaw))
-        assert "key_scale" in named
+        assert {FLAW_OF[flaw] for flaw in named if flaw in FLAW_OF} <= set(model["objectives"])
+        assert flaws_in_the_docs(Path(preset).stem.upper()) == named
 
 
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - set(LADDER)))

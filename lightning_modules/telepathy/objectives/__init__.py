@@ -93,6 +93,7 @@ FLAW_OF: dict[Flaw, ObjectiveName] = {
 }
 
 __all__ = [
+    "FLAW_OF",
     "OBJECTIVES",
     "BridgeStep",
     "Objective",
