@@ -63,7 +63,9 @@ def reading(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"source_layer": [1, 3], "bridge": PerceiverBridge}], ids=["token", "perceiver"]
+    "options",
+    [{"objectives": {"lm": 1.0, "reconstruction": 1.0}}, {"source_layer": [1, 3], "bridge": PerceiverBridge}],
+    ids=["token and states read back", "perceiver"],
 )
 def test_training_is_the_same_without_the_source_in_memory(place, telepathy, fit, options):
     runs = []
