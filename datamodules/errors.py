@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, and the check of numbers that a user set."""
+"""The exception for mistakes of the user, and checks of numbers that a user set."""
 
 import math
 import sys
@@ -38,3 +38,22 @@ def check_numbers(owner: str, least: float, most: float = MOST, /, **numbers: fl
         else:
             wanted = "positive" if least == POSITIVE else f"at least {least}"
         raise UserError(f"{owner}.{name} must be {wanted}, not {number}")
+
+
+def check_multiples(owner: str, factor: int, most: int, /, **numbers: int) -> None:
+    """Check that numbers are multiples of a factor, from the factor itself up to a bound.
+
+    Args:
+        owner: What the numbers belong to, such as `data`, for the message.
+        factor: The factor.
+        most: The bound.
+        **numbers: The numbers by their names in the config.
+
+    Raises:
+        UserError: A number lies outside or is no multiple; names `<owner>.<name>` and the nearest multiple.
+    """
+    check_numbers(owner, factor, most, **numbers)
+    for name, number in numbers.items():
+        if number % factor:
+            nearest = max(factor, round(number / factor) * factor)
+            raise UserError(f"{owner}.{name} must be a multiple of {factor}, such as {nearest}, not {number}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datamodules.batch import HasEnsemble, Integers, TaskDataModule
 from datamodules.batches import BatchLoader
-from datamodules.errors import SEEDS, SIZE, UserError, check_numbers
+from datamodules.errors import SEEDS, SIZE, UserError, check_multiples, check_numbers
 from datamodules.sequence_task import HELD_OUT, stream
 
 FAR = 2**20  # positions at which the first item of a row may stand
@@ -81,12 +81,8 @@ class MemoryItems(TaskDataModule):
     ):
         sizes = {"items": items, "context": context, "test_size": test_size}
         super().__init__(1, eval_batch_size, num_workers=0, epoch_size=1, sizes=sizes)
-        check_numbers("data", ALIGNMENT, SIZE, key_width=key_width, value_width=value_width)
+        check_multiples("data", ALIGNMENT, SIZE, key_width=key_width, value_width=value_width)
         check_numbers("data", 0, SEEDS, seed=seed)
-        for name, width in (("key_width", key_width), ("value_width", value_width)):
-            if width % ALIGNMENT:
-                nearest = max(ALIGNMENT, round(width / ALIGNMENT) * ALIGNMENT)
-                raise UserError(f"data.{name} must be a multiple of {ALIGNMENT}, such as {nearest}, not {width}")
         self.items, self.key_width, self.value_width, self.context = items, key_width, value_width, context
         self.test_size = test_size
         self.seed = torch.initial_seed() if seed is None else seed

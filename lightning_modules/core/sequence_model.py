@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from datamodules.batch import TokenBatch
-from datamodules.errors import SEEDS, SIZE, UserError, check_numbers
+from datamodules.errors import SEEDS, UserError, check_numbers
 from lightning_modules.core.checkpoints import load_network, write_members
 from lightning_modules.core.contracts import (
     HasBounds,
@@ -32,6 +32,7 @@ from lightning_modules.core.metrics import LastStep, TokenMeasures
 from lightning_modules.core.predictions import pattern_sites, show_attention, write_predictions
 from lightning_modules.core.reporting import is_dry_run, record_proportion, run_folder
 from lightning_modules.core.schedule import Schedule, with_schedule
+from lightning_modules.core.sizes import check_sizes
 
 MOST_MEMBERS = 4096  # of an ensemble
 Penalties = dict[str, tuple[float | Tensor, Tensor]]  # name -> (weight or weight_S, value_S)
@@ -257,12 +258,3 @@ class SequenceModel(EnsembleModule, ABC):
 
     def _token_text(self, token: int) -> str:
         return self._data.token_text(token) if isinstance(self._data, SupportsTokenText) else str(token)
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Check sizes of a network; None stands for a default.
-
-    Raises:
-        UserError: A size is below 1 or above 2^24; names `model.<size>`.
-    """
-    check_numbers("model", 1, SIZE, **sizes)

@@ -1,7 +1,8 @@
 """What is wrong with the options of a model, in one sentence."""
 
-from datamodules.errors import UserError, check_numbers
+from datamodules.errors import UserError, check_multiples
 from kernels.gated_delta.checks import ALIGNMENT, WIDEST
+from lightning_modules.core.sizes import check_heads
 
 
 def check_pattern(pattern: str, window_reads_state: bool) -> None:
@@ -19,14 +20,13 @@ def check_pattern(pattern: str, window_reads_state: bool) -> None:
         raise UserError(f"model.window_reads_state needs an S behind a G in model.pattern, which is {pattern}")
 
 
-def check_heads(width: int, heads: int, pattern: str) -> None:
+def check_head_widths(width: int, heads: int, pattern: str) -> None:
     """Check that heads divide the width, and that those of window attention can have rotary positions.
 
     Raises:
         UserError: They do not.
     """
-    if width % heads:
-        raise UserError(f"model.heads must divide model.width: {heads} does not divide {width}")
+    check_heads(width, heads)
     if "S" in pattern and width // heads % 2:
         raise UserError(f"model.width / model.heads must be even for rotary positions, not {width // heads}")
 
@@ -37,11 +37,7 @@ def check_kernel(**sizes: int) -> None:
     Raises:
         UserError: One is too small, too large or no multiple of 4; names `model.<size>`.
     """
-    check_numbers("model", ALIGNMENT, WIDEST, **sizes)
-    for name, size in sizes.items():
-        if size % ALIGNMENT:
-            nearest = max(ALIGNMENT, round(size / ALIGNMENT) * ALIGNMENT)
-            raise UserError(f"model.{name} must be a multiple of {ALIGNMENT}, such as {nearest}, not {size}")
+    check_multiples("model", ALIGNMENT, WIDEST, **sizes)
 
 
 def check_delta_options(pattern: str, keys: str, rotary_keys: bool, **options: object) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from lightning_modules.core.decoder import DecoderState
-from lightning_modules.core.sequence_model import check_sizes
+from lightning_modules.core.sizes import check_convolutions, check_sizes
 from lightning_modules.groundthink import checks
 from lightning_modules.groundthink.hybrid import Hybrid, make_hybrid
 from lightning_modules.groundthink.penalties import KeyPenalty, Penalty
@@ -17,8 +17,6 @@ from lightning_modules.groundthink.training import PenalisedModel
 from lightning_modules.mixers.gates import InitialGates
 from lightning_modules.mixers.key_bank import KeyBank
 from lightning_modules.mixers.keys import Keys
-
-MOST_CONVOLVED = 64  # positions of a convolution, which is meant to be short
 
 Flaw = Literal["final_state"]
 
@@ -90,13 +88,14 @@ class GroundThink(PenalisedModel):
     ):
         check_sizes(vocab_size=vocab_size, width=width, heads=heads, window=window, piece_len=piece_len)
         check_numbers("model", 0, SIZE, mlp_width=mlp_width)
-        check_numbers("model", 0, MOST_CONVOLVED, conv_width=conv_width, key_conv_width=key_conv_width)
+        check_convolutions(conv_width=conv_width, key_conv_width=key_conv_width)
         checks.check_pattern(pattern, window_reads_state)
-        checks.check_heads(width, heads, pattern)
+        checks.check_head_widths(width, heads, pattern)
         penalties = {"key_orthogonality": key_orthogonality, "beta_sparsity": beta_sparsity}
         checks.check_delta_options(pattern, keys, rotary_keys, key_bank=key_bank, **penalties)
         checks.check_final_state(bool(reproduce_flaws), window_reads_state, piece_len)
-        sizes = {"key_width": key_width or width // heads, "value_width": value_width or width // heads}
+        widths = {"key_width": key_width, "value_width": value_width}
+        sizes = {name: width // heads if size is None else size for name, size in widths.items()}
         checks.check_kernel(**sizes)
         if key_bank:
             key_bank.check(vocab_size)

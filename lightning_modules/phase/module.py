@@ -15,7 +15,8 @@ from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.sequence_task import Split
 from lightning_modules.core.contracts import HasCharacters
 from lightning_modules.core.decoder import Decoder, Factory
-from lightning_modules.core.sequence_model import SequenceModel, check_sizes
+from lightning_modules.core.sequence_model import SequenceModel
+from lightning_modules.core.sizes import check_convolutions, check_sizes
 from lightning_modules.mixers.gated_delta import GatedDelta
 from lightning_modules.mixers.swiglu import SwiGLU
 from lightning_modules.mixers.window_attention import WindowAttention
@@ -27,7 +28,6 @@ from lightning_modules.phase.sampling import mixed_tokens
 from lightning_modules.phase.weights import DecayKind
 
 OUTPUTS = "out_proj.weight", "o_proj.weight", "down.weight"  # of mixers and SwiGLU
-MOST_CONVOLVED = 64  # positions of a convolution, which is meant to be short
 
 
 class Phase(SequenceModel):
@@ -55,13 +55,13 @@ class Phase(SequenceModel):
         dropout: Share of inputs of the output map of P that are zeroed in training.
         attention_window: Positions that A reads; `seq_len` if None.
         mlp_width: Hidden units of the SwiGLU (feed-forward network) of each block; 0 for blocks without one.
-        scheduled_sampling: Share of the input tokens that are the model's own samples at the end of training; it rises
+        scheduled_sampling: Share of the input tokens that are the model's own samples at `trainer.max_steps`; it rises
             in a line from 0.
         **common: The arguments of `SequenceModel`.
 
     Raises:
         UserError: A size does not fit, or the pattern has another letter; at `setup`, a checkpoint or the data does not
-            fit.
+            fit, or `scheduled_sampling` has no `trainer.max_steps`.
     """
 
     def __init__(
@@ -87,15 +87,11 @@ class Phase(SequenceModel):
     ):
         check_sizes(width=width, heads=heads, window=window, frequencies=frequencies, attention_window=attention_window)
         check_numbers("model", 0, SIZE, mlp_width=mlp_width, expansion=expansion)
-        check_numbers("model", 0, MOST_CONVOLVED, conv_width=conv_width)
+        check_convolutions(conv_width=conv_width)
         check_numbers("model", 0, 1, dropout=dropout, scheduled_sampling=scheduled_sampling)
         if frequencies and normalise == "mass":
-            raise UserError(
-                "model.normalise mass belongs to a memory per channel: with model.frequencies, set it to rms"
-            )
-        if width % heads:
-            raise UserError(f"model.heads must divide model.width: {heads} does not divide {width}")
-        check_pattern(pattern, width // heads)
+            raise UserError("model.normalise mass belongs to a memory per channel: set rms with model.frequencies")
+        check_pattern(pattern, width, heads)
         self.width, self.heads, self.pattern, self.mlp_width = width, heads, pattern, mlp_width
         self.conv_width, self.attention_window = conv_width, attention_window or seq_len
         self.scheduled_sampling = scheduled_sampling
@@ -121,6 +117,12 @@ class Phase(SequenceModel):
                 nn.init.zeros_(weight)  # a block begins as the identity, which shortens the start of training
         return network
 
+    def setup(self, stage: str) -> None:
+        """Check that scheduled sampling knows the end of training, and what every sequence model checks."""
+        super().setup(stage)
+        if stage == "fit" and self.scheduled_sampling and self.trainer.max_steps < 1:
+            raise UserError("trainer.max_steps must be set: model.scheduled_sampling rises up to that step")
+
     def on_validation_epoch_end(self) -> None:
         """Log the measures; for a text also `bits_per_character`."""
         super().on_validation_epoch_end()
@@ -139,7 +141,7 @@ class Phase(SequenceModel):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the loss; with `scheduled_sampling`, the model reads some of its own predictions."""
         if self.scheduled_sampling:
-            share = self.scheduled_sampling * min(1.0, self.global_step / max(1, self.trainer.max_steps))
+            share = self.scheduled_sampling * min(1.0, self.global_step / self.trainer.max_steps)
             with torch.no_grad():
                 logits_SBTV = self.call(batch["tokens"])[0]
             step = self.seeds, self.global_step, batch_idx, self.global_rank

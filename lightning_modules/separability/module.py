@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.batch import TokenBatch
-from datamodules.errors import UserError
 from lightning_modules.core.decoder import MLP, Decoder
-from lightning_modules.core.sequence_model import Penalties, SequenceModel, check_sizes
+from lightning_modules.core.sequence_model import Penalties, SequenceModel
+from lightning_modules.core.sizes import check_heads, check_sizes
 from lightning_modules.separability.anchor import Orthogonality
 from lightning_modules.separability.attention import Attention
 from lightning_modules.separability.measures import Separation, position_overlap
@@ -55,8 +55,7 @@ class Separability(SequenceModel):
         **common: Any,
     ):
         check_sizes(width=width, depth=depth, heads=heads, mlp_width=mlp_width)
-        if width % heads:
-            raise UserError(f"model.heads must divide model.width: {heads} does not divide {width}")
+        check_heads(width, heads)
         self.width, self.depth, self.heads = width, depth, heads
         self.mlp_width, self.norm = mlp_width or 4 * width, norm
         super().__init__(vocab_size, seq_len, **common)

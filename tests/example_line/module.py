@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lightning_modules.core.sequence_model import SequenceModel, check_sizes
+from lightning_modules.core.sequence_model import SequenceModel
+from lightning_modules.core.sizes import check_sizes
 from tests.example_line.network import GRU
 
 

@@ -191,6 +191,7 @@ def test_gates_and_state_stay_in_fp32_under_bf16():
         ({"pattern": ""}, "model.pattern .*empty"),
         ({"heads": 3}, "model.heads must divide model.width: 3 does not divide 16"),
         ({"heads": 16}, "model.width / model.heads must be even"),
+        ({"key_width": 0}, "model.key_width must be at least 4, not 0"),
         ({"key_width": 6}, "model.key_width must be a multiple of 4, such as 8, not 6"),
         ({"value_width": 260}, "model.value_width must be at most 256"),
         ({"conv_width": -1}, "model.conv_width must be at least 0"),

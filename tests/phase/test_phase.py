@@ -201,11 +201,11 @@ def tensors(tree: object) -> list[Tensor]:
     return [x for branch in inner for x in tensors(branch)]
 
 
-def fit(folder: Path, seed: int = 0, **options) -> Phase:
+def fit(folder: Path, seed: int = 0, steps: int = 4, **options) -> Phase:
     data = TextCorpus(level="char", max_size=9000, seq_len=16, batch_size=4, validation_size=4, test_size=4, seed=seed)
     torch.manual_seed(seed)
     module = Phase(data.vocab_size, 16, 16, 2, warmup_steps=2, seed=seed, **options)
-    quiet = QUIET | {"accelerator": "cpu", "limit_val_batches": 0, "max_steps": 4, "default_root_dir": folder}
+    quiet = QUIET | {"accelerator": "cpu", "limit_val_batches": 0, "max_steps": steps, "default_root_dir": folder}
     Trainer(**quiet).fit(module, datamodule=data)
     return module
 
@@ -223,6 +223,11 @@ def test_an_ensemble_with_scheduled_sampling_has_the_losses_of_separate_runs(tmp
     for member in range(2):
         alone = fit(tmp_path, seed=3 + member, pattern="P", scheduled_sampling=0.9)
         torch.testing.assert_close(together.members["train/loss"][member], alone.members["train/loss"][0])
+
+
+def test_scheduled_sampling_needs_the_last_step(tmp_path):
+    with pytest.raises(UserError, match=r"trainer\.max_steps must be set: model\.scheduled_sampling rises"):
+        fit(tmp_path, pattern="P", scheduled_sampling=0.9, schedule="constant", steps=-1)
 
 
 def test_scheduled_sampling_replaces_a_share_of_the_labelled_tokens_by_samples_of_the_logits():

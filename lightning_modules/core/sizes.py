@@ -1,0 +1,33 @@
+"""Checks of the sizes of a network, as a user sets them under `model`."""
+
+from datamodules.errors import SIZE, UserError, check_numbers
+
+MOST_CONVOLVED = 64  # positions of a convolution, which is meant to be short
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Check sizes of a network; None stands for a default.
+
+    Raises:
+        UserError: A size is below 1 or above 2^24; names `model.<size>`.
+    """
+    check_numbers("model", 1, SIZE, **sizes)
+
+
+def check_convolutions(**widths: int | None) -> None:
+    """Check the positions that short convolutions read; None stands for a default, 0 for no convolution.
+
+    Raises:
+        UserError: A width is below 0 or above 64; names `model.<width>`.
+    """
+    check_numbers("model", 0, MOST_CONVOLVED, **widths)
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Check that heads of equal width fill the width.
+
+    Raises:
+        UserError: They do not.
+    """
+    if width % heads:
+        raise UserError(f"model.heads must divide model.width: {heads} does not divide {width}")
