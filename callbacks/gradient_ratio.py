@@ -15,11 +15,11 @@ from lightning_modules.core.reporting import ensemble_size, report_members
 from lightning_modules.core.sites import match_parameters
 
 
-def mean_square(gradients: Sequence[Tensor], members: int) -> Tensor:
+def mean_square(gradients: Sequence[Tensor], members: int, device: torch.device) -> Tensor:
     """Return the mean over all elements of the squared gradients of each member, [S]; NaN without gradients."""
     rows = [gradient.detach().float().reshape(members, -1) for gradient in gradients]
     if not rows:
-        return torch.full([members], torch.nan)
+        return torch.full([members], torch.nan, device=device)
     squares_S = torch.stack([row.square().sum(1) for row in rows]).sum(0)
     return squares_S / sum(row.shape[1] for row in rows)
 
@@ -65,5 +65,5 @@ class GradientRatio(Callback):
         for patterns in (self.parameters, self.over):
             values = match_parameters(pl_module, patterns).values()
             gradients = [value.grad for value in values if value.grad is not None]
-            sizes.append(mean_square(gradients, ensemble_size(pl_module)))
+            sizes.append(mean_square(gradients, ensemble_size(pl_module), pl_module.device))
         report_members(trainer, pl_module, {f"gradient/{self.name}": (sizes[0] / sizes[1]).sqrt()})

@@ -99,9 +99,10 @@ class StateProbe(Probe):
 
     def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
         """Measure and report every mixer."""
+        if not (mixers := delta_mixers(module.network)):
+            return
         task = self._needles(trainer)
         batch = batch_on(module, task.fixed(split, self.count(trainer)))
-        mixers = delta_mixers(module.network)
         _, seen = module.activations(batch["tokens"], [f"network.{mixer}.{site}" for mixer in mixers for site in SITES])
         for name, mixer in mixers.items():
             sites = {site: seen[f"network.{name}.{site}"] for site in SITES}
