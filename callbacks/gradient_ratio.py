@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.base import check_positive
+from datamodules.errors import UserError
 from lightning_modules.core.reporting import ensemble_size, report_members
 from lightning_modules.core.sites import match_parameters
 
@@ -44,11 +45,14 @@ class GradientRatio(Callback):
         every_n_steps: Optimizer steps between two values.
 
     Raises:
-        UserError: A number is not positive; at `setup`, a pattern matches nothing.
+        UserError: A number is not positive, or there is no pattern; at `setup`, a pattern matches nothing.
     """
 
     def __init__(self, name: str, parameters: list[str], over: list[str], every_n_steps: int = 50) -> None:
         check_positive(self, every_n_steps=every_n_steps)
+        for argument, patterns in (("parameters", parameters), ("over", over)):
+            if not patterns:
+                raise UserError(f"GradientRatio.{argument} is empty: name a parameter, such as '*.angles.omega.*'")
         self.name, self.parameters, self.over, self.every_n_steps = name, parameters, over, every_n_steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -122,6 +122,7 @@ def _prompt(text: str, model: "LightningModule", data: Any, path: str) -> tuple[
     """Return the network that generates, and the tokens of the prompt, [1, T]."""
     import torch
 
+    from datamodules import Mixture
     from datamodules.errors import UserError
     from datamodules.sequence_task import SequenceTask
     from lightning_modules.core.contracts import HasCharacters, StatefulNetwork
@@ -136,13 +137,14 @@ def _prompt(text: str, model: "LightningModule", data: Any, path: str) -> tuple[
         raise UserError(f"--ckpt_path: {path} holds {model.ensemble} members, and generate takes one: {advice}")
     if not isinstance(model.network, StatefulNetwork):
         raise UserError(f"--ckpt_path: {path} is of {kind}, which cannot run one token at a time")
-    if isinstance(data, HasCharacters) and (unknown := data.unknown_characters(text)):
+    task = data.main if isinstance(data, Mixture) else data
+    if isinstance(task, HasCharacters) and (unknown := task.unknown_characters(text)):
         listed = " ".join(map(repr, unknown))
         raise UserError(f"--prompt: the vocabulary of the model lacks {listed}: leave out what its text did not have")
     try:
-        tokens = data.parse(text)
+        tokens = task.parse(text)
     except UserError as error:
         raise UserError(f"--prompt: {error}") from error
     if not tokens:
         raise UserError("--prompt is empty: give at least one character to continue")
-    return Vocabulary(model.network, data.vocab_size), torch.tensor([tokens])
+    return Vocabulary(model.network, task.vocab_size), torch.tensor([tokens])

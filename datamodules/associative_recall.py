@@ -109,6 +109,8 @@ class AssociativeRecall(SequenceTask):
         self.seq_len = max(sizes[0] for sizes in [*self.train_sets, *self.test_sets])
         self.chance = 1 / len(self.values)
         self.groups = [f"{length}x{pairs}" for length, pairs in self.test_sets]
+        if twice := next((name for name in self.groups if self.groups.count(name) > 1), None):
+            raise UserError(f"data.test_sets has {twice} twice, and its measures have one name: leave one out")
         rows = sum(rows for _, _, rows in self.train_sets)
         super().__init__(
             batch_size=batch_size,

@@ -83,7 +83,8 @@ class Characters(TextLevel):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the characters of tokens."""
-        return "".join([*self.characters, UNKNOWN][token] for token in tokens)
+        characters = [*self.characters, UNKNOWN]
+        return "".join(characters[token] for token in tokens)
 
     def state(self) -> str:
         """Return the characters."""

@@ -160,5 +160,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
         TextMonitor(prompt=0)
     with pytest.raises(UserError, match=r"BitsByPosition\.times must be at least 1"):
         BitsByPosition(times=0)
+    with pytest.raises(UserError, match=r"GradientRatio\.over is empty"):
+        ratio(["*"], over=())
     with pytest.raises(UserError, match="every_n_steps"):
         ratio(["*"], every=0)

@@ -1,5 +1,6 @@
 """The command `generate`: text from a run's checkpoint, and a sentence for each mistake."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def spec(name: str, arguments: dict) -> dict:
     return {"class_path": name, "init_args": arguments}
 
 
-def fit(model: dict, data: dict, folder: str) -> Path:
-    config = {"model": spec("Phase", model), "data": spec("TextCorpus", data), "trainer": TRAINER}
+def fit(model: dict, data: dict, folder: str, kind: str = "TextCorpus") -> Path:
+    config = {"model": spec("Phase", model), "data": spec(kind, data), "trainer": TRAINER}
     Path(f"{folder}.yaml").write_text(yaml.safe_dump(config | {"test_after_fit": False}))
     main.main(["fit", "--config", f"{folder}.yaml", "--trainer.default_root_dir", folder])
     return Path(folder, "checkpoints", "last.ckpt").resolve()
@@ -146,6 +147,17 @@ def test_a_checkpoint_that_does_not_fit_or_is_no_sequence_model(refused):
     content["state_dict"] = CliModel().state_dict()
     torch.save(content, "other.ckpt")
     assert "is of CliModel, which is no sequence model" in refused("--prompt", "the", "--ckpt_path", "other.ckpt")
+
+
+def test_the_text_of_a_mixture(generate, refused):
+    needles = spec("NeedleGym", {"needles": 2, "seq_len": 16, "vocab_size": 40, "batch_size": 4})
+    fit(MODEL | {"vocab_size": 40}, {"tasks": [spec("TextCorpus", DATA), needles]}, "mixed", "Mixture")
+    Path("text.txt").write_text("other")
+    assert generate("--prompt", "the ", run="mixed").startswith("the ")
+    assert "the vocabulary of the model lacks 'z'" in refused("--prompt", "z", run="mixed")
+    fit(MODEL | {"vocab_size": 40}, {"tasks": [needles]}, "needles", "Mixture")
+    assert re.fullmatch(r"1 2( \d+){3}\n", generate("--prompt", "1 2", "--max_new_tokens", "3", run="needles"))
+    assert "--prompt: 'a' is not a row of numbers from 0 to 39" in refused("--prompt", "a", run="needles")
 
 
 def test_help_reads_well(capsys):

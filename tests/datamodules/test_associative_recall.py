@@ -80,6 +80,7 @@ def test_gaps_follow_the_power_law_without_replacement():
         ({"test_sets": [[64]]}, r"data.test_sets must be a list of \[length, pairs\], not \[\[64\]\]"),
         ({"train_sets": [[64, 20, 9]]}, r"data.train_sets\[0\]: 20 pairs and their queries need a length of 80"),
         ({"test_sets": [[128, 32]]}, r"data.test_sets\[0\]: 32 pairs are more than the 19 keys of data.vocab_size 40"),
+        ({"test_sets": [[64, 2], [32, 2], [64, 2]]}, "data.test_sets has 64x2 twice"),
         ({"train_sets": [[64, 2, 0]]}, r"data.train_sets\[0\].rows must be at least 1, not 0"),
         ({"power_a": 0}, "data.power_a must be positive"),
     ],
