@@ -113,12 +113,15 @@ class StateProbe(Probe):
             block = name.split(".")[1]
             self._report(trainer, module, f"{split}/block{block}_", members)
             if trainer.is_global_zero and not is_dry_run(trainer):
-                step = logged_step(trainer)
-                figure = state_report.picture(members[0], name, mixer.key_width)
-                add_figure(trainer, f"{split}/block{block}_state", figure, step)
-                trace = state_report.trace_picture(members[0].trace, name, members[0].head)
-                add_figure(trainer, f"{split}/block{block}_gates", trace, step)
-                add_text(trainer, f"{split}/block{block}_state", state_report.markdown(members[0]), step)
+                self._show(trainer, f"{split}/block{block}_", name, members[0], mixer.key_width)
+
+    def _show(self, trainer: Trainer, prefix: str, name: str, measures: StateMeasures, key_width: int) -> None:
+        step = logged_step(trainer)
+        add_text(trainer, f"{prefix}state", state_report.markdown(measures), step)
+        if measures.spectrum_HR.isfinite().all():  # a model that has diverged has nothing to draw
+            add_figure(trainer, f"{prefix}state", state_report.picture(measures, name, key_width), step)
+            trace = state_report.trace_picture(measures.trace, name, measures.head)
+            add_figure(trainer, f"{prefix}gates", trace, step)
 
     def _report(self, trainer: Trainer, module: EnsembleModule, prefix: str, members: list[StateMeasures]) -> None:
         measures = {name: torch.tensor([own.values[name] for own in members]) for name in members[0].values}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import QUIET
 from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import RunRecord, StateProbe
 from datamodules import AssociativeRecall, NeedleGym, StateTracking
@@ -62,6 +63,22 @@ def test_members_of_an_ensemble(tmp_path):
         assert len(names) > 20
         for name in names:
             torch.testing.assert_close(both.members[name][member], alone.members[name][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("diverged", [0, 1])
+def test_a_member_that_has_diverged_leaves_the_others(diverged, tmp_path):
+    both, alone = GroundThink(**SIZES, pattern="GS", ensemble=2), GroundThink(**SIZES | {"seed": 1 - diverged})
+    for parameter in both.network.parameters():
+        parameter.data[diverged] = torch.nan
+    logger = TensorBoardLogger(tmp_path / "both")
+    trainer = Trainer(accelerator="cpu", callbacks=[StateProbe(rows=6)], **QUIET | {"logger": logger})
+    trainer.validate(both, datamodule=make_data(), verbose=False)
+    run(tmp_path / "alone", alone)
+    names = [name for name in alone.members if "block0" in name]
+    assert len(names) > 20
+    for name in names:
+        torch.testing.assert_close(both.members[name][1 - diverged], alone.members[name][0], rtol=1e-4, atol=1e-5)
+    assert both.members["validation/block0_effective_rank"][diverged].isnan()
 
 
 def test_a_memory_made_by_hand_holds_every_needle(tmp_path):

@@ -128,6 +128,11 @@ def test_effective_rank_and_singular_values():
     torch.testing.assert_close(values_BHR[0, 1], torch.tensor([3.0, 1, 0, 0]))
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     torch.testing.assert_close(effective_rank(values_BHR)[0], torch.tensor([3.0, math.exp(entropy), 0.0]))
+    state[0, 0, 0, 0] = torch.nan  # a state that is not finite leaves the others as they are
+    assert singular_values(state)[0, 0].isnan().all()
+    assert effective_rank(singular_values(state))[0].tolist() == pytest.approx(
+        [math.nan, math.exp(entropy), 0.0], nan_ok=True
+    )
 
 
 def needles(keys: Tensor, beta: float = 1.0, log_decay: float = 0.0) -> Writes:

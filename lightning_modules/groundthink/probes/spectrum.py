@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def singular_values(state_BHKV: Tensor) -> Tensor:
-    """Return the singular values of each state in falling order, [B, H, R]."""
-    values_BHR: Tensor = torch.linalg.svdvals(state_BHKV)
-    return values_BHR
+    """Return the singular values of each state in falling order, [B, H, R]; NaN for a state that is not finite."""
+    finite_BH = state_BHKV.isfinite().all(-1).all(-1)
+    values_BHR: Tensor = torch.linalg.svdvals(state_BHKV.where(finite_BH[..., None, None], 0.0))
+    return values_BHR.where(finite_BH[..., None], torch.nan)
 
 
 def effective_rank(values_R: Tensor) -> Tensor:
@@ -19,5 +20,5 @@ def effective_rank(values_R: Tensor) -> Tensor:
     It is n for n equal singular values.
     """
     total = values_R.sum(-1, keepdim=True)
-    p_R = values_R / total.where(total > 0, 1.0)
-    return torch.where(total[..., 0] > 0, torch.special.entr(p_R).sum(-1).exp(), 0.0)
+    p_R = values_R / total.where(total != 0, 1.0)
+    return torch.where(total[..., 0] != 0, torch.special.entr(p_R).sum(-1).exp(), 0.0)
