@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightning_modules.core.spectrum import rank_of, singular_values
+
 
 def cosine_matrix(x_BF: Tensor) -> Tensor:
     """Return cosine_BB, <x_i, x_j> / (|x_i| |x_j|); a zero vector has cosine 0 with every vector, itself included."""
@@ -58,15 +60,13 @@ def effective_rank(x_BF: Tensor) -> Tensor:
 
     exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j, with s_i the singular values of x less its mean over inputs. It lies
     between 1 and min(B - 1, F), so only values at the same B can be compared; it is 0 if all inputs give the same
-    output. It has no scale: read it beside `between_input_variance`.
+    output, and NaN for values that are not finite. It has no scale: read it beside `between_input_variance`.
     """
     x_BF = _at_least_fp32(x_BF)
-    values = torch.linalg.svdvals(x_BF - x_BF.mean(0))
+    values = singular_values(x_BF - x_BF.mean(0))
     # If all inputs give the same output, rounding in the mean leaves a remainder of some rank.
-    values = values.where(values > 10 * torch.finfo(x_BF.dtype).eps * x_BF.norm(), 0.0)
-    total = values.sum()
-    p = values / total.where(total > 0, 1.0)
-    return torch.where(total > 0, torch.special.entr(p).sum().exp(), 0.0)
+    least = 10 * torch.finfo(x_BF.dtype).eps * x_BF.norm()
+    return rank_of(values.masked_fill(values <= least, 0.0))
 
 
 def distinct(texts: Sequence[str]) -> float:

@@ -93,6 +93,12 @@ def test_effective_rank_of_two_unequal_directions():
     assert effective_rank(x).item() == pytest.approx(math.exp(entropy))
 
 
+def test_the_effective_rank_of_values_that_are_not_finite_is_nan():
+    x = random(6, 4)
+    x[2, 1] = math.inf
+    assert effective_rank(x).isnan()
+
+
 def test_effective_rank_of_a_constant_is_not_that_of_its_rounding():
     assert effective_rank(random(1, 100).expand(64, 100) * 1e3).item() == 0
 

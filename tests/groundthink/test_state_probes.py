@@ -11,12 +11,12 @@ from torch.nn.functional import cosine_similarity, normalize
 from datamodules import NeedleGym
 from datamodules.batch import IGNORE, TokenBatch
 from datamodules.sequence_task import collate
+from lightning_modules.core.spectrum import rank_of, singular_values
 from lightning_modules.groundthink import GroundThink
 from lightning_modules.groundthink.probes.delta_rule import capacity, capacity_curve, two_writes
 from lightning_modules.groundthink.probes.keys import mean_absolute_cosine, random_cosine
 from lightning_modules.groundthink.probes.needles import Queries, first_queries
 from lightning_modules.groundthink.probes.retrieval import cosines, nearest, read_back, read_later, scores
-from lightning_modules.groundthink.probes.spectrum import effective_rank, singular_values
 from lightning_modules.groundthink.probes.state import LAGS, measure_state, query_match
 from lightning_modules.groundthink.probes.writes import SITES, Writes
 
@@ -127,12 +127,10 @@ def test_effective_rank_and_singular_values():
     values_BHR = singular_values(state)
     torch.testing.assert_close(values_BHR[0, 1], torch.tensor([3.0, 1, 0, 0]))
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    torch.testing.assert_close(effective_rank(values_BHR)[0], torch.tensor([3.0, math.exp(entropy), 0.0]))
+    torch.testing.assert_close(rank_of(values_BHR)[0], torch.tensor([3.0, math.exp(entropy), 0.0]))
     state[0, 0, 0, 0] = torch.nan  # a state that is not finite leaves the others as they are
     assert singular_values(state)[0, 0].isnan().all()
-    assert effective_rank(singular_values(state))[0].tolist() == pytest.approx(
-        [math.nan, math.exp(entropy), 0.0], nan_ok=True
-    )
+    assert rank_of(singular_values(state))[0].tolist() == pytest.approx([math.nan, math.exp(entropy), 0.0], nan_ok=True)
 
 
 def needles(keys: Tensor, beta: float = 1.0, log_decay: float = 0.0) -> Writes:
@@ -230,7 +228,7 @@ def test_all_measures_of_a_mixer():
     off = torch.einsum("bnk,bmk->bnm", k_BNK, k_BNK).abs() * (1 - torch.eye(3))
     assert found["key_cosine_needles"] == pytest.approx(float(off.sum() / (B * 6)))
     spectrum_BHR = torch.linalg.svdvals(writes.state_before(end_B))
-    assert found["effective_rank"] == pytest.approx(float(effective_rank(spectrum_BHR)[:, head].mean()))
+    assert found["effective_rank"] == pytest.approx(float(rank_of(spectrum_BHR)[:, head].mean()))
     assert [name for name in found if name.startswith("cosine_after_")] == [f"cosine_after_{r}" for r in (0, 1, 2)]
     last = cosine_similarity(read_later(writes, place_BN, 2), v_BNHV[:, :1], dim=-1)[..., head].mean()
     assert found["cosine_after_2"] == pytest.approx(float(last))

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from datamodules.batch import TokenBatch
+from lightning_modules.core.spectrum import rank_of, singular_values
 from lightning_modules.groundthink.probes.delta_rule import Curve, capacity, capacity_curve, two_writes
 from lightning_modules.groundthink.probes.keys import mean_absolute_cosine
 from lightning_modules.groundthink.probes.needles import Queries, first_queries, places, roles
 from lightning_modules.groundthink.probes.retrieval import cosines, nearest, read_back, read_later, scores
-from lightning_modules.groundthink.probes.spectrum import effective_rank, singular_values
 from lightning_modules.groundthink.probes.writes import Writes
 
 LAGS = 5  # positions from a needle's key on where its write may be: convolutions carry the key and the value on
@@ -127,7 +127,7 @@ def measure_state(batch: TokenBatch, sites: Mapping[str, Tensor], shifted: bool,
     }
     by_head |= {name: mean_absolute_cosine(writes.k_BTHK, *masks) for name, masks in pairs.items()}
     spectrum_BHR = singular_values(writes.state_before(end_B))
-    by_head["effective_rank"] = effective_rank(spectrum_BHR).mean(0)
+    by_head["effective_rank"] = rank_of(spectrum_BHR).mean(0)
     by_head["top_singular_value"] = spectrum_BHR[..., 0].mean(0)
     by_head |= _retrieval(writes, q_BTHK, queries, needles, end_B)
     different = _different(writes, batch["tokens"], needles)
