@@ -3,7 +3,7 @@
 Shapes: S ensemble members, B rows, N items, W tokens of a context, K and V widths of keys and values.
 """
 
-from typing import NoReturn, TypedDict
+from typing import NoReturn, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,13 @@ from datamodules.sequence_task import HELD_OUT, stream
 
 FAR = 2**20  # positions at which the first item of a row may stand
 ALIGNMENT = 4  # of the widths of keys and values, in the kernel
+
+
+@runtime_checkable
+class ReadsItems(Protocol):
+    """A module that writes items into a memory, and reads them after some numbers of writes."""
+
+    read_after: list[int]
 
 
 class MemoryBatch(TypedDict):
@@ -86,6 +93,16 @@ class MemoryItems(TaskDataModule):
         self.items, self.key_width, self.value_width, self.context = items, key_width, value_width, context
         self.test_size = test_size
         self.seed = torch.initial_seed() if seed is None else seed
+
+    def setup(self, stage: str) -> None:
+        """Refuse modules that read no items.
+
+        Raises:
+            UserError: The module reads none.
+        """
+        if not isinstance(self._module, ReadsItems):
+            name = type(self._module).__name__
+            raise UserError(f"data: MemoryItems gives items of a memory, which {name} does not read: use DeltaMemory")
 
     def train_dataloader(self) -> NoReturn:
         """Raise UserError."""

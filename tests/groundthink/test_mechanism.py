@@ -193,6 +193,10 @@ def test_a_test_measures_the_memory(workplace):
         (["--data.key_width", "10"], "data.key_width must be a multiple of 4, such as 8, not 10"),
         (["--model.read_after", "[17]"], "model.read_after has 17, and data.items is 16"),
         (["--model.read_after", "[0]"], "model.read_after[0] must be at least 1, not 0"),
+        (
+            ["--model", "GroundThink", "--model.vocab_size", "8", "--model.seq_len", "8"],
+            "data: MemoryItems gives items of a memory, which GroundThink does not read",
+        ),
         (["--data", "NeedleGym"], "data: DeltaMemory reads MemoryItems, not NeedleGym"),
     ],
 )
