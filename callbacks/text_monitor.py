@@ -71,7 +71,11 @@ class TextMonitor(Probe):
     ) -> None:
         super().__init__(rows, every_n_steps)
         check_numbers("TextMonitor", 1, prompt=prompt, length=length)
-        self.prompt, self.length, self.sampling = prompt, length, Sampling(temperature, top_k)
+        self.prompt, self.length = prompt, length
+        try:
+            self.sampling = Sampling(temperature, top_k)
+        except UserError as error:
+            raise UserError(f"TextMonitor.{error}") from error
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse data of another kind, short texts, and models that cannot generate as many tokens."""

@@ -56,7 +56,10 @@ def generated(options: Namespace) -> Iterator[str]:
     from lightning_modules.core.seeding import check_seed, seeded_generator
     from lightning_modules.core.text_stream import stream_text
 
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    try:
+        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
     check_seed(options.seed, "--seed")
     check_numbers("generate", 1, max_new_tokens=options.max_new_tokens)
     if any("\ud800" <= character <= "\udfff" for character in options.prompt or ""):  # Python's stand-ins for bytes

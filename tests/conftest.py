@@ -36,6 +36,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 if config.args == config.getini("testpaths") else 0
 
 
+@pytest.fixture(autouse=True)
+def draws() -> None:
+    """Give each test the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """Change to a folder with copies of the assets and configs, so that a run cannot damage the originals."""

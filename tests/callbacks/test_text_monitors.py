@@ -158,6 +158,8 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
         fit(tmp_path, ratio(["*.nothing"]))
     with pytest.raises(UserError, match=r"TextMonitor\.prompt must be at least 1"):
         TextMonitor(prompt=0)
+    with pytest.raises(UserError, match=r"TextMonitor\.top_k must be at least 1"):
+        TextMonitor(top_k=0)
     with pytest.raises(UserError, match=r"BitsByPosition\.times must be at least 1"):
         BitsByPosition(times=0)
     with pytest.raises(UserError, match=r"GradientRatio\.over is empty"):

@@ -59,8 +59,10 @@ def small_data(data: dict[str, Any]) -> dict[str, Any]:
                 "test_size": 2,
                 "validation_size": 2,
             }
-        case "InterleavedStreams" | "NeedleGym" | "StateTracking":
+        case "InterleavedStreams" | "NeedleGym":
             return SIZES | {"test_size": 8}
+        case "StateTracking":
+            return SIZES | {"test_size": 8, "test_len": LONG}
         case "TextCorpus":
             return SIZES | {"test_size": 8, "seq_len": 32}
         case "AssociativeRecall":
