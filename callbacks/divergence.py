@@ -30,7 +30,7 @@ class Diverged(Exception):
 
 
 class Divergence(Callback):
-    """Ends a run with `Diverged` when the loss, a held-out loss or a trained parameter is not finite.
+    """Ends a run with `Diverged` if the loss, a held-out loss (`validation/loss`) or a trained parameter is not finite.
 
     The loss of every step is tested on the device; the result is read every `trainer.log_every_n_steps` steps, at
     validations and at the end, so that no step waits for the device. Parameters are tested before each checkpoint, so
@@ -69,7 +69,8 @@ class Divergence(Callback):
             return
         self._check_loss(trainer)
         for name, value in trainer.callback_metrics.items():
-            is_loss = name.startswith("validation/") and name.endswith("loss")
+            # Not what a memory loses, such as `orthogonal_loss`, which is NaN where there is nothing to measure
+            is_loss = name.startswith("validation/") and name.endswith("/loss")
             if is_loss and not _by_member(pl_module, name, value).isfinite().any():
                 raise Diverged(trainer.global_step, f"{name} is not finite")
 

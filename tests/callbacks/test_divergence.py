@@ -64,11 +64,21 @@ def test_also_after_the_last_step(tmp_path):
 def test_a_held_out_loss(tmp_path):
     class Validation(Separability):
         def validation_step(self, batch, batch_idx):
-            self.log("validation/other_loss", torch.tensor(torch.inf))
+            self.log("validation/other/loss", torch.tensor(torch.inf))
             super().validation_step(batch, batch_idx)
 
     error, _ = diverge(tmp_path, 9, Spoil(100), make=Validation)
-    assert str(error) == "the run has diverged: validation/other_loss is not finite since step 4"
+    assert str(error) == "the run has diverged: validation/other/loss is not finite since step 4"
+
+
+def test_a_measure_that_ends_in_loss_is_no_loss(tmp_path):
+    class Validation(Separability):
+        def validation_step(self, batch, batch_idx):
+            self.log("validation/orthogonal_loss", torch.tensor(torch.nan))
+            super().validation_step(batch, batch_idx)
+
+    fit(tmp_path, 9, [Divergence(), RunRecord()], LastCheckpoint(), make=Validation)
+    assert record(tmp_path)["status"] == "finished"
 
 
 def test_it_goes_on_where_the_model_says_so(tmp_path):
