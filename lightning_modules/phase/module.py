@@ -95,9 +95,13 @@ class Phase(SequenceModel):
         self.width, self.heads, self.pattern, self.mlp_width = width, heads, pattern, mlp_width
         self.conv_width, self.attention_window = conv_width, attention_window or seq_len
         self.scheduled_sampling = scheduled_sampling
-        self.phase_options: dict[str, Any] = {"frequencies": frequencies, "angles": angles, "decay": decay}
-        self.phase_options |= {"window": window, "mass": mass, "normalise": normalise}
-        self.phase_options |= {"expansion": expansion, "dropout": dropout}
+        self.phase_options: dict[str, Any] = {
+            "frequencies": frequencies,
+            "angles": angles,
+            "decay": decay,
+            "mass": mass,
+        }
+        self.phase_options |= {"window": window, "normalise": normalise, "expansion": expansion, "dropout": dropout}
         super().__init__(vocab_size, seq_len, **common)
 
     def make_network(self) -> Decoder:

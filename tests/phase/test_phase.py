@@ -11,7 +11,6 @@ from torch import Tensor
 
 from datamodules import TextCorpus
 from datamodules.errors import UserError
-from lightning_modules import phase
 from lightning_modules.core.ensemble import call_members, stack_members
 from lightning_modules.phase import Phase
 from lightning_modules.phase.angles import Angles
@@ -263,9 +262,3 @@ def test_scheduled_sampling_replaces_a_share_of_the_labelled_tokens_by_samples_o
 def test_a_mistake_is_told_in_a_sentence(options, message):
     with pytest.raises(UserError, match=message):
         Phase(**SIZES | options)
-
-
-def test_the_module_and_the_mixer_are_short():
-    folder = Path(phase.__file__).parent
-    for file in folder.glob("*.py"):
-        assert len(file.read_text().splitlines()) < 150
