@@ -95,20 +95,15 @@ class Phase(SequenceModel):
         self.width, self.heads, self.pattern, self.mlp_width = width, heads, pattern, mlp_width
         self.conv_width, self.attention_window = conv_width, attention_window or seq_len
         self.scheduled_sampling = scheduled_sampling
-        self.phase_options: dict[str, Any] = {
-            "frequencies": frequencies,
-            "angles": angles,
-            "decay": decay,
-            "mass": mass,
-        }
-        self.phase_options |= {"window": window, "normalise": normalise, "expansion": expansion, "dropout": dropout}
+        self.options: dict[str, Any] = {"frequencies": frequencies, "angles": angles, "decay": decay, "window": window}
+        self.options |= {"mass": mass, "normalise": normalise, "expansion": expansion, "dropout": dropout}
         super().__init__(vocab_size, seq_len, **common)
 
     def make_network(self) -> Decoder:
         """Return a decoder with RMSNorm and the mixers of the pattern, without positions."""
         size, conv = self.width // self.heads, self.conv_width
         factories: dict[str, Factory] = {
-            "P": partial(PhaseMixer, self.width, self.heads, conv_width=conv, **self.phase_options),
+            "P": partial(PhaseMixer, self.width, self.heads, conv_width=conv, **self.options),
             "G": partial(GatedDelta, self.width, self.heads, size, size, conv, conv),
             "A": partial(WindowAttention, self.width, self.heads, self.attention_window),
             "L": partial(LSTM, self.width),
