@@ -1,6 +1,6 @@
 """Time the gated delta kernels on a GPU beside other implementations, in one process.
 
-python benchmarks/gated_delta.py [--shapes 4,2048,8,64,128 ...] [--repeats 30] [--first_call] [--json FILE]
+python -m benchmarks.gated_delta [--shapes 4,2048,8,64,128 ...] [--repeats 30] [--first_call] [--json FILE]
 
 A shape is B, T, H, K, V, in bf16 with normalised keys. The others are flash-linear-attention if it can be imported,
 transformers' reference, and `torch.compile` of our reference. Times are medians over `--repeats` runs of the forward
@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import copy_rate, graph_milliseconds, milliseconds
 from kernels.gated_delta import chunk_gated_delta_rule
 from kernels.gated_delta.reference import chunk_gated_delta_rule as reference
 
@@ -77,46 +77,6 @@ def peers() -> dict[str, Rule]:
     )
     found["flash-linear-attention"] = lambda *x: fla.chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0]
     return found
-
-
-def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call."""
-    for _ in range(10):
-        run()
-    times: list[float] = []
-    event: Any = torch.cuda.Event
-    for _ in range(repeats):
-        start, end = (event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def graph_milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a replay as a CUDA graph; NaN if the call cannot be captured."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.Stream("cuda")
-    try:
-        torch.cuda.synchronize()
-        with stream:
-            for _ in range(3):
-                run()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return float("nan")
-    return milliseconds(graph.replay, repeats)
-
-
-def copy_rate() -> float:
-    """Return the bytes per second that a device copy reads and writes."""
-    source = torch.empty(2**28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), 30) / 1e3)
 
 
 def measure(rule: Rule, values: list[Tensor], rate: float, repeats: int) -> dict[str, float]:

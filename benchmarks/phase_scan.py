@@ -18,21 +18,18 @@ graphs and no peak memory.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.phase_scan_peers import VARIANTS, Rule, inputs, ours, peers
+from benchmarks.timing import DEVICE, copy_rate, graph_milliseconds, milliseconds
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ["32,256,128", "32,1024,512", "8,4096,1024"]
 COLUMNS = "forward ms", "graph ms", "both ms", "both graph ms", "copy %", "both copy %", "peak MiB", "least MiB"
 FIRST_CALL = """
@@ -45,53 +42,6 @@ torch.autograd.grad(ours(**values).sum(), list(values.values()))
 torch.cuda.synchronize()
 print(f"{time.perf_counter() - start:.2f}")
 """
-
-
-def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call."""
-    for _ in range(min(10, repeats)):
-        run()
-    times: list[float] = []
-    event: Any = torch.cuda.Event
-    for _ in range(repeats):
-        if DEVICE == "cpu":
-            begin = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - begin))
-            continue
-        start, end = (event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def graph_milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a replay as a CUDA graph; NaN if the call cannot be captured, or on a CPU."""
-    if DEVICE == "cpu":
-        return float("nan")
-    graph, stream = torch.cuda.CUDAGraph(), torch.Stream("cuda")
-    try:
-        torch.cuda.synchronize()
-        with stream:
-            for _ in range(3):
-                run()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return float("nan")
-    return milliseconds(graph.replay, repeats)
-
-
-def copy_rate() -> float:
-    """Return the bytes per second that a copy reads and writes."""
-    source = torch.empty(2**28 if DEVICE == "cuda" else 2**22, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), 30) / 1e3)
 
 
 def attempt(measurement: Callable[[], float], what: str) -> float:

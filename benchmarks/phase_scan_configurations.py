@@ -13,8 +13,8 @@ import argparse
 import torch
 from torch import Tensor
 
-from benchmarks.phase_scan import DEVICE, graph_milliseconds, milliseconds
 from benchmarks.phase_scan_peers import VARIANTS, inputs, ours
+from benchmarks.timing import DEVICE, graph_milliseconds, milliseconds
 from kernels.phase_scan.configurations import TABLE, Configuration, Launch
 
 LAUNCHES = [
