@@ -3,6 +3,7 @@
 Shapes: B batch, K soft tokens, D target width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,7 @@ from lightning_modules.telepathy.target import Target
 from lightning_modules.telepathy.text_prefix import TextPrefix
 
 
-class BridgeEvaluation(LightningModule):
+class BridgeEvaluation(LightningModule, ABC):
     """A module that returns soft tokens, as far as validation, test and prediction go.
 
     Args:
@@ -64,13 +65,13 @@ class BridgeEvaluation(LightningModule):
         self.counts: dict[str, int] = {}
         self.hits: dict[str, list[int]] = {}
 
+    @abstractmethod
     def collate(self, problems: Sequence[Problem], training: bool) -> Mapping[str, Any]:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, batch: TelepathyBatch) -> Encoding:
         """Return the soft tokens of a batch, and what they came from."""
-        raise NotImplementedError
 
     @property
     def answer_limit(self) -> int:
