@@ -138,9 +138,7 @@ def main() -> None:
             bad = {name: error for name, error in errors.items() if not error <= case.limit(name)}
             if bad or not repeats:
                 failures.append(f"{case}: " + (f"{bad}" if bad else "two runs differ"))
-            worst = {
-                name: max(worst[name], error if error == error else float("inf")) for name, error in errors.items()
-            }
+            worst = {name: max(worst[name], nan_to_inf(error)) for name, error in errors.items()}
         name = str(dtype).removeprefix("torch.")
         print(f"{name:<10}{K:>4}{V:>4}{T:>6} " + "".join(f"{error:>9.1e}" for error in worst.values()), flush=True)
     print(f"{count} cases, {len(failures)} failed", *failures[:40], sep="\n")
