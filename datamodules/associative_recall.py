@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import Integers, TokenBatch
-from datamodules.batches import Batches, BatchLoader
+from datamodules.batches import Batches
 from datamodules.errors import POSITIVE, SIZE, UserError, check_numbers
+from datamodules.loader import BatchLoader
 from datamodules.sequence_task import (
     TRAINING,
     SequenceTask,

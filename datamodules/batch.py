@@ -12,8 +12,9 @@ import numpy.typing as npt
 from lightning import LightningDataModule
 from torch import Tensor
 
-from datamodules.batches import LANES, Batches, BatchLoader, BatchT, FirstBatches, SamplesT
+from datamodules.batches import LANES, Batches, FirstBatches, SamplesT
 from datamodules.errors import SIZE, UserError, check_numbers
+from datamodules.loader import BatchLoader, BatchT
 
 IGNORE = -100  # the label of a position without a target; the loss and all measures leave it out
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import HasEnsemble, Integers, TaskDataModule
-from datamodules.batches import BatchLoader
 from datamodules.errors import SEEDS, SIZE, UserError, check_multiples, check_numbers
+from datamodules.loader import BatchLoader
 from datamodules.sequence_task import HELD_OUT, stream
 
 FAR = 2**20  # positions at which the first item of a row may stand

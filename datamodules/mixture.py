@@ -6,8 +6,9 @@ from typing import Any, Self
 import numpy as np
 
 from datamodules.batch import Integers, TokenBatch
-from datamodules.batches import Batches, BatchLoader, UnchangedLoader
+from datamodules.batches import Batches
 from datamodules.errors import SIZE, UserError, check_numbers
+from datamodules.loader import BatchLoader, UnchangedLoader
 from datamodules.sequence_task import TASK, SequenceTask, Split, stream
 from datamodules.tunable_task import TunableTask
 

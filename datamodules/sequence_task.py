@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.batch import IGNORE, HasEnsemble, Integers, SupportsCollate, TaskDataModule, TokenBatch
-from datamodules.batches import Batches, BatchLoader, UnchangedLoader
+from datamodules.batches import Batches
 from datamodules.errors import SEEDS, UserError, check_numbers
+from datamodules.loader import BatchLoader, UnchangedLoader
 
 SHOWN = 8  # test rows that `predict` takes without inputs
 TRAINING, HELD_OUT, TASK = range(3)  # first keys of independent random streams

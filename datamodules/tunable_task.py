@@ -10,8 +10,9 @@ import torch
 from jsonargparse import ArgumentParser
 
 from datamodules.batch import Integers, TokenBatch
-from datamodules.batches import Batches, BatchLoader
+from datamodules.batches import Batches
 from datamodules.errors import MOST, UserError
+from datamodules.loader import BatchLoader
 from datamodules.sequence_task import SequenceTask
 
 PREFETCHED = 4  # batches that each worker of a loader may have prepared ahead

@@ -8,9 +8,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.answers import GSM8K, check_format
 from datamodules.batch import SupportsCollate, TaskDataModule
-from datamodules.batches import Batches, BatchLoader, FiniteBatches, StreamBatches, UnchangedLoader
+from datamodules.batches import Batches, FiniteBatches, StreamBatches
 from datamodules.errors import SEEDS, UserError, check_numbers
 from datamodules.external_problems import ExternalProblems
+from datamodules.loader import BatchLoader, UnchangedLoader
 from datamodules.problem_rows import Columns
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 

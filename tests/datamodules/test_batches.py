@@ -5,7 +5,8 @@ from itertools import chain
 
 import pytest
 
-from datamodules.batches import LANES, POOL, BatchLoader, FiniteBatches, StreamBatches
+from datamodules.batches import LANES, POOL, FiniteBatches, StreamBatches
+from datamodules.loader import BatchLoader
 from datamodules.problems import generate
 
 
