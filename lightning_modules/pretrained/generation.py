@@ -99,7 +99,8 @@ def generate(
     column_BT, _ = _padded(columns, -1, model.device)
     width = tokens_BT.shape[1]
     criteria: list[Any] = [_Stop(tokenizer, stop, width)] if stop else []
-    with _greedy(model, ends, filler) as settings, inserted(model, vectors_BKD, column_BT):
+    eager = torch.compiler.set_stance("force_eager")  # a growing cache would be compiled again and again
+    with _greedy(model, ends, filler) as settings, inserted(model, vectors_BKD, column_BT), eager:
         made: list[list[int]] = model.generate(
             input_ids=tokens_BT,
             attention_mask=mask_BT,
@@ -120,7 +121,8 @@ def reads_padding(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> bo
     if model not in _reads_padding:
         filler, tokens = filler_token(model, tokenizer), [[1, 2, 3], [0, 1, 2, 3, 4, 5, 6]]
         rows = [[token % vocabulary(model) for token in row] for row in tokens]
-        with _greedy(model, [], filler) as settings, torch.autocast(model.device.type, enabled=False):
+        exact = torch.autocast(model.device.type, enabled=False)
+        with _greedy(model, [], filler) as settings, torch.compiler.set_stance("force_eager"), exact:
             alone_1V, beside_2V = (
                 model.generate(
                     input_ids=tokens_BT,

@@ -15,7 +15,7 @@ from torch import nn
 from datamodules.errors import UserError
 from datamodules.hub import offline_without_hub, reason_of
 from datamodules.sources import check_path
-from lightning_modules.pretrained.first_layers import FirstLayers, with_first_layers
+from lightning_modules.pretrained.first_layers import FirstLayers, layer_stack, with_first_layers
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +79,7 @@ class Pretrained:
         tokenizer: Folder or hub id of the tokenizer, if it is not in `path`.
         attn_implementation: Implementation of attention in transformers, such as `sdpa`, `eager` or
             `flash_attention_2`; None for `sdpa` where the model has it.
+        compile: Compile the model's layers, all by one graph. Generation runs without it.
     """
 
     path: str
@@ -86,6 +87,7 @@ class Pretrained:
     dtype: Literal["float32", "bfloat16"] = "float32"
     tokenizer: str | None = None
     attn_implementation: str | None = None
+    compile: bool = False
 
     def load_config(self) -> "PreTrainedConfig":
         """Load the model's configuration.
@@ -179,9 +181,19 @@ class Pretrained:
             if wrong:
                 problem = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"
                 raise UserError(f"the weights in '{self.path}' do not fit its config: {problem}")
+        if self.compile:
+            self._compile(model, config)
         size, attention = f"{model.num_parameters() / 1e6:.3g} M parameters", model.config._attn_implementation
         rank_zero_info(f"{self.path}: {config.model_type}, {size}, {self.dtype}, attention {attention}")
         return model
+
+    def _compile(self, model: nn.Module, config: "PreTrainedConfig") -> None:
+        """Let `torch.compile` make one graph for all layers; that of a whole model would take minutes."""
+        layers = layer_stack(model, config.get_text_config().num_hidden_layers)
+        if layers is None:
+            raise UserError(f"compile: '{self.path}' ({config.model_type}) has no single list of layers: leave it out")
+        for layer in layers:
+            layer.compile(dynamic=True)
 
 
 def positions(model: "CausalLM | PreTrainedModel") -> int | None:
