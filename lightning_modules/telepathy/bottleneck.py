@@ -46,8 +46,11 @@ class Bottleneck(nn.Module):
         return soft_BKD, None
 
     def shares(self, soft_BKD: Tensor) -> Tensor:
-        """Return share_BKFV, how much of a soft token goes to each value of each factor of a code, with gradients."""
-        raise NotImplementedError
+        """Return share_BKFV, how much of a soft token goes to each value of each factor of a code, with gradients.
+
+        Without codes there are no factors: F = 0.
+        """
+        return soft_BKD.new_zeros(*soft_BKD.shape[:2], 0, 1)
 
 
 class SlowMap(nn.Module):

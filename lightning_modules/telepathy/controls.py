@@ -36,6 +36,15 @@ class HasVectors(Protocol):
         ...
 
 
+class HasSize(Protocol):
+    """A bottleneck."""
+
+    @property
+    def size(self) -> int:
+        """Number of codes; 0 without codes."""
+        ...
+
+
 class Examined(HasCounts, Protocol):
     """A module with a bridge and a target, as far as an examination needs it."""
 
@@ -47,6 +56,11 @@ class Examined(HasCounts, Protocol):
     @property
     def target(self) -> Target:
         """The frozen target."""
+        ...
+
+    @property
+    def bottleneck(self) -> HasSize:
+        """What makes codes of soft tokens."""
         ...
 
     @property

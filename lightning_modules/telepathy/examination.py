@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 from lightning import Trainer
 
@@ -19,6 +18,7 @@ from lightning_modules.telepathy.batch import EvaluationBatch
 from lightning_modules.telepathy.controls import Examined, add_controls
 from lightning_modules.telepathy.figures import cosine_map, loss_by_position, soft_token_map
 from lightning_modules.telepathy.measures import measure, stack_soft
+from lightning_modules.telepathy.message import add_message_sizes
 from lightning_modules.telepathy.results import ProblemResult
 
 T = TypeVar("T")
@@ -36,12 +36,14 @@ class Examination:
         seconds: Total time to make soft tokens, source included (`soft`), and for the target to read the text instead
             (`text`).
         size: Size of the largest batch.
+        width: Numbers of a soft token.
     """
 
     name: str
     results: list[ProblemResult] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"soft": 0.0, "text": 0.0})
     size: int = 1
+    width: int = 0
 
     @torch.no_grad()
     def add(self, module: Examined, batch: EvaluationBatch) -> None:
@@ -52,6 +54,7 @@ class Examination:
         with self._timed("soft", module.device):
             encoding = module.encode(batch)
         soft_BKD, codes = encoding.soft_BKD, encoding.codes
+        self.width = soft_BKD.shape[-1]
         with self._timed("text", module.device):
             target.losses([replace(row, answer=row.answer[:1]) for row in text_rows])
         losses = {
@@ -85,18 +88,16 @@ class Examination:
 
     def report(self, module: Examined) -> None:
         """Compute and log the measures of all ranks; write samples and draw figures. Every rank must call it."""
-        parts = gather_objects((self.results, self.seconds, self.size))
-        results = [result for part, _, _ in parts for result in part]
+        parts = gather_objects((self.results, self.seconds, self.size, self.width))
+        results = [result for part, *_ in parts for result in part]
         # From here on nothing depends on which rank had a problem, and in which batch
         results.sort(key=lambda result: (result.problem.question, result.problem.answer))
-        add_controls(module, results, max(size for _, _, size in parts), self.name)
+        add_controls(module, results, max(size for _, _, size, _ in parts), self.name)
         count, measures = len(results), measure(results)
         for what in self.seconds:
-            seconds = sum(taken[what] for _, taken, _ in parts)
+            seconds = sum(taken[what] for _, taken, *_ in parts)
             measures.add(f"{what}_ms", 1000 * seconds / count, count)
-        bf16_bytes = 2 * module.target.width
-        measures.add("soft_bytes", np.mean([bf16_bytes * result.soft_count for result in results]).item(), count)
-        measures.add("text_bytes", np.mean([len(r.problem.question.encode()) for r in results]).item(), count)
+        add_message_sizes(results, max(width for *_, width in parts), module.bottleneck.size, measures)
         for measured, value in measures.values.items():
             module.log(f"{self.name}/{measured}", value)
         _replace(module.counts, self.name, measures.counts)
@@ -116,10 +117,9 @@ class Examination:
         if len(kept) < 3:
             return
         soft_BF = stack_soft(list(kept.values())).reshape(len(kept), -1)
-        if np.isfinite(soft_BF).all():
-            templates = [results[i].problem.template for i in kept]
-            add_figure(trainer, f"{self.name}/soft_tokens", soft_token_map(soft_BF, templates))
-            add_figure(trainer, f"{self.name}/soft_token_cosines", cosine_map(soft_BF, templates))
+        templates = [results[i].problem.template for i in kept]
+        add_figure(trainer, f"{self.name}/soft_tokens", soft_token_map(soft_BF, templates))
+        add_figure(trainer, f"{self.name}/soft_token_cosines", cosine_map(soft_BF, templates))
 
 
 def _replace(recorded: dict[str, T], name: str, of_measures: dict[str, T]) -> None:

@@ -20,6 +20,19 @@ MARKERS = "osD^v"
 Array = NDArray[np.floating]
 
 
+def principal_components(points_NF: Array) -> tuple[Array, list[float]]:
+    """Return points_N2 at their first two principal components, and the share of the variance along each.
+
+    Args:
+        points_NF: Finite points with F >= 2. Of fewer than two points there is no variance: all shares are 0.
+    """
+    if len(points_NF) < 2:
+        return np.zeros((len(points_NF), 2)), [0.0, 0.0]
+    left, values, _ = np.linalg.svd(points_NF - points_NF.mean(0), full_matrices=False)
+    total = max(float((values**2).sum()), 1e-30)
+    return (left * values)[:, :2], [float(value**2) / total for value in values[:2]]
+
+
 def loss_by_position(losses: Sequence[dict[str, Array]]) -> "Figure":
     """Draw the mean cross-entropy of answer tokens by their position in the answer, under each condition.
 
@@ -44,11 +57,19 @@ def loss_by_position(losses: Sequence[dict[str, Array]]) -> "Figure":
 
 
 def soft_token_map(soft_BF: Array, templates: Sequence[str]) -> "Figure":
-    """Draw the soft tokens of each input at their first two principal components, coloured by template."""
+    """Draw the soft tokens of each input at their first two principal components, coloured by template.
+
+    Inputs whose soft tokens are not finite are left out, and their number is in the title.
+
+    Args:
+        soft_BF: The soft tokens, at least two features.
+        templates: The template of each input.
+    """
     from matplotlib.figure import Figure
 
-    left, values, _ = np.linalg.svd(soft_BF - soft_BF.mean(0), full_matrices=False)
-    points_B2, share = (left * values)[:, :2], values**2 / max(float((values**2).sum()), 1e-30)
+    finite_B = np.isfinite(soft_BF).all(1)
+    points_B2, share = principal_components(soft_BF[finite_B])
+    templates = [template for template, finite in zip(templates, finite_B, strict=True) if finite]
     names = sorted(set(templates))
     rows = -(-len(names) // 3)
     figure = Figure(figsize=(WIDTH, 4.4 + 0.2 * rows), layout="constrained")
@@ -60,17 +81,20 @@ def soft_token_map(soft_BF: Array, templates: Sequence[str]) -> "Figure":
             points_B2[mine_B, 0], points_B2[mine_B, 1], s=22, color=f"C{number % 10}", marker=marker, label=name
         )
     axes.set(xlabel=f"component 1 ({share[0]:.0%} of the variance)", ylabel=f"component 2 ({share[1]:.0%})")
-    axes.set_title("soft tokens by template", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False, handletextpad=0.2)
+    lost = len(finite_B) - len(points_B2)
+    axes.set_title("soft tokens by template" + (f", {lost} not finite" if lost else ""), fontsize=11)
+    if names:
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False, handletextpad=0.2)
     return figure
 
 
 def cosine_map(soft_BF: Array, templates: Sequence[str]) -> "Figure":
-    """Draw the cosines between the soft tokens of all inputs, sorted by template."""
+    """Draw the cosines between the soft tokens of all inputs, sorted by template; blank where they are not finite."""
     from matplotlib.figure import Figure
 
     order = np.argsort(templates, kind="stable")
-    unit_BF = soft_BF[order] / np.maximum(np.linalg.norm(soft_BF[order], axis=1, keepdims=True), 1e-12)
+    sorted_BF = np.where(np.isfinite(soft_BF), soft_BF, np.nan)[order]
+    unit_BF = sorted_BF / np.maximum(np.linalg.norm(sorted_BF, axis=1, keepdims=True), 1e-12)
     figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(unit_BF @ unit_BF.T, vmin=-1, vmax=1, cmap="RdBu_r")

@@ -95,6 +95,13 @@ def test_the_soft_assignment_agrees_with_the_codes(name):
     assert soft_BKD.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("flaws", [(), ("untrained_output",)])
+def test_without_codes_there_are_no_factors(flaws):
+    share_BKFV = made("none", flaws).shares(soft())
+    assert share_BKFV.shape == (4, 50, 0, 1)
+    assert share_BKFV.sum() == 0
+
+
 @pytest.mark.parametrize("name", ["vq", "fsq"])
 def test_quantisation_is_fp32_under_autocast_and_finite_for_zeros(name):
     bottleneck = made(name)

@@ -294,7 +294,7 @@ def test_what_a_test_leaves_behind(run, workplace):
     assert {name for name in done.model.hits if name.startswith("test/")} == {f"test/{name}" for name in proportions}
     assert record["n"]["twin/twin_consistency"] == 3
     soft_tokens = done.model.collate(done.datamodule.eval_problems["test"], False)["soft_mask"].sum().item() / 16
-    assert record["metrics"]["test/soft_bytes"] == pytest.approx(2 * done.model.target.width * soft_tokens)
+    assert record["metrics"]["test/soft_bits"] == pytest.approx(16 * done.model.target.width * soft_tokens)
     assert record["metrics"]["test/infonce_bound"] <= math.log(GROUP)
     assert record["metrics"]["test/text_accuracy"] >= 0.9
     assert not any(value is None for value in record["metrics"].values())
