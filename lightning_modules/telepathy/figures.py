@@ -67,7 +67,7 @@ def soft_token_map(soft_BF: Array, templates: Sequence[str]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    finite_B = np.isfinite(soft_BF).all(1)
+    finite_B = np.isfinite(soft_BF.sum(1))
     points_B2, share = principal_components(soft_BF[finite_B])
     templates = [template for template, finite in zip(templates, finite_B, strict=True) if finite]
     names = sorted(set(templates))
