@@ -2,11 +2,12 @@
 
 Everything else is the model's own forward: the scale of its embeddings and of its logits, its caps, its masks.
 
-Shapes: B batch, T positions, K vectors, D model width, N positions of the whole batch, V vocabulary.
+Shapes: B batch, T positions, K vectors, D width of a vector, F width of a site, N positions of the whole batch, V
+vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,36 +17,93 @@ if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
 
 
+class Sites(nn.Module):
+    """Modules of a model whose outputs vectors can replace: a vector has one part for each site, side by side.
+
+    Args:
+        modules: The modules.
+        widths: The width F of each module's output.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], widths: Sequence[int]):
+        super().__init__()
+        self.sites, self.widths = tuple(modules), list(widths)  # a tuple, so that they stay parts of the model alone
+
+    @property
+    def width(self) -> int:
+        """Width D of a vector."""
+        return sum(self.widths)
+
+    def outputs(self, vectors_BKD: Tensor) -> Tensor:
+        """Return what vectors stand for in the outputs of the sites: the vectors themselves."""
+        return vectors_BKD
+
+    def vectors(self, outputs_BTD: Tensor) -> Tensor:
+        """Return vectors of outputs, the inverse of `outputs`."""
+        return outputs_BTD
+
+
+def embedding_of(model: "CausalLM") -> Sites:
+    """Return the model's embedding as the only site; vectors are at the scale of its output."""
+    embedding = model.get_input_embeddings()
+    return Sites([embedding], [embedding.weight.shape[1]])
+
+
 @contextmanager
-def inserted(model: "CausalLM", vectors_BKD: Tensor | None, column_BT: Tensor) -> Iterator[None]:
-    """Replace outputs of the model's embedding by vectors, in the first call inside the block.
+def inserted(sites: Sites, vectors_BKD: Tensor | None, column_BT: Tensor) -> Iterator[None]:
+    """Replace outputs of sites by vectors, in the first call of each site inside the block.
 
     The model still gets tokens, since some models look up more than their embedding, such as Gemma 4.
 
     Args:
-        model: The model.
-        vectors_BKD: The vectors, at the scale of the embedding's output; None to replace nothing.
+        sites: The sites.
+        vectors_BKD: The vectors; None to replace nothing.
         column_BT: For each position the vector k that goes there, -1 for a token.
     """
     if vectors_BKD is None:
         yield
         return
-
-    def insert(module: nn.Module, args: Any, embeds_BTD: Tensor) -> Tensor:
-        handle.remove()  # generation calls the embedding again for each new token
-        at_BT1 = (column_BT >= 0)[..., None]
-        index_BTD = column_BT.clamp_min(0)[..., None].expand_as(embeds_BTD)
-        return torch.where(at_BT1, vectors_BKD.to(embeds_BTD.dtype).gather(1, index_BTD), embeds_BTD)
-
-    handle = model.get_input_embeddings().register_forward_hook(insert)
-    try:
+    with ExitStack() as hooks:
+        parts = sites.outputs(vectors_BKD).split(sites.widths, dim=-1)  # type: ignore[no-untyped-call]  # nor has torch
+        for site, part_BKF in zip(sites.sites, parts, strict=True):
+            hooks.callback(_insert(site, part_BKF, column_BT).remove)
         yield
-    finally:
-        handle.remove()
+
+
+def _insert(site: nn.Module, part_BKF: Tensor, column_BT: Tensor) -> Any:
+    """Add a hook that replaces outputs of the next call of a site; return its handle."""
+
+    def insert(module: nn.Module, args: Any, output_BTF: Tensor) -> Tensor:
+        handle.remove()  # generation calls the site again for each new token
+        at_BT1 = (column_BT >= 0)[..., None]
+        index_BTF = column_BT.clamp_min(0)[..., None].expand_as(output_BTF)
+        return torch.where(at_BT1, part_BKF.to(output_BTF.dtype).gather(1, index_BTF), output_BTF)
+
+    handle = site.register_forward_hook(insert)
+    return handle
+
+
+@contextmanager
+def recorded(sites: Sites) -> Iterator[list[Tensor]]:
+    """Yield a list that gets the outputs of the sites, in their order; a site has been called once in the block."""
+    found: list[Tensor] = [torch.empty(0)] * len(sites.sites)
+    with ExitStack() as hooks:
+        for index, site in enumerate(sites.sites):
+
+            def keep(module: nn.Module, args: Any, output_BTF: Tensor, index: int = index) -> None:
+                found[index] = output_BTF
+
+            hooks.callback(site.register_forward_hook(keep).remove)
+        yield found
 
 
 def logits_at(
-    model: "CausalLM", tokens_BT: Tensor, predict_N: Tensor, vectors_BKD: Tensor | None, column_BT: Tensor
+    model: "CausalLM",
+    tokens_BT: Tensor,
+    predict_N: Tensor,
+    vectors_BKD: Tensor | None,
+    column_BT: Tensor,
+    sites: Sites | None = None,
 ) -> Tensor:
     """Return the model's logits_NV at some positions; the LM head computes no others.
 
@@ -57,6 +115,7 @@ def logits_at(
         predict_N: Flat positions, row * T + column.
         vectors_BKD: Vectors in the place of tokens, see `inserted`.
         column_BT: The places of the vectors.
+        sites: Where vectors go in; None for the embedding.
     """
     selected = False
 
@@ -68,7 +127,7 @@ def logits_at(
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
-        with inserted(model, vectors_BKD, column_BT):
+        with inserted(sites or embedding_of(model), vectors_BKD, column_BT):
             logits: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
     finally:
         if handle is not None:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lightning_modules.pretrained.causal_lm import inserted
+from lightning_modules.pretrained.causal_lm import Sites, embedding_of, inserted
 from lightning_modules.pretrained.loading import first_position
 from lightning_modules.pretrained.sharding import is_sharded
 
@@ -70,6 +70,7 @@ def generate(
     stop: str | None = None,
     vectors_BKD: Tensor | None = None,
     columns: Sequence[Sequence[int]] | None = None,
+    sites: Sites | None = None,
 ) -> list[Answer]:
     """Continue each prompt greedily: with the token of the largest logit, whatever else the model's settings ask for.
 
@@ -81,6 +82,7 @@ def generate(
         stop: A text that ends an answer.
         vectors_BKD: Vectors in the place of some tokens, see `lightning_modules.pretrained.causal_lm.inserted`.
         columns: For each token of each prompt the vector that takes its place, -1 for none.
+        sites: Where vectors go in; None for the embedding.
     """
     from transformers import StoppingCriteriaList
 
@@ -91,7 +93,7 @@ def generate(
         for length in {*lengths}:
             rows = [row for row, own in enumerate(lengths) if own == length]
             some = None if vectors_BKD is None else vectors_BKD[rows]
-            parts = [prompts[row] for row in rows], limit, stop, some, [columns[row] for row in rows]
+            parts = [prompts[row] for row in rows], limit, stop, some, [columns[row] for row in rows], sites
             answers |= zip(rows, generate(model, tokenizer, *parts), strict=True)
         return [answers[row] for row in range(len(prompts))]
     ends, filler = end_tokens(model, tokenizer), filler_token(model, tokenizer)
@@ -100,7 +102,8 @@ def generate(
     width = tokens_BT.shape[1]
     criteria: list[Any] = [_Stop(tokenizer, stop, width)] if stop else []
     eager = torch.compiler.set_stance("force_eager")  # a growing cache would be compiled again and again
-    with _greedy(model, ends, filler) as settings, inserted(model, vectors_BKD, column_BT), eager:
+    vectors = inserted(sites or embedding_of(model), vectors_BKD, column_BT)
+    with _greedy(model, ends, filler) as settings, vectors, eager:
         made: list[list[int]] = model.generate(
             input_ids=tokens_BT,
             attention_mask=mask_BT,

@@ -2,6 +2,7 @@
 
 from lightning_modules.telepathy.bridges import Bridge, PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.flow import FlowBridge
+from lightning_modules.telepathy.kv_bridge import KVBridge
 from lightning_modules.telepathy.module import Telepathy
 
-__all__ = ["Bridge", "FlowBridge", "PerceiverBridge", "Telepathy", "TokenBridge"]
+__all__ = ["Bridge", "FlowBridge", "KVBridge", "PerceiverBridge", "Telepathy", "TokenBridge"]

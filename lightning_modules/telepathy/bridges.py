@@ -5,25 +5,42 @@ Shapes: B batch, S source positions, C width of the source states, Q queries, K 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from datamodules.errors import SIZE, UserError, check_numbers
+from lightning_modules.telepathy.source import Source
+from lightning_modules.telepathy.target import Target
 
 SLOPE = 4.0  # of attention over distance at the start: nearly all weight is on the nearest token
+
+
+class HasWidth(Protocol):
+    """A source or target, as far as most bridges need it."""
+
+    @property
+    def width(self) -> int:
+        """Number of features of its vectors."""
+        ...
 
 
 class Bridge(nn.Module, ABC):
     """A map from source states to soft tokens.
 
+    A bridge is made for a source and a target, and may ask them for another kind of states and of soft tokens than
+    hidden states and embeddings (`KVBridge`).
+
     Attributes:
         soft_tokens: K, where every input has the same number of soft tokens; None where it depends on the input.
         samples: Whether soft tokens depend on noise; `forward` then also takes seed_B, a seed of each row.
+        embeds: Whether soft tokens lie in the space of the target's embeddings.
     """
 
     soft_tokens: int | None = None
     samples: bool = False
+    embeds: bool = True
 
     @abstractmethod
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
@@ -39,7 +56,7 @@ class Bridge(nn.Module, ABC):
         """Return mask_BK, True at real soft tokens. It depends on the source mask alone, so the loader can call it."""
 
 
-BridgeFactory = Callable[[int, int, bool], Bridge]  # (source width, target width, LayerNorm on the source states)
+BridgeFactory = Callable[[Source, Target, bool], Bridge]  # the last: LayerNorm on the source states
 
 
 def start_equal(linear: nn.Linear, parts: int) -> None:
@@ -109,8 +126,8 @@ class PerceiverBridge(Bridge):
     are left out.
 
     Args:
-        source_dim: Width C of the source states.
-        target_dim: Width D of the soft tokens.
+        source: The source, with states of width C.
+        target: The target, with soft tokens of width D.
         key_norm: Use LayerNorm on keys and values, the bias towards c_q, and the start of `ReadLayer`. Without these,
             states at the scale of embeddings give uniform attention and the same soft tokens for every input, which is
             the collapse in the notes.
@@ -119,7 +136,7 @@ class PerceiverBridge(Bridge):
             tokens to a target that reads single digits.
         depth: Number of layers. Each has cross-attention and an MLP.
         heads: Number of attention heads.
-        width: Width of the layers; `target_dim` if None.
+        width: Width of the layers; D if None.
         hidden: Width of the hidden layer of the output MLP, which has to know all source tokens; 4 `width` if None.
         span: Source positions over which the c_q are spread: about the length of the longest question.
 
@@ -129,8 +146,8 @@ class PerceiverBridge(Bridge):
 
     def __init__(
         self,
-        source_dim: int,
-        target_dim: int,
+        source: HasWidth,
+        target: HasWidth,
         key_norm: bool = True,
         soft_tokens: int = 32,
         tokens_per_query: int = 1,
@@ -143,7 +160,7 @@ class PerceiverBridge(Bridge):
         super().__init__()
         sizes = {"soft_tokens": soft_tokens, "tokens_per_query": tokens_per_query, "depth": depth, "heads": heads}
         check_numbers("model.bridge", 1, SIZE, **sizes, width=width, hidden=hidden, span=span)
-        width = width or target_dim
+        width = width or target.width
         hidden = hidden or 4 * width
         if width % heads:
             raise UserError(f"model.bridge: width {width} is not divisible by {heads} heads")
@@ -151,12 +168,12 @@ class PerceiverBridge(Bridge):
             raise UserError(f"model.bridge: {soft_tokens} soft tokens do not divide into {tokens_per_query} per query")
         queries = soft_tokens // tokens_per_query
         self.soft_tokens, self.tokens_per_query, self.heads = soft_tokens, tokens_per_query, heads
-        self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
+        self.norm = nn.LayerNorm(source.width) if key_norm else nn.Identity()
         self.queries_QC = nn.Parameter(torch.randn(queries, width) * (0.1 if key_norm else 1.0))
         self.span, self.has_places = span, key_norm
         self.slope = SLOPE * min(queries / span, 1.0) if key_norm else 0.0
-        self.layers = nn.ModuleList(ReadLayer(width, source_dim, heads, key_norm) for _ in range(depth))
-        last = nn.Linear(hidden, tokens_per_query * target_dim)
+        self.layers = nn.ModuleList(ReadLayer(width, source.width, heads, key_norm) for _ in range(depth))
+        last = nn.Linear(hidden, tokens_per_query * target.width)
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
         start_equal(last, tokens_per_query)
 
@@ -186,8 +203,8 @@ class TokenBridge(Bridge):
     The soft tokens of a source token start equal (`start_equal`).
 
     Args:
-        source_dim: Width C of the source states, summed over layers where several are concatenated.
-        target_dim: Width D of the soft tokens.
+        source: The source, with states of width C, the sum over layers where several are concatenated.
+        target: The target, with soft tokens of width D.
         key_norm: Use LayerNorm on the states.
         tokens_per_source: Soft tokens per source token.
         hidden: Width of the hidden layer of an MLP; a linear map if None.
@@ -198,21 +215,21 @@ class TokenBridge(Bridge):
 
     def __init__(
         self,
-        source_dim: int,
-        target_dim: int,
+        source: HasWidth,
+        target: HasWidth,
         key_norm: bool = True,
         tokens_per_source: int = 2,
         hidden: int | None = None,
     ):
         super().__init__()
         check_numbers("model.bridge", 1, SIZE, tokens_per_source=tokens_per_source, hidden=hidden)
-        self.tokens_per_source, self.target_dim = tokens_per_source, target_dim
-        self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
-        out = tokens_per_source * target_dim
-        last = nn.Linear(hidden or source_dim, out)
-        self.map = last if hidden is None else nn.Sequential(nn.Linear(source_dim, hidden), nn.GELU(), last)
+        self.tokens_per_source, self.target_dim = tokens_per_source, target.width
+        self.norm = nn.LayerNorm(source.width) if key_norm else nn.Identity()
+        out = tokens_per_source * target.width
+        last = nn.Linear(hidden or source.width, out)
+        self.map = last if hidden is None else nn.Sequential(nn.Linear(source.width, hidden), nn.GELU(), last)
         start_equal(last, tokens_per_source)
-        self.end_D = nn.Parameter(torch.randn(target_dim))
+        self.end_D = nn.Parameter(torch.randn(target.width))
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return soft_BKD, the end vector last."""

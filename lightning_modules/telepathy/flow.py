@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from lightning_modules.telepathy.averages import masked_mean, row_mean
-from lightning_modules.telepathy.bridges import SLOPE, Bridge, place_bias, places
+from lightning_modules.telepathy.bridges import SLOPE, Bridge, HasWidth, place_bias, places
 from lightning_modules.telepathy.noise import gaussian, mixed, uniform
 
 Conditioning = Literal["pooled", "cross", "hybrid"]
@@ -72,8 +72,8 @@ class FlowBridge(Bridge):
     evaluation gives the same soft tokens in any batch and on any rank.
 
     Args:
-        source_dim: Width C of the source states.
-        target_dim: Width D of the soft tokens.
+        source: The source, with states of width C.
+        target: The target, with soft tokens of width D.
         key_norm: Use LayerNorm on the source states, a bias of attention towards the place of a soft token, and the
             form of the velocity above. In the notes the output was the velocity, noise and all.
         soft_tokens: K, the most soft tokens of a question, spread evenly over `span` source positions. Those behind the
@@ -94,8 +94,8 @@ class FlowBridge(Bridge):
 
     def __init__(
         self,
-        source_dim: int,
-        target_dim: int,
+        source: HasWidth,
+        target: HasWidth,
         key_norm: bool = True,
         soft_tokens: int = 60,
         span: int = 30,
@@ -112,14 +112,14 @@ class FlowBridge(Bridge):
             raise UserError(f"model.bridge: width {width} is odd or not divisible by {heads} heads")
         self.soft_tokens, self.span, self.steps, self.heads = soft_tokens, span, steps, heads
         self.conditioning, self.is_sound = conditioning, key_norm
-        self.norm = nn.LayerNorm(source_dim) if key_norm else nn.Identity()
-        self.memory, self.pool = nn.Linear(source_dim, width), nn.Linear(source_dim, width)
-        self.into = nn.Linear(target_dim, width)
+        self.norm = nn.LayerNorm(source.width) if key_norm else nn.Identity()
+        self.memory, self.pool = nn.Linear(source.width, width), nn.Linear(source.width, width)
+        self.into = nn.Linear(target.width, width)
         self.place_KW = nn.Parameter(0.1 * torch.randn(soft_tokens, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         crosses = conditioning != "pooled"
         self.layers = nn.ModuleList(FlowLayer(width, heads, crosses) for _ in range(depth))
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, target_dim))
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, target.width))
         self.memory.requires_grad_(crosses)
         self.pool.requires_grad_(conditioning != "cross")
 

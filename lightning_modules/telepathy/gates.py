@@ -153,10 +153,10 @@ def gates(module: Gated, count: int, least_accuracy: float, steps: int) -> Itera
 
 
 def question_embeddings(module: Gated, batch: EvaluationBatch) -> tuple[Tensor, Tensor]:
-    """Return vectors_BKD, the target's embeddings of the questions, and mask_BK, in the form of soft tokens."""
+    """Return vectors_BKD that the target makes of the questions, and mask_BK, in the form of soft tokens."""
     questions = [problem.question for problem in batch["problems"]]
     tokens_BK, mask_BK = pad(module.target.question_tokens(questions), 0)
-    return module.target.embedding(tokens_BK.to(module.target.model.device)), mask_BK
+    return module.target.vectors(tokens_BK.to(module.target.model.device)), mask_BK
 
 
 def overfitted(module: Gated, batch: TrainingBatch, steps: int) -> float:
@@ -200,7 +200,7 @@ def overfitted(module: Gated, batch: TrainingBatch, steps: int) -> float:
 
 def prompted(module: Gated, batch: TrainingBatch, steps: int) -> float:
     """Optimise vectors for each problem of a batch; return the cross-entropy at the end, see `overfitted`."""
-    scale, mask_BK = module.target.embedding_scale(), batch["soft_mask"]
+    scale, mask_BK = module.target.scale(), batch["soft_mask"]
     generator = torch.Generator().manual_seed(0)
     start_BKD = torch.randn(*mask_BK.shape, module.target.width, generator=generator)
     unit_BKD = nn.Parameter(start_BKD.to(mask_BK.device))  # of size 1, to which rates of learning are fitted

@@ -61,7 +61,7 @@ class Telepathy(BridgeEvaluation):
     Args:
         source: The model that reads, a decoder or an encoder. Only its layers up to `source_layer` are loaded.
         target: The model that answers, any causal language model.
-        bridge: The bridge; its widths come from the models.
+        bridge: The bridge; its widths come from the models. A `KVBridge` reads and writes keys and values.
         source_layer: The layer, counted from 1, whose output the bridge reads; the outputs of several are concatenated.
         normalizer: Normalisation of source states before the bridge: `none`, `layer_norm`, or `statistical`, with the
             mean and deviation over 256 held-out questions, measured when `fit` starts.
@@ -126,12 +126,12 @@ class Telepathy(BridgeEvaluation):
         with loading_to(torch.device("cpu")) if shard_frozen else nullcontext():
             self.source = Source(source, self.layers, prompt if source_prompt is None else source_prompt)
             self.target = Target(target, prompt, self.flaws)
-        self.scale, width = self.target.embedding_scale(), self.target.width
+        self.bridge = bridge(self.source, self.target, not notes_scale)
+        self.scale, width = self.target.scale(), self.target.width
         if notes_scale:
             self.normalizer = make_normalizer("statistical", self.source.width, NOTES_SCALE)
         else:
             self.normalizer = make_normalizer(normalizer, self.source.width, 1.0)
-        self.bridge = bridge(self.source.width, width, not notes_scale)
         self.bottleneck = make_bottleneck(bottleneck, width, self.flaws)
         self.soft_tokens = make_output(output, self.scale, self.flaws)
         self.text_prefix = TextPrefix(text_prefix, width, self.scale) if text_prefix else None

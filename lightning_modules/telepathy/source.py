@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from datamodules.errors import UserError
 from lightning_modules.pretrained.fingerprint import fingerprint
 from lightning_modules.pretrained.first_layers import FirstLayers
+from lightning_modules.pretrained.key_values import FirstKeyValues
 from lightning_modules.pretrained.loading import Pretrained, positions
 from lightning_modules.pretrained.prompts import (
     CHAT,
@@ -57,7 +58,7 @@ class Source(Frozen):
             source without a chat template reads the question alone.
 
     Attributes:
-        model: The model, up to the last of `layers`.
+        model: Reads the states of the model, which ends with the last of `layers`.
         tokenizer: Its tokenizer.
         before: The text before the question.
         added: The special tokens before and behind the text.
@@ -68,7 +69,7 @@ class Source(Frozen):
         UserError: The model cannot be loaded or has no such layer, or the prompt has no place for a question.
     """
 
-    model: FirstLayers
+    model: FirstLayers | FirstKeyValues
 
     def __init__(self, pretrained: Pretrained, layers: list[int], prompt: str):
         super().__init__(pretrained.load_first_layers(layers))
@@ -84,6 +85,17 @@ class Source(Frozen):
             whole = Prompt(QUESTION if prompt == CHAT else prompt)
         self.before = whole.before
         self.added = ([], []) if whole.has_special_tokens else added_tokens(tokenizer)
+
+    def read_key_values(self) -> list[int]:
+        """Let the states be the keys and values of the layers from now on, and return each layer's number of features.
+
+        Raises:
+            UserError: The model's keys cannot be read without their positions.
+        """
+        assert isinstance(self.model, FirstLayers)
+        self.model = FirstKeyValues(self.model, self.path)
+        self.width = self.model.width
+        return self.model.sites.layer_widths
 
     def tokenize(self, questions: Sequence[str]) -> SourceBatch:
         """Return questions in tokens.
@@ -148,6 +160,7 @@ class Source(Frozen):
         identity = {
             "weights": fingerprint(model, self.model.model.config),
             "layers": self.model.layers,
+            "reads": type(self.model).__name__,
             "precision": str(trainer.precision),
         }
         rows = [row[real].tolist() for row, real in zip(batch["source"], batch["source_real"], strict=True)]

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.errors import UserError
-from lightning_modules.pretrained.causal_lm import logits_at
+from lightning_modules.pretrained.causal_lm import embedding_of, logits_at, recorded
 from lightning_modules.pretrained.generation import Answer, end_tokens, filler_token, generate, vocabulary
+from lightning_modules.pretrained.key_values import key_values_of
 from lightning_modules.pretrained.loading import Pretrained, positions
 from lightning_modules.pretrained.prompts import (
     CHAT,
@@ -49,6 +50,7 @@ class Target(Frozen):
         model: The model.
         tokenizer: Its tokenizer.
         prompt: The text around the question.
+        sites: Where vectors go in: the embedding, or the keys and values of all layers.
         positions: The most positions of a row that the model reads; None if it has no limit.
 
     Raises:
@@ -62,7 +64,7 @@ class Target(Frozen):
         self.path = pretrained.path
         self.tokenizer = tokenizer = pretrained.load_tokenizer()
         self.prompt = Prompt.chat(tokenizer, self.path) if prompt == CHAT else Prompt(prompt)
-        self.positions = positions(self.model)
+        self.positions, self.sites = positions(self.model), embedding_of(self.model)
         ends = [end for end in end_tokens(self.model, tokenizer) if end < vocabulary(self.model)]
         if not ends:
             raise UserError(f"model.target: '{self.path}' has no token that ends a text: choose another model")
@@ -89,8 +91,8 @@ class Target(Frozen):
 
     @property
     def width(self) -> int:
-        """Width D of the embedding's output."""
-        return self.embedding.weight.shape[1]
+        """Width D of a vector: that of the embedding's output, or of all keys and values together."""
+        return self.sites.width
 
     @property
     def embedding(self) -> torch.nn.Embedding:
@@ -107,6 +109,36 @@ class Target(Frozen):
         parts = [torch.arange(start, min(start + CHUNK, size), device=device) for start in range(0, size, CHUNK)]
         squares = [self.embedding(tokens).float().square().sum().item() for tokens in parts]
         return float((sum(squares) / (size * self.width)) ** 0.5)
+
+    def take_key_values(self) -> list[int]:
+        """Let vectors be keys and values of all layers from now on, and return each layer's number of features.
+
+        Raises:
+            UserError: The model's keys hold positions, or it passes more than keys and values from token to token.
+        """
+        self.sites = sites = key_values_of(self.model, self.path)
+        return sites.layer_widths
+
+    def scale(self) -> float:
+        """Return the root mean square of the vectors of a text: of its embeddings, or of its standardised keys."""
+        return 1.0 if self.takes_key_values else self.embedding_scale()
+
+    @property
+    def takes_key_values(self) -> bool:
+        """Whether vectors are keys and values."""
+        return self.sites.sites != (self.embedding,)
+
+    @torch.no_grad()
+    def vectors(self, tokens_BQ: Tensor) -> Tensor:
+        """Return vectors_BQD of tokens behind the beginning of the prompt: those that the model makes of a text."""
+        if not self.takes_key_values:
+            embeds_BQD: Tensor = self.embedding(tokens_BQ)
+            return embeds_BQD
+        head = self._trained[0][: self._trained[1]]
+        head_BT = torch.tensor(head, dtype=torch.long, device=tokens_BQ.device).expand(len(tokens_BQ), -1)
+        with recorded(self.sites) as found:
+            self.model(input_ids=torch.cat([head_BT, tokens_BQ], dim=1), use_cache=False)
+        return self.sites.vectors(torch.cat(found, dim=-1))[:, len(head) :]
 
     def check(self, trains: bool) -> None:
         """Find out before a run whether the model is causal and answers vectors.
@@ -192,7 +224,7 @@ class Target(Frozen):
 
     def logits(self, packing: Packing, vectors_BKD: Tensor | None = None) -> Tensor:
         """Return logits_NV at the answer tokens alone."""
-        return logits_at(self.model, packing.tokens_BT, packing.predict_N, vectors_BKD, packing.column_BT)
+        return logits_at(self.model, packing.tokens_BT, packing.predict_N, vectors_BKD, packing.column_BT, self.sites)
 
     @torch.no_grad()
     def losses(
@@ -228,7 +260,7 @@ class Target(Frozen):
         ]
         prompts, columns = [tokens for tokens, _ in filled], [columns for _, columns in filled]
         self._check_length(max(map(len, prompts)) + limit, f", {limit} of them for the answer (model.max_new_tokens)")
-        return generate(self.model, self.tokenizer, prompts, limit, self.prompt.stop, vectors_BKD, columns)
+        return generate(self.model, self.tokenizer, prompts, limit, self.prompt.stop, vectors_BKD, columns, self.sites)
 
     def _check_length(self, length: int, remark: str = "") -> None:
         if self.positions is not None and length > self.positions:

@@ -1,5 +1,7 @@
 """The parts between the two models: bridges, output scale and normalizer."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,16 @@ from lightning_modules.telepathy.normalizer import StatisticalNormalizer
 from lightning_modules.telepathy.output_scale import OutputScale
 
 SOURCE, TARGET = 12, 8
+ENDS = SimpleNamespace(width=SOURCE), SimpleNamespace(width=TARGET)
 BRIDGES = {
-    "perceiver": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, depth=2, heads=2),
-    "perceiver, wider": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, depth=1, heads=2, width=16),
-    "perceiver, odd width": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, depth=1, heads=1, width=9),
-    "perceiver, by fives": lambda: PerceiverBridge(SOURCE, TARGET, soft_tokens=5, tokens_per_query=5, heads=2),
-    "perceiver, no key_norm": lambda: PerceiverBridge(SOURCE, TARGET, key_norm=False, soft_tokens=5, heads=2),
-    "token": lambda: TokenBridge(SOURCE, TARGET),
-    "token, mlp": lambda: TokenBridge(SOURCE, TARGET, tokens_per_source=3, hidden=16),
-    "token, no key_norm": lambda: TokenBridge(SOURCE, TARGET, key_norm=False, tokens_per_source=1),
+    "perceiver": lambda: PerceiverBridge(*ENDS, soft_tokens=5, depth=2, heads=2),
+    "perceiver, wider": lambda: PerceiverBridge(*ENDS, soft_tokens=5, depth=1, heads=2, width=16),
+    "perceiver, odd width": lambda: PerceiverBridge(*ENDS, soft_tokens=5, depth=1, heads=1, width=9),
+    "perceiver, by fives": lambda: PerceiverBridge(*ENDS, soft_tokens=5, tokens_per_query=5, heads=2),
+    "perceiver, no key_norm": lambda: PerceiverBridge(*ENDS, key_norm=False, soft_tokens=5, heads=2),
+    "token": lambda: TokenBridge(*ENDS),
+    "token, mlp": lambda: TokenBridge(*ENDS, tokens_per_source=3, hidden=16),
+    "token, no key_norm": lambda: TokenBridge(*ENDS, key_norm=False, tokens_per_source=1),
 }
 
 
@@ -46,8 +49,8 @@ def test_soft_tokens_and_their_mask(bridge):
 def test_queries_behind_the_question_send_nothing_but_in_the_notes():
     mask_BS = states([4, 7, 1])[1]
     sizes = {"soft_tokens": 10, "tokens_per_query": 2, "heads": 2, "span": 32}  # at positions 0, 6, 12, 19 and 25
-    assert PerceiverBridge(SOURCE, TARGET, **sizes).soft_mask(mask_BS).sum(1).tolist() == [2, 4, 2]
-    assert PerceiverBridge(SOURCE, TARGET, key_norm=False, **sizes).soft_mask(mask_BS).all()
+    assert PerceiverBridge(*ENDS, **sizes).soft_mask(mask_BS).sum(1).tolist() == [2, 4, 2]
+    assert PerceiverBridge(*ENDS, key_norm=False, **sizes).soft_mask(mask_BS).all()
 
 
 def test_soft_tokens_do_not_depend_on_the_padding(bridge):
@@ -78,7 +81,7 @@ def test_every_parameter_is_trained(bridge):
 
 def test_soft_tokens_of_a_query_stand_side_by_side_and_read_its_place():
     states_BSC, mask_BS = states([6])
-    bridge = PerceiverBridge(SOURCE, TARGET, soft_tokens=12, tokens_per_query=2, depth=1, heads=2, span=6)
+    bridge = PerceiverBridge(*ENDS, soft_tokens=12, tokens_per_query=2, depth=1, heads=2, span=6)
     other_BSC = states_BSC.clone()
     other_BSC[0, 3] *= -1
     moved_K = (bridge(other_BSC, mask_BS) - bridge(states_BSC, mask_BS))[0].norm(dim=-1)
@@ -89,9 +92,9 @@ def test_soft_tokens_of_a_query_stand_side_by_side_and_read_its_place():
 @pytest.mark.parametrize(
     "bridge",
     [
-        PerceiverBridge(SOURCE, TARGET, soft_tokens=9, tokens_per_query=3, heads=2, hidden=10),
-        TokenBridge(SOURCE, TARGET, tokens_per_source=3),
-        TokenBridge(SOURCE, TARGET, tokens_per_source=3, hidden=10),
+        PerceiverBridge(*ENDS, soft_tokens=9, tokens_per_query=3, heads=2, hidden=10),
+        TokenBridge(*ENDS, tokens_per_source=3),
+        TokenBridge(*ENDS, tokens_per_source=3, hidden=10),
     ],
 )
 def test_the_soft_tokens_of_one_map_start_equal_and_learn_apart(bridge):
@@ -109,7 +112,7 @@ def test_the_soft_tokens_of_one_map_start_equal_and_learn_apart(bridge):
 def test_key_norm_makes_the_scale_of_the_states_irrelevant(make):
     states_BSC, mask_BS = states([4, 4])
     torch.manual_seed(0)
-    bridge = make(SOURCE, TARGET)
+    bridge = make(*ENDS)
     for size in (0.1, 1e3):
         torch.testing.assert_close(bridge(states_BSC * size, mask_BS), bridge(states_BSC, mask_BS), atol=0.02, rtol=0)
 
@@ -118,7 +121,7 @@ def test_key_norm_makes_the_scale_of_the_states_irrelevant(make):
 def test_without_key_norm_states_of_embedding_scale_give_every_input_the_same(key_norm, size, collapsed):
     states_BSC, mask_BS = states([6, 6, 6, 6])
     torch.manual_seed(0)
-    soft_BKD = PerceiverBridge(SOURCE, TARGET, key_norm=key_norm)(size * states_BSC, mask_BS)
+    soft_BKD = PerceiverBridge(*ENDS, key_norm=key_norm)(size * states_BSC, mask_BS)
     spread = (soft_BKD.std(0).mean() / soft_BKD.square().mean().sqrt()).item()
     assert spread < 0.02 if collapsed else spread > 0.2
 
@@ -135,7 +138,7 @@ def test_without_key_norm_states_of_embedding_scale_give_every_input_the_same(ke
 )
 def test_sizes_that_make_no_bridge(make, options, message):
     with pytest.raises(ValueError, match=message):
-        make(SOURCE, TARGET, **options)
+        make(*ENDS, **options)
 
 
 def test_the_output_scale():

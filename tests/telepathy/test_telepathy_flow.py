@@ -1,6 +1,7 @@
 """The bridge that samples: its noise, its path, its sampling, and what it reads."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from lightning_modules.telepathy import FlowBridge
 from lightning_modules.telepathy.noise import gaussian, row_seeds, uniform
 
 SOURCE, TARGET = 12, 8
-MADE = partial(FlowBridge, SOURCE, TARGET, soft_tokens=10, span=8, width=16, heads=2, depth=2, steps=3)
+ENDS = SimpleNamespace(width=SOURCE), SimpleNamespace(width=TARGET)
+MADE = partial(FlowBridge, *ENDS, soft_tokens=10, span=8, width=16, heads=2, depth=2, steps=3)
 
 
 def bridge_of(conditioning: str = "cross", **options) -> FlowBridge:

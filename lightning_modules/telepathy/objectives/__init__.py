@@ -141,13 +141,17 @@ def check_parts(
     """Check that bridge and bottleneck have what the objectives read, and that each flaw is of a part that is there.
 
     Raises:
-        UserError: An objective needs a bottleneck or a `FlowBridge`, or a flaw would do nothing.
+        UserError: An objective needs a bottleneck, a `FlowBridge` or embeddings, or a flaw would do nothing.
     """
     for name in ("commitment", "code_entropy"):
         if name in objectives and not bottleneck.size:
             raise UserError(f"model.objectives.{name} needs codes: set model.bottleneck to vq or fsq")
     if "flow" in objectives and not isinstance(bridge, FlowBridge):
         raise UserError(f"model.objectives.flow needs a FlowBridge as model.bridge, not a {type(bridge).__name__}")
+    if "bag_of_words" in objectives and not bridge.embeds:
+        raise UserError(
+            f"model.objectives.bag_of_words compares embeddings, and a {type(bridge).__name__} makes none: leave it out"
+        )
     for flaw, of in FLAW_OF.items():
         if flaw in flaws and of not in objectives:
             raise UserError(f"model.reproduce_flaws: {flaw} needs the objective {of} in model.objectives")

@@ -61,11 +61,11 @@ class BridgeStep:
         return self.soft_BKD.flatten(1) if fixed else masked_mean(self.soft_BKD, self.batch["soft_mask"])
 
     def embedded(self, text: Literal["question", "answer"]) -> tuple[Tensor, Tensor]:
-        """Return the target's embeddings of the question or of the answer, x_BQD, and their mask_BQ."""
+        """Return the target's vectors of the question or of the answer, x_BQD, and their mask_BQ."""
         batch = self.batch
         if text == "question":
-            return self.target.embedding(batch["question"]).float(), batch["question_mask"]
-        return self.target.embedding(batch["answer"]).float(), batch["answer_mask"]
+            return self.target.vectors(batch["question"]).float(), batch["question_mask"]
+        return self.target.vectors(batch["answer"]).float(), batch["answer_mask"]
 
     def answered(self, rows: RowsOf) -> Tensor:
         """Return the target's logits_NV at the answer tokens of these rows, from the soft tokens."""
