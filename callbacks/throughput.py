@@ -43,11 +43,13 @@ class _Tally:
     samples: int = 0
     tokens: int = 0
     flops: int | None = 0
+    padding: int | None = 0
 
     def add(self, workload: Workload) -> None:
         self.samples += workload.samples
         self.tokens += workload.tokens
-        self.flops = None if self.flops is None or workload.flops is None else self.flops + workload.flops
+        self.flops = _sum(self.flops, workload.flops)
+        self.padding = _sum(self.padding, workload.padding)
 
 
 class Throughput(Callback):
@@ -55,6 +57,7 @@ class Throughput(Callback):
 
     - `throughput/samples_per_s`, `throughput/tokens_per_s`: over all ranks, assuming that the batches of all ranks are
       as large as those of rank zero;
+    - `throughput/padding`: fraction of the tokens of rank zero that are padding, if the module counts them;
     - `throughput/data_wait`: fraction of time from the end of a batch to the start of the next: fetching and moving
       data, and saving checkpoints. On a GPU it is an upper bound, because the device may still be busy then;
     - `throughput/peak_memory_gib`: memory allocated on the CUDA device, or resident memory of the process on a CPU;
@@ -176,9 +179,15 @@ class Throughput(Callback):
         }
         if tally.tokens:
             metrics["tokens_per_s"] = tally.tokens * trainer.world_size / seconds
+        if tally.tokens and tally.padding is not None:
+            metrics["padding"] = tally.padding / tally.tokens
         if tally.flops and self._peak:
             metrics["mfu"] = tally.flops / seconds / self._peak
         return {f"throughput/{name}": value for name, value in metrics.items()}
+
+
+def _sum(total: int | None, added: int | None) -> int | None:
+    return None if total is None or added is None else total + added
 
 
 def _clock(trainer: Trainer) -> float:

@@ -23,6 +23,7 @@ INDIFFERENT = {
 TRAINING = {
     "data.batch_size",
     "data.epoch_size",
+    "data.max_tokens",
     "model.loss_precision",
     "model.objectives",
     "model.optimizer",

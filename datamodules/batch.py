@@ -57,6 +57,15 @@ class SupportsCollate(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsLengths(Protocol):
+    """A module that knows before it makes a batch how long its rows are."""
+
+    def lengths(self, problems: Sequence[Any]) -> list[int]:
+        """Return the tokens of each problem's longest row in training."""
+        ...
+
+
 class _Overfitting(Protocol):
     """What Lightning's trainer has without declaring it."""
 

@@ -14,6 +14,7 @@ from datamodules.external_problems import ExternalProblems
 from datamodules.loader import BatchLoader, UnchangedLoader
 from datamodules.problem_rows import Columns
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
+from datamodules.token_budget import Budget, BudgetedBatches, BudgetedStream, problem_lengths
 
 FIXED = 2000  # problems in each fixed set of the generated source
 GENERATORS: dict[str, Callable[[int], Problem]] = {
@@ -60,8 +61,10 @@ class WordProblems(TaskDataModule):
             Without `train` there is only a test, without `test` it is the last tenth of the training data.
         answer_format: How outputs mark the final answer: `gsm8k`, after `####`; `last_number`; or a regular expression
             with one group (see `answers.final_answer`).
-        batch_size: Problems per device and step.
-        epoch_size: Generated problems per epoch; each epoch draws new ones.
+        batch_size: Problems per device and step; with `max_tokens` the most of them.
+        max_tokens: Tokens per device and step, padding included. A batch then has as many problems of similar length as
+            fit: their number times the longest of their rows is at most `max_tokens`.
+        epoch_size: Generated problems per epoch, with `max_tokens` about; each epoch draws new ones.
         validation_size: Problems of the validation set: at most 2000 if generated, else at most a tenth of the training
             data, from their end.
         test_sets: Test set -> number of problems. Generated: `test`, `heldout` (name-object and number pairs that
@@ -83,6 +86,7 @@ class WordProblems(TaskDataModule):
         splits: dict[str, str] | None = None,
         answer_format: str = GSM8K,
         batch_size: int = 64,
+        max_tokens: int | None = None,
         epoch_size: int = 100_000,
         validation_size: int = 500,
         test_sets: dict[str, int] | None = None,
@@ -96,6 +100,7 @@ class WordProblems(TaskDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers, epoch_size, sizes)
         check_numbers("data", 0, 1, passkey_fraction=passkey_fraction)
         check_numbers("data", 0, SEEDS, seed=seed)
+        check_numbers("data", 1, max_tokens=max_tokens)
         check_format(answer_format)
         if source == "jsonl":
             rank_zero_warn("data.source 'jsonl' is now named 'file'; the old name still works", category=FutureWarning)
@@ -117,7 +122,7 @@ class WordProblems(TaskDataModule):
             self.external = ExternalProblems(
                 source, path, test_path, Columns.from_settings(columns or {}, answer_format), hub_config, splits
             )
-        self.answer_format, self.seed = answer_format, seed
+        self.answer_format, self.seed, self.max_tokens = answer_format, seed, max_tokens
         self.validation_size, self.test_sets, self.passkey_fraction = validation_size, test_sets, passkey_fraction
         self.train_problems: list[Problem] = []
         self.eval_problems: dict[str, list[Problem]] = {}
@@ -176,13 +181,25 @@ class WordProblems(TaskDataModule):
 
     def train_dataloader(self) -> BatchLoader[object]:
         """Return length-bucketed training batches, the same global batches for any number of ranks."""
+        batches = self._training_batches() if self.max_tokens is None else self._budgeted(self.max_tokens)
+        return self._loader(self._overfit(batches), self._collate(training=True), self.num_workers)
+
+    def _training_batches(self) -> Batches[list[Problem]]:
         size = self.batch_size * self._world
         if self.external:
-            batches: Batches[list[Problem]] = self._finite("training", self.train_problems, size)
-        else:
-            self._check_epoch(size)
-            batches = StreamBatches(self.train_problem, self.epoch_size, size, _length)
-        return self._loader(self._overfit(batches), self._collate(training=True), self.num_workers)
+            return self._finite("training", self.train_problems, size)
+        self._check_epoch(size)
+        return StreamBatches(self.train_problem, self.epoch_size, size, _length)
+
+    def _budgeted(self, max_tokens: int) -> Batches[list[Problem]]:
+        parts = partial(problem_lengths, self._module, max_tokens), Budget(max_tokens, self.batch_size), self._world
+        if self.external is None:
+            stream = BudgetedStream(self.train_problem, self.epoch_size, *parts)
+            self._check_epoch(stream.rows)
+            return stream
+        fixed = BudgetedBatches(self.train_problems, *parts, self.seed)
+        self._check_shares(f"{len(self.train_problems)} training problems", len(fixed), fixed.smallest)
+        return fixed
 
     def val_dataloader(self) -> BatchLoader[object]:
         """Return the validation set."""

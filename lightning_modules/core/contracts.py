@@ -24,11 +24,13 @@ class Workload:
         tokens: Positions that the trained network processes; 0 where the word has no meaning.
         flops: Floating-point operations of forward and backward together (a multiply-add counts two), without
             recomputation; None where the module does not know.
+        padding: Positions among `tokens` that are padding; None where the module does not know.
     """
 
     samples: int
     tokens: int = 0
     flops: int | None = None
+    padding: int | None = None
 
 
 @runtime_checkable

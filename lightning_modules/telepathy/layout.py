@@ -24,6 +24,10 @@ class Row:
     place: int
     answer: list[int]
 
+    def length(self, vectors: int) -> int:
+        """Return the positions of the packed row with so many vectors; its last answer token is a label only."""
+        return len(self.prompt) + vectors + len(self.answer) - 1
+
     def filled(self, vectors: list[int], filler: int) -> tuple[list[int], list[int]]:
         """Return the prompt with vectors in it: its tokens, and for each the vector in its place, -1 for none.
 
@@ -46,6 +50,7 @@ class Packing:
         predict_N: Flat positions (row * T + column) whose logits predict the answer tokens.
         labels_N: The answer tokens.
         place_N: The place of each of them in its answer, from 0.
+        padding: The number of positions behind the ends of rows.
     """
 
     tokens_BT: Tensor
@@ -53,6 +58,7 @@ class Packing:
     predict_N: Tensor
     labels_N: Tensor
     place_N: Tensor
+    padding: int
 
 
 def real_vectors(mask_BK: Tensor | None, size: int) -> list[list[int]]:
@@ -85,4 +91,5 @@ def pack(rows: Sequence[Row], filler: int, mask_BK: Tensor | None = None) -> Pac
         torch.tensor(predict),
         torch.tensor([token for row in rows for token in row.answer]),
         torch.tensor([place for row in rows for place in range(len(row.answer))]),
+        width * len(wholes) - sum(map(len, wholes)),
     )

@@ -4,7 +4,7 @@ Shapes: B batch, S source positions of the question, C source width, K soft toke
 tokens of the whole batch, V target vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from lightning_modules.pretrained.loading import Pretrained, loading_to
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bottleneck import BottleneckName, make_bottleneck
 from lightning_modules.telepathy.bridges import BridgeFactory
-from lightning_modules.telepathy.collation import evaluation_batch, training_batch
+from lightning_modules.telepathy.collation import evaluation_batch, row_lengths, training_batch
 from lightning_modules.telepathy.encoding import Encoding
 from lightning_modules.telepathy.evaluation import BridgeEvaluation
 from lightning_modules.telepathy.flaws import NOTES_SCALE, Flaw, chosen, make_output
@@ -159,8 +159,16 @@ class Telepathy(BridgeEvaluation):
         parts = problems, self.source, self.target, self.bridge
         if not training:
             return evaluation_batch(*parts)
+        return training_batch(*parts, *self._for_training)
+
+    def lengths(self, problems: Sequence[Problem]) -> list[int]:
+        """Return the tokens of each problem's longest row in training, of the source or of the target."""
+        return row_lengths(problems, self.source, self.target, self.bridge, *self._for_training)
+
+    @property
+    def _for_training(self) -> tuple[Collection[str], TextPrefix | None, bool]:
         needs = {part for objective in self.objectives.values() for part in objective.needs}
-        return training_batch(*parts, needs, self.text_prefix, "padding_labels" in self.flaws)
+        return needs, self.text_prefix, "padding_labels" in self.flaws
 
     def read(self, batch: TelepathyBatch) -> Tensor:
         """Return the source's states_BSC at the question, without the prompt and the BOS, whose state is an outlier."""

@@ -98,7 +98,18 @@ class Source(Frozen):
         return self.model.sites.layer_widths
 
     def tokenize(self, questions: Sequence[str]) -> SourceBatch:
-        """Return questions in tokens.
+        """Return questions in tokens, with their states where these are in files.
+
+        Raises:
+            UserError: As `tokens` does, or the files have no states of a question.
+        """
+        batch = self.tokens(questions)
+        if self.cache is not None:
+            batch["states"] = self.cache.read(questions)
+        return batch
+
+    def tokens(self, questions: Sequence[str]) -> SourceBatch:
+        """Return questions in tokens alone.
 
         Raises:
             UserError: A question has no token, or a row is longer than the model's positions.
@@ -124,12 +135,9 @@ class Source(Frozen):
         source_mask_BS = offset_S < torch.tensor(counts)[:, None]
         # Beyond the end of a question its first position is read again, and masked
         source_place_BS = torch.tensor(places)[:, None] + offset_S * source_mask_BS
-        batch = SourceBatch(
+        return SourceBatch(
             source=source_BT, source_real=source_real_BT, source_place=source_place_BS, source_mask=source_mask_BS
         )
-        if self.cache is not None:
-            batch["states"] = self.cache.read(questions)
-        return batch
 
     def read(self, batch: SourceBatch) -> Tensor:
         """Return the states_BSC of the question in fp32, without those of the prompt and of special tokens."""

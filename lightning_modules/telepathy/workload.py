@@ -7,7 +7,7 @@ from lightning_modules.telepathy.batch import TrainingBatch
 
 
 def workload(batch: TrainingBatch, source: nn.Module, target: nn.Module, bridge: nn.Module) -> Workload:
-    """Return samples, target positions and flops of a training step.
+    """Return samples, target positions, their padding, and flops of a training step.
 
     Per parameter and position there are 2 flops forward, 2 for gradients of activations (not in the source), and 2 for
     gradients of weights (in the bridge alone).
@@ -19,4 +19,5 @@ def workload(batch: TrainingBatch, source: nn.Module, target: nn.Module, bridge:
         answered += 2 * batch["text"].tokens_BT.numel()
     if "prefixed" in batch:
         answered += 4 * batch["prefixed"].tokens_BT.numel()
-    return Workload(len(batch["source"]), tokens, read * sizes[0] + answered * sizes[1] + bridged * sizes[2])
+    flops = read * sizes[0] + answered * sizes[1] + bridged * sizes[2]
+    return Workload(len(batch["source"]), tokens, flops, batch["soft"].padding)
