@@ -3,6 +3,7 @@
 from callbacks.activation_clamp import ActivationClamp
 from callbacks.activation_noise import ActivationNoise
 from callbacks.activation_reference import ActivationReference
+from callbacks.agent_chain import AgentChain
 from callbacks.bits_by_position import BitsByPosition
 from callbacks.curriculum import Curriculum
 from callbacks.diversity_monitor import DiversityMonitor
@@ -27,6 +28,7 @@ __all__ = [
     "ActivationClamp",
     "ActivationNoise",
     "ActivationReference",
+    "AgentChain",
     "BitsByPosition",
     "Curriculum",
     "DiversityMonitor",
