@@ -7,7 +7,7 @@ tokens of the whole batch, V target vocabulary.
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -31,7 +31,7 @@ from lightning_modules.telepathy.flaws import NOTES_SCALE, Flaw, chosen, make_ou
 from lightning_modules.telepathy.frozen import frozen_names
 from lightning_modules.telepathy.gates import gates
 from lightning_modules.telepathy.noise import row_seeds
-from lightning_modules.telepathy.normalizer import calibrate, make_normalizer
+from lightning_modules.telepathy.normalizer import NormalizerName, calibrate, make_normalizer
 from lightning_modules.telepathy.objectives import (
     BridgeStep,
     ObjectiveName,
@@ -63,8 +63,8 @@ class Telepathy(BridgeEvaluation):
         target: The model that answers, any causal language model.
         bridge: The bridge; its widths come from the models. A `KVBridge` reads and writes keys and values.
         source_layer: The layer, counted from 1, whose output the bridge reads; the outputs of several are concatenated.
-        normalizer: Normalisation of source states before the bridge: `none`, `layer_norm`, or `statistical`, with the
-            mean and deviation over 256 held-out questions, measured when `fit` starts.
+        normalizer: Normalisation of source states before the bridge: `none`, `layer_norm`, `statistical`, with the mean
+            and deviation over 256 held-out questions when `fit` starts, or `learned_statistical`, trained from there.
         output: How soft tokens are brought to the scale of the target's embeddings (see `OutputScale`).
         bottleneck: Replace each soft token by a code: `vq`: one of 4096 learned vectors; `fsq`: five rounded numbers.
         objectives: Objective -> weight, or -> {weight, options}, see `lightning_modules.telepathy.objectives`.
@@ -96,7 +96,7 @@ class Telepathy(BridgeEvaluation):
         target: Pretrained,
         bridge: BridgeFactory,
         source_layer: int | list[int],
-        normalizer: Literal["none", "layer_norm", "statistical"] = "none",
+        normalizer: NormalizerName = "none",
         output: OutputName = "rms",
         bottleneck: BottleneckName = "none",
         objectives: dict[ObjectiveName, Setting] | None = None,
@@ -128,10 +128,7 @@ class Telepathy(BridgeEvaluation):
             self.target = Target(target, prompt, self.flaws)
         self.bridge = bridge(self.source, self.target, not notes_scale)
         self.scale, width = self.target.scale(), self.target.width
-        if notes_scale:
-            self.normalizer = make_normalizer("statistical", self.source.width, NOTES_SCALE)
-        else:
-            self.normalizer = make_normalizer(normalizer, self.source.width, 1.0)
+        self.normalizer = make_normalizer(normalizer, self.source.width, NOTES_SCALE if notes_scale else None)
         self.bottleneck = make_bottleneck(bottleneck, width, self.flaws)
         self.soft_tokens = make_output(output, self.scale, self.flaws)
         self.text_prefix = TextPrefix(text_prefix, width, self.scale) if text_prefix else None

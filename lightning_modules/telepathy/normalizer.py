@@ -14,11 +14,15 @@ from datamodules.errors import UserError
 from lightning_modules.core.contracts import SupportsSampleDataloader, connected
 from lightning_modules.telepathy.ranks import summed
 
+NormalizerName = Literal["none", "layer_norm", "statistical", "learned_statistical"]
+
 CALIBRATION = 256  # held-out questions from which the statistics are taken
 
 
 class StatisticalNormalizer(nn.Module):
     """Standardise each feature by the source's own statistics: (x - mean) / std · scale.
+
+    With `learned`, scale and mean of each feature of the output are trained, from `scale` and 0 on.
 
     The notes used the scale of the target's embeddings (about 0.003) *before* the cross-attention, which makes the
     attention uniform. The default scale of 1 avoids this flaw.
@@ -26,16 +30,19 @@ class StatisticalNormalizer(nn.Module):
     Args:
         width: C.
         scale: Root mean square of the output.
+        learned: Train scale and mean of the output.
     """
 
     mean_C: Tensor
     std_C: Tensor
 
-    def __init__(self, width: int, scale: float = 1.0):
+    def __init__(self, width: int, scale: float = 1.0, learned: bool = False):
         super().__init__()
         self.scale = scale
         self.register_buffer("mean_C", torch.zeros(width))
         self.register_buffer("std_C", torch.ones(width))
+        self.scale_C = nn.Parameter(torch.full([width], scale)) if learned else None
+        self.shift_C = nn.Parameter(torch.zeros(width)) if learned else None
 
     @torch.no_grad()
     def calibrate(self, sum_C: Tensor, square_sum_C: Tensor, count_C: Tensor) -> None:
@@ -52,7 +59,10 @@ class StatisticalNormalizer(nn.Module):
 
     def forward(self, states_BSC: Tensor) -> Tensor:
         """Return the normalised states_BSC."""
-        return (states_BSC - self.mean_C) / self.std_C * self.scale
+        unit_BSC = (states_BSC - self.mean_C) / self.std_C
+        if self.scale_C is None or self.shift_C is None:
+            return unit_BSC * self.scale
+        return unit_BSC * self.scale_C + self.shift_C
 
 
 def sums(states: Iterable[Tensor]) -> Tensor:
@@ -82,11 +92,20 @@ def calibrate(module: LightningModule, normalizer: nn.Module, read: Callable[[An
     normalizer.calibrate(*summed(module, sums_3C))
 
 
-def make_normalizer(kind: Literal["none", "layer_norm", "statistical"], width: int, scale: float) -> nn.Module:
-    """Return the normalizer of source states; only the statistical one uses `scale`."""
+def make_normalizer(kind: NormalizerName, width: int, notes_scale: float | None = None) -> nn.Module:
+    """Return the normalizer of source states.
+
+    Args:
+        kind: Its kind.
+        width: C.
+        notes_scale: The scale of the notes, who always standardised: any kind but `learned_statistical` then means
+            `statistical`, at this scale.
+    """
     match kind:
-        case "statistical":
-            return StatisticalNormalizer(width, scale)
+        case "statistical" | "learned_statistical":
+            return StatisticalNormalizer(width, notes_scale or 1.0, kind == "learned_statistical")
+        case _ if notes_scale is not None:
+            return StatisticalNormalizer(width, notes_scale)
         case "layer_norm":
             return nn.LayerNorm(width, elementwise_affine=False)
         case _:  # "none", or the null of a config

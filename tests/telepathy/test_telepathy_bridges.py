@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
+from lightning_modules.telepathy.flaws import NOTES_SCALE
 from lightning_modules.telepathy.normalizer import StatisticalNormalizer
 from lightning_modules.telepathy.output_scale import OutputScale
 
 SOURCE, TARGET = 12, 8
+NORMALIZERS = ("statistical", "learned_statistical")
 ENDS = SimpleNamespace(width=SOURCE), SimpleNamespace(width=TARGET)
 BRIDGES = {
     "perceiver": lambda: PerceiverBridge(*ENDS, soft_tokens=5, depth=2, heads=2),
@@ -172,6 +174,22 @@ def test_the_statistical_normalizer_is_numpys():
     wanted_NC = 0.1 * (values_NC - values_NC.mean(0)) / values_NC.std(0)
     np.testing.assert_allclose(normalizer(states_NC.float()).numpy(), wanted_NC, atol=1e-5)
     assert set(normalizer.state_dict()) == {"mean_C", "std_C"}
+
+
+@pytest.mark.parametrize(("flaws", "scale"), [((), 1.0), (("key_scale",), NOTES_SCALE)])
+def test_the_learned_normalizer_starts_as_the_fixed_one_and_trains(telepathy, fit, flaws, scale):
+    fixed, learned = (telepathy(normalizer=kind, reproduce_flaws=list(flaws)) for kind in NORMALIZERS)
+    fit(fixed, 1)
+    assert [name for name, _ in fixed.normalizer.named_parameters()] == []
+    fit(learned, 1, limit_train_batches=0)  # measures the statistics alone
+    torch.testing.assert_close(learned.normalizer.std_C, fixed.normalizer.std_C)
+    states_NC = fixed.normalizer.mean_C + fixed.normalizer.std_C * torch.randn(500, fixed.source.width)
+    torch.testing.assert_close(learned.normalizer(states_NC), fixed.normalizer(states_NC))
+    assert fixed.normalizer(states_NC).square().mean().sqrt().item() == pytest.approx(scale, rel=0.05)
+    fit(learned, 2)
+    for name, start in (("scale_C", scale), ("shift_C", 0.0)):
+        assert (getattr(learned.normalizer, name) != start).float().mean() > 0.9
+        assert f"normalizer.{name}" in learned.state_dict()
 
 
 def test_the_normalizers_statistics_are_those_of_the_questions(telepathy, fit):
