@@ -53,7 +53,7 @@ class Sleeper(LightningModule):
 
 class WithWorkload(Sleeper):
     def workload(self, batch):
-        return Workload(samples=7, tokens=11, flops=1000)
+        return Workload(samples=7, tokens=11, flops=1000, padding=self.layer.in_features)
 
 
 class Recorder(Logger):
@@ -100,7 +100,7 @@ def test_rates_by_shape_without_workload(tmp_path):
     assert metrics["throughput/tokens_per_s"] == pytest.approx(LENGTH * metrics["throughput/samples_per_s"])
     assert metrics["throughput/data_wait"] < 0.3
     assert 0.05 < metrics["throughput/peak_memory_gib"] < 100
-    assert "throughput/mfu" not in metrics
+    assert not {"throughput/mfu", "throughput/padding"} & {*metrics}
 
 
 def test_rates_by_workload(tmp_path):
@@ -109,6 +109,7 @@ def test_rates_by_workload(tmp_path):
     rate = metrics["throughput/samples_per_s"]
     assert metrics["throughput/tokens_per_s"] == pytest.approx(11 / 7 * rate)
     assert metrics["throughput/mfu"] == pytest.approx(1000 / 7 * rate / 1e6)
+    assert metrics["throughput/padding"] == pytest.approx(1 / 11)
 
 
 def test_no_utilisation_without_a_known_peak(tmp_path):

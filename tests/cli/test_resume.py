@@ -15,6 +15,7 @@ SAVE = [
     *(f"--trainer.callbacks.{key}" for key in (f"every_n_train_steps={MIDDLE}", "save_top_k=-1")),
 ]
 PERCEIVER = ["--model.bridge", "PerceiverBridge", "--model.bridge.soft_tokens", "8"]
+BUDGET = ["--data.max_tokens", "1100", "--data.batch_size", "40"]
 WIDTH = ["--model.bridge.hidden", "32"]
 
 
@@ -47,8 +48,8 @@ def series(folder: str) -> dict[str, dict[int, float]]:
 
 @pytest.mark.parametrize(
     "options",
-    [[], [EMA, "--trainer.callbacks.decay=0.5"], ["--model.normalizer", "statistical"]],
-    ids=["plain", "ema", "statistical normalizer"],
+    [[], [EMA, "--trainer.callbacks.decay=0.5"], ["--model.normalizer", "statistical"], BUDGET],
+    ids=["plain", "ema", "statistical normalizer", "token budget"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, options):
     whole = train("whole", *SAVE, *options)

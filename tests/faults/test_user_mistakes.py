@@ -96,6 +96,8 @@ add("momentum", "mod", ["--model.optimizer=SGD", "--model.optimizer.momentum=5"]
 add_values("mod", "data.p", "data.p must be", "1", "-7", str(10**9))
 add_values("mod", "data.train_fraction", "data.train_fraction", "0", "1", "2", "-0.5", ".nan")
 add_values("mod", "data.batch_size", "data.batch_size", "0", "9999")
+add_values("tel", "data.max_tokens", "data.max_tokens must be at least", "0", "60")
+add_values("qa", "data.max_tokens", "data.max_tokens: QuestionAnswering does not know the lengths of its rows", "900")
 add_values("mod", "data.num_workers", "data.num_workers must be 0, 1, 2, 4 or 8", "-1", "3")
 add_values("mod", "data.seed", "data.seed must be", "-1", str(2**70))
 add_values("mod", "data.task_seed", "data.task_seed must be at least 0", "-1")
