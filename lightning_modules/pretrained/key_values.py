@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROWS, LENGTH = 8, 64  # of the tokens from which the statistics of keys and values are taken
 LACKS = "does not make its keys and values by one k_proj and one v_proj in each layer"
 
-Run = Callable[[Tensor], object]  # runs a model on tokens_BT
+Run = Callable[[Tensor], Tensor]  # runs a model on tokens_BT
 
 
 class KeyValues(Sites):
@@ -37,7 +37,7 @@ class KeyValues(Sites):
 
     Args:
         layers: The layers.
-        run: Runs the model on tokens_BT, at least up to the last of these layers.
+        run: Runs the model at least up to the last of these layers.
         vocabulary: Number of the model's tokens.
 
     Raises:
@@ -51,8 +51,7 @@ class KeyValues(Sites):
     def __init__(self, layers: Sequence[nn.Module], run: Run, vocabulary: int):
         super().__init__([_projection(layer, name) for layer in layers for name in ("k_proj", "v_proj")], [])
         generator = torch.Generator().manual_seed(0)
-        tokens_BT = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
-        outputs = _outputs(self, run, tokens_BT)
+        outputs = _outputs(self, run, torch.randint(vocabulary, (ROWS, LENGTH), generator=generator))
         self.widths = [output_BTF.shape[-1] for output_BTF in outputs]
         # Without the first position, which has outliers in many models
         output_ND = torch.cat(outputs, dim=-1)[:, 1:].flatten(0, 1).float()
@@ -82,9 +81,8 @@ class FirstKeyValues(nn.Module):
         path: Where the model comes from.
 
     Attributes:
-        model: The model.
         layers: The layers, counted from 1.
-        width: Number of features of all keys and values together.
+        sites: Their keys and values.
 
     Raises:
         UserError: The model's keys cannot be read without their positions.
@@ -115,18 +113,8 @@ class FirstKeyValues(nn.Module):
         """The model, up to the last of the layers."""
         return self.first.model
 
-    @property
-    def width(self) -> int:
-        """Number of features of all keys and values together."""
-        return self.sites.width
-
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return the standardised keys and values of all layers, side by side, as vectors_BTD.
-
-        Args:
-            tokens_BT: Tokens, padded on the right.
-            mask_BT: True at real tokens.
-        """
+        """Return the standardised keys and values vectors_BTD of tokens, padded on the right; the mask is for them."""
         with recorded(self.sites) as found:
             self.first(tokens_BT, mask_BT)
         return self.sites.vectors(torch.cat(found, dim=-1))
@@ -142,8 +130,8 @@ def key_values_of(model: "CausalLM", path: str) -> KeyValues:
     Raises:
         UserError: The model's keys hold positions, or it passes more than keys and values from token to token.
     """
-    config, vocabulary = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
-    stack = layer_stack(model, config.num_hidden_layers)
+    stack = layer_stack(model, model.config.get_text_config().num_hidden_layers)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def run(tokens_BT: Tensor) -> Tensor:
         logits_BTV: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
@@ -188,7 +176,7 @@ def _check_positions(layer: nn.Module, run: Run, vocabulary: int) -> None:
 
 
 @torch.no_grad()
-def _check_alone(sites: KeyValues, run: Callable[[Tensor], Tensor], vocabulary: int) -> None:
+def _check_alone(sites: KeyValues, run: Run, vocabulary: int) -> None:
     """Check that keys and values are all that later tokens read of a token."""
     tokens_BT = torch.tensor([[3, 4, 5, 6], [3, 7, 8, 6]], device=sites.mean_D.device) % vocabulary
     column_BT = torch.tensor([[-1, 0, 1, -1]] * 2, device=tokens_BT.device)
@@ -200,7 +188,6 @@ def _check_alone(sites: KeyValues, run: Callable[[Tensor], Tensor], vocabulary: 
 
 
 def _differ(x: Tensor, y: Tensor) -> bool:
-    """Return whether tensors differ by more than rounding."""
     return bool(((x - y).abs() > torch.finfo(x.dtype).eps ** 0.5 * x.abs().max()).any())
 
 

@@ -72,10 +72,10 @@ class Source(Frozen):
     model: FirstLayers | FirstKeyValues
 
     def __init__(self, pretrained: Pretrained, layers: list[int], prompt: str):
-        super().__init__(pretrained.load_first_layers(layers))
+        super().__init__(first := pretrained.load_first_layers(layers))
         self.path = pretrained.path
         self.tokenizer = tokenizer = pretrained.load_tokenizer()
-        self.width = self.model.width
+        self.width = first.width
         self.cache: SourceCache | None = None
         self.positions = positions(self.model.model)
         self._vocabulary = len(cast(Tensor, self.model.model.get_input_embeddings().weight))
@@ -93,8 +93,8 @@ class Source(Frozen):
             UserError: The model's keys cannot be read without their positions.
         """
         assert isinstance(self.model, FirstLayers)
-        self.model = FirstKeyValues(self.model, self.path)
-        self.width = self.model.width
+        self.model = FirstKeyValues(self.model, self.path).eval()
+        self.width = self.model.sites.width
         return self.model.sites.layer_widths
 
     def tokenize(self, questions: Sequence[str]) -> SourceBatch:

@@ -131,7 +131,7 @@ def launch(workplace) -> Callable[..., CrosstalkCLI]:
 
 
 def test_there_are_configs():
-    assert {"telepathy_v15", "telepathy_v16", "pair_source", "pair_target"} <= set(CONFIGS)
+    assert {"telepathy_v15", "telepathy_v16", "telepathy_v18", "pair_source", "pair_target"} <= set(CONFIGS)
     assert {f"separability_{task}" for task in ("interleaved", "grokking", "grokking_small", "text")} <= set(CONFIGS)
     of_separability = ("reference", "clamp_naive", "clamp_mean_preserving", "noise", "freeze_routing")
     names = ["ddp", "debug", "fsdp", "h100x8", "profile", "telepathy/gates", "telepathy/llama31_mistral7b"]

@@ -13,6 +13,7 @@ TOKENS = {"batch_size": 4, "validation_size": 8, "eval_batch_size": 8, "test_siz
 LINES = {
     "configs/telepathy_v15.yaml": {"model.max_new_tokens": 4, "data.test_sets": "{test: 8}"},
     "configs/telepathy_v16.yaml": {"model.max_new_tokens": 4, "data.test_sets": "{test: 8}"},
+    "configs/telepathy_v18.yaml": {"model.max_new_tokens": 4, "data.test_sets": "{test: 8}"},
     "configs/separability_interleaved.yaml": {"model.seq_len": 16, "model.vocab_size": 32},
     "configs/separability_grokking_small.yaml": {},
     "configs/pair_source.yaml": {

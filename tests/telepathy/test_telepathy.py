@@ -13,7 +13,7 @@ from datamodules import WordProblems
 from datamodules.batches import FiniteBatches
 from datamodules.problems import generate
 from lightning_modules.pretrained.loading import Pretrained
-from lightning_modules.telepathy import PerceiverBridge, TokenBridge
+from lightning_modules.telepathy import KVBridge, PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.frozen import Frozen
 
 ALL = {"lm": 1.0, "batch_diversity": 0.1, "contrastive": 0.1, "kl_text": 0.1}
@@ -53,7 +53,7 @@ def test_only_the_bridge_and_the_scale_get_gradients(telepathy, problems):
     assert set(module.state_dict()) == expected
 
 
-@pytest.mark.parametrize("bridge", [PerceiverBridge, TokenBridge])
+@pytest.mark.parametrize("bridge", [PerceiverBridge, TokenBridge, KVBridge])
 def test_frozen_models_stay_bit_identical_and_in_eval_mode(telepathy, fit, bridge):
     module, watch = telepathy(bridge, objectives=ALL), Watch()
     before = {name: value.clone() for name, value in frozen_weights(module).items()}

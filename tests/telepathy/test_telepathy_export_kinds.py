@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_modules.telepathy import FlowBridge, PerceiverBridge, TokenBridge
+from lightning_modules.telepathy import FlowBridge, KVBridge, PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.export import export, read_exported, restore
 
 FLOW = partial(FlowBridge, width=16, heads=2, steps=2)
@@ -15,6 +15,7 @@ PERCEIVER = partial(PerceiverBridge, soft_tokens=9, heads=2, width=16)
 KINDS = {
     "flow and codebook": (FLOW, {"bottleneck": "vq", "objectives": {"lm": 1.0, "reconstruction": 1.0}}),
     "levels and statistics": (PERCEIVER, {"bottleneck": "fsq", "normalizer": "statistical", "text_prefix": 2}),
+    "keys and values": (partial(KVBridge, tokens_per_source=2, hidden=16), {"output": "none"}),
     "flaws": (FLOW, {"reproduce_flaws": ["key_scale", "untrained_output", "primer_mismatch", "missing_bos"]}),
     "head of words": (
         TokenBridge,

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 from callbacks import Gates
 from datamodules import WordProblems
-from lightning_modules.telepathy import PerceiverBridge
+from lightning_modules.telepathy import KVBridge, PerceiverBridge
 
 NAMES = ("text", "embeddings", "overfit", "soft_prompt")
 PRESET = ("validate", "--config", "configs/telepathy_v15.yaml", "--config", "configs/presets/telepathy/gates.yaml")
@@ -80,6 +80,12 @@ def test_a_target_that_cannot_solve_the_problems_fails_the_first_gate(telepathy,
     lines, metrics = check(module, steps=1)
     assert metrics["gates/text_accuracy"] == metrics["gates/text_passed"] == 0
     assert "accuracy 0 of 8 (at least 0.45): FAILED, the target hardly solves these problems" in lines["text"]
+
+
+def test_the_targets_own_keys_and_values_answer_as_the_text(telepathy, check):
+    _, metrics = check(telepathy(KVBridge, [1, 2]), steps=1)
+    assert metrics["gates/embeddings_passed"] == 1
+    assert metrics["gates/embeddings_ce_gap"] < 1e-4
 
 
 def test_gates_change_neither_weights_nor_random_numbers(telepathy, check):
