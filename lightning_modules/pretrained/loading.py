@@ -57,6 +57,11 @@ def loading_to(device: torch.device) -> Iterator[None]:
         _device.reset(token)
 
 
+def loading_device() -> torch.device:
+    """Return the device of `loading_to`; the CPU outside of it."""
+    return _device.get() or torch.device("cpu")
+
+
 def quiet() -> None:
     """Keep progress bars and warnings of transformers off the terminal; problems are raised as errors instead."""
     from huggingface_hub.utils.logging import set_verbosity_error as quiet_hub

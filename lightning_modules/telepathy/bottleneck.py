@@ -15,6 +15,7 @@ from vector_quantize_pytorch import FSQ, SimVQ
 from lightning_modules.telepathy.code_use import CodeUse
 from lightning_modules.telepathy.encoding import Codes
 from lightning_modules.telepathy.flaws import Flaw
+from lightning_modules.telepathy.orthogonal import orthogonal_
 from lightning_modules.telepathy.output_scale import rms_unit
 
 BottleneckName = Literal["none", "vq", "fsq"]
@@ -66,7 +67,7 @@ class SlowMap(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.register_buffer("base_DD", nn.init.orthogonal_(torch.empty(width, width)))
+        self.register_buffer("base_DD", orthogonal_(torch.empty(width, width)))
         self.change_DD = nn.Parameter(torch.zeros(width, width))
 
     def forward(self, codes_VD: Tensor) -> Tensor:

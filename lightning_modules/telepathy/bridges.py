@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import SIZE, UserError, check_numbers
+from lightning_modules.telepathy.orthogonal import orthogonal_
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 
@@ -101,8 +102,8 @@ class ReadLayer(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), last)
         if sound:
             together = self.attention.in_proj_weight  # of queries, keys and values; None where the widths differ
-            nn.init.orthogonal_(self.attention.v_proj_weight if together is None else together.data[2 * width :])
-            nn.init.orthogonal_(self.attention.out_proj.weight)
+            orthogonal_(self.attention.v_proj_weight if together is None else together.data[2 * width :])
+            orthogonal_(self.attention.out_proj.weight)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
