@@ -1,8 +1,9 @@
-"""Draw a picture of a telepathy study from its report: the ladder of versions, or the compression curve.
+"""Draw the ladder of versions or the compression curve from a study's report, or a run's soft tokens over training.
 
 python benchmarks/telepathy_pictures.py ladder assets/telepathy_ladder.svg runs/studies/telepathy_ladder/report.json
 python benchmarks/telepathy_pictures.py compression assets/telepathy_compression.svg \\
     runs/studies/telepathy_compression/report.json
+python benchmarks/telepathy_pictures.py tokens assets/telepathy_tokens.svg runs/telepathy_v15/<run>
 """
 
 import argparse
@@ -17,10 +18,13 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_modules.telepathy.figures import embedding_map
+
 RUNGS = {"accuracy": "accuracy", "entity_transfer": "entity transfer e*", "distinct": "different answers"}
 SOUND, FLAWED, ONE = "C0", "C3", "C7"
 LINES = {"text_bits": "text", "gzip_bits": "gzip", "gzip_set_bits": "gzip of all"}
 KEPT = 0.95  # of V16's accuracy
+PANELS = 4  # of soft tokens over training
 Arms = Mapping[str, Mapping[str, Any]]  # arm -> measure -> estimate
 
 
@@ -122,16 +126,34 @@ def _text(axes: Axes, arms: Arms, across: str) -> None:
             axes.text(x, 0.02 + 0.06 * number, label, fontsize=8, rotation=90, va="bottom", ha="right", color="grey")
 
 
+def tokens(run: Path) -> Figure:
+    """Draw soft tokens among the target's embeddings at up to four steps of a run with the callback `SoftTokenMap`."""
+    files = sorted((run / "soft_tokens").glob("*.json"), key=lambda path: int(path.stem))
+    if not files:
+        raise SystemExit(f"{run} has no soft_tokens/<step>.json: add SoftTokenMap to its callbacks")
+    count = min(PANELS, len(files))
+    places = [round(number * (len(files) - 1) / max(count - 1, 1)) for number in range(count)]
+    return embedding_map([json.loads(files[place].read_text()) for place in places])
+
+
 def main() -> None:
-    """Read the report, draw, and write the picture."""
+    """Read the report or the run, draw, and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("ladder", "compression"), help="what to draw")
+    parser.add_argument("kind", choices=("ladder", "compression", "tokens"), help="what to draw")
     parser.add_argument("picture", type=Path, help="the SVG file to write")
-    parser.add_argument("report", type=Path, help="the study's report.json")
+    parser.add_argument(
+        "given", type=Path, metavar="report", help="the study's report.json; for tokens the run's folder"
+    )
     options = parser.parse_args()
-    rcParams["svg.hashsalt"] = "crosstalk"  # the same report gives the same file
-    draw = {"ladder": ladder, "compression": compression}[options.kind]
-    draw(read(options.report)).savefig(options.picture, metadata={"Date": None})
+    rcParams["svg.hashsalt"] = "crosstalk"  # the same data give the same file
+    match options.kind:
+        case "ladder":
+            figure = ladder(read(options.given))
+        case "compression":
+            figure = compression(read(options.given))
+        case _:
+            figure = tokens(options.given)
+    figure.savefig(options.picture, metadata={"Date": None})
 
 
 if __name__ == "__main__":

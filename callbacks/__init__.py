@@ -19,6 +19,7 @@ from callbacks.quick_eval import QuickEval
 from callbacks.recall_grid import RecallGrid
 from callbacks.routing_monitor import RoutingMonitor
 from callbacks.run_record import RunRecord
+from callbacks.soft_token_map import SoftTokenMap
 from callbacks.stability_monitor import StabilityMonitor
 from callbacks.state_probe import StateProbe
 from callbacks.text_monitor import TextMonitor
@@ -44,6 +45,7 @@ __all__ = [
     "RecallGrid",
     "RoutingMonitor",
     "RunRecord",
+    "SoftTokenMap",
     "StabilityMonitor",
     "StateProbe",
     "TextMonitor",

@@ -3,8 +3,8 @@
 Shapes: B problems, F features.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH = 6.0  # inches: 600 pixels at matplotlib's 100 per inch, so a font is shown at its size in points
 MARKERS = "osD^v"
+WORDS = 6  # at soft tokens in a map
 
 Array = NDArray[np.floating]
 
@@ -101,4 +102,30 @@ def cosine_map(soft_BF: Array, templates: Sequence[str]) -> "Figure":
     axes.set(xlabel="input, sorted by template", ylabel="input")
     axes.set_title("cosine between soft tokens", fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.9)
+    return figure
+
+
+def embedding_map(snapshots: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Draw soft tokens among the embeddings of the target, a panel for each step, a colour for each question.
+
+    The axes are the first two principal components of the embeddings. At up to six soft tokens of the first question
+    stands the nearest word.
+
+    Args:
+        snapshots: What `lightning_modules.telepathy.embedding_map.snapshot` returns, one per step.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH * len(snapshots) ** 0.75, WIDTH * 0.8), layout="constrained")
+    panels = figure.subplots(1, len(snapshots), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, one in zip(panels, snapshots, strict=True):
+        axes.scatter(*np.array(one["embeddings"]).T, s=6, color="0.8", label="embeddings")
+        for number, question in enumerate(one["questions"]):
+            points_K2 = np.array(question["points"])
+            axes.scatter(points_K2[:, 0], points_K2[:, 1], s=12, color=f"C{number % 10}", alpha=0.7)
+        first = one["questions"][0]
+        for place in range(0, len(first["points"]), -(-len(first["points"]) // WORDS)):
+            axes.annotate(repr(first["words"][place])[1:-1], first["points"][place], fontsize=8)
+        axes.set(title=f"step {one['step']}", xlabel="component 1")
+    panels[0].set_ylabel("component 2")
     return figure

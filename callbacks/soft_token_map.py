@@ -1,0 +1,98 @@
+"""Soft tokens among the words of the target, over training."""
+
+import json
+from itertools import zip_longest
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from callbacks.base import EveryNSteps, check_positive, refuse_second
+from callbacks.held_out import evaluation
+from callbacks.throughput import off_the_clock
+from datamodules.errors import UserError, check_numbers
+from lightning_modules.core.contracts import SupportsSampleDataloader, connected
+from lightning_modules.core.files import replacing
+from lightning_modules.core.reporting import add_figure, is_dry_run, keep_scalars, log_scalars, run_folder
+from lightning_modules.core.samples import gather_objects
+from lightning_modules.telepathy import Telepathy
+from lightning_modules.telepathy.embedding_map import EmbeddingSpace, PlacedQuestion, measures, placed, snapshot
+from lightning_modules.telepathy.figures import embedding_map
+
+
+class SoftTokenMap(Callback):
+    """Shows where the soft tokens of some held-out questions lie among the embeddings of the target.
+
+    It runs at the end of `validate`, and at some validations of a fit:
+
+    - `soft_token_map/nearest_cosine`, `soft_token_map/size`, `soft_token_map/in_question`: see
+      `lightning_modules.telepathy.embedding_map.measures`;
+    - a figure of soft tokens and embeddings along the first two principal components of the embeddings, with the words
+      nearest to some soft tokens, in loggers that take figures;
+    - `soft_tokens/<step>.json` in the run's folder, with the place and the nearest word of every soft token, from
+      which `benchmarks/telepathy_pictures.py tokens` draws several steps as one picture.
+
+    The course of training is the same as without the callback.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - {class_path: SoftTokenMap, init_args: {every_n_steps: 200}}
+
+    Args:
+        n_samples: Held-out questions over all ranks, the same ones each time.
+        every_n_steps: In a fit, measure at the first validation after each n optimizer steps; 0 for never.
+
+    Raises:
+        UserError: A number is out of range; at `setup`, there are two of these callbacks, or the module has no soft
+            tokens in the embedding space of a target; at a validation, the data gives no held-out questions.
+    """
+
+    def __init__(self, n_samples: int = 8, every_n_steps: int = 500) -> None:
+        check_positive(self, n_samples=n_samples)
+        check_numbers("SoftTokenMap", 0, every_n_steps=every_n_steps)
+        self.n_samples = n_samples
+        self._checks = EveryNSteps(every_n_steps)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second callback, and modules whose soft tokens are no embeddings."""
+        refuse_second(trainer, self)
+        if not isinstance(pl_module, Telepathy):
+            raise UserError(f"SoftTokenMap needs soft tokens, which {type(pl_module).__name__} does not have")
+        if pl_module.target.takes_key_values:
+            raise UserError("SoftTokenMap: the soft tokens of a KVBridge are keys and values, and no embeddings")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from the step at which the fit starts or resumes."""
+        self._checks.start(trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, unless this is a validation of a fit that is not due."""
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn != TrainerFn.FITTING or self._checks.advance(trainer.global_step):
+            with off_the_clock(trainer), evaluation(trainer, pl_module):
+                self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Telepathy)  # see `setup`
+        data: object = connected(trainer).datamodule
+        if not isinstance(data, SupportsSampleDataloader):
+            raise UserError(f"SoftTokenMap: {type(data).__name__} gives no held-out questions")
+        space = EmbeddingSpace(pl_module.target)
+        mine: list[PlacedQuestion] = []
+        for batch in map(trainer.strategy.batch_to_device, data.sample_dataloader(self.n_samples)):
+            mine += placed(space, batch, pl_module(batch))
+        # Samples were dealt to the ranks one by one; this restores their order
+        dealt = zip_longest(*gather_objects(mine))
+        questions = [question for row in dealt for question in row if question is not None]
+        values = {f"soft_token_map/{name}": value for name, value in measures(questions).items()}
+        log_scalars(trainer, values)
+        keep_scalars(trainer, values)
+        folder = run_folder(trainer) / "soft_tokens"
+        if not trainer.is_global_zero or is_dry_run(trainer):
+            return
+        shown = snapshot(space, questions, trainer.global_step)
+        add_figure(trainer, "soft_token_map", embedding_map([shown]))
+        with replacing(folder / f"{trainer.global_step}.json") as draft:
+            draft.write_text(json.dumps(shown), encoding="utf-8")
