@@ -45,7 +45,7 @@ TABLE = {
     (9, True, 48): Configuration(32, 0, Launch(0, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2)),
     (9, True, 64): Configuration(64, 2, Launch(0, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 8, 2)),
     (9, True, 128): Configuration(64, 2, Launch(0, 4, 2), Launch(32, 4, 2), Launch(32, 8, 2), Launch(32, 8, 2)),
-    (9, True, 256): Configuration(64, 2, Launch(0, 8, 2), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 16, 1)),
+    (9, True, 256): Configuration(64, 2, Launch(0, 8, 2), Launch(16, 8, 2), Launch(16, 8, 2), Launch(32, 16, 2)),
     (9, False, 256): Configuration(32, 0, Launch(0, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
     (0, True, 48): Configuration(32, 0, Launch(0, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1)),
     (0, True, 256): Configuration(32, 2, Launch(0, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
