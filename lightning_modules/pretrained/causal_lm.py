@@ -64,7 +64,7 @@ def inserted(sites: Sites, vectors_BKD: Tensor | None, column_BT: Tensor) -> Ite
         yield
         return
     with ExitStack() as hooks:
-        parts = sites.outputs(vectors_BKD).split(sites.widths, dim=-1)  # type: ignore[no-untyped-call]  # nor has torch
+        parts = sites.outputs(vectors_BKD).split(sites.widths, dim=-1)  # type: ignore[no-untyped-call]  # torch lacks types
         for site, part_BKF in zip(sites.sites, parts, strict=True):
             hooks.callback(_insert(site, part_BKF, column_BT).remove)
         yield

@@ -65,7 +65,7 @@ class KVBridge(Bridge):
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return soft_BKD."""
-        layers = cast(Sequence[Tensor], states_BSC.split(self.read, dim=-1))  # type: ignore[no-untyped-call]  # of torch
+        layers = cast(Sequence[Tensor], states_BSC.split(self.read, dim=-1))  # type: ignore[no-untyped-call]  # torch lacks types
         parts = []
         for own, near in zip(self.maps, self.near, strict=True):
             part_BSF = own(torch.cat([layers[layer] for layer in near], dim=-1))

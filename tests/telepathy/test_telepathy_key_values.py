@@ -32,6 +32,9 @@ DECODERS: dict[str, dict] = {
     "olmo2": {},
     "stablelm": {},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "gemma4_text": {"head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512},
+    "phi": {"partial_rotary_factor": 0.5},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.2},
 }
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
@@ -72,7 +75,7 @@ def test_a_model_that_gets_its_own_keys_and_values_answers_as_from_the_text(tmp_
     text_rows = target.text_rows(QUESTIONS, ANSWERS)
     own, zero = (target.losses(rows, vectors_BKD, mask_BK) for vectors_BKD in (own_BKD, 0 * own_BKD))
     for own_A, zero_A, text_A in zip(own, zero, target.losses(text_rows), strict=True):
-        assert abs(own_A - text_A).max() < min(1e-3, 0.02 * abs(zero_A - text_A).max())
+        assert abs(own_A - text_A).max() < min(1e-4, 0.02 * abs(zero_A - text_A).max())
     answers, text_answers = target.answers(rows, 8, own_BKD, mask_BK), target.answers(text_rows, 8)
     assert answers == text_answers
     question_BQ = batch["source"].gather(1, batch["source_place"])
