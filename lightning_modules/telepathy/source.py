@@ -168,7 +168,6 @@ class Source(Frozen):
         identity = {
             "weights": fingerprint(model, self.model.model.config),
             "layers": self.model.layers,
-            "reads": type(self.model).__name__,
             "precision": str(trainer.precision),
         }
         rows = [row[real].tolist() for row, real in zip(batch["source"], batch["source_real"], strict=True)]
