@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.pretrained.causal_lm import Sites, embedding_of, inserted
+from lightning_modules.pretrained.decoding import cache_of, decode
 from lightning_modules.pretrained.loading import first_position
 from lightning_modules.pretrained.sharding import is_sharded
 
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 
     from lightning_modules.pretrained.loading import CausalLM
 
-LOOK = 8  # new tokens between two looks for the stop text
+ROUND = 64  # positions: static caches have a multiple of these, so that few lengths have to be compiled
 _reads_padding: "WeakKeyDictionary[CausalLM, bool]" = WeakKeyDictionary()  # what is known of each model
+_gives_cache: "WeakKeyDictionary[CausalLM, bool]" = WeakKeyDictionary()
 
 
 @dataclass
@@ -71,6 +74,7 @@ def generate(
     vectors_BKD: Tensor | None = None,
     columns: Sequence[Sequence[int]] | None = None,
     sites: Sites | None = None,
+    static_cache: bool = False,
 ) -> list[Answer]:
     """Continue each prompt greedily: with the token of the largest logit, whatever else the model's settings ask for.
 
@@ -83,9 +87,8 @@ def generate(
         vectors_BKD: Vectors in the place of some tokens, see `lightning_modules.pretrained.causal_lm.inserted`.
         columns: For each token of each prompt the vector that takes its place, -1 for none.
         sites: Where vectors go in; None for the embedding.
+        static_cache: Keep keys and values in buffers of a fixed size, see `Pretrained`.
     """
-    from transformers import StoppingCriteriaList
-
     columns = columns or [[-1] * len(prompt) for prompt in prompts]
     lengths = [len(prompt) for prompt in prompts]
     if len({*lengths}) > 1 and reads_padding(model, tokenizer):
@@ -93,25 +96,19 @@ def generate(
         for length in {*lengths}:
             rows = [row for row, own in enumerate(lengths) if own == length]
             some = None if vectors_BKD is None else vectors_BKD[rows]
-            parts = [prompts[row] for row in rows], limit, stop, some, [columns[row] for row in rows], sites
-            answers |= zip(rows, generate(model, tokenizer, *parts), strict=True)
+            parts = [prompts[row] for row in rows], limit, stop, some, [columns[row] for row in rows]
+            answers |= zip(rows, generate(model, tokenizer, *parts, sites, static_cache), strict=True)
         return [answers[row] for row in range(len(prompts))]
     ends, filler = end_tokens(model, tokenizer), filler_token(model, tokenizer)
     tokens_BT, mask_BT = _padded(prompts, filler, model.device)
     column_BT, _ = _padded(columns, -1, model.device)
-    width = tokens_BT.shape[1]
-    criteria: list[Any] = [_Stop(tokenizer, stop, width)] if stop else []
-    eager = torch.compiler.set_stance("force_eager")  # a growing cache would be compiled again and again
+    has_ended = partial(_have_ended, tokenizer, ends, stop)
+    # The processes that share a sharded model have to call it equally often
+    drops = not (static_cache or is_sharded(model)) and gives_cache(model, tokenizer)
+    positions = -(-(tokens_BT.shape[1] + limit) // ROUND) * ROUND if static_cache else None
     vectors = inserted(sites or embedding_of(model), vectors_BKD, column_BT)
-    with _greedy(model, ends, filler) as settings, vectors, eager:
-        made: list[list[int]] = model.generate(
-            input_ids=tokens_BT,
-            attention_mask=mask_BT,
-            generation_config=settings,
-            max_new_tokens=limit,
-            stopping_criteria=StoppingCriteriaList(criteria),
-            synced_gpus=is_sharded(model),  # a process that is done waits for the others, whose layers it holds
-        )[:, width:].tolist()
+    with _greedy(model, ends, filler, positions) as settings, vectors:
+        made = decode(model, tokens_BT, mask_BT, settings, limit, has_ended, drops)
     return _answers(tokenizer, made, ends, stop, limit)
 
 
@@ -125,7 +122,7 @@ def reads_padding(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> bo
         filler, tokens = filler_token(model, tokenizer), [[1, 2, 3], [0, 1, 2, 3, 4, 5, 6]]
         rows = [[token % vocabulary(model) for token in row] for row in tokens]
         exact = torch.autocast(model.device.type, enabled=False)
-        with _greedy(model, [], filler) as settings, torch.compiler.set_stance("force_eager"), exact:
+        with _greedy(model, [], filler) as settings, exact:
             alone_1V, beside_2V = (
                 model.generate(
                     input_ids=tokens_BT,
@@ -140,6 +137,23 @@ def reads_padding(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> bo
         rounding = torch.finfo(model.dtype).eps ** 0.5 * alone_1V.abs().max()
         _reads_padding[model] = bool(((alone_1V[0] - beside_2V[0]).abs() > rounding).any())
     return _reads_padding[model]
+
+
+@torch.no_grad()
+def gives_cache(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether rows can leave a batch of a model: it generates with a cache of transformers, not of its own."""
+    if model not in _gives_cache:
+        one_BT = torch.ones(1, 1, dtype=torch.long, device=model.device)
+        with _greedy(model, [], filler_token(model, tokenizer)) as settings:
+            output = model.generate(
+                input_ids=one_BT,
+                attention_mask=one_BT,
+                generation_config=settings,
+                max_new_tokens=1,
+                return_dict_in_generate=True,
+            )
+        _gives_cache[model] = bool(cache_of(output))
+    return _gives_cache[model]
 
 
 def _padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -177,34 +191,35 @@ def _place(stop: str | None, text: str) -> int | None:
     return found.start() if found else None
 
 
+def _have_ended(tokenizer: "PreTrainedTokenizerBase", ends: list[int], stop: str | None, tokens_BN: Tensor) -> Tensor:
+    """Return ended_B, True at rows whose new tokens have an end token or the stop text."""
+    ended_B = torch.isin(tokens_BN, torch.tensor(ends, dtype=torch.long, device=tokens_BN.device)).any(1)
+    if stop:
+        found = [_place(stop, text) is not None for text in _texts(tokenizer, tokens_BN.tolist())]
+        ended_B |= torch.tensor(found, device=tokens_BN.device)
+    return ended_B
+
+
 @contextmanager
-def _greedy(model: "CausalLM", ends: list[int], filler: int) -> Iterator[Any]:
-    """Put the model's `generation_config` aside: its beams, penalties and samples would fill what a call leaves out."""
+def _greedy(model: "CausalLM", ends: list[int], filler: int, positions: int | None = None) -> Iterator[Any]:
+    """Put the model's `generation_config` aside: its beams, penalties and samples would fill what a call leaves out.
+
+    Args:
+        model: The model.
+        ends: The tokens that end a text.
+        filler: The token behind the end of a row.
+        positions: The length of a static cache; None for a cache that grows.
+    """
     from transformers import GenerationConfig
 
     kept = model.generation_config
     make: Callable[..., GenerationConfig] = GenerationConfig
-    settings = make(do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=filler)
+    cache = {} if positions is None else {"cache_implementation": "static", "max_cache_len": positions}
+    settings = make(do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=filler, **cache)
     model.generation_config = settings
     try:
-        yield settings
+        # A growing cache would be compiled again and again
+        with torch.compiler.set_stance("force_eager" if positions is None else "default"):
+            yield settings
     finally:
         model.generation_config = kept
-
-
-class _Stop:
-    """Ends rows whose new text contains the stop text, which is looked for every few tokens."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: str, width: int):
-        self.tokenizer, self.stop, self.width = tokenizer, stop, width
-        self.done_B: Tensor | None = None
-
-    def __call__(self, tokens_BT: Tensor, scores: Any, **options: Any) -> Tensor:
-        """Return done_B, True at rows that have ended."""
-        if self.done_B is None:
-            self.done_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-        if (tokens_BT.shape[1] - self.width) % LOOK == 0:
-            texts = _texts(self.tokenizer, tokens_BT[:, self.width :].tolist())
-            ended = [_place(self.stop, text) is not None for text in texts]
-            self.done_B = torch.tensor(ended, device=tokens_BT.device)
-        return self.done_B

@@ -85,6 +85,8 @@ class Pretrained:
         attn_implementation: Implementation of attention in transformers, such as `sdpa`, `eager` or
             `flash_attention_2`; None for `sdpa` where the model has it.
         compile: Compile the model's layers, all by one graph. Generation runs without it.
+        static_cache: Generate with keys and values in buffers of a fixed size, for which transformers compiles the
+            model on a GPU. Rows that have ended then stay in the batch until all have.
     """
 
     path: str
@@ -93,6 +95,7 @@ class Pretrained:
     tokenizer: str | None = None
     attn_implementation: str | None = None
     compile: bool = False
+    static_cache: bool = False
 
     def load_config(self) -> "PreTrainedConfig":
         """Load the model's configuration.

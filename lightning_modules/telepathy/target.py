@@ -61,7 +61,7 @@ class Target(Frozen):
 
     def __init__(self, pretrained: Pretrained, prompt: str, flaws: Collection[Flaw] = ()):
         super().__init__(pretrained.load_causal_lm())
-        self.path = pretrained.path
+        self.path, self.static_cache = pretrained.path, pretrained.static_cache
         self.tokenizer = tokenizer = pretrained.load_tokenizer()
         self.prompt = Prompt.chat(tokenizer, self.path) if prompt == CHAT else Prompt(prompt)
         self.positions, self.sites = positions(self.model), embedding_of(self.model)
@@ -260,7 +260,8 @@ class Target(Frozen):
         ]
         prompts, columns = [tokens for tokens, _ in filled], [columns for _, columns in filled]
         self._check_length(max(map(len, prompts)) + limit, f", {limit} of them for the answer (model.max_new_tokens)")
-        return generate(self.model, self.tokenizer, prompts, limit, self.prompt.stop, vectors_BKD, columns, self.sites)
+        parts = self.prompt.stop, vectors_BKD, columns, self.sites, self.static_cache
+        return generate(self.model, self.tokenizer, prompts, limit, *parts)
 
     def _check_length(self, length: int, remark: str = "") -> None:
         if self.positions is not None and length > self.positions:
