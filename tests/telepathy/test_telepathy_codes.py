@@ -11,6 +11,7 @@ from datamodules import WordProblems
 from lightning_modules.telepathy import PerceiverBridge
 from lightning_modules.telepathy.bottleneck import CODES, LEVELS, make_bottleneck
 from lightning_modules.telepathy.code_use import CodeUse
+from lightning_modules.telepathy.objectives import code_entropy
 
 WIDTH = 16
 PERCEIVER = partial(PerceiverBridge, soft_tokens=9, heads=2, width=16)
@@ -93,6 +94,17 @@ def test_the_soft_assignment_agrees_with_the_codes(name):
         assert (share_BKFV.argmax(-1) == bottleneck.quantizer.indices_to_level_indices(codes)).float().mean() > 0.99
     share_BKFV[..., 0].sum().backward()
     assert soft_BKD.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["vq", "fsq"])
+def test_the_entropy_of_codes_has_finite_gradients_towards_more_codes(name):
+    bottleneck, soft_BKD = made(name), soft(40).requires_grad_()
+    share_BKFV = bottleneck.shares(0.1 * soft_BKD.detach()[:1, :1] + 1e-3 * soft_BKD)  # nearly one code for all
+    loss = code_entropy(share_BKFV.mean((0, 1)), bottleneck.size)
+    loss.backward()
+    assert soft_BKD.grad.isfinite().all()
+    assert soft_BKD.grad.abs().sum() > 0
+    assert 0 < loss < 1
 
 
 @pytest.mark.parametrize("flaws", [(), ("untrained_output",)])

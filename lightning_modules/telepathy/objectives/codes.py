@@ -11,10 +11,13 @@ from torch import Tensor
 from lightning_modules.telepathy.averages import row_mean
 from lightning_modules.telepathy.objectives.step import BridgeStep, Objective
 
+TINY = 1e-12  # a share whose entropy is nothing
+
 
 def code_entropy(share_FV: Tensor, size: int) -> Tensor:
     """Return 1 - (entropy of the mean shares, summed over factors) / ln(number of codes): 0 if all are used equally."""
-    entropy: Tensor = torch.special.entr(share_FV).sum()
+    # At 0 the entropy's slope is infinite: values that a factor does not have would get NaN for a gradient
+    entropy: Tensor = torch.special.entr(share_FV.clamp_min(TINY)).sum()
     return 1 - entropy / math.log(size)
 
 
