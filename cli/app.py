@@ -2,16 +2,14 @@
 
 import os
 import sys
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import yaml
 from jsonargparse.typing import PositiveFloat
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -34,9 +32,8 @@ from cli.config_errors import FriendlyParser
 from cli.device import device_of_run
 from cli.flags import check_flags
 from cli.given_folder import GivenFolder
-from cli.restoring import Restoring
-from cli.run_folder import make_run_dir
-from cli.trainer import build, with_defaults
+from cli.run_folder import make_run_dir, tidy_run_dir
+from cli.trainer import build, make_trainer, with_defaults
 from cli.user_errors import host_message, library_message, user_message
 from datamodules.errors import UserError
 from lightning_modules.core.signals import Interrupted, Signals
@@ -50,13 +47,6 @@ renames.install()
 
 class RunParser(FriendlyParser, LightningArgumentParser):
     """Lightning's parser, with errors of one sentence."""
-
-
-class NoSignals(_SignalConnector):
-    """Leaves signals to `Interruption`: Lightning's own handlers make exit code 0 of SIGTERM and may never return."""
-
-    def register_signal_handlers(self) -> None:
-        """Set no handlers."""
 
 
 class CrosstalkCLI(LightningCLI):
@@ -165,13 +155,7 @@ class CrosstalkCLI(LightningCLI):
         minutes = self._get(self.config_init, "checkpoint_minutes")
         users = self._get(self.config_init, "trainer")
         flags = with_defaults(users, self.log_dir, minutes, self.record, Interruption(self.signals))
-        try:
-            trainer = super().instantiate_trainer(**flags, **kwargs)
-            trainer._signal_connector = NoSignals(trainer)
-            trainer._checkpoint_connector = Restoring(trainer)
-            return trainer
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # flags that Lightning checks itself
-            raise UserError(f"trainer: {error}") from error
+        return make_trainer(partial(super().instantiate_trainer, **flags, **kwargs))
 
     def after_instantiate_classes(self) -> None:
         """Check that checkpoints fit the model, and suppress the hints that do not apply to the project's modules."""
@@ -240,17 +224,12 @@ class CrosstalkCLI(LightningCLI):
         sys.stderr.write(f"error: {error}{kept}; {advice}\n")
 
     def _tidy(self, mistake: bool) -> None:
-        """Remove the folder of a run that ended on a user's mistake before it trained, and an empty one in any case."""
+        """Remove what a run has left that ended on a user's mistake before it trained, and an empty folder always."""
         mistake = mistake and not self._trained
         if self.given_folder and mistake:
             self.given_folder.clear()
-        if self.run_dir is None:
-            return
-        if not any(self.run_dir.iterdir()) or (mistake and not any(self.run_dir.rglob("*.ckpt"))):
-            rmtree(self.run_dir)
-            for parent in self.run_dir.parents[:2]:  # `runs/<config>` and `runs`, if no run is in them
-                with suppress(OSError):
-                    parent.rmdir()
+        if self.run_dir:
+            tidy_run_dir(self.run_dir, mistake)
 
 
 def _help_texts(command: str) -> dict[str, str]:

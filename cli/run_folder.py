@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryFile
 
 from datamodules.errors import UserError
@@ -39,6 +41,20 @@ def make_run_dir(config_file: str | None, resolved: str, parent: str = "runs") -
             folder = family / f"{name}-{copies}"
         except OSError as error:
             raise UserError(f"cannot make a folder for the run: {error.strerror}: {error.filename}") from error
+
+
+def tidy_run_dir(folder: Path, failed: bool) -> None:
+    """Remove the folder of a run if it is empty, or if the run failed and has no checkpoint.
+
+    Args:
+        folder: A folder of `make_run_dir`.
+        failed: Whether the run ended before it trained.
+    """
+    if not any(folder.iterdir()) or (failed and not any(folder.rglob("*.ckpt"))):
+        rmtree(folder)
+        for parent in folder.parents[:2]:  # `runs/<config>` and `runs`, if no run is in them
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def check_folder(folder: Path, option: str) -> None:

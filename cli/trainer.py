@@ -1,12 +1,13 @@
 """What every run's trainer has besides what the user configured."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     Checkpoint,
     DeviceStatsMonitor,
@@ -17,18 +18,45 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.divergence import Divergence
 from callbacks.last_checkpoint import LastCheckpoint
 from cli.checkpoint_io import WholeFiles
 from cli.output import ParameterTable
+from cli.restoring import Restoring
 from cli.run_folder import check_folder
 from cli.user_errors import is_too_large
 from datamodules.errors import UserError
 
 T = TypeVar("T")
 OFF_IN_BAREBONES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
+
+
+class NoSignals(_SignalConnector):
+    """Leaves signals to `Interruption`: Lightning's own handlers make exit code 0 of SIGTERM and may never return."""
+
+    def register_signal_handlers(self) -> None:
+        """Set no handlers."""
+
+
+def make_trainer(make: Callable[[], Trainer]) -> Trainer:
+    """Return a trainer that leaves signals alone and says what it cannot restore.
+
+    Args:
+        make: Makes the trainer.
+
+    Raises:
+        UserError: Lightning refuses a flag.
+    """
+    try:
+        trainer = make()
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:  # flags that Lightning checks itself
+        raise UserError(f"trainer: {error}") from error
+    trainer._signal_connector = NoSignals(trainer)
+    trainer._checkpoint_connector = Restoring(trainer)
+    return trainer
 
 
 def build(class_type: type[T], *args: Any, **kwargs: Any) -> T:

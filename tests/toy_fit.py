@@ -6,7 +6,7 @@ import torch
 from lightning import Callback, Trainer
 
 from callbacks import LastCheckpoint
-from cli.app import NoSignals
+from cli.trainer import NoSignals
 from datamodules import ModularArithmetic
 from lightning_modules.separability import Separability
 

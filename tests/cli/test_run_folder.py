@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.run_folder import check_folder, make_run_dir
+from cli.run_folder import check_folder, make_run_dir, tidy_run_dir
 from datamodules.errors import UserError
 
 
@@ -33,3 +33,26 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # tests may run as root, who may write everywhere
     with pytest.raises(UserError, match=r"data.x: no permission to write into"):
         check_folder(tmp_path / "deep", "data.x")
+
+
+@pytest.mark.parametrize(("file", "stays"), [("config.yaml", False), ("checkpoints/last.ckpt", True)])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_failed_run_leaves_nothing_but_checkpoints(tmp_path, monkeypatch, file, stays, beside):
+    monkeypatch.chdir(tmp_path)
+    folder = make_run_dir("configs/a.yaml", "x")
+    if beside:
+        make_run_dir("configs/b.yaml", "x")
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).touch()
+    tidy_run_dir(folder, failed=False)
+    assert (folder / file).exists()
+    tidy_run_dir(folder, failed=True)
+    assert (folder / file).exists() == stays
+    assert Path("runs/a").exists() == stays
+    assert Path("runs").exists() == (stays or beside)
+
+
+def test_an_empty_folder_of_a_run_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tidy_run_dir(make_run_dir("configs/a.yaml", "x"), failed=False)
+    assert not Path("runs").exists()
