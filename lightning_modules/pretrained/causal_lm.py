@@ -16,6 +16,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
 
+CHUNK = 4096  # tokens at a time in fp32: a vocabulary may be large
+
 
 class Sites(nn.Module):
     """Modules of a model whose outputs vectors can replace: a vector has one part for each site, side by side.
@@ -47,6 +49,29 @@ def embedding_of(model: "CausalLM") -> Sites:
     """Return the model's embedding as the only site; vectors are at the scale of its output."""
     embedding = model.get_input_embeddings()
     return Sites([embedding], [embedding.weight.shape[1]])
+
+
+@torch.no_grad()
+def embedding_scale(model: "CausalLM") -> float:
+    """Return the root mean square of the embedding's output over the vocabulary.
+
+    It is not that of its weights: some models scale inside of the embedding, such as Gemma 3 by the root of D.
+    """
+    embedding = model.get_input_embeddings()
+    (size, width), device = embedding.weight.shape, embedding.weight.device
+    parts = [torch.arange(start, min(start + CHUNK, size), device=device) for start in range(0, size, CHUNK)]
+    squares = [embedding(tokens).float().square().sum().item() for tokens in parts]
+    return float((sum(squares) / (size * width)) ** 0.5)
+
+
+@torch.no_grad()
+def reads_ahead(model: "CausalLM") -> bool:
+    """Return whether logits depend on later tokens, as those of an encoder do."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens_BT = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device) % vocabulary
+    first_TV, second_TV = model(input_ids=tokens_BT, use_cache=False).logits[:, :2].float()
+    rounding = torch.finfo(model.dtype).eps ** 0.5 * first_TV.abs().max()
+    return bool(((first_TV - second_TV).abs() > rounding).any())
 
 
 @contextmanager

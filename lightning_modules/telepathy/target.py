@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.errors import UserError
-from lightning_modules.pretrained.causal_lm import embedding_of, logits_at, recorded
+from lightning_modules.pretrained.causal_lm import embedding_of, embedding_scale, logits_at, reads_ahead, recorded
 from lightning_modules.pretrained.generation import Answer, end_tokens, filler_token, generate, vocabulary
 from lightning_modules.pretrained.key_values import key_values_of
 from lightning_modules.pretrained.loading import Pretrained, positions
@@ -99,16 +99,9 @@ class Target(Frozen):
         """The input embedding."""
         return self.model.get_input_embeddings()
 
-    @torch.no_grad()
     def embedding_scale(self) -> float:
-        """Return the root mean square of the embedding's output over the vocabulary.
-
-        It is not that of its weights: some models scale inside of the embedding, such as Gemma 3 by the root of D.
-        """
-        size, device = self.embedding.weight.shape[0], self.embedding.weight.device
-        parts = [torch.arange(start, min(start + CHUNK, size), device=device) for start in range(0, size, CHUNK)]
-        squares = [self.embedding(tokens).float().square().sum().item() for tokens in parts]
-        return float((sum(squares) / (size * self.width)) ** 0.5)
+        """Return the root mean square of the embedding's output over the vocabulary."""
+        return embedding_scale(self.model)
 
     def take_key_values(self) -> list[int]:
         """Let vectors be keys and values of all layers from now on, and return each layer's number of features.
@@ -153,7 +146,7 @@ class Target(Frozen):
         vectors_BKD = torch.full((2, 2, self.width), 0.01, device=self.model.device, requires_grad=trains)
         mask_BK = torch.tensor([[True, True], [True, False]])
         try:
-            reads_ahead, has_gradient = self._reads_ahead(), True
+            ahead, has_gradient = reads_ahead(self.model), True
             packing = move_data_to_device(self.pack(rows, mask_BK), self.model.device)
             if trains:
                 with torch.enable_grad():
@@ -163,18 +156,10 @@ class Target(Frozen):
         except Exception as error:  # of any class: every architecture has code of its own
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"model.target: '{self.path}' does not answer soft tokens: {reason}") from error
-        if reads_ahead:
+        if ahead:
             raise UserError(f"model.target: '{self.path}' reads the tokens that it predicts: choose a causal model")
         if not has_gradient:
             raise UserError(f"model.target: no gradient reaches soft tokens of '{self.path}': choose another model")
-
-    @torch.no_grad()
-    def _reads_ahead(self) -> bool:
-        """Return whether logits depend on later tokens, as those of an encoder do."""
-        tokens_BT = torch.tensor([[1, 2, 3], [1, 2, 4]], device=self.model.device) % vocabulary(self.model)
-        first_TV, second_TV = self.model(input_ids=tokens_BT, use_cache=False).logits[:, :2].float()
-        rounding = torch.finfo(self.model.dtype).eps ** 0.5 * first_TV.abs().max()
-        return bool(((first_TV - second_TV).abs() > rounding).any())
 
     def soft_rows(self, questions: Sequence[str], answers: Sequence[str], training: bool = True) -> list[Row]:
         """Return the rows for soft tokens; their place is that of the question."""
