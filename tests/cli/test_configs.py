@@ -91,7 +91,11 @@ def small_model(model: dict[str, Any]) -> dict[str, Any]:
             return {"ensemble": min(model["init_args"].get("ensemble", 1), 2), "compile": False}
         case "Telepathy" if not model["init_args"]["source"]["path"].startswith("assets/"):
             encoder, chat = make_real_pair()
-            small: dict[str, Any] = {"source": {"path": encoder}, "target": {"path": chat}, "max_new_tokens": 8}
+            small: dict[str, Any] = {
+                "source": {"path": encoder},
+                "target": {"path": chat, "compile": False},
+                "max_new_tokens": 8,
+            }
             if "width" in model["init_args"]["bridge"]["init_args"]:
                 sizes = {"width": 32, "heads": 2, "hidden": 32, "depth": 1}
                 small |= {"source_layer": [1, 2], "bridge": {"init_args": sizes}}
