@@ -48,6 +48,15 @@ def test_rows_that_are_as_long_as_their_batch_have_no_length(telepathy, problems
         module.lengths(problems)
 
 
+def test_lengths_need_no_states_of_a_source_in_files(telepathy, problems, monkeypatch):
+    module = telepathy()
+    expected = module.lengths(problems)
+    monkeypatch.setattr(module.source, "cache", object())  # without a method to read
+    assert module.lengths(problems) == expected
+    with pytest.raises(AttributeError, match="read"):
+        module.source.tokenize([problem.question for problem in problems])
+
+
 def loaders(module, world: int) -> list:
     made = []
     for rank in range(world):
