@@ -82,8 +82,8 @@ def inverse(m, S: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
 
     Two neighbouring blocks with inverses A (block-diagonal) and a lower corner L join to A - A L A. That is block
     substitution: unlike powers of m it loses no digits where the entries of m are large. Products of tf32 have eleven
-    bits, so a step of Newton's method follows them, a - a ((I + m) a - I), whose inner product is exact to fp32. Without
-    it the state is wrong by 1 % after a thousand positions where beta is 2 and nothing decays.
+    bits, so a step of Newton's method follows them, a - a ((I + m) a - I), whose inner product is exact to fp32.
+    Without it the state is wrong by 1 % after a thousand positions where beta is 2 and nothing decays.
     """
     i = tl.arange(0, S)[:, None]
     j = tl.arange(0, S)[None, :]
