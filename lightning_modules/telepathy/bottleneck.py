@@ -25,6 +25,7 @@ LEVELS = (8, 8, 8, 6, 5)  # about 2^14 codes (Mentzer et al. 2023, table 1)
 ENCODER_WEIGHT = 0.25  # of the encoder's side of the commitment, as in the notes (van den Oord et al. 2017)
 TINY = 1 / CODES  # bound of the notes' first codebook, far below the size of its inputs
 PACE = 0.05  # of the codebook, in learning rates of the bridge
+READER = 768  # width of the hidden layer behind the codes, as that of V15's bridge
 SHARPNESS = 4.0  # of the soft assignment to levels: the next one gets e^-4 of the share
 
 
@@ -75,6 +76,14 @@ class SlowMap(nn.Module):
         return F.linear(codes_VD, self.base_DD + PACE * self.change_DD)
 
 
+def reader(inputs: int, width: int) -> nn.Module:
+    """Return the learned map from codes to vectors for the target.
+
+    A linear map of five numbers gives vectors in five of the target's dimensions, in which its words hardly differ.
+    """
+    return nn.Sequential(nn.Linear(inputs, READER), nn.GELU(), nn.Linear(READER, width))
+
+
 class VectorBottleneck(Bottleneck):
     """Vector quantisation in fp32: each soft token becomes the nearest vector of a codebook.
 
@@ -85,29 +94,31 @@ class VectorBottleneck(Bottleneck):
     Args:
         width: D.
         codebook_scale: Reproduce the notes' codebook: it starts within ±1/4096, and inputs keep their own size.
+        bare: Reproduce the notes' codes: they go to the target as they are, without `reader`.
     """
 
     size = CODES
 
-    def __init__(self, width: int, codebook_scale: bool = False):
+    def __init__(self, width: int, codebook_scale: bool = False, bare: bool = False):
         super().__init__()
         self.has_own_scale = codebook_scale
         factor = TINY / 3**0.5 if codebook_scale else 1.0  # the standard deviation of a uniform draw within ±1/4096
         codes = {"init_fn": lambda codes_VD: codes_VD * (width**0.5 * factor)}
         self.quantizer = SimVQ(width, CODES, codebook_transform=SlowMap(width), **codes)
+        self.read = nn.Identity() if bare else reader(width, width)
 
     def _scaled(self, soft_BKD: Tensor) -> Tensor:
         return soft_BKD.float() if self.has_own_scale else rms_unit(soft_BKD)
 
     def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
-        """Return the codes' vectors; gradients pass to the soft tokens, and those of the commitment to both sides."""
+        """Return vectors for the target. Gradients pass to the soft tokens, those of the commitment to both sides."""
         with torch.autocast(soft_BKD.device.type, enabled=False):
             soft_BKD = self._scaled(soft_BKD)
             vectors_BKD, index_BK, _ = self.quantizer(soft_BKD)  # its own commitment would count padding
             code_BKD = self.quantizer.codebook[index_BK]
             commitment_BK = (code_BKD - soft_BKD.detach()).square().mean(-1)
             commitment_BK = commitment_BK + ENCODER_WEIGHT * (code_BKD.detach() - soft_BKD).square().mean(-1)
-        return vectors_BKD, Codes(index_BK, commitment_BK)
+            return self.read(vectors_BKD), Codes(index_BK, commitment_BK)
 
     def shares(self, soft_BKD: Tensor) -> Tensor:
         """Return softmax(-d² / √D) over the codes, with d the distance: there is one factor."""
@@ -124,13 +135,16 @@ class ScalarBottleneck(Bottleneck):
 
     Args:
         width: D.
+        bare: Reproduce the notes' codes: a linear map leads from the five numbers to the target, and not `reader`.
     """
 
     size = math.prod(LEVELS)
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, bare: bool = False):
         super().__init__()
         self.quantizer = FSQ(list(LEVELS), dim=width)
+        if not bare:
+            self.quantizer.project_out = reader(len(LEVELS), width)
 
     def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
         """Return the rounded vectors, with gradients as if they were not rounded. There is nothing to commit to."""
@@ -173,8 +187,8 @@ def make_bottleneck(name: BottleneckName, width: int, flaws: Collection[Flaw]) -
     """Return a bottleneck for soft tokens of a width."""
     match name:
         case "vq":
-            return VectorBottleneck(width, "codebook_scale" in flaws)
+            return VectorBottleneck(width, "codebook_scale" in flaws, "bare_codes" in flaws)
         case "fsq":
-            return ScalarBottleneck(width)
+            return ScalarBottleneck(width, "bare_codes" in flaws)
         case _:  # "none", or the null of a config
             return UntrainedOutput(width) if "untrained_output" in flaws else Bottleneck()

@@ -22,6 +22,7 @@ Flaw = Literal[
     "padding_labels",  # V10, V11: the padding of answers is in the labels
     "flow_scale",  # V12 to V14: embeddings of size 0.003 against noise of size 1
     "untrained_output",  # V13, V14: a random map stands behind the part that the flow loss trains
+    "bare_codes",  # V15: codes go to the target by no map, or by a linear one
     "codebook_scale",  # V15: the codebook starts far below the size of its inputs
     "dead_diversity",  # V15: the variance has no gradient
     "pooled_variance",  # V15: the variance is taken over inputs and positions together

@@ -28,7 +28,7 @@ def soft(count: int = 200) -> torch.Tensor:
 
 @torch.no_grad()
 def test_a_vector_becomes_the_nearest_code():
-    bottleneck = made("vq")
+    bottleneck = made("vq", ("bare_codes",))
     unit_BKD = soft() / soft().square().mean(-1, keepdim=True).sqrt()
     vectors_BKD, codes = bottleneck(3 * soft())  # the size of the input is not in its code
     codebook_VD = bottleneck.quantizer.codebook
@@ -58,6 +58,21 @@ def test_gradients_reach_the_bridge_and_every_parameter(name):
     assert soft_BKD.grad.isfinite().all()
     assert (soft_BKD.grad.abs().sum(-1) > 0).all()
     assert [n for n, p in bottleneck.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["vq", "fsq"])
+@torch.no_grad()
+def test_a_code_stands_for_one_vector_in_all_dimensions_of_the_target(name):
+    ranks = []
+    for flaws in ((), ("bare_codes",)):
+        bottleneck = made(name, flaws)
+        vectors_BKD, codes = bottleneck(soft(2000))
+        for code in codes.index_BK.unique()[:5]:
+            same_ND = vectors_BKD[codes.index_BK == code]
+            torch.testing.assert_close(same_ND, same_ND[:1].expand_as(same_ND), atol=1e-4, rtol=1e-4)
+        vectors_ND = vectors_BKD.flatten(0, 1)
+        ranks.append(torch.linalg.matrix_rank(vectors_ND - vectors_ND.mean(0), rtol=1e-3).item())
+    assert ranks == [WIDTH, {"vq": WIDTH, "fsq": 5}[name]]  # five numbers by a linear map reach five dimensions
 
 
 def test_the_commitment_moves_the_codebook_towards_the_inputs():

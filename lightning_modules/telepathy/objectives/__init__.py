@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from datamodules.errors import UserError, check_numbers
-from lightning_modules.telepathy.bottleneck import Bottleneck, UntrainedOutput, VectorBottleneck
+from lightning_modules.telepathy.bottleneck import Bottleneck, ScalarBottleneck, UntrainedOutput, VectorBottleneck
 from lightning_modules.telepathy.bridges import Bridge
 from lightning_modules.telepathy.flaws import Flaw
 from lightning_modules.telepathy.flow import FlowBridge
@@ -156,6 +156,7 @@ def check_parts(
         if flaw in flaws and of not in objectives:
             raise UserError(f"model.reproduce_flaws: {flaw} needs the objective {of} in model.objectives")
     for flaw, kind, choice in (
+        ("bare_codes", (VectorBottleneck, ScalarBottleneck), "vq or fsq"),
         ("codebook_scale", VectorBottleneck, "vq"),
         ("untrained_output", UntrainedOutput, "none"),
     ):
