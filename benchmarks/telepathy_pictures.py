@@ -42,13 +42,13 @@ def read(path: Path) -> Arms:
 
 
 def rung_of(arm: str) -> tuple[str, str]:
-    """Return the version of an arm and what it is: `sound`, `flaws` for all of them, or the name of one change."""
+    """Return the version of an arm and what it is: `sound`, `flaws` for all of them, or the name of other settings."""
     version, _, rest = arm.partition("_")
     return version.upper() if version in ("lm", "vq", "fsq") else version.capitalize(), rest or "sound"
 
 
 def ladder(arms: Arms) -> Figure:
-    """Draw each version without its flaws, with all of them, and with single changes, with 95 % intervals."""
+    """Draw each version without its flaws, with all of them, and with other settings, with 95 % intervals."""
     rungs = list(dict.fromkeys(rung_of(arm)[0] for arm in arms))
     figure = Figure(figsize=(11, 1.2 + 0.34 * len(rungs)), layout="constrained")
     for axes, (measure, title) in zip(figure.subplots(1, len(RUNGS), sharey=True), RUNGS.items(), strict=True):
@@ -62,7 +62,7 @@ def ladder(arms: Arms) -> Figure:
         axes.set(title=title, xlim=(-0.03, 1.03), ylim=(len(rungs) - 0.5, -0.5))
         axes.set_yticks(range(len(rungs)), rungs)
         axes.grid(alpha=0.3)
-    kinds = {"sound": (SOUND, "o"), "all flaws of the notes": (FLAWED, "o"), "one change": (ONE, "x")}
+    kinds = {"sound": (SOUND, "o"), "all flaws of the notes": (FLAWED, "o"), "other settings": (ONE, "x")}
     for label, (colour, marker) in kinds.items():
         axes.plot([], [], marker, color=colour, label=label)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
