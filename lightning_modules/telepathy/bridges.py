@@ -16,6 +16,7 @@ from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 
 SLOPE = 4.0  # of attention over distance at the start: nearly all weight is on the nearest token
+SMALL = 0.05  # of the weights of a last map at the start
 
 
 class HasWidth(Protocol):
@@ -123,8 +124,9 @@ class PerceiverBridge(Bridge):
     al. 2022), and the c_q are spread evenly over `span` positions. So a query does not have to learn first which
     positions to read, as it would with positions inside the keys. There is no self-attention among the queries, which
     adds noise at the start: the target itself attends over all soft tokens. The soft tokens of a query start equal
-    (`start_equal`). A query whose position lies behind the question has nothing of its own to read, and its soft tokens
-    are left out.
+    (`start_equal`), from small weights of the last map: soft tokens are normalised, so the size of the weights only sets
+    how far a step turns them, and a slow start costs some seeds a tenth of the accuracy. A query whose position lies
+    behind the question has nothing of its own to read, and its soft tokens are left out.
 
     Args:
         source: The source, with states of width C.
@@ -177,6 +179,8 @@ class PerceiverBridge(Bridge):
         last = nn.Linear(hidden, tokens_per_query * target.width)
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
         start_equal(last, tokens_per_query)
+        if key_norm:
+            last.weight.data *= SMALL
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return soft_BKD."""
