@@ -124,8 +124,8 @@ class PerceiverBridge(Bridge):
     al. 2022), and the c_q are spread evenly over `span` positions. So a query does not have to learn first which
     positions to read, as it would with positions inside the keys. There is no self-attention among the queries, which
     adds noise at the start: the target itself attends over all soft tokens. The soft tokens of a query start equal
-    (`start_equal`), from small weights of the last map: soft tokens are normalised, so the size of its weights only sets
-    how far a step turns them, and a slow start costs some seeds a tenth of the accuracy. A query whose position lies
+    (`start_equal`), from small weights of the last map: soft tokens are normalised, so the size of its weights sets how
+    far a step turns them and nothing else. A slow start costs some seeds a tenth of the accuracy. A query that lies
     behind the question has nothing of its own to read, and its soft tokens are left out.
 
     Args:
