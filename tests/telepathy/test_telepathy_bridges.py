@@ -103,20 +103,20 @@ def test_the_soft_tokens_of_one_map_start_equal_and_learn_apart(bridge):
     states_BSC, mask_BS = states([3])
     soft_QRD = bridge(states_BSC, mask_BS)[0, :9].unflatten(0, (3, 3))
     assert torch.equal(soft_QRD, soft_QRD[:, :1].expand_as(soft_QRD))
-    assert (soft_QRD[0] - soft_QRD[1]).abs().max() > 0.01
+    assert (soft_QRD[0] - soft_QRD[1]).abs().max() > 1e-4
     (soft_QRD * torch.randn(3, 3, TARGET)).sum().backward()
     torch.optim.SGD(bridge.parameters(), lr=0.1).step()
     soft_QRD = bridge(states_BSC, mask_BS)[0, :9].unflatten(0, (3, 3))
     assert (soft_QRD[:, 0] - soft_QRD[:, 1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("make", [PerceiverBridge, TokenBridge])
-def test_key_norm_makes_the_scale_of_the_states_irrelevant(make):
+@pytest.mark.parametrize(("make", "most"), [(PerceiverBridge, 1e-3), (TokenBridge, 0.02)])
+def test_key_norm_makes_the_scale_of_the_states_irrelevant(make, most):
     states_BSC, mask_BS = states([4, 4])
     torch.manual_seed(0)
     bridge = make(*ENDS)
     for size in (0.1, 1e3):
-        torch.testing.assert_close(bridge(states_BSC * size, mask_BS), bridge(states_BSC, mask_BS), atol=0.02, rtol=0)
+        torch.testing.assert_close(bridge(states_BSC * size, mask_BS), bridge(states_BSC, mask_BS), atol=most, rtol=0)
 
 
 @pytest.mark.parametrize(("key_norm", "size", "collapsed"), [(False, 0.003, True), (True, 1.0, False)])
