@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.pretrained.causal_lm import CHUNK
 from lightning_modules.pretrained.generation import vocabulary
 from lightning_modules.telepathy.batch import EvaluationBatch
-from lightning_modules.telepathy.target import CHUNK, Target
+from lightning_modules.telepathy.target import Target
 
 SHOWN = 2000  # embeddings in a picture
 

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.errors import UserError
-from lightning_modules.pretrained.causal_lm import embedding_of, embedding_scale, logits_at, reads_ahead, recorded
+from lightning_modules.pretrained.causal_lm import (
+    CHUNK,
+    embedding_of,
+    embedding_scale,
+    logits_at,
+    reads_ahead,
+    recorded,
+)
 from lightning_modules.pretrained.generation import Answer, end_tokens, filler_token, generate, vocabulary
 from lightning_modules.pretrained.key_values import key_values_of
 from lightning_modules.pretrained.loading import Pretrained, positions
@@ -35,7 +42,6 @@ if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
 
 REPEAT = "\nRepeat:"  # asks for a repetition of the question, as the embedded target was trained
-CHUNK = 4096  # tokens at a time in fp32: a vocabulary may be large
 
 
 class Target(Frozen):
