@@ -1,17 +1,17 @@
 """What callbacks share that measure on held-out rows of tokens: when they measure, and whose rows they take."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TypeVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.base import EveryNSteps, check_positive, refuse_second
+from callbacks.at_validations import AtValidations
+from callbacks.base import check_positive, refuse_second
 from callbacks.held_out import evaluation
 from callbacks.throughput import off_the_clock
 from datamodules import Mixture, TextCorpus
 from datamodules.batch import Integers, TokenBatch
-from datamodules.errors import UserError, check_numbers
+from datamodules.errors import UserError
 from datamodules.sequence_task import Split, collate
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.decoder import Decoder
@@ -23,7 +23,7 @@ T = TypeVar("T")
 DRY_ROWS = 2
 
 
-class Probe(Callback, ABC):
+class Probe(AtValidations):
     """A callback that measures at the end of `validate` and `test`, and of some validations during a fit.
 
     Args:
@@ -36,9 +36,8 @@ class Probe(Callback, ABC):
 
     def __init__(self, rows: int, every_n_steps: int) -> None:
         check_positive(self, rows=rows)
-        check_numbers(type(self).__name__, 0, every_n_steps=every_n_steps)
-        self.rows, self.every_n_steps = rows, every_n_steps
-        self._checks = EveryNSteps(every_n_steps)
+        super().__init__(every_n_steps)
+        self.rows = rows
 
     @abstractmethod
     def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
@@ -53,16 +52,9 @@ class Probe(Callback, ABC):
                 f"{name} reads models of token sequences, such as GroundThink, not {type(pl_module).__name__}"
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the step at which the fit starts or resumes."""
-        self._checks.start(trainer.global_step)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, unless this is a validation of a fit that is not due."""
-        if trainer.sanity_checking:
-            return
-        if trainer.state.fn != TrainerFn.FITTING or self._checks.advance(trainer.global_step):
-            self._measure(trainer, pl_module, "validation")
+    def at_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure."""
+        self._measure(trainer, pl_module, "validation")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure."""

@@ -3,13 +3,13 @@
 import json
 from itertools import zip_longest
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.base import EveryNSteps, check_positive, refuse_second
+from callbacks.at_validations import AtValidations
+from callbacks.base import check_positive, refuse_second
 from callbacks.held_out import evaluation
 from callbacks.throughput import off_the_clock
-from datamodules.errors import UserError, check_numbers
+from datamodules.errors import UserError
 from lightning_modules.core.contracts import SupportsSampleDataloader, connected
 from lightning_modules.core.files import replacing
 from lightning_modules.core.reporting import add_figure, is_dry_run, keep_scalars, log_scalars, run_folder
@@ -19,7 +19,7 @@ from lightning_modules.telepathy.embedding_map import EmbeddingSpace, PlacedQues
 from lightning_modules.telepathy.figures import embedding_map
 
 
-class SoftTokenMap(Callback):
+class SoftTokenMap(AtValidations):
     """Shows where the soft tokens of some held-out questions lie among the embeddings of the target.
 
     It runs at the end of `validate`, and at some validations of a fit:
@@ -50,9 +50,8 @@ class SoftTokenMap(Callback):
 
     def __init__(self, n_samples: int = 8, every_n_steps: int = 500) -> None:
         check_positive(self, n_samples=n_samples)
-        check_numbers("SoftTokenMap", 0, every_n_steps=every_n_steps)
+        super().__init__(every_n_steps)
         self.n_samples = n_samples
-        self._checks = EveryNSteps(every_n_steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second callback, and modules whose soft tokens are no embeddings."""
@@ -62,17 +61,10 @@ class SoftTokenMap(Callback):
         if pl_module.target.takes_key_values:
             raise UserError("SoftTokenMap: the soft tokens of a KVBridge are keys and values, and no embeddings")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the step at which the fit starts or resumes."""
-        self._checks.start(trainer.global_step)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, unless this is a validation of a fit that is not due."""
-        if trainer.sanity_checking:
-            return
-        if trainer.state.fn != TrainerFn.FITTING or self._checks.advance(trainer.global_step):
-            with off_the_clock(trainer), evaluation(trainer, pl_module):
-                self._measure(trainer, pl_module)
+    def at_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure."""
+        with off_the_clock(trainer), evaluation(trainer, pl_module):
+            self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Telepathy)  # see `setup`
