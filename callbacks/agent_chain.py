@@ -6,7 +6,7 @@ from callbacks.base import check_positive, refuse_second
 from callbacks.held_out import evaluation
 from datamodules.errors import UserError
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import SupportsSampleDataloader, connected
+from lightning_modules.core.held_out import held_out_batches
 from lightning_modules.core.reporting import is_dry_run, keep_scalars, log_scalars
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.telepathy import Telepathy
@@ -72,8 +72,6 @@ class AgentChain(Callback):
 
     def _problems(self, trainer: Trainer) -> list[Problem]:
         """Return held-out questions."""
-        data: object = connected(trainer).datamodule
-        if not isinstance(data, SupportsSampleDataloader):
-            raise UserError(f"AgentChain: {type(data).__name__} gives no held-out questions")
         count = min(self.n_samples, DRY_SAMPLES) if is_dry_run(trainer) else self.n_samples
-        return [problem for batch in data.sample_dataloader(count) for problem in batch["problems"]]
+        batches = held_out_batches(trainer, count, "AgentChain")
+        return [problem for batch in batches for problem in batch["problems"]]

@@ -1,7 +1,6 @@
 """Evaluation by generation during training, on a few held-out samples."""
 
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from lightning_modules.core.contracts import SupportsSampleDataloader, SupportsS
 from lightning_modules.core.diversity import distinct, distinct_n
 from lightning_modules.core.intervals import wilson_interval
 from lightning_modules.core.reporting import add_text, is_dry_run, keep_scalars, log_scalars, logged_step, run_folder
-from lightning_modules.core.samples import EvalSample, gather_objects, text_table, write_jsonl
+from lightning_modules.core.samples import EvalSample, gather_dealt, text_table, write_jsonl
 
 
 class QuickEval(Callback):
@@ -79,9 +78,7 @@ class QuickEval(Callback):
         """Evaluate at the end of an interval."""
         if self._evaluations.advance(trainer.global_step):
             with off_the_clock(trainer):
-                parts = gather_objects(self._evaluate(trainer, pl_module))
-                # Samples were dealt to the ranks one by one; this restores their order.
-                self._report(trainer, [sample for row in zip_longest(*parts) for sample in row if sample is not None])
+                self._report(trainer, gather_dealt(self._evaluate(trainer, pl_module)))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the batches."""

@@ -1,7 +1,6 @@
 """Soft tokens among the words of the target, over training."""
 
 import json
-from itertools import zip_longest
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -10,10 +9,10 @@ from callbacks.base import check_positive, refuse_second
 from callbacks.held_out import evaluation
 from callbacks.throughput import off_the_clock
 from datamodules.errors import UserError
-from lightning_modules.core.contracts import SupportsSampleDataloader, connected
 from lightning_modules.core.files import replacing
+from lightning_modules.core.held_out import held_out_batches
 from lightning_modules.core.reporting import add_figure, is_dry_run, keep_scalars, log_scalars, run_folder
-from lightning_modules.core.samples import gather_objects
+from lightning_modules.core.samples import gather_dealt
 from lightning_modules.telepathy import Telepathy
 from lightning_modules.telepathy.embedding_map import EmbeddingSpace, PlacedQuestion, measures, placed, snapshot
 from lightning_modules.telepathy.figures import embedding_map
@@ -68,16 +67,12 @@ class SoftTokenMap(AtValidations):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Telepathy)  # see `setup`
-        data: object = connected(trainer).datamodule
-        if not isinstance(data, SupportsSampleDataloader):
-            raise UserError(f"SoftTokenMap: {type(data).__name__} gives no held-out questions")
+        batches = held_out_batches(trainer, self.n_samples, "SoftTokenMap")
         space = EmbeddingSpace(pl_module.target)
         mine: list[PlacedQuestion] = []
-        for batch in map(trainer.strategy.batch_to_device, data.sample_dataloader(self.n_samples)):
+        for batch in map(trainer.strategy.batch_to_device, batches):
             mine += placed(space, batch, pl_module(batch))
-        # Samples were dealt to the ranks one by one; this restores their order
-        dealt = zip_longest(*gather_objects(mine))
-        questions = [question for row in dealt for question in row if question is not None]
+        questions = gather_dealt(mine)
         values = {f"soft_token_map/{name}": value for name, value in measures(questions).items()}
         log_scalars(trainer, values)
         keep_scalars(trainer, values)

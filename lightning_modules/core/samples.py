@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,12 @@ def gather_objects(item: T) -> list[T]:
     items: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(items, item)
     return items
+
+
+def gather_dealt(items: Sequence[T]) -> list[T]:
+    """Return the items of all ranks in the order in which they were dealt to the ranks one by one; none is None."""
+    parts = gather_objects(items)
+    return [item for row in zip_longest(*parts) for item in row if item is not None]
 
 
 def write_jsonl(path: Path, samples: Sequence[EvalSample]) -> None:

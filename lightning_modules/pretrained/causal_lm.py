@@ -45,6 +45,11 @@ class Sites(nn.Module):
         return outputs_BTD
 
 
+def vocabulary(model: "CausalLM") -> int:
+    """Return the number of tokens that a model reads, which may differ from that of its tokenizer."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def embedding_of(model: "CausalLM") -> Sites:
     """Return the model's embedding as the only site; vectors are at the scale of its output."""
     embedding = model.get_input_embeddings()
@@ -67,8 +72,7 @@ def embedding_scale(model: "CausalLM") -> float:
 @torch.no_grad()
 def reads_ahead(model: "CausalLM") -> bool:
     """Return whether logits depend on later tokens, as those of an encoder do."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens_BT = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device) % vocabulary
+    tokens_BT = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device) % vocabulary(model)
     first_TV, second_TV = model(input_ids=tokens_BT, use_cache=False).logits[:, :2].float()
     rounding = torch.finfo(model.dtype).eps ** 0.5 * first_TV.abs().max()
     return bool(((first_TV - second_TV).abs() > rounding).any())

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lightning_modules.pretrained.causal_lm import Sites, embedding_of, inserted
+from lightning_modules.pretrained.causal_lm import Sites, embedding_of, inserted, vocabulary
 from lightning_modules.pretrained.decoding import cache_of, decode
 from lightning_modules.pretrained.loading import first_position
 from lightning_modules.pretrained.sharding import is_sharded
@@ -57,11 +57,6 @@ def filler_token(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> int
     padding = None if first_position(model) is not None else tokenizer.pad_token_id
     known = [padding, *end_tokens(model, tokenizer), 0]
     return next(token for token in known if token is not None and 0 <= token < vocabulary(model))
-
-
-def vocabulary(model: "CausalLM") -> int:
-    """Return the number of tokens that a model reads, which may differ from that of its tokenizer."""
-    return model.get_input_embeddings().weight.shape[0]
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.pretrained.causal_lm import CHUNK
-from lightning_modules.pretrained.generation import vocabulary
+from lightning_modules.pretrained.causal_lm import CHUNK, vocabulary
 from lightning_modules.telepathy.batch import EvaluationBatch
 from lightning_modules.telepathy.target import Target
 

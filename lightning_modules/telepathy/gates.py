@@ -16,9 +16,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datamodules.errors import UserError
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import Figure, Gate, SupportsSampleDataloader, connected
+from lightning_modules.core.contracts import Figure, Gate
+from lightning_modules.core.held_out import held_out_batches
 from lightning_modules.core.samples import gather_objects
 from lightning_modules.core.schedule import warmup
 from lightning_modules.pretrained.generation import Answer
@@ -128,13 +128,11 @@ def gates(module: Gated, count: int, least_accuracy: float, steps: int) -> Itera
     Raises:
         UserError: The data gives no held-out problems, or the target does not answer soft tokens.
     """
-    data: object = connected(module.trainer).datamodule
-    if not isinstance(data, SupportsSampleDataloader):
-        raise UserError(f"Gates: {type(data).__name__} gives no held-out problems")
+    held_out = held_out_batches(module.trainer, count, "Gates", "problems")
     to_device = module.trainer.strategy.batch_to_device
     module.target.check(trains=True)
     with torch.no_grad(), module.trainer.precision_plugin.val_step_context():
-        batches: list[EvaluationBatch] = [to_device(batch) for batch in data.sample_dataloader(count)]
+        batches: list[EvaluationBatch] = [to_device(batch) for batch in held_out]
         text = _read(module, batches, lambda batch: (batch["text_rows"], None, None))
         yield Gate("text", [Figure("accuracy", text.accuracy, least_accuracy, hits=text.right_B.tolist())], TEXT)
         embedded = _read(module, batches, lambda batch: (batch["soft_rows"], *question_embeddings(module, batch)))
@@ -143,7 +141,7 @@ def gates(module: Gated, count: int, least_accuracy: float, steps: int) -> Itera
     accuracy = Figure("accuracy", embedded.accuracy, least, hits=embedded.right_B.tolist())
     yield Gate("embeddings", [accuracy, Figure("ce_gap", gap, CE_GAP, at_most=True)], EMBEDDINGS)
 
-    drawn = data.sample_dataloader(BY_HEART * module.trainer.world_size)
+    drawn = held_out_batches(module.trainer, BY_HEART * module.trainer.world_size, "Gates", "problems")
     problems = list(chain.from_iterable(batch["problems"] for batch in drawn))
     batch: TrainingBatch = to_device(module.collate(problems, training=True))
     loss = overfitted(module, batch, steps)

@@ -10,8 +10,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from datamodules.errors import UserError
-from lightning_modules.core.contracts import SupportsSampleDataloader, connected
+from lightning_modules.core.held_out import held_out_batches
 from lightning_modules.telepathy.ranks import summed
 
 NormalizerName = Literal["none", "layer_norm", "statistical", "learned_statistical"]
@@ -84,10 +83,8 @@ def calibrate(module: LightningModule, normalizer: nn.Module, read: Callable[[An
     """
     if not isinstance(normalizer, StatisticalNormalizer):
         return
-    data: object = connected(module.trainer).datamodule
-    if not isinstance(data, SupportsSampleDataloader):
-        raise UserError(f"model.normalizer: {type(data).__name__} gives no held-out questions")
-    batches = map(module.trainer.strategy.batch_to_device, data.sample_dataloader(CALIBRATION))
+    held_out = held_out_batches(module.trainer, CALIBRATION, "model.normalizer")
+    batches = map(module.trainer.strategy.batch_to_device, held_out)
     sums_3C = sums(read(batch)[batch["source_mask"]] for batch in batches)
     normalizer.calibrate(*summed(module, sums_3C))
 

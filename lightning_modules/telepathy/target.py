@@ -20,8 +20,9 @@ from lightning_modules.pretrained.causal_lm import (
     logits_at,
     reads_ahead,
     recorded,
+    vocabulary,
 )
-from lightning_modules.pretrained.generation import Answer, end_tokens, filler_token, generate, vocabulary
+from lightning_modules.pretrained.generation import Answer, end_tokens, filler_token, generate
 from lightning_modules.pretrained.key_values import key_values_of
 from lightning_modules.pretrained.loading import Pretrained, positions
 from lightning_modules.pretrained.prompts import (
