@@ -3,7 +3,8 @@
 Shapes: B batch, T positions, D width.
 """
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,29 @@ from torch import Tensor, nn
 from lightning_modules.core.ensemble import member_call
 
 State = tuple[Tensor, Tensor]  # h_1BD, c_1BD
+
+
+class _MemberLSTM(torch.autograd.Function):
+    """`torch.lstm` for an ensemble, one member after another; `vmap` alone runs, and records gradients as usual."""
+
+    @staticmethod
+    def forward(x_BTD: Tensor, *weights: Tensor) -> Tensor:
+        """Return h_BTD, from a state of zeros."""
+        zeros_1BD = x_BTD.new_zeros(1, len(x_BTD), weights[1].shape[1])
+        return torch.lstm(x_BTD, (zeros_1BD, zeros_1BD), weights, True, 1, 0.0, True, False, True)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep nothing; vmap wants this method."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *inputs: Tensor) -> tuple[Tensor, int]:
+        """Return h_SBTD."""
+        per_member = zip(
+            *([x] * info.batch_size if dim is None else x.unbind(dim) for x, dim in zip(inputs, in_dims, strict=True)),
+            strict=True,
+        )
+        return torch.stack([_MemberLSTM.forward(*of_member) for of_member in per_member]), 0
 
 
 class LSTM(nn.Module):
@@ -35,9 +59,11 @@ class LSTM(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the contribution to the residual stream, [B, T, D]."""
-        if member_call():  # torch cannot vmap its own loop over positions
+        if not member_call():
+            return cast(Tensor, self.cell(x_BTD)[0])
+        if torch.compiler.is_compiling():  # which loses the gradient of an `autograd.Function` under vmap
             return self._by_position(x_BTD)
-        return cast(Tensor, self.cell(x_BTD)[0])
+        return cast(Tensor, _MemberLSTM.apply(x_BTD, *self.cell.parameters()))  # type: ignore[no-untyped-call]
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the contribution at the next position, [B, D], and the state after it."""
