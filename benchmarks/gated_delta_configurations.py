@@ -1,79 +1,147 @@
 # mypy: disable-error-code="import-untyped"
-"""Time the gated delta kernels on a GPU with other launches than those of the table in `configurations.py`.
+"""Time each of the gated delta kernels alone on a GPU, with other launches than that of `configurations.py`.
 
-python -m benchmarks.gated_delta_configurations [--shape 8,4096,16,64,128] [--kernels prepare outputs sweeps gradients]
-    [--repeats 10] [--share 0/1]
+python -m benchmarks.gated_delta_configurations [--shapes 8,4096,16,64,128 ...] [--parts 1 2] [--processes 8]
+    [--kernels prepare_chunks ...] [--registers 0 128] [--json FILE]
 
-One launch of one kernel changes at a time: its columns of V, its warps and its stages. Each row is the median time of
-forward and backward, replayed as a CUDA graph; the row `table` changes nothing. Most of the time goes into compilation:
-`--share 1/4` times the second of four parts of the rows, so that four processes at once compile all of them, and the
-times of a process that runs alone after them are right.
+A launch is the columns of V, the warps, the pipeline stages, and the largest number of registers per thread, where 0
+sets none. A time is the median of replays of a CUDA graph. `--processes` compile the launches at the same time, each a
+part of them, before one process times all. The fastest launches of a kernel come first, and `table` marks the one of
+the table. `--parts` are other precisions of products than the table's.
 """
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import replace
-from itertools import product
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.gated_delta import inputs, ours
 from benchmarks.timing import graph_milliseconds
 from kernels.gated_delta import problem
-from kernels.gated_delta.configurations import Configuration, Launch, configuration
+from kernels.gated_delta.configurations import Launch, configuration
 
 # One stage is left out: with bf16 inputs Triton 3.6 then makes code that reads out of range of the shared memory
 GRIDS = {
-    "prepare": ((0,), (1, 2, 4, 8), (2,)),
-    "outputs": ((16, 32, 64), (4, 8), (2, 3)),
-    "sweeps": ((16, 32, 64), (4, 8), (2, 3)),
-    "gradients": ((32, 64, 128), (4, 8), (2, 3)),
+    "prepare_chunks": ((0,), (1, 2, 4), (2,)),
+    "compute_outputs": ((16, 32, 64, 128), (4, 8), (2, 3)),
+    "sweep_both_ways": ((16, 32, 64, 128), (4, 8), (2, 3)),
+    "compute_gradients": ((32, 64, 128), (4, 8), (2, 3)),
 }
+SHAPES = ["4,2048,8,64,128", "8,4096,16,64,128", "8,4096,16,128,128"]
 
 
-def variants(table: Configuration, kernels: list[str]) -> Iterator[tuple[str, Configuration]]:
-    """Return the table's configuration and those that differ in one launch, with their names."""
-    yield "table", table
-    for kernel in kernels:
-        for launch in (Launch(*numbers) for numbers in product(*GRIDS[kernel])):
-            change: dict[str, Any] = {kernel: launch}
-            if launch != getattr(table, kernel):
-                yield f"{kernel} {launch}", replace(table, **change)
+@dataclass(frozen=True)
+class Call:
+    """One launch of a kernel in a forward and backward, ready to run again with other launches."""
+
+    kernel: Any
+    problem: problem.Problem
+    programs: int
+    table: Launch
+    tensors: tuple[Tensor | None, ...]
+    options: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        """The name of the kernel."""
+        return str(self.kernel.fn.__name__)
+
+    def run(self, launch: Launch, registers: int) -> None:
+        """Launch the kernel."""
+        programs = self.programs
+        options = self.options | self.problem.common
+        if launch.columns:
+            options |= {"V": self.problem.V, "BV": self.problem.columns(launch)}
+        if self.name in ("compute_outputs", "sweep_both_ways"):
+            programs = programs // self.problem.blocks(self.table) * self.problem.blocks(launch)
+        limit = {"maxnreg": registers} if registers else {}
+        self.kernel[(programs,)](*self.tensors, **options, num_warps=launch.warps, num_stages=launch.stages, **limit)
 
 
-def time_of(how: Configuration, values: list[torch.Tensor], repeats: int) -> float:
-    """Return the milliseconds of forward and backward with a configuration; NaN if the GPU has too little memory."""
-    cotangent = torch.randn_like(values[2])
-    with patch.object(problem, "configuration", lambda *key: how):
-        try:
-            return graph_milliseconds(lambda: torch.autograd.grad(ours(*values), values, cotangent), repeats)
-        except OutOfResources:
-            return float("nan")
+def record(shape: str, parts: int | None) -> list[Call]:
+    """Return the launches of a forward and backward in bf16."""
+    calls: list[Call] = []
+    run: Callable[..., None] = problem.Problem.run
+
+    def keep(
+        self: problem.Problem, kernel: Any, programs: int, launch: Launch, *tensors: Tensor | None, **options: object
+    ) -> None:
+        calls.append(Call(kernel, self, programs, launch, tensors, dict(options)))
+        run(self, kernel, programs, launch, *tensors, **options)
+
+    def how(*key: Any) -> object:
+        table = configuration(*key)
+        return table if parts is None else replace(table, parts=parts)
+
+    values = inputs(*map(int, shape.split(",")))
+    with patch.object(problem.Problem, "run", keep), patch.object(problem, "configuration", how):
+        torch.autograd.grad(ours(*values), values, torch.randn_like(values[2]))
+    return calls
+
+
+def launches(call: Call, limits: list[int]) -> Iterator[tuple[Launch, int]]:
+    """Return the launches of a kernel's grid, and that of the table."""
+    grid = [Launch(*numbers) for numbers in itertools.product(*GRIDS[call.name])]
+    return itertools.product(dict.fromkeys([call.table, *grid]), limits)
+
+
+def time_of(call: Call, launch: Launch, registers: int, repeats: int) -> float:
+    """Return the milliseconds of a launch; NaN if the GPU has too little memory for it."""
+    try:
+        return graph_milliseconds(lambda: call.run(launch, registers), repeats)
+    except OutOfResources:
+        return float("nan")
+
+
+def compile_all(processes: int) -> None:
+    """Let processes compile the launches into Triton's cache, each a part of them."""
+    command = [sys.executable, "-m", "benchmarks.gated_delta_configurations", *sys.argv[1:], "--processes", "0"]
+    running = [subprocess.Popen([*command, "--share", f"{i}/{processes}"]) for i in range(processes)]
+    for process in running:
+        process.wait()
 
 
 def main() -> None:
-    """Print the rows as they are measured, and the fastest of each kernel at the end."""
+    """Print the launches of each kernel, the fastest first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="8,4096,16,64,128")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--kernels", nargs="+", default=list(GRIDS), choices=GRIDS)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--share", default="0/1", help="I/N: part I, from 0, of N parts of the rows")
+    parser.add_argument("--parts", nargs="+", type=int, default=[None])
+    parser.add_argument("--registers", nargs="+", type=int, default=[0])
+    parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--share", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    part, parts = map(int, options.share.split("/"))
-    values = inputs(*map(int, options.shape.split(",")))
-    table = configuration(torch.cuda.get_device_capability()[0], True, values[1].shape[-1])
-    print(f"{options.shape}: forward and backward (ms)")
-    times: dict[str, float] = {}
-    for name, how in list(variants(table, options.kernels))[part::parts]:
-        times[name] = time_of(how, values, options.repeats)
-        print(f"{times[name]:>12.3f}  {name}", flush=True)
-    for kernel in options.kernels:
-        rows = {name: t for name, t in times.items() if name.startswith((kernel, "table")) and t == t}
-        if rows:
-            print(f"fastest {kernel}: {min(rows, key=lambda name: rows[name])}")
+    if options.processes:
+        compile_all(options.processes)
+    rows = []
+    for shape, parts in itertools.product(options.shapes, options.parts):
+        for call in (call for call in record(shape, parts) if call.name in options.kernels):
+            todo = list(launches(call, options.registers))
+            if options.share:
+                share, shares = map(int, options.share.split("/"))
+                for launch, registers in todo[share::shares]:
+                    time_of(call, launch, registers, 1)
+                continue
+            found = [(time_of(call, launch, registers, 20), launch, registers) for launch, registers in todo]
+            print(f"\n{shape}, parts {parts or 'of the table'}, {call.name}: ms, columns, warps, stages, registers")
+            for ms, launch, registers in sorted(found, key=lambda row: (row[0] != row[0], row[0])):
+                mark = "  table" if (launch, registers) == (call.table, 0) else ""
+                numbers = launch.columns, launch.warps, launch.stages, registers
+                print(f"{ms:>10.3f}" + "".join(f"{number:>5}" for number in numbers) + mark, flush=True)
+                rows.append({"shape": shape, "parts": parts, "kernel": call.name, "ms": ms, "launch": numbers})
+            if options.json:
+                options.json.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":
