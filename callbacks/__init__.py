@@ -10,6 +10,7 @@ from callbacks.diversity_monitor import DiversityMonitor
 from callbacks.drift_monitor import DriftMonitor
 from callbacks.gates import Gates
 from callbacks.gradient_ratio import GradientRatio
+from callbacks.group_accuracy import GroupAccuracy
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.parameter_freeze import ParameterFreeze
 from callbacks.parameter_rounding import ParameterRounding
@@ -36,6 +37,7 @@ __all__ = [
     "DriftMonitor",
     "Gates",
     "GradientRatio",
+    "GroupAccuracy",
     "LastCheckpoint",
     "ParameterFreeze",
     "ParameterRounding",

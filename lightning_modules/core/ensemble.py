@@ -62,9 +62,11 @@ def stack_members(make: Callable[[], nn.Module], seeds: Sequence[int]) -> nn.Mod
             networks.append(make())
     if len(networks) > 1:
         stacked, _ = stack_module_state(networks)
-        for name, value in stacked.items():
+        own = {parameter: name for name, parameter in networks[0].named_parameters()}
+        members = {name: nn.Parameter(value.detach()) for name, value in stacked.items()}
+        for name, parameter in list(networks[0].named_parameters(remove_duplicate=False)):  # tied ones stay tied
             owner, _, leaf = name.rpartition(".")
-            setattr(networks[0].get_submodule(owner), leaf, nn.Parameter(value.detach()))
+            setattr(networks[0].get_submodule(owner), leaf, members[own[parameter]])
     return networks[0]
 
 

@@ -28,11 +28,14 @@ class Hybrid(Decoder):
         writes: What mixers measure of their writes.
         piece_len: Positions that a forward of evaluation reads at once; None for whole rows.
         leaks: Mixers read the state after the last position, so a row cannot be cut.
+        tied: The unembedding has the weights of the token embedding.
         *parts: The arguments of `Decoder`, without positions.
     """
 
-    def __init__(self, tokens: RowTokens, writes: Writes, piece_len: int | None, leaks: bool, *parts: Any):
+    def __init__(self, tokens: RowTokens, writes: Writes, piece_len: int | None, leaks: bool, tied: bool, *parts: Any):
         super().__init__(*parts)
+        if tied:
+            self.unembed.weight = self.token_embedding.weight
         self.tokens, self.writes, self.piece_len, self.leaks = tokens, writes, piece_len, leaks
 
     def forward(
@@ -108,6 +111,7 @@ def make_hybrid(
     recall: Literal["none", "causal", "final"],
     overlap: Literal["squared", "absolute"],
     piece_len: int | None,
+    tied: bool,
     delta_options: dict[str, Any],
 ) -> Hybrid:
     """Return a decoder with RMSNorm, SwiGLU and the mixers of the pattern; see `GroundThink` for the arguments.
@@ -125,6 +129,7 @@ def make_hybrid(
         recall: Whether window attention reads the state, and whether that is the state after the last position.
         overlap: Form of the overlap of keys.
         piece_len: Positions that a forward of evaluation reads at once.
+        tied: The unembedding has the weights of the token embedding.
         delta_options: More arguments of `GatedDelta`.
     """
     tokens, writes = RowTokens(), Writes(overlap)
@@ -144,4 +149,4 @@ def make_hybrid(
         else:
             mixers.append(partial(WindowAttention, width, heads, window, read))
     mlp, norm = partial(SwiGLU, width, mlp_width) if mlp_width else None, partial(nn.RMSNorm, eps=1e-6)
-    return Hybrid(tokens, writes, piece_len, recall == "final", vocab_size, width, mixers, mlp, norm)
+    return Hybrid(tokens, writes, piece_len, recall == "final", tied, vocab_size, width, mixers, mlp, norm)

@@ -35,6 +35,8 @@ class GroundThink(PenalisedModel):
         key_width: K of the gated delta rule; D / H if None.
         value_width: V of the gated delta rule; D / H if None.
         window: W, the positions that window attention sees, its own position included.
+        tie_embeddings: Give the unembedding the weights of the token embedding: V D parameters less, and a token that
+            is only carried to another position is predicted there, whether or not training has shown it before.
         mlp_width: Hidden units of each SwiGLU; 0 for blocks without one; 8 D / 3, up to a multiple of 8, if None.
         conv_width: Positions that the short convolutions of queries, keys and values read; 0 for no convolution.
         key_conv_width: The same for keys alone; `conv_width` if None.
@@ -70,6 +72,7 @@ class GroundThink(PenalisedModel):
         key_width: int | None = None,
         value_width: int | None = None,
         window: int = 64,
+        tie_embeddings: bool = False,
         mlp_width: int | None = None,
         conv_width: int = 4,
         key_conv_width: int | None = None,
@@ -109,6 +112,7 @@ class GroundThink(PenalisedModel):
             "recall": "none" if not window_reads_state else "final" if reproduce_flaws else "causal",
             "overlap": key_orthogonality.form if key_orthogonality else "squared",
             "piece_len": piece_len,
+            "tied": tie_embeddings,
             "delta_options": {
                 **sizes,
                 "conv_width": conv_width,

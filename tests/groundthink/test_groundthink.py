@@ -35,6 +35,7 @@ OPTIONS = {
         "key_conv_width": 6,
         "window_reads_state": True,
         "allow_negative_eigenvalues": True,
+        "tie_embeddings": True,
     },
 }
 CASES = [(pattern, "plain") for pattern in ("G", "S", "SG", "GGS")] + [("GSGS", name) for name in OPTIONS]
@@ -157,6 +158,7 @@ def test_an_ensemble_has_the_logits_and_gradients_of_its_members():
         network.blocks[0].gated_delta.places.bank.turn.data.copy_(value)
 
     stacked = stack_members(network, [5, 6])
+    assert stacked.unembed.weight is stacked.token_embedding.weight
     turn(stacked, turns)
     (logits_SBTV,) = call_members(stacked, 2, rows())
     logits_SBTV.square().sum().backward()
