@@ -1,21 +1,25 @@
 """Time the phase scan on a GPU beside other implementations, in one process.
 
-python -m benchmarks.phase_scan [--shapes 8,4096,1024 ...] [--types float32 bfloat16]
-    [--variants plain mass channel input] [--repeats 30] [--first_call] [--json FILE]
+python -m benchmarks.phase_scan [--names ours eager ...] [--shapes 8,4096,1024 ...] [--types float32 bfloat16]
+    [--variants plain mass channel input] [--repeats 30] [--limit 120] [--first_call] [--json FILE]
 
 A shape is B, T, D. The variants are those of `phase_scan_peers.py`: no decay, masses, a decay per channel, a decay per
-position. The others are PyTorch's cumulative sums, `torch.compile` of them, PyTorch's associative scan, and
-accelerated_scan if it can be imported, with its change of layout and without: the latter computes a scan over channels,
-and only its time counts. Times are medians over `--repeats` runs of the forward and of forward and backward, called
-from Python and replayed as a CUDA graph; `nan` says that an implementation cannot do this. `copy %` is the share of a
-device copy's rate that the least possible traffic would have in that time: in the forward each input read and the
-output written once, in the backward each input and the cotangent read and each gradient written once. Peak memory is of
-forward and backward above the inputs, and `least` is what the output and the gradients need. `--first_call` times the
-first forward and backward of a fresh process without caches instead. On a CPU, which runs the reference, there are no
-graphs and no peak memory.
+position. The others are PyTorch's cumulative sums and `torch.compile` of them, both without decay only, PyTorch's
+associative scan, and accelerated_scan, with its change of layout and without: the latter computes a scan over channels,
+and only its time counts. Each has a process of its own, one after another, which ends after `--limit` seconds.
+
+Times are medians over `--repeats` runs of the forward and of forward and backward, called from Python and replayed as a
+CUDA graph; `nan` says that an implementation cannot do this. `copy %` is the share of a device copy's rate that the
+least possible traffic would have in that time: in the forward each input read and the output written once, in the
+backward each input and the cotangent read and each gradient written once. Peak memory is of forward and backward above
+the inputs, and `least` is what the output and the gradients need. `error` is the largest error of output and gradients
+against the reference in fp64, RMS over RMS, on some channels. `--json` appends a line per row, once it is measured.
+`--first_call` times the first forward and backward of a fresh process without caches instead. On a CPU, which runs the
+reference, there are no graphs and no peak memory.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -23,15 +27,28 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.phase_scan_peers import VARIANTS, Rule, inputs, ours, peers
+from benchmarks.phase_scan_peers import RULES, VARIANTS, WITHOUT_DECAY, Rule, inputs
 from benchmarks.timing import DEVICE, copy_rate, graph_milliseconds, milliseconds
+from kernels.phase_scan import phase_scan
 
 SHAPES = ["32,256,128", "32,1024,512", "8,4096,1024"]
-COLUMNS = "forward ms", "graph ms", "both ms", "both graph ms", "copy %", "both copy %", "peak MiB", "least MiB"
+COLUMNS = (
+    "forward ms",
+    "graph ms",
+    "both ms",
+    "both graph ms",
+    "copy %",
+    "both copy %",
+    "peak MiB",
+    "least MiB",
+    "error",
+)
+CHECKED = 16  # channels
 FIRST_CALL = """
 import time, torch
 from benchmarks.phase_scan_peers import inputs, ours
@@ -75,8 +92,11 @@ def measure(name: str, rule: Rule, values: dict[str, Tensor], rate: float, repea
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     read, written = sum(x.nbytes for x in tensors), cotangent.nbytes
+    first = attempt(lambda: milliseconds(forward, repeats), f"{name}, forward")
+    if first != first:
+        return dict.fromkeys(COLUMNS, first)
     row = {
-        "forward ms": attempt(lambda: milliseconds(forward, repeats), f"{name}, forward"),
+        "forward ms": first,
         "graph ms": attempt(lambda: graph_milliseconds(forward, repeats), f"{name}, forward as a graph"),
         "both ms": attempt(lambda: milliseconds(both, repeats), f"{name}, both"),
         "both graph ms": attempt(lambda: graph_milliseconds(both, repeats), f"{name}, both as a graph"),
@@ -87,7 +107,19 @@ def measure(name: str, rule: Rule, values: dict[str, Tensor], rate: float, repea
     )
     row["copy %"] = 100 * (read + written) / rate / fastest * 1e3
     row["both copy %"] = 100 * (3 * read + 2 * written) / rate / fastest_both * 1e3
-    return row | {"peak MiB": attempt(peak, f"{name}, memory"), "least MiB": (read + written) / 2**20}
+    row |= {"peak MiB": attempt(peak, f"{name}, memory"), "least MiB": (read + written) / 2**20}
+    return row | {"error": attempt(lambda: error(rule, values, cotangent), f"{name}, error")}
+
+
+def error(rule: Rule, values: dict[str, Tensor], cotangent: Tensor) -> float:
+    """Return the largest error of output and gradients on some channels, RMS over RMS."""
+    exact: dict[str, Any] = {name: x[..., :CHECKED].detach().double().requires_grad_() for name, x in values.items()}
+    expected = phase_scan(**exact, backend="reference")[0], list(exact.values()), cotangent[..., :CHECKED].double()
+    found = rule(**values), list(values.values()), cotangent
+    pairs = zip(
+        (found[0], *torch.autograd.grad(*found)), (expected[0].detach(), *torch.autograd.grad(*expected)), strict=True
+    )
+    return max(float((x[..., :CHECKED].detach().double() - y).norm() / y.norm()) for x, y in pairs)
 
 
 def first_call() -> float:
@@ -100,35 +132,57 @@ def first_call() -> float:
     return float(run.stdout)
 
 
+def run_alone(name: str, options: argparse.Namespace) -> None:
+    """Measure one implementation in this process: print a row per shape, type and variant."""
+    rate = copy_rate()
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    machine = {"device": device, "torch": torch.__version__, "copy_bytes_per_second": rate}
+    print(f"\n{name}: {device}, torch {torch.__version__}, copy {rate / 1e12:.3g} TB/s")
+    print(f"{'':<30}" + "".join(f"{column:>14}" for column in COLUMNS))
+    for shape, dtype, variant in itertools.product(options.shapes, options.types, options.variants):
+        if name in WITHOUT_DECAY and variant in ("channel", "input"):
+            continue
+        torch.compiler.reset()  # after some shapes, PyTorch would no longer compile
+        B, T, D = map(int, shape.split(","))
+        values = inputs(variant, B, T, D, getattr(torch, dtype), DEVICE)
+        row = measure(name, RULES[name], values, rate, options.repeats)
+        figures = "".join(f"{row[column]:>14.3g}" for column in COLUMNS)
+        print(f"{shape + ' ' + dtype + ' ' + variant:<30}" + figures, flush=True)
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(
+                    json.dumps({"shape": shape, "type": dtype, "variant": variant, "name": name} | row | machine)
+                )
+                file.write("\n")
+
+
+def run_each(names: list[str], limit: float) -> None:
+    """Measure each implementation in a process of its own, with the other options of this one."""
+    for name in names:
+        try:
+            subprocess.run([sys.executable, "-m", __spec__.name, *sys.argv[1:], "--names", name], timeout=limit)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: ended after {limit:g} s", flush=True)
+
+
 def main() -> None:
-    """Print a table per shape, type and variant."""
+    """Print a table per implementation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--types", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--limit", type=float, default=120, help="seconds of an implementation")
     parser.add_argument("--first_call", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.first_call:
         print(f"first forward and backward: {first_call():.1f} s")
-        return
-    rate = copy_rate()
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    print(f"{device}, torch {torch.__version__}, copy {rate / 1e12:.3g} TB/s")
-    rows = []
-    for shape in options.shapes:
-        for dtype in options.types:
-            for variant in options.variants:
-                B, T, D = map(int, shape.split(","))
-                values = inputs(variant, B, T, D, getattr(torch, dtype), DEVICE)
-                print(f"\n{shape} {dtype} {variant}\n{'':<22}" + "".join(f"{column:>14}" for column in COLUMNS))
-                for name, rule in ({"ours": ours} | peers(variant)).items():
-                    row = measure(name, rule, values, rate, options.repeats)
-                    print(f"{name:<22}" + "".join(f"{row[column]:>14.3f}" for column in COLUMNS), flush=True)
-                    rows.append({"shape": shape, "type": dtype, "variant": variant, "name": name, **row})
-    if options.json:
-        options.json.write_text(json.dumps({"copy_bytes_per_second": rate, "rows": rows}, indent=1))
+    elif len(options.names) == 1:
+        run_alone(options.names[0], options)
+    else:
+        run_each(options.names, options.limit)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 import importlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.phase_scan_associative import associative_scan
 from kernels.phase_scan import phase_scan
 
 Rule = Callable[..., Tensor]
 VARIANTS = "plain", "mass", "channel", "input"
+WITHOUT_DECAY = "eager", "compile"
 
 
 def inputs(variant: str, B: int, T: int, D: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -40,6 +43,14 @@ def eager(x: Tensor, omega: Tensor, mass: Tensor | None = None) -> Tensor:
     return ((written * turn).cumsum(1) * turn.conj()).real.to(x.dtype)
 
 
+def in_parts(x: Tensor, omega: Tensor, mass: Tensor | None = None) -> Tensor:
+    """Compute the same in real numbers, because `torch.compile` has no complex ones."""
+    phase = omega.float().cumsum(1)
+    cos, sin = phase.cos(), phase.sin()
+    written = x.float() if mass is None else x.float() * mass.float()
+    return ((written * cos).cumsum(1) * cos + (written * sin).cumsum(1) * sin).to(x.dtype)
+
+
 def gates_and_values(
     x: Tensor, omega: Tensor, mass: Tensor | None = None, log_decay: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -49,44 +60,27 @@ def gates_and_values(
     return torch.polar(decay.expand(omega.shape), -omega.float()), torch.complex(written, torch.zeros_like(written))
 
 
-def associative_scan(**values: Tensor) -> Tensor:
-    """Compute the recurrence with PyTorch's own associative scan, of real and imaginary parts."""
-    scan: Any = importlib.import_module("torch._higher_order_ops.associative_scan").associative_scan
+def accelerated_scan(layout: bool, **values: Tensor) -> Tensor:
+    """Compute the recurrence with the package accelerated_scan, which has the positions last.
+
+    Args:
+        layout: Change the layout; without, it computes a scan over channels, and only its time counts.
+        **values: The tensors.
+    """
+    scan: Any = importlib.import_module("accelerated_scan.complex").scan
     gates, written = gates_and_values(**values)
-
-    def combine(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        a, b, u, v = first
-        c, d, w, z = second
-        return a * c - b * d, a * d + b * c, c * u - d * v + w, c * v + d * u + z
-
-    parts = tuple(part.contiguous() for part in (gates.real, gates.imag, written.real, written.imag))
-    mode = "pointwise" if gates.is_cuda else "generic"
-    result: Tensor = scan(combine, parts, dim=1, combine_mode=mode)[2]
-    return result.to(values["x"].dtype)
+    if layout:
+        gates, written = (v.transpose(1, 2).contiguous() for v in (gates, written))
+    memory = scan(gates.contiguous(), written).real
+    result: Tensor = memory.transpose(1, 2) if layout else memory
+    return result.to(values["x"].dtype).contiguous()
 
 
-def peers(variant: str) -> dict[str, Rule]:
-    """Return the other implementations that can be imported and know the variant."""
-    found: dict[str, Rule] = {}
-    if variant in ("plain", "mass"):
-        found |= {"eager": eager, "torch.compile": torch.compile(eager)}
-    found["associative_scan"] = torch.compile(associative_scan)
-    try:
-        scan: Any = importlib.import_module("accelerated_scan.complex").scan
-    except ImportError as error:
-        print(f"without accelerated_scan: {error}")
-        return found
-
-    def accelerated(layout: bool) -> Rule:
-        def rule(**values: Tensor) -> Tensor:
-            gates, written = gates_and_values(**values)
-            if layout:  # it has the positions last
-                gates, written = (v.transpose(1, 2).contiguous() for v in (gates, written))
-                result: Tensor = scan(gates, written).real.transpose(1, 2)
-            else:
-                result = scan(gates, written).real
-            return result.to(values["x"].dtype).contiguous()
-
-        return rule
-
-    return found | {"accelerated_scan": accelerated(True), "the same, as it lies": accelerated(False)}
+RULES: dict[str, Rule] = {
+    "ours": ours,
+    "eager": eager,
+    "compile": torch.compile(in_parts, dynamic=False),
+    "associative_scan": associative_scan,
+    "accelerated_scan": partial(accelerated_scan, True),
+    "accelerated_scan_as_it_lies": partial(accelerated_scan, False),
+}
