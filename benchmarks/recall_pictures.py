@@ -1,0 +1,94 @@
+"""Draw and print recall against the size of the state, beside the curves of Zoology, from a study's report.
+
+python benchmarks/recall_pictures.py assets/recall_mqar.svg runs/studies/recall_mqar/report.json
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
+MEASURE = "test/accuracy_by_group"
+LAYERS, HEADS, WINDOW, LONGEST = 2, 2, 16, 1024  # of the study
+SIZES: Mapping[str, Callable[[int], int]] = {  # series -> width -> numbers that a model carries to the next position
+    "gated_delta": lambda width: LAYERS * HEADS * (width // HEADS) ** 2,
+    "window": lambda width: LAYERS * 2 * WINDOW * width,
+    "attention": lambda width: LAYERS * 2 * LONGEST * width,
+}
+LABELS = {
+    "gated_delta": "gated delta rule",
+    "window": f"attention to {WINDOW} positions",
+    "attention": "attention to all positions",
+}
+# Read off the figure of the repository that accompanies "Zoology" (Arora et al. 2024, arXiv:2312.04927)
+PUBLISHED = {
+    "gated delta rule": [(1.7e4, 0.89), (6.6e4, 0.988), (2.6e5, 0.995)],
+    "delta rule": [(9e3, 0.79), (3.4e4, 0.963), (1.3e5, 0.995)],
+    "Mamba-2": [(8e3, 0.52), (1e5, 0.84)],
+}
+
+Point = tuple[int, int, Mapping[str, Any]]  # width, size and estimate
+
+
+def points(arms: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """Return the arms of each series that have been tested, by width."""
+    found: dict[str, list[Point]] = {series: [] for series in SIZES}
+    for arm, data in arms.items():
+        series, _, width = arm.rpartition("_")
+        estimate = data["estimates"].get(MEASURE)
+        if series in found and estimate and estimate["value"] is not None:
+            found[series].append((int(width), SIZES[series](int(width)), estimate))
+    return {series: sorted(own, key=lambda point: point[0]) for series, own in found.items() if own}
+
+
+def picture(series: Mapping[str, list[Point]]) -> Figure:
+    """Draw accuracy against the size of the state: lines for the study, dashes for published curves."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, own) in enumerate(series.items()):
+        sizes, values = [size for _, size, _ in own], [estimate["value"] for *_, estimate in own]
+        axes.plot(sizes, values, "o-", color=f"C{number}", label=LABELS[name])
+        for width, size, estimate in own:
+            axes.annotate(
+                str(width), (size, estimate["value"]), xytext=(4, -12), textcoords="offset points", fontsize=8
+            )
+    for number, (label, curve) in enumerate(PUBLISHED.items()):
+        colour = "C0" if label == LABELS["gated_delta"] else f"C{number + 4}"
+        axes.plot(*zip(*curve, strict=True), "x--", color=colour, alpha=0.6, label=f"{label}, published")
+    axes.set(xscale="log", xlabel="numbers in the state", ylabel="accuracy, mean of seven test sets", ylim=(0, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def table(series: Mapping[str, list[Point]]) -> str:
+    """Return the points as a markdown table."""
+    rows = [
+        f"| {LABELS[name]} | {width} | {size} | {estimate['value']:.3f} |"
+        for name, own in series.items()
+        for width, size, estimate in own
+    ]
+    rows += [
+        f"| {label}, published | - | {size:.2g} | {value} |" for label, own in PUBLISHED.items() for size, value in own
+    ]
+    return "\n".join(["| model | width | numbers in the state | accuracy |", "|---|---|---|---|", *rows])
+
+
+def main() -> None:
+    """Read the report, write the picture and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path, help="the SVG file to write")
+    parser.add_argument("report", type=Path, help="report.json of the study recall_mqar")
+    options = parser.parse_args()
+    rcParams["svg.hashsalt"] = "crosstalk"  # the same report gives the same file
+    series = points(json.loads(options.report.read_text())["arms"])
+    picture(series).savefig(options.picture, metadata={"Date": None})
+    print(table(series))
+
+
+if __name__ == "__main__":
+    main()

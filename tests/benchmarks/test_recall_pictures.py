@@ -1,0 +1,29 @@
+"""The curve of recall takes each arm's point from the report, and leaves out arms that have not run."""
+
+import json
+import sys
+
+from benchmarks import recall_pictures
+
+ESTIMATE = {"value": 0.5, "low": None, "high": None, "n": 1}
+
+
+def test_points_lie_at_the_size_of_each_state(tmp_path, monkeypatch, capsys):
+    arms = {
+        "gated_delta_128": {"estimates": {recall_pictures.MEASURE: ESTIMATE | {"value": 0.75}}},
+        "gated_delta_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE}},
+        "window_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE | {"value": 0.25}}},
+        "window_128": {"estimates": {}},
+        "attention_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE | {"value": None}}},
+    }
+    series = recall_pictures.points(arms)
+    assert {name: [point[:2] for point in own] for name, own in series.items()} == {
+        "gated_delta": [(64, 64**2), (128, 128**2)],
+        "window": [(64, 4 * 16 * 64)],
+    }
+    (tmp_path / "report.json").write_text(json.dumps({"arms": arms}))
+    picture = tmp_path / "curve.svg"
+    monkeypatch.setattr(sys, "argv", ["recall_pictures.py", str(picture), str(tmp_path / "report.json")])
+    recall_pictures.main()
+    assert "| gated delta rule | 128 | 16384 | 0.750 |" in capsys.readouterr().out
+    assert picture.read_text().count("<svg")
