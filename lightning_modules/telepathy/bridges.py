@@ -83,6 +83,17 @@ def place_bias(place_K: Tensor, mask_BS: Tensor, slope: float, heads: int) -> Te
     return (-slope * distance_KS).masked_fill(~mask_BS[:, None], -torch.inf).repeat_interleave(heads, dim=0)
 
 
+def shared_memory(memory_BSC: Tensor) -> Tensor:
+    """Return states that all maps of keys and values read as they are, position by position in memory.
+
+    `MultiheadAttention` puts positions first, and autocast rounds. Each map would make a copy and keep it for backward.
+    """
+    kind = memory_BSC.device.type
+    if torch.is_autocast_enabled(kind):
+        memory_BSC = memory_BSC.to(torch.get_autocast_dtype(kind))
+    return memory_BSC.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 class ReadLayer(nn.Module):
     """Cross-attention of queries to the source and an MLP, each with a LayerNorm before it and a residual around it.
 
@@ -184,7 +195,7 @@ class PerceiverBridge(Bridge):
 
     def forward(self, states_BSC: Tensor, mask_BS: Tensor) -> Tensor:
         """Return soft_BKD."""
-        memory_BSC = self.norm(states_BSC)
+        memory_BSC = shared_memory(self.norm(states_BSC))
         bias_NQS = place_bias(self._places(mask_BS.device), mask_BS, self.slope, self.heads)
         read_BQC = self.queries_QC.expand(len(states_BSC), -1, -1)
         for layer in self.layers:

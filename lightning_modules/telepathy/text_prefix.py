@@ -5,6 +5,8 @@ Shapes: B batch, K vectors, D target width.
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -46,8 +48,18 @@ def clip_apart(module: LightningModule, optimizer: Optimizer, value: float | Non
     """
     prefix = [p for name, p in module.named_parameters() if name.startswith("text_prefix.")]
     if not prefix or not value or algorithm == "value":
-        module.clip_gradients(optimizer, value, algorithm)
+        _clip(module, optimizer, value, algorithm)
         return
     others = [p for name, p in module.named_parameters() if p.requires_grad and not name.startswith("text_prefix.")]
     for part in (prefix, others):
         torch.nn.utils.clip_grad_norm_(part, value)
+
+
+def _clip(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
+    """Clip the gradients of all parameters of an optimizer, a fused one too."""
+    plugin = module.trainer.precision_plugin
+    if value and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+        # Lightning refuses a fused optimizer here, which is for a scaler of gradients alone, and bf16 has none
+        Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType(algorithm or "norm"))
+        return
+    module.clip_gradients(optimizer, value, algorithm)

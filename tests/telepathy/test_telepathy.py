@@ -200,6 +200,18 @@ def test_a_text_prefix_learns_and_does_not_change_the_course_of_the_bridge(telep
     assert set(modules[1].state_dict()) - set(modules[0].state_dict()) == {"text_prefix.vectors_KD"}
 
 
+def test_a_fused_optimizer_is_clipped_in_bf16_as_another_one(telepathy, fit):
+    start, moved = telepathy().state_dict(), []
+    for fused in (False, True):
+        module = telepathy(optimizer=partial(torch.optim.SGD, lr=1.0, fused=fused), warmup_steps=0, schedule="constant")
+        fit(module, 1, gradient_clip_val=0.05, precision="bf16-mixed")
+        moved.append({name: value - start[name] for name, value in module.state_dict().items()})
+    length = sum(value.square().sum() for value in moved[1].values()).sqrt().item()
+    assert length == pytest.approx(0.05, rel=1e-3)
+    for name, value in moved[0].items():
+        torch.testing.assert_close(value, moved[1][name], rtol=1e-5, atol=1e-7)
+
+
 def test_a_target_that_does_not_answer_soft_tokens_is_found_before_training(telepathy, fit):
     module = telepathy()
     module.target.model.register_forward_hook(lambda model, args, output: output.logits.detach_())

@@ -203,3 +203,18 @@ def test_the_normalizers_statistics_are_those_of_the_questions(telepathy, fit):
     states_NC = module.read(batch)[batch["source_mask"]].numpy()
     np.testing.assert_allclose(module.normalizer.mean_C, states_NC.mean(0), atol=1e-5)
     np.testing.assert_allclose(module.normalizer.std_C, states_NC.std(0), rtol=1e-4)
+
+
+def test_autocast_keeps_one_copy_of_the_source_states():
+    bridge, kept = PerceiverBridge(*ENDS, soft_tokens=5, depth=3, heads=2), set()
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bfloat16 and x.shape[-1] == SOURCE and x.numel() == states_BSC.numel():
+            kept.add(x.data_ptr())
+        return x
+
+    states_BSC, mask_BS = states([7, 4, 6])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        soft_BKD = bridge(states_BSC, mask_BS)
+    assert soft_BKD.requires_grad
+    assert len(kept) == 1
