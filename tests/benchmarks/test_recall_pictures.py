@@ -18,12 +18,12 @@ def test_points_lie_at_the_size_of_each_state(tmp_path, monkeypatch, capsys):
     }
     series = recall_pictures.points(arms)
     assert {name: [point[:2] for point in own] for name, own in series.items()} == {
-        "gated_delta": [(64, 64**2), (128, 128**2)],
-        "window": [(64, 4 * 16 * 64)],
+        "gated_delta": [(64, 4 * 64**2), (128, 4 * 128**2)],
+        "window": [(64, 4 * 4 * 16 * 64)],
     }
     (tmp_path / "report.json").write_text(json.dumps({"arms": arms}))
     picture = tmp_path / "curve.svg"
     monkeypatch.setattr(sys, "argv", ["recall_pictures.py", str(picture), str(tmp_path / "report.json")])
     recall_pictures.main()
-    assert "| gated delta rule | 128 | 16384 | 0.750 |" in capsys.readouterr().out
+    assert "| gated delta rule | 128 | 65536 | 0.750 |" in capsys.readouterr().out
     assert picture.read_text().count("<svg")
