@@ -56,7 +56,7 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     "V16": {"hidden": 64},
 }
 ADAMW = partial(torch.optim.AdamW, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.01)
-TIMED_ROWS = 96  # of each batch size, at least
+TIMED_ROWS = 64  # of each batch size, at least
 LIMIT = 80  # GiB of a card; larger ones are not profiled
 TIMED, PROFILED = 4, 2  # steps of a profile: by phase, then by kernel
 
@@ -126,6 +126,8 @@ class Bench:
         name, compiled, cached = way[:3], "compiled" in way, "cached" in way
         if compiled != self.compiled:
             self.free(compiled)
+        self.source.load_first_layers(self.layers)  # onto the device, before they are split
+        self.target.load_causal_lm()
         module = Staying(
             self.source,
             self.target,
@@ -205,7 +207,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's file of training problems")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["V15", "V16", "V15 cached", "notes"])
     parser.add_argument("--batches", type=int, nargs="*", default=[2, 8, 16, 32, 64], help="rows per device")
-    parser.add_argument("--max_tokens", type=int, nargs="*", default=[], help="also batches of so many positions")
+    parser.add_argument(
+        "--max_tokens", type=int, nargs="*", default=[], help="for V15, also batches of so many positions"
+    )
     parser.add_argument("--steps", type=int, default=8, help="least number of timed steps of each batch size")
     parser.add_argument("--profile", nargs="*", choices=WAYS[:-1], default=[], help="ways to profile")
     parser.add_argument("--devices", type=int, default=1, help="GPUs, under DDP; start one process each with torchrun")
@@ -225,7 +229,9 @@ def main() -> None:
         tell(f"| {HEAD} |\n|{'---|' * (HEAD.count('|') + 1)}")
         found: dict[str, Any] = {"options": str(options), "rows": [], "profiles": []}
         for way in (way for way in WAYS if way in options.ways):
-            rates = bench.run(way, bench.parts)
+            # Batches of a number of positions tell what fits into memory, which one way shows
+            parts = bench.parts if way == "V15" else [part for part in bench.parts if part.tokens is None]
+            rates = bench.run(way, parts)
             found["rows"] += rates.rows
             found.setdefault("seconds to the first step", rates.first_step)
             if way in options.profile:

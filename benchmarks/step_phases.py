@@ -105,7 +105,11 @@ class Kernels(Callback):
     def rows(self, steps: int, count: int = 10) -> list[tuple[str, float, int]]:
         """Return the most expensive kernels: name, milliseconds and calls per step. On a CPU, operators."""
         on_gpu = torch.cuda.is_available()
-        events = [event for event in self.profiler.key_averages() if not on_gpu or "CUDA" in str(event.device_type)]
+        events = [
+            event
+            for event in self.profiler.key_averages()
+            if not event.is_user_annotation and (not on_gpu or "CUDA" in str(event.device_type))
+        ]
         time_of = {id(event): event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
         largest = sorted(events, key=lambda event: -time_of[id(event)])[:count]
         return [(event.key[:90], time_of[id(event)] / 1e3 / steps, event.count // steps) for event in largest]
