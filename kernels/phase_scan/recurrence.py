@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 
 def windowed_scan(
-    gate_NTD: Tensor,
+    gate_NTD: Tensor | None,
     write_NTD: Tensor,
     log_decay_NTD: Tensor | None,
     before: Tensor | None,
@@ -24,11 +24,14 @@ def windowed_scan(
     """Return S_t = gate_t S_{t-1} + write_t, over the last `window` positions only if there is one.
 
     The log-decay is the logarithm of the real part of the gates, and None where this is 1. `before` is S_0 [N, D], or
-    the terms of the last positions [N, W - 1, D].
+    the terms of the last positions [N, W - 1, D]. With a window, gates that are None are 1.
     """
     T, first = write_NTD.shape[1], 0
     if T == 0:
         return write_NTD
+    if gate_NTD is None:
+        assert window is not None
+        return _window_sums(write_NTD, before, window)
     if before is None and window is not None and window >= T:
         window = None
     if window is not None and before is not None:  # the terms are positions, which pass on what they hold
@@ -48,6 +51,16 @@ def windowed_scan(
         entered = _left_of_previous(gates, writes)
     memory = torch.addcmul(torch.stack(own, 2), torch.stack(passed, 2), entered)
     return memory.flatten(1, 2)[:, first : first + T]
+
+
+def _window_sums(write_NTD: Tensor, before: Tensor | None, window: int) -> Tensor:
+    """Return the sums over the last positions: of the chunk so far, and of what is left of the chunk before."""
+    T, first = write_NTD.shape[1], 0
+    if before is not None:
+        write_NTD, first = torch.cat((before, write_NTD), 1), window - 1
+    write_NMCD = _split(write_NTD, min(window, write_NTD.shape[1]))
+    left_NMCD = write_NMCD[:, :-1, 1:].flip(2).cumsum(2).flip(2)
+    return (write_NMCD.cumsum(2) + pad(left_NMCD, (0, 0, 0, 1, 1, 0))).flatten(1, 2)[:, first : first + T]
 
 
 def _missing(passed_NMD: Tensor, log_decay_NMCD: Tensor) -> Tensor:
@@ -88,7 +101,7 @@ def _split(x: Tensor, chunk: int) -> Tensor:
 
 
 def last_state(
-    gate_NTD: Tensor,
+    gate_NTD: Tensor | None,
     write_NTD: Tensor,
     before: Tensor | None,
     memory_NTD: Tensor,
@@ -103,7 +116,7 @@ def last_state(
         return _rows(torch.cat((before[:, None], memory_NTD), 1), lengths_N[:, None])[:, 0]
     places_NW = lengths_N[:, None] + torch.arange(window - 1, device=lengths_N.device)
     terms = _rows(torch.cat((before, write_NTD), 1), places_NW)
-    if window == 1:
+    if gate_NTD is None or window == 1:
         return terms
     gates = _rows(torch.cat((torch.ones_like(before), gate_NTD), 1), places_NW).unbind(1)
     passed = [torch.ones_like(gates[0])]

@@ -10,7 +10,8 @@ by 1e-3 in 16384 positions, where the phase is constant. So a scan is in the fra
 cumulative phase phi, summed in fp64 modulo 2 pi, values turn by phi_t as they are written, and back as they are read.
 The gates that remain are the decays. For the gradient of omega, a gate also has the factor exp(-i (omega - c)), with a
 constant c of the value of omega: the gradient is then that of the recurrence, without a sum over later positions in
-which rounding errors are larger than it where decays are strong.
+which rounding errors are larger than it where decays are strong. With a window and without decay no gate is needed: the
+memory is a sum over the window, in which nothing is subtracted, and the gradient of omega is that of phi, in fp64.
 
 States are [N, 2, D]: Re S and Im S; with `normalise` [N, 3, D], the sum of masses last. With a window of W positions
 they are [N, W - 1, 2 or 3, D]: what is left of each of the last W - 1 positions, so S is the sum over them.
@@ -106,11 +107,13 @@ def phase_scan(
     mass_NTD, log_decay_NTD, write_offset, read_offset = (
         None if v is None else packing.unpack(_wide(v, x)) for v in (mass, log_decay, write_offset, read_offset)
     )
-    phase_NTD = accumulate_phase(omega_NTD.detach())
+    plain = window is not None and log_decay is None  # a sum over a window, without gates
+    phase_NTD = accumulate_phase(omega_NTD if plain else omega_NTD.detach())
     write_phase, read_phase = (phase_NTD if v is None else phase_NTD + v for v in (write_offset, read_offset))
-    gate_NTD, decay_NTD, write_NTD, mass_NTD = _terms(
+    gate, decay, write_NTD, mass_NTD = _terms(
         x_NTD, omega_NTD - omega_NTD.detach(), mass_NTD, log_decay_NTD, write_phase
     )
+    gate_NTD, decay_NTD = (None, None) if plain else (gate, decay)
     written, masses = (None, None) if initial_state is None else _parts(initial_state, normalise)
     chunk = max(CHUNK, isqrt(x_NTD.shape[1])) if chunk is None else chunk
     memory_NTD = windowed_scan(gate_NTD, write_NTD, log_decay_NTD, written, window, chunk)
