@@ -11,7 +11,8 @@ cumulative phase phi, summed in fp64 modulo 2 pi, values turn by phi_t as they a
 The gates that remain are the decays. For the gradient of omega, a gate also has the factor exp(-i (omega - c)), with a
 constant c of the value of omega: the gradient is then that of the recurrence, without a sum over later positions in
 which rounding errors are larger than it where decays are strong. With a window and without decay no gate is needed: the
-memory is a sum over the window, in which nothing is subtracted, and the gradient of omega is that of phi, in fp64.
+memory is a sum over the window, in which nothing is subtracted, and the gradient of omega is that of phi, summed in
+fp64; before the window, it is zero to rounding.
 
 States are [N, 2, D]: Re S and Im S; with `normalise` [N, 3, D], the sum of masses last. With a window of W positions
 they are [N, W - 1, 2 or 3, D]: what is left of each of the last W - 1 positions, so S is the sum over them.

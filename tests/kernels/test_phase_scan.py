@@ -170,7 +170,14 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("decay", "strength", "window"),
-    [(None, 0.0, None), ("channel", 1e-3, None), ("input", 0.1, None), ("input", 8.0, None), ("channel", 1e-3, 64)],
+    [
+        (None, 0.0, None),
+        ("channel", 1e-3, None),
+        ("input", 0.1, None),
+        ("input", 8.0, None),
+        ("channel", 1e-3, 64),
+        (None, 0.0, 8),
+    ],
 )
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
 def test_accuracy_at_16384_positions(decay, strength: float, window: int | None, dtype: torch.dtype, most: float):
@@ -211,9 +218,9 @@ def test_packed_sequences(window: int | None, decay):
         torch.testing.assert_close(final[n], after[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_causality_is_exact(window: int | None):
-    toy = Toy(T=70, window=window)
+@pytest.mark.parametrize(("window", "decay"), [(None, "input"), (5, "input"), (5, None)])
+def test_causality_is_exact(window: int | None, decay):
+    toy = Toy(T=70, window=window, decay=decay)
     inputs = {name: v.requires_grad_() for name, v in toy.inputs().items()}
     y, _ = whole(inputs, **toy.options)
     rows = {name: v for name, v in inputs.items() if name != "initial_state"}
@@ -222,7 +229,8 @@ def test_causality_is_exact(window: int | None):
         for name, gradient in zip(rows, gradients, strict=True):
             assert gradient[:, t + 1 :].eq(0).all(), name
             assert gradient[:, t].ne(0).any(), name
-            assert window is None or gradient[:, : max(t - window + 1, 0)].eq(0).all(), name
+            most = 1e-12 if decay is None and name == "omega" else 0  # phases from before the window cancel to rounding
+            assert window is None or (gradient[:, : max(t - window + 1, 0)].abs() <= most).all(), name
         other = {name: torch.cat((v[:, : t + 1], 2 * v[:, t + 1 :]), 1) for name, v in rows.items()}
         changed, _ = whole(inputs | other, **toy.options)
         assert changed[:, : t + 1].equal(y[:, : t + 1])
