@@ -19,7 +19,7 @@ from datamodules.loader import BatchLoader
 from datamodules.sequence_task import Split
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.ensemble_module import EnsembleModule
-from lightning_modules.core.metrics import predicted_tokens
+from lightning_modules.core.metrics import TokenMeasures
 from lightning_modules.core.reporting import record_proportion, report_members
 
 
@@ -51,8 +51,8 @@ class GroupAccuracy(AtValidations):
 
     It runs at the end of `validate` and `test`, and at some validations of a fit; `<stage>` is `validation` or `test`.
 
-    - `<stage>/accuracy_<group>`: share of the group's queries whose label has the largest logit, with the number of
-      queries, and for a single model the Wilson interval. Groups without queries are left out;
+    - `<stage>/accuracy_<group>`: share of the group's queries whose label has the strictly largest logit, with the
+      number of queries, and for a single model the Wilson interval. Groups without queries are left out;
     - `<stage>/accuracy_by_group`: the mean over groups. `<stage>/accuracy` is that over all queries, in which a group
       with many counts more.
 
@@ -102,20 +102,20 @@ class GroupAccuracy(AtValidations):
         task = self._task(trainer)
         hits_SG = torch.zeros(module.ensemble, len(task.groups), dtype=torch.float64, device=module.device)
         count_G = torch.zeros(len(task.groups), dtype=torch.float64, device=module.device)
+        measures = TokenMeasures(module.ensemble).to(module.device)
         with off_the_clock(trainer), evaluation(trainer, module):
             for batch in task.val_dataloader() if split == "validation" else task.test_dataloader():
                 tokens_BT, labels_BT = (batch[key].to(module.device) for key in ("tokens", "labels"))
                 group_N = task.group_of({"tokens": tokens_BT, "labels": labels_BT})[labels_BT != IGNORE]
-                hit_SN = predicted_tokens(module.call(tokens_BT)[0])[:, labels_BT != IGNORE]
-                hit_SN = (hit_SN == labels_BT[labels_BT != IGNORE]).double()
-                hits_SG.index_add_(1, group_N, hit_SN)
+                scores = measures.add_scores(module.call(tokens_BT)[0], labels_BT)
+                hits_SG.index_add_(1, group_N, (scores.own_SN > scores.best_SN).double())
                 count_G.index_add_(0, group_N, torch.ones_like(group_N, dtype=torch.float64))
         hits_SG, count_G = (cast(Tensor, trainer.strategy.reduce(x, reduce_op="sum")).cpu() for x in (hits_SG, count_G))
         filled = [group for group, count in enumerate(count_G.tolist()) if count]
         share_SG = hits_SG / count_G
         names = {group: f"{split}/accuracy_{task.groups[group]}" for group in filled}
-        measures = {name: share_SG[:, group] for group, name in names.items()}
+        shares = {name: share_SG[:, group] for group, name in names.items()}
         mean_S = share_SG[:, filled].mean(1)
-        report_members(trainer, module, measures | {f"{split}/accuracy_by_group": mean_S})
+        report_members(trainer, module, shares | {f"{split}/accuracy_by_group": mean_S})
         for group, name in names.items():
             record_proportion(module, name, hits_SG[:, group], int(count_G[group]))
