@@ -191,7 +191,7 @@ class Bench:
         phases, kernels = Phases(WARMUP, WARMUP + TIMED), Kernels(WARMUP + TIMED)
         self.run(way, [part], [phases, kernels])
         spent = phases.milliseconds()
-        tell(f"\n{way}, {best} rows: ms per step by phase\n\n| {' | '.join(spent)} |\n|{'---|' * len(spent)}")
+        tell(f"\n{way}, batches of {best}: ms per step by phase\n\n| {' | '.join(spent)} |\n|{'---|' * len(spent)}")
         tell(f"| {' | '.join(f'{value:.1f}' for value in spent.values())} |\n")
         tell("| kernel | ms per step | calls |\n|---|---|---|")
         largest = kernels.rows(PROFILED)

@@ -1,9 +1,9 @@
 """Measures of how much outputs differ from input to input, which is not at all for a medium that carries nothing.
 
-Shapes: B inputs, F features, K positions, D width. Tensors are measured in at least fp32.
+Shapes: B inputs, F features, R ranks, K positions, D width. Tensors are measured in at least fp32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,16 +18,24 @@ def cosine_matrix(x_BF: Tensor) -> Tensor:
     return unit_BF @ unit_BF.T
 
 
-def mean_pairwise_cosine(x_BF: Tensor) -> Tensor:
+def mean_pairwise_cosine(x_BF: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return the mean cosine over all pairs of different inputs.
 
     (|sum_i u_i|² - sum_i |u_i|²) / (B (B - 1)), u_i = x_i / |x_i|. It is 1 if all inputs give the same direction, about
     0 for independent directions, and at least -1 / (B - 1). An offset that all inputs share raises it, however much the
     inputs differ about that offset. NaN for a single input.
+
+    Args:
+        x_BF: Outputs by input.
+        gather: Returns the rows of all ranks, for the mean over the inputs of all. Every rank has B of them. Sums over
+            inputs are gathered, and not the outputs, so the traffic does not grow with B.
     """
     unit_BF = normalize(_at_least_fp32(x_BF), dim=-1)
-    pairs = len(x_BF) * (len(x_BF) - 1)
-    return (unit_BF.sum(0).square().sum() - unit_BF.square().sum()) / pairs
+    sum_RF, power_R = unit_BF.sum(0, keepdim=True), unit_BF.square().sum()[None]
+    if gather is not None:
+        sum_RF, power_R = gather(sum_RF), gather(power_R)
+    count = len(x_BF) * len(sum_RF)
+    return (sum_RF.sum(0).square().sum() - power_R.sum()) / (count * (count - 1))
 
 
 def between_input_variance(x_BKD: Tensor, mask_BK: Tensor | None = None) -> Tensor:

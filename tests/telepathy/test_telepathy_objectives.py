@@ -34,6 +34,34 @@ def test_batch_diversity_is_the_mean_cosine_between_inputs():
     torch.testing.assert_close(objective.batch_diversity(random(6, 9)), mean_pairwise_cosine(random(6, 9)))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_batch_diversity_over_ranks_gathers_sums_alone(rows):
+    whole_BF, gathered = random(2 * rows, 9).requires_grad_(), []
+    parts = whole_BF.split(rows)
+    results = [[], []]  # of the two ranks, in the order of their calls
+
+    def recorder(rank: int):
+        def gather(x: torch.Tensor) -> torch.Tensor:
+            results[rank].append(x)
+            return x.repeat(2, *[1] * (x.dim() - 1))
+
+        return gather
+
+    for rank, part in enumerate(parts):
+        objective.batch_diversity(part, recorder(rank))
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        place = len(gathered)
+        gathered.append(x)
+        return torch.cat([results[0][place], results[1][place]])
+
+    loss = objective.batch_diversity(parts[0], both)
+    torch.testing.assert_close(loss, objective.batch_diversity(whole_BF))
+    ours, expected = (torch.autograd.grad(value, whole_BF)[0] for value in (loss, mean_pairwise_cosine(whole_BF)))
+    torch.testing.assert_close(ours, expected)
+    assert max(len(x) for x in gathered) == 1
+
+
 def test_contrastive_of_matched_pairs_vanishes_and_of_unrelated_ones_is_ln_n_or_more():
     offset_B1 = 5.0  # what all inputs share does not help
     assert objective.contrastive(DIRECTIONS_BF + offset_B1, 2 * DIRECTIONS_BF).item() < 1e-4

@@ -3,6 +3,8 @@
 Shapes: B batch of all ranks, K soft tokens, D target width, F features.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,9 +17,16 @@ from lightning_modules.telepathy.objectives.step import BridgeStep, Objective
 TEMPERATURE = 0.07  # of the contrastive objective, as in the notes and at the initialisation of CLIP
 
 
-def batch_diversity(soft_BF: Tensor) -> Tensor:
-    """Return the mean cosine between the soft tokens of different inputs: 1 if all are equal, 0 for a single input."""
-    return mean_pairwise_cosine(soft_BF) if len(soft_BF) > 1 else 0 * soft_BF.float().sum()
+def batch_diversity(soft_BF: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return the mean cosine between the soft tokens of different inputs: 1 if all are equal, 0 for a single input.
+
+    Args:
+        soft_BF: The soft tokens of this rank.
+        gather: Returns the rows of all ranks, with gradients, for the mean over their inputs.
+    """
+    if len(soft_BF) == 1 and (gather is None or len(gather(soft_BF[:, :1])) == 1):
+        return 0 * soft_BF.float().sum()
+    return mean_pairwise_cosine(soft_BF, gather)
 
 
 def contrastive(soft_BD: Tensor, text_BD: Tensor, centred: bool = True) -> Tensor:
@@ -71,7 +80,7 @@ def position_variance(soft_BKD: Tensor, mask_BK: Tensor, pooled: bool = False) -
 
 def make_batch_diversity() -> Objective:
     """The mean cosine between inputs."""
-    return Objective(lambda step: batch_diversity(step.gather(step.features_BF)))
+    return Objective(lambda step: batch_diversity(step.features_BF, step.gather))
 
 
 def make_contrastive() -> Objective:
