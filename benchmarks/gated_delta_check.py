@@ -4,8 +4,9 @@ python benchmarks/gated_delta_check.py [--types bfloat16 float16 float32] [--qui
 
 Errors are RMS(error) / RMS(expected) of outputs, final states and all gradients; numbers that are smaller than the
 smallest normal one of their type are divided by that one. The grid has every pair of widths K
-and V at 500 positions, and every length at K 64 and V 128, each with five log-decays and three betas; grouped heads,
-normalised keys and packed sequences with empty ones alternate. Each case runs twice, which must give the same bits. The
+and V at 500 positions, and every length at K 64 and V 128, each with five log-decays and three betas, where betas of at
+most 1 run twice, also as betas that never exceed 1; grouped heads, normalised keys and packed sequences with empty ones
+alternate. Each case runs twice, which must give the same bits. The
 script ends with exit code 1 and the cases where an error is above its limit or a number is not finite. The fp64 values
 are those of the chunk form of `reference.py`, which the tests compare with the definition. Without a GPU,
 TRITON_INTERPRET=1 runs the float types other than bfloat16 slowly in Triton's interpreter.
@@ -47,6 +48,7 @@ class Case:
         groups: Value heads per head of queries and keys.
         packed: Whether the row holds sequences of several lengths, some of them empty, and a rest behind them.
         normalise: Whether the kernel normalises queries and keys.
+        negative: Whether the kernel allows for betas above 1.
     """
 
     dtype: torch.dtype
@@ -58,6 +60,7 @@ class Case:
     groups: int
     packed: bool
     normalise: bool
+    negative: bool
 
     def inputs(self) -> tuple[list[Tensor], Tensor | None]:
         """Return q, k, v, g, beta and the initial state, and the bounds of packed sequences."""
@@ -83,6 +86,7 @@ class Case:
             output_final_state=True,
             use_qk_l2norm_in_kernel=self.normalise,
             cu_seqlens=bounds,
+            allow_negative_eigenvalues=self.negative,
             backend="reference" if wide else "triton",
         )
         assert state is not None
@@ -119,7 +123,8 @@ def cases(types: list[torch.dtype], quick: bool) -> Iterator[Case]:
         for index, (K, V, T) in enumerate(sizes):
             groups, packed, normalise = 1 + index % 2, index // 2 % 2 == 1 and T > 3, index // 4 % 2 == 0
             for decay, beta in itertools.product(DECAYS, BETAS):
-                yield Case(dtype, K, V, T, decay, beta, groups, packed, normalise)
+                for negative in (True, False) if beta <= 1 else (True,):
+                    yield Case(dtype, K, V, T, decay, beta, groups, packed, normalise, negative)
 
 
 def main() -> None:

@@ -33,7 +33,9 @@ ROWS, HEADS = 256, 2  # of the inputs; the code depends on neither
 Call = tuple[Any, Launch, dict[str, Any]]
 
 
-def record_calls(dtype: torch.dtype, width: int, columns: int, packed: bool, architecture: int) -> list[Call]:
+def record_calls(
+    dtype: torch.dtype, width: int, columns: int, packed: bool, architecture: int, negative: bool
+) -> list[Call]:
     """Return the kernels of a forward and backward with their arguments, without a run."""
     calls: list[Call] = []
 
@@ -44,15 +46,15 @@ def record_calls(dtype: torch.dtype, width: int, columns: int, packed: bool, arc
             options |= {"V": self.V, "BV": self.columns(how)}
         calls.append((kernel, how, dict(zip(kernel.arg_names, tensors, strict=False)) | options | self.common))
 
-    def of_architecture(major: int, half: bool, width: int) -> object:
-        return configuration(architecture // 10, half, width)
+    def of_architecture(major: int, half: bool, width: int, negative: bool) -> object:
+        return configuration(architecture // 10, half, width, negative)
 
     q = torch.empty(1, ROWS, HEADS, width, dtype=dtype)
     v, g = torch.empty(1, ROWS, HEADS, columns, dtype=dtype), torch.empty(1, ROWS, HEADS)
     bounds = torch.tensor([0, ROWS]) if packed else None
     with patch.object(problem.Problem, "run", record), patch.object(problem, "configuration", of_architecture):
-        o, _, A, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, False)
-        launch.run_backward(o, None, q, q, v, g, None, bounds, A, c, r_q, r_k, 0.1, True)
+        o, _, A, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
+        launch.run_backward(o, None, q, q, v, g, None, bounds, A, c, r_q, r_k, 0.1, True, negative)
     return calls
 
 
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--widths", nargs="+", default=["16x16", "64x64", "64x128", "128x128", "256x256"], help="K x V")
     parser.add_argument("--packed", action="store_true", help="sequences of several lengths")
+    parser.add_argument("--beta_to_one", action="store_true", help="without negative eigenvalues")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the behaviour of older versions of Triton
     names = "warps", "columns", "registers", "spilled", "shared KB", "wgmma", "mma", "seconds"
@@ -101,7 +104,8 @@ def main() -> None:
         for widths in options.widths:
             K, V = map(int, widths.split("x"))
             print(f"\n{dtype:<9}{widths:<9}" + "".join(f"{name:>11}" for name in names[:-1]) + f"{names[-1]:>9}")
-            for call in record_calls(getattr(torch, dtype), K, V, options.packed, options.architecture):
+            negative = not options.beta_to_one
+            for call in record_calls(getattr(torch, dtype), K, V, options.packed, options.architecture, negative):
                 print(compile_call(*call, options.architecture), flush=True)
 
 

@@ -27,6 +27,7 @@ def chunk_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     rule: Rule = "standard",
+    allow_negative_eigenvalues: bool = True,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the gated delta rule over whole sequences, in chunks; for training and for reading a prompt.
@@ -49,6 +50,8 @@ def chunk_gated_delta_rule(
             ends. Empty sequences are allowed. Outputs after the last sequence are zero.
         rule: `seed` computes S <- exp(g) S + beta k (v - S^T k)^T, the rule of seed document 003, with the error of
             the state before its decay, which reads with the key: q is not used, and scale is 1 by default.
+        allow_negative_eigenvalues: Betas may exceed 1. If they never do, False makes the kernels faster for bf16:
+            errors of a write then fade with later writes, so that products need less precision.
         backend: `triton` or `reference`; by default Triton where the tensors are on a GPU and not of fp64.
 
     Returns:
@@ -73,7 +76,9 @@ def chunk_gated_delta_rule(
         v = v_wide.to(wide)
     q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
     initial_state = None if initial_state is None else initial_state.contiguous()
-    o, final, *_ = gated_delta(q, k, v, g, beta, initial_state, cu_seqlens, scale, options[0], output_final_state)
+    negative = allow_negative_eigenvalues or rule == "seed"  # whose betas are divided by the decay
+    how = scale, use_qk_l2norm_in_kernel, negative, output_final_state
+    o, final, *_ = gated_delta(q, k, v, g, beta, initial_state, cu_seqlens, *how)
     return o.to(output_type), final if output_final_state else None
 
 

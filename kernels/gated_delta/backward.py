@@ -64,6 +64,8 @@ def sweep_backward(
 ):
     """Carry BV columns of the cotangent of a state back through a sequence; store it for each chunk, and dV."""
     SQUARES: tl.constexpr = 2 if PARTS == 2 else 1
+    ADDED: tl.constexpr = 2 if PARTS == 1 else PARTS
+    ONCE: tl.constexpr = 1 if PARTS == 2 else PARTS
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
@@ -97,12 +99,12 @@ def sweep_backward(
             read_C *= r_k_C
             write_C *= r_k_C
         store_tile(dstates, ds, at * K, K, column, V, V, BK, BV)
-        y_CV = product(k_CK, ds, PARTS) * write_C[:, None] + product_computed(p_CC, do_CV, PARTS)
+        y_CV = product(k_CK, ds, PARTS) * write_C[:, None] + product_computed(p_CC, do_CV, ONCE)
         dv_CV = product_inverse(A + at * SQUARES * C * C, y_CV * beta_C[:, None], True, C, PARTS)
         store_tile(dv + j * V, dv_CV, row, left, column, J * V, V, C, BV)
         ds *= tl.exp(last)
-        ds += product(tl.trans(q_CK), do_CV * query_C[:, None], PARTS)
-        ds -= product(tl.trans(k_CK), dv_CV * read_C[:, None], PARTS)
+        ds += product(tl.trans(q_CK), do_CV * query_C[:, None], ONCE)
+        ds -= product(tl.trans(k_CK), dv_CV * read_C[:, None], ADDED)
     if INITIAL:
         store_tile(dinitial, ds, head, K, column, V, V, BK, BV)
 

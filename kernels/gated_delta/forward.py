@@ -49,6 +49,8 @@ def sweep_forward(
 ):
     """Carry BV columns of a state through a sequence; store the outputs or, with KEEP, the states and errors."""
     SQUARES: tl.constexpr = 2 if PARTS == 2 else 1
+    ADDED: tl.constexpr = 2 if PARTS == 1 else PARTS
+    ONCE: tl.constexpr = 1 if PARTS == 2 else PARTS
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
@@ -83,7 +85,7 @@ def sweep_forward(
             q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
             p_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision="tf32x3")
             p_CC *= masked_exp(c_C[:, None] - c_C[None, :], past)
-            o_CV = product(q_CK, state, PARTS) * tl.exp(c_C)[:, None]
+            o_CV = product(q_CK, state, ONCE) * tl.exp(c_C)[:, None]
             if NORM:
                 p_CC *= r_k_C[None, :]
             if PARTS == 0:
@@ -93,7 +95,7 @@ def sweep_forward(
             if NORM:
                 o_CV *= tl.load(r_q + ((slot + m) * H + h) * C + i)[:, None]
             store_tile(o + j * V, o_CV * scale, row, left, column, J * V, V, C, BV)
-        state = state * tl.exp(last) + product(tl.trans(k_CK), e_CV * write_C[:, None], PARTS)
+        state = state * tl.exp(last) + product(tl.trans(k_CK), e_CV * write_C[:, None], ADDED)
     if FINAL:
         store_tile(final, state, head, K, column, V, V, BK, BV)
 

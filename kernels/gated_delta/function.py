@@ -39,15 +39,16 @@ class GatedDelta(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         scale: float,
         normalise: bool,
+        negative: bool,
         output_final_state: bool,
     ) -> Tensors:
         """Compute outputs and final state."""
-        return run_forward(q, k, v, g, beta, initial, cu_seqlens, scale, normalise, output_final_state)
+        return run_forward(q, k, v, g, beta, initial, cu_seqlens, scale, normalise, negative, output_final_state)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         """Keep what the gradient needs."""
-        q, k, v, g, beta, initial, cu_seqlens, ctx.scale, ctx.normalise, ctx.output_final_state = inputs
+        q, k, v, g, beta, initial, cu_seqlens, *ctx.options, ctx.output_final_state = inputs
         _, final, *kept = output
         ctx.mark_non_differentiable(*kept if ctx.output_final_state else (final, *kept))
         ctx.gate_types = g.dtype, beta.dtype
@@ -60,10 +61,10 @@ class GatedDelta(torch.autograd.Function):
         dq, dk, dv, dg, dbeta, dinitial = torch.ops.crosstalk.gated_delta_backward(
             do.contiguous(),
             dfinal.contiguous() if ctx.output_final_state else None,
-            *(q, k, v, beta, initial, cu_seqlens, *kept, ctx.scale, ctx.normalise),
+            *(q, k, v, beta, initial, cu_seqlens, *kept, *ctx.options),
         )
         dg, dbeta = dg.to(ctx.gate_types[0]), dbeta.to(ctx.gate_types[1])
-        return dq, dk, dv, dg, dbeta, None if initial is None else dinitial, None, None, None, None
+        return dq, dk, dv, dg, dbeta, None if initial is None else dinitial, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Tensors, tuple[int, ...]]:

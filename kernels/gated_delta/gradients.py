@@ -63,73 +63,82 @@ def compute_gradients(
     if left <= 0:
         return
     at = slot * J + j
+    i = tl.arange(0, C)
+    type = states.dtype.element_ty
+    c_C = tl.load(c + at * C + i)
+    beta_C = load_gate(beta + j, row, left, J, C)
+    r_q_C = tl.full([C], 1.0, tl.float32)
+    r_k_C = tl.full([C], 1.0, tl.float32)
+    if NORM:
+        r_q_C = tl.load(r_q + (slot * H + h) * C + i)
+        r_k_C = tl.load(r_k + (slot * H + h) * C + i)
+
+    # What the positions read: dQ and dK_read
     dq_CK = tl.zeros([C, BK], tl.float32)
     dk_CK = tl.zeros([C, BK], tl.float32)
-    w_CK = tl.zeros([C, BK], tl.float32)
     do_e_CC = tl.zeros([C, C], tl.float32)
     dv_e_CC = tl.zeros([C, C], tl.float32)
+    diagonal_C = tl.zeros([C], tl.float32)
+    for column in range(0, V, BV):
+        s_KV = load_tile(states, at * K, K, column, V, V, BK, BV)
+        do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
+        dv_CV = load_tile(dv + j * V, row, left, column, J * V, V, C, BV).to(type)
+        e_CV = load_tile(errors + j * V, row, left, column, J * V, V, C, BV).to(type)
+        dq_CK += tl.dot(do_CV, tl.trans(s_KV), input_precision="tf32x3")
+        dk_CK -= tl.dot(dv_CV, tl.trans(s_KV), input_precision="tf32x3")
+        do_e_CC += tl.dot(do_CV, tl.trans(e_CV), input_precision="tf32x3")
+        dv_e_CC += tl.dot(dv_CV, tl.trans(e_CV), input_precision="tf32x3")
+        diagonal_C += tl.sum(do_CV.to(tl.float32) * e_CV.to(tl.float32), 1)
+    k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
+    past_CC = masked_exp(c_C[:, None] - c_C[None, :], i[:, None] > i[None, :]) * (beta_C * r_k_C)[None, :]
+    read_C = tl.exp(c_C)
+    dq_CK = dq_CK * read_C[:, None] + tl.dot((do_e_CC * past_CC).to(type), k_CK.to(type), input_precision="tf32x3")
+    dk_CK = dk_CK * read_C[:, None] - tl.dot((dv_e_CC * past_CC).to(type), k_CK.to(type), input_precision="tf32x3")
+    q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
+    keys_CK = k_CK.to(tl.float32) * r_k_C[:, None]
+    queries_CK = q_CK.to(tl.float32) * r_q_C[:, None]
+    dq_CK *= scale
+    dc_C = tl.sum(queries_CK * dq_CK, 1) + tl.sum(keys_CK * dk_CK, 1)
+    dq_CK += keys_CK * (diagonal_C * beta_C * scale)[:, None]
+    if NORM:
+        dq_CK = (dq_CK - queries_CK * tl.sum(queries_CK * dq_CK, 1)[:, None]) * r_q_C[:, None]
+    store_tile(dq + j * K, dq_CK, row, left, 0, J * K, K, C, BK)
+
+    # What they write: W
+    w_CK = tl.zeros([C, BK], tl.float32)
     e_do_CC = tl.zeros([C, C], tl.float32)
     e_dv_CC = tl.zeros([C, C], tl.float32)
-    diagonal_C = tl.zeros([C], tl.float32)
     kept_K = tl.zeros([BK], tl.float32)
-    type = states.dtype.element_ty
     for column in range(0, V, BV):
         s_KV = load_tile(states, at * K, K, column, V, V, BK, BV)
         ds_KV = load_tile(dstates, at * K, K, column, V, V, BK, BV)
         do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
         dv_CV = load_tile(dv + j * V, row, left, column, J * V, V, C, BV).to(type)
         e_CV = load_tile(errors + j * V, row, left, column, J * V, V, C, BV).to(type)
-        dq_CK += tl.dot(do_CV, tl.trans(s_KV), input_precision="tf32x3")
-        dk_CK -= tl.dot(dv_CV, tl.trans(s_KV), input_precision="tf32x3")
         w_CK += tl.dot(e_CV, tl.trans(ds_KV), input_precision="tf32x3")
-        do_e_CC += tl.dot(do_CV, tl.trans(e_CV), input_precision="tf32x3")
-        dv_e_CC += tl.dot(dv_CV, tl.trans(e_CV), input_precision="tf32x3")
         e_do_CC += tl.dot(e_CV, tl.trans(do_CV), input_precision="tf32x3")
         e_dv_CC += tl.dot(e_CV, tl.trans(dv_CV), input_precision="tf32x3")
-        diagonal_C += tl.sum(do_CV.to(tl.float32) * e_CV.to(tl.float32), 1)
         kept_K += tl.sum(s_KV.to(tl.float32) * ds_KV.to(tl.float32), 1)
-    kept = tl.sum(kept_K, 0)
-
-    i = tl.arange(0, C)
+    last = tl.load(c + at * C + C - 1)
     q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
     k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
-    beta_C = load_gate(beta + j, row, left, J, C)
-    c_C = tl.load(c + at * C + i)
-    last = tl.load(c + at * C + C - 1)
-    read_C = tl.exp(c_C)
-    r_q_C = tl.full([C], 1.0, tl.float32)
-    r_k_C = tl.full([C], 1.0, tl.float32)
-    if NORM:
-        r_q_C = tl.load(r_q + (slot * H + h) * C + i)
-        r_k_C = tl.load(r_k + (slot * H + h) * C + i)
     keys_CK = k_CK.to(tl.float32) * r_k_C[:, None]
     queries_CK = q_CK.to(tl.float32) * r_q_C[:, None]
-    past_CC = masked_exp(c_C[:, None] - c_C[None, :], i[:, None] > i[None, :]) * (beta_C * r_k_C)[None, :]
-
-    dq_CK = dq_CK * read_C[:, None] + tl.dot((do_e_CC * past_CC).to(type), k_CK.to(type), input_precision="tf32x3")
-    dq_CK *= scale
-    dc_C = tl.sum(queries_CK * dq_CK, 1)
-    dq_CK += keys_CK * (diagonal_C * beta_C * scale)[:, None]
-    if NORM:
-        dq_CK = (dq_CK - queries_CK * tl.sum(queries_CK * dq_CK, 1)[:, None]) * r_q_C[:, None]
-    store_tile(dq + j * K, dq_CK, row, left, 0, J * K, K, C, BK)
-
     future_CC = masked_exp(c_C[None, :] - c_C[:, None], i[:, None] < i[None, :])
     w_CK *= tl.exp(last - c_C)[:, None]
     # What the last position writes has not decayed yet: its two terms in dc cancel
     decaying = i < tl.minimum(left, C) - 1
-    kept = kept * tl.exp(last) + tl.sum(tl.where(decaying, beta_C * tl.sum(w_CK * keys_CK, 1), 0.0), 0)
+    kept = tl.sum(kept_K, 0) * tl.exp(last)
+    kept += tl.sum(tl.where(decaying, beta_C * tl.sum(w_CK * keys_CK, 1), 0.0), 0)
     e_do_CC *= future_CC * (r_q_C * scale)[None, :]
     w_CK += tl.dot(e_do_CC.to(type), q_CK.to(type), input_precision="tf32x3")
     e_dv_CC *= future_CC * r_k_C[None, :]
     w_CK -= tl.dot(e_dv_CC.to(type), k_CK.to(type), input_precision="tf32x3")
-    dc_C -= tl.where(decaying, beta_C * tl.sum(keys_CK * w_CK, 1), 0.0)
+    dc_C += tl.where(i == C - 1, kept, 0.0) - tl.where(decaying, beta_C * tl.sum(keys_CK * w_CK, 1), 0.0)
+    tl.store(dg + j + row * J + i * J, tl.cumsum(dc_C, 0, reverse=True), mask=i < left)
     w_CK += queries_CK * (diagonal_C * scale)[:, None]
     tl.store(dbeta + j + row * J + i * J, tl.sum(keys_CK * w_CK, 1), mask=i < left)
 
-    dk_CK = dk_CK * read_C[:, None] - tl.dot((dv_e_CC * past_CC).to(type), k_CK.to(type), input_precision="tf32x3")
-    dc_C += tl.sum(keys_CK * dk_CK, 1) + tl.where(i == C - 1, kept, 0.0)
-    tl.store(dg + j + row * J + i * J, tl.cumsum(dc_C, 0, reverse=True), mask=i < left)
     dk_CK += w_CK * beta_C[:, None]
     if NORM:
         dk_CK = (dk_CK - keys_CK * tl.sum(keys_CK * dk_CK, 1)[:, None]) * r_k_C[:, None]

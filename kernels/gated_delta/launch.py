@@ -24,10 +24,11 @@ def run_forward(
     cu_seqlens: Tensor | None,
     scale: float,
     normalise: bool,
+    negative: bool,
     output_final_state: bool,
 ) -> Tensors:
     """Return o, the final state, A, c and the factors of the l2 norms of queries and keys."""
-    problem = Problem(k, v, cu_seqlens, normalise)
+    problem = Problem(k, v, cu_seqlens, normalise, negative)
     how, heads = problem.how, problem.J
     buffers = o, final, A, c, r_q, r_k = problem.forward_buffers(v, output_final_state)
     problem.run(
@@ -37,10 +38,11 @@ def run_forward(
         *(q, k, g, beta, A, c, r_q, r_k, cu_seqlens),
         **{"N": problem.N, "PARTS": how.parts, "EPSILON": EPSILON, "FLOOR": FLOORS[torch.float32]},
     )
+    programs, outputs = problem.fill(how.outputs, directions=1)
     problem.run(
         compute_outputs,
-        problem.N * heads * problem.blocks(how.outputs),
-        how.outputs,
+        programs,
+        outputs,
         *(q, k, v, beta, A, c, r_q, r_k, initial, o, final, cu_seqlens),
         **{
             "PARTS": how.parts,
@@ -62,9 +64,10 @@ def _forward_shapes(
     cu_seqlens: Tensor | None,
     scale: float,
     normalise: bool,
+    negative: bool,
     output_final_state: bool,
 ) -> Tensors:
-    return Problem(k, v, cu_seqlens, normalise).forward_buffers(v, output_final_state)
+    return Problem(k, v, cu_seqlens, normalise, negative).forward_buffers(v, output_final_state)
 
 
 def run_backward(
@@ -82,19 +85,21 @@ def run_backward(
     r_k: Tensor,
     scale: float,
     normalise: bool,
+    negative: bool,
 ) -> Tensors:
     """Return the gradients of q, k, v, g, beta and of the initial state."""
-    problem = Problem(k, v, cu_seqlens, normalise)
+    problem = Problem(k, v, cu_seqlens, normalise, negative)
     how, heads = problem.how, problem.J
     dq, dk, dv, dg, dbeta, dinitial = problem.backward_buffers(k, v, initial)
     kept = v.dtype if how.parts else torch.float32
     errors = torch.empty_like(v, dtype=kept)
     shape = problem.slots, heads, problem.K, problem.V
     states, dstates = (v.new_empty(shape, dtype=kept) for _ in range(2))
+    programs, sweeps = problem.fill(how.sweeps, directions=2)
     problem.run(
         sweep_both_ways,
-        2 * problem.N * heads * problem.blocks(how.sweeps),
-        how.sweeps,
+        programs,
+        sweeps,
         *(q, k, v, do, beta, A, c, r_q, r_k, initial, dfinal, dv, states, errors, dstates, dinitial, cu_seqlens),
         **{
             "N": problem.N,
@@ -131,8 +136,9 @@ def _backward_shapes(
     r_k: Tensor,
     scale: float,
     normalise: bool,
+    negative: bool,
 ) -> Tensors:
-    _, _, *others = Problem(k, v, cu_seqlens, normalise).backward_buffers(k, v, initial)
+    _, _, *others = Problem(k, v, cu_seqlens, normalise, negative).backward_buffers(k, v, initial)
     return torch.empty_like(q), torch.empty_like(k), *others
 
 
@@ -140,13 +146,13 @@ _SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 for _schema, _run, _shapes in (
     (
         "gated_delta_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial, Tensor? cu_seqlens, "
-        "float scale, bool normalise, bool output_final_state)",
+        "float scale, bool normalise, bool negative, bool output_final_state)",
         run_forward,
         _forward_shapes,
     ),
     (
         "gated_delta_backward(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? initial, "
-        "Tensor? cu_seqlens, Tensor A, Tensor c, Tensor r_q, Tensor r_k, float scale, bool normalise)",
+        "Tensor? cu_seqlens, Tensor A, Tensor c, Tensor r_q, Tensor r_k, float scale, bool normalise, bool negative)",
         run_backward,
         _backward_shapes,
     ),

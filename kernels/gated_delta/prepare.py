@@ -41,6 +41,7 @@ def prepare_chunks(
 ):
     """Compute c, A and the factors of the l2 norm; one program per slot and value head."""
     PRECISION: tl.constexpr = "tf32x3" if PARTS == 0 else "tf32"
+    EXACT: tl.constexpr = "tf32" if PARTS == 1 else "tf32x3"
     SQUARES: tl.constexpr = 2 if PARTS == 2 else 1
     S: tl.constexpr = 32  # the inverse of a chunk of 64 is made of two of 32
     slot = (tl.program_id(0) // J).to(tl.int64)
@@ -69,7 +70,7 @@ def prepare_chunks(
         if j % (J // H) == 0:
             tl.store(r_k + i, r_0)
             tl.store(r_q + i, _norm_factor(load_tile(q + h * K, row, left, 0, H * K, K, S, BK), EPSILON))
-    a_00 = inverse(m_00 * beta_0[None, :], S, 5, PRECISION)
+    a_00 = inverse(m_00 * beta_0[None, :], S, 5, PARTS)
     _store_parts(A + corner, a_00, C, PARTS)
 
     if C == 2 * S:
@@ -88,9 +89,9 @@ def prepare_chunks(
                 tl.store(r_k + S + i, r_1)
                 q_1 = load_tile(q + h * K, row + S, left - S, 0, H * K, K, S, BK)
                 tl.store(r_q + S + i, _norm_factor(q_1, EPSILON))
-        a_11 = inverse(m_11 * beta_1[None, :], S, 5, PRECISION)
-        a_10 = tl.dot(a_11, m_10 * beta_0[None, :], input_precision="tf32x3")
-        a_10 = tl.dot(a_10, a_00, input_precision="tf32x3")
+        a_11 = inverse(m_11 * beta_1[None, :], S, 5, PARTS)
+        a_10 = tl.dot(a_11, m_10 * beta_0[None, :], input_precision=EXACT)
+        a_10 = tl.dot(a_10, a_00, input_precision=EXACT)
         _store_parts(A + corner + S, tl.zeros([S, S], tl.float32), C, PARTS)
         _store_parts(A + corner + S * C, -a_10, C, PARTS)
         _store_parts(A + corner + S * C + S, a_11, C, PARTS)

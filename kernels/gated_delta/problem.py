@@ -4,6 +4,7 @@ Shapes: as in `reference.py`; `slots` chunks of C positions, as `tiles.py` count
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from kernels.gated_delta.configurations import Launch, configuration
 
 Tensors = tuple[Tensor, ...]
+NARROWEST = 16  # columns: the least of a product
 
 
 class Problem:
@@ -22,14 +24,16 @@ class Problem:
         v: Values [B, T, J, V].
         cu_seqlens: Bounds of the sequences, or None.
         normalise: Whether queries and keys are normalised.
+        negative: Whether betas may exceed 1, so that the state has negative eigenvalues.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalise: bool):
+    def __init__(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalise: bool, negative: bool):
         self.B, self.T, self.H, self.K = k.shape
         self.J, self.V = v.shape[-2:]
         self.normalise, self.device = normalise, k.device
-        major = torch.cuda.get_device_capability(k.device)[0] if k.is_cuda else 0
-        self.how = configuration(major, k.dtype == torch.bfloat16, self.K)
+        gpu = torch.cuda.get_device_properties(k.device) if k.is_cuda else None
+        major, self.multiprocessors = (gpu.major, gpu.multi_processor_count) if gpu else (0, 1)
+        self.how = configuration(major, k.dtype == torch.bfloat16, self.K, negative)
         self.C = self.how.chunk
         if cu_seqlens is None:
             self.N, self.slots = self.B, self.B * -(-self.T // self.C)
@@ -46,6 +50,13 @@ class Problem:
     def blocks(self, launch: Launch) -> int:
         """Return the number of programs that share the columns of V."""
         return -(-self.V // self.columns(launch))
+
+    def fill(self, launch: Launch, directions: int) -> tuple[int, Launch]:
+        """Return the programs of a sweep, and its launch, with columns so narrow that no multiprocessor is idle."""
+        sweeps = directions * self.N * self.J
+        while launch.columns > NARROWEST and sweeps * self.blocks(launch) < self.multiprocessors:
+            launch = replace(launch, columns=self.columns(launch) // 2)
+        return sweeps * self.blocks(launch), launch
 
     def run(self, kernel: Any, programs: int, launch: Launch, *tensors: Tensor | None, **options: object) -> None:
         """Launch `programs` programs of a kernel; a tensor that it does not read may be None."""
@@ -93,4 +104,4 @@ class Problem:
 
 
 def _tile(width: int) -> int:
-    return max(1 << (width - 1).bit_length(), 16)  # 16: the least of a product
+    return max(1 << (width - 1).bit_length(), NARROWEST)

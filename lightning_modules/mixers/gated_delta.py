@@ -131,9 +131,10 @@ class GatedDelta(nn.Module):
             k_BTHK = torch.cat([state.last_k_B1HK.to(k_BTHK.dtype), k_BTHK[:, :-1]], 1)
             beta_BTH = torch.cat([state.last_beta_B1H, beta_BTH[:, :-1]], 1)
         written = k_BTHK, v_BTHV, log_decay_BTH, beta_BTH
-        o_BTHV, memory_BHKV = run_rule(q_BTHK, written, state.memory_BHKV, self.state)
+        how = self.state, self.gates.most_beta > 1
+        o_BTHV, memory_BHKV = run_rule(q_BTHK, written, state.memory_BHKV, *how)
         if self.recall:
-            self.recall.offer(written, state.memory_BHKV, memory_BHKV, self.state)
+            self.recall.offer(written, state.memory_BHKV, memory_BHKV, *how)
         o_BTHV = self.norm(self.read(o_BTHV).to(self.norm.weight.dtype))
         output_BTD = self.o_proj(o_BTHV.flatten(2) * silu(self.gate_proj(x_BTD)))
         position, pasts_BPC = state.position + x_BTD.shape[1], (q_BPC, k_BPC, v_BPC)

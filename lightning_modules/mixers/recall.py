@@ -32,7 +32,7 @@ class Recall:
         self._read: Read | None = None
         self._left = 0
 
-    def offer(self, written: Written, before_BHKV: Tensor, after_BHKV: Tensor, site: nn.Module) -> None:
+    def offer(self, written: Written, before_BHKV: Tensor, after_BHKV: Tensor, site: nn.Module, negative: bool) -> None:
         """Let the readers of this forward read S_t^T q_t, where S_t has written t; with `final`, S_T^T q_t.
 
         Args:
@@ -40,13 +40,15 @@ class Recall:
             before_BHKV: The state before the first position.
             after_BHKV: The state after the last position.
             site: The site of the state; see `run_rule`.
+            negative: Whether beta may exceed 1.
         """
         if not self.readers:
             return
         if self.final:
             nothing_BTH = torch.zeros_like(written[2])  # no decay and no write: the state stays as it is at the end
             written, before_BHKV = (*written[:2], nothing_BTH, nothing_BTH), after_BHKV
-        self._read, self._left = lambda q_BTHK: run_rule(q_BTHK, written, before_BHKV, site)[0], self.readers
+        self._read = lambda q_BTHK: run_rule(q_BTHK, written, before_BHKV, site, negative)[0]
+        self._left = self.readers
 
     def __call__(self, q_BTHK: Tensor) -> Tensor:
         """Return what the queries read, [B, T, H, V]."""

@@ -16,7 +16,9 @@ Written = tuple[Tensor, Tensor, Tensor, Tensor]  # k_BTHK, v_BTHV, log_decay_BTH
 step = partial(step_gated_delta_rule, use_qk_l2norm_in_kernel=True)
 
 
-def run_rule(q_BTHK: Tensor, written: Written, memory_BHKV: Tensor, site: nn.Module) -> tuple[Tensor, Tensor]:
+def run_rule(
+    q_BTHK: Tensor, written: Written, memory_BHKV: Tensor, site: nn.Module, negative: bool
+) -> tuple[Tensor, Tensor]:
     """Return what the queries read, o_BTHV, and the state after the T positions.
 
     Args:
@@ -24,6 +26,7 @@ def run_rule(q_BTHK: Tensor, written: Written, memory_BHKV: Tensor, site: nn.Mod
         written: Keys, values, log-decays and writing strengths.
         memory_BHKV: The state before.
         site: The identity. If it has a hook, the state of every position passes it, before the query reads.
+        negative: Whether beta may exceed 1.
     """
     if site._forward_hooks:
         return _run_by_position(q_BTHK, written, memory_BHKV, site)
@@ -32,7 +35,12 @@ def run_rule(q_BTHK: Tensor, written: Written, memory_BHKV: Tensor, site: nn.Mod
         o_BHV, memory_BHKV = step(q_BHK, k_BHK, v_BHV, g_BH, beta_BH, memory_BHKV)
         return o_BHV[:, None], memory_BHKV
     o_BTHV, after_BHKV = chunk_gated_delta_rule(
-        q_BTHK, *written, None, memory_BHKV, output_final_state=True, use_qk_l2norm_in_kernel=True
+        q_BTHK,
+        *written,
+        initial_state=memory_BHKV,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        allow_negative_eigenvalues=negative,
     )
     return o_BTHV, cast(Tensor, after_BHKV)
 

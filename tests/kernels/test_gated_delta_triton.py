@@ -15,7 +15,8 @@ from torch.func import vmap
 from toy_gated_delta import Toy
 
 from kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from kernels.gated_delta.configurations import configuration
+from kernels.gated_delta.configurations import Launch, configuration
+from kernels.gated_delta.problem import Problem
 
 F32, F16 = torch.float32, torch.float16
 
@@ -45,9 +46,10 @@ def kernel_errors(toy: Toy, hopper: bool) -> list[float]:
     """Compare the kernels with the definition, with the configuration of Hopper for bf16 or that of another GPU."""
     from kernels.gated_delta import problem
 
-    problem.configuration = lambda major, half, width: configuration(9 * hopper, half or hopper, width)
-    inputs = toy.inputs()
-    found = results(chunk_gated_delta_rule, inputs, not toy.unit, toy.cu_seqlens, backend="triton")
+    problem.configuration = lambda major, half, *rest: configuration(9 * hopper, half or hopper, *rest)
+    inputs, negative = toy.inputs(), toy.beta is None or toy.beta > 1
+    options = {"allow_negative_eigenvalues": negative, "backend": "triton"}
+    found = results(chunk_gated_delta_rule, inputs, not toy.unit, toy.cu_seqlens, **options)
     wide = [x.double() for x in inputs]
     return relative_errors(found, results(recurrent_gated_delta_rule, wide, not toy.unit, toy.cu_seqlens))
 
@@ -61,11 +63,23 @@ def kernel_errors(toy: Toy, hopper: bool) -> list[float]:
         (Toy(B=1, T=70, K=36, V=16, decay=1e4, beta=0.0, dtype=F16, bounds=(0, 66, 70)), False, 3e-3),
         (Toy(B=1, T=70, J=1, K=64, V=16, decay=0.01, dtype=F16), True, 3e-3),
         (Toy(B=1, T=140, K=60, V=20, bounds=(0, 0, 9, 138), unit=False, dtype=F16), True, 3e-3),
+        (Toy(B=1, T=140, J=1, K=64, V=16, beta=1.0, decay=0.01, dtype=F16), True, 3e-3),
     ],
 )
 def test_values_and_gradients(interpreter, toy: Toy, hopper: bool, most: float):
     errors = interpreter(kernel_errors, toy, hopper)
     assert max(errors) < most, errors
+
+
+@pytest.mark.parametrize(
+    ("V", "directions", "programs", "columns"),
+    [(128, 1, 256, 16), (128, 2, 256, 32), (36, 1, 96, 16), (128, 40, 2560, 64)],
+)
+def test_sweeps_are_narrow_where_a_gpu_would_be_idle(V: int, directions: int, programs: int, columns: int):
+    problem = Problem(torch.empty(4, 1, 8, 64), torch.empty(4, 1, 8, V), None, True, True)
+    problem.multiprocessors = 132
+    found = problem.fill(Launch(64, 4, 2), directions)
+    assert found == (programs, Launch(columns, 4, 2))
 
 
 def member_errors(bounds: tuple[int, ...] | None, compiled: bool) -> list[float]:
