@@ -5,9 +5,11 @@ Of blocks: M = B H, N blocks, L >= W queries of a block, J = 2 L keys that they 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -25,7 +27,7 @@ def choose(keys: int, window: int) -> Attend:
 def attend_masked(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -> Tensor:
     """Return what the queries read, [B, H, T, K], from the products of all queries with all keys."""
     mask_TS = seen(q_BHTK.shape[2], k_BHSK.shape[2], window, q_BHTK.device)
-    return scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask_TS)
+    return _attend(q_BHTK, k_BHSK, v_BHSK, mask_TS)
 
 
 def attend_blocks(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -> Tensor:
@@ -41,7 +43,7 @@ def attend_blocks(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -
     # Keys before the first one are zeros. Queries after the last one see themselves, so no softmax is over nothing.
     key_NJ = torch.arange(blocks, device=q_BHTK.device)[:, None] * size + torch.arange(2 * size, device=q_BHTK.device)
     mask_NLJ = seen(size, 2 * size, window, q_BHTK.device) & (key_NJ >= size - past)[:, None]
-    read_MNLK = scaled_dot_product_attention(q_MNLK, k_MNJK, v_MNJK, attn_mask=mask_NLJ)
+    read_MNLK = _attend(q_MNLK, k_MNJK, v_MNJK, mask_NLJ)
     return read_MNLK.reshape(B, H, -1, K)[:, :, :T]
 
 
@@ -52,6 +54,13 @@ def seen(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """
     distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (distance_TS >= 0) & (distance_TS < window)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    # vmap's rule for the fused kernels of a GPU does not repeat a mask that all members of an ensemble share
+    member = q.is_cuda and torch._C._functorch.is_batchedtensor(q)
+    with sdpa_kernel(SDPBackend.MATH) if member else nullcontext():
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _block(window: int) -> int:
