@@ -1,9 +1,11 @@
 """Time the gated delta kernels on a GPU beside other implementations, in one process.
 
-python -m benchmarks.gated_delta [--shapes 4,2048,8,64,128 ...] [--repeats 30] [--first_call] [--json FILE]
+python -m benchmarks.gated_delta [--shapes 4,2048,8,64,128 ...] [--names ours flash ...] [--repeats 30] [--first_call]
+    [--json FILE]
 
 A shape is B, T, H, K, V, in bf16 with normalised keys. The others are flash-linear-attention if it can be imported,
-transformers' reference, and `torch.compile` of our reference. Times are medians over `--repeats` runs of the forward
+transformers' reference, and `torch.compile` of our reference, which compiles for a minute per shape; transformers runs
+flash-linear-attention where it can be imported. `--names` are those that run, by the beginnings of their names. Times are medians over `--repeats` runs of the forward
 and of forward and backward, called from Python and replayed as a CUDA graph. `copy` is the share of a device copy's
 rate that the least possible traffic would have in that time: each input read and each output written once in the
 forward, and all of that again and the gradients in the backward. Peak memory is of forward and backward, above the
@@ -123,6 +125,7 @@ def main() -> None:
     """Print a table per shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--names", nargs="+", default=[""])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--first_call", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -130,7 +133,8 @@ def main() -> None:
     if options.first_call:
         print(f"first forward and backward: {first_call():.1f} s")
         return
-    rate, rules = copy_rate(), {"ours": ours, "ours, betas of at most 1": ours_to_one} | peers()
+    rate, every = copy_rate(), {"ours": ours, "ours, betas of at most 1": ours_to_one} | peers()
+    rules = {name: rule for name, rule in every.items() if name.startswith(tuple(options.names))}
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e12:.2f} TB/s")
     rows = []
     for shape in options.shapes:
