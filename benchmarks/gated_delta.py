@@ -4,12 +4,12 @@ python -m benchmarks.gated_delta [--shapes 4,2048,8,64,128 ...] [--names ours fl
     [--json FILE]
 
 A shape is B, T, H, K, V, in bf16 with normalised keys. The others are flash-linear-attention if it can be imported,
-transformers' reference, and `torch.compile` of our reference, which compiles for a minute per shape; transformers runs
-flash-linear-attention where it can be imported. `--names` are those that run, by the beginnings of their names. Times are medians over `--repeats` runs of the forward
-and of forward and backward, called from Python and replayed as a CUDA graph. `copy` is the share of a device copy's
-rate that the least possible traffic would have in that time: each input read and each output written once in the
-forward, and all of that again and the gradients in the backward. Peak memory is of forward and backward, above the
-inputs. `--first_call` times the first forward and backward of a fresh process without caches instead, in which all
+transformers' reference, which calls flash-linear-attention where that can be imported, and `torch.compile` of our
+reference, which takes a minute to compile per shape. `--names` are the beginnings of the names of those to time. Times
+are medians over `--repeats` runs of the forward and of forward and backward, called from Python and replayed as a CUDA
+graph. `copy` is the share of a device copy's rate that the least possible traffic would have in that time: each input
+read and each output written once in the forward, and all of that again and the gradients in the backward. Peak memory
+is of forward and backward, above the inputs. `--first_call` times the first forward and backward of a fresh process without caches instead, in which all
 kernels are compiled.
 """
 
