@@ -9,8 +9,8 @@ reference, which takes a minute to compile per shape. `--names` are the beginnin
 are medians over `--repeats` runs of the forward and of forward and backward, called from Python and replayed as a CUDA
 graph. `copy` is the share of a device copy's rate that the least possible traffic would have in that time: each input
 read and each output written once in the forward, and all of that again and the gradients in the backward. Peak memory
-is of forward and backward, above the inputs. `--first_call` times the first forward and backward of a fresh process without caches instead, in which all
-kernels are compiled.
+is of forward and backward, above the inputs. `--first_call` times the first forward and backward of a fresh process
+without caches instead, in which all kernels are compiled.
 """
 
 import argparse
