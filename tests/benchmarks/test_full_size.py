@@ -1,0 +1,95 @@
+"""The parts of the benchmark of full size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import step_losses
+from benchmarks.full_size_pair import Kept, write_pair, write_problems
+from benchmarks.step_phases import PHASES, Phases
+from benchmarks.step_rates import WARMUP, Part, Rates
+from datamodules.problems import generate
+from lightning_modules.core.contracts import Workload
+
+
+@pytest.fixture
+def data(tmp_path):
+    problems = [generate(0, "train", index) for index in range(80)]
+    file = tmp_path / "train.jsonl"
+    lines = [json.dumps({"question": problem.question, "answer": problem.answer}) for problem in problems]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_the_pair_has_the_shapes_of_llama_and_mistral_and_a_tokenizer_of_the_text(tmp_path, data):
+    size = write_pair(tmp_path, data, 32, tiny=False)
+    parts = {name: Kept(str(tmp_path / name), random_init=True) for name in ("source", "target")}
+    tokenizer = parts["target"].load_tokenizer()
+    question = json.loads(data.read_text().splitlines()[0])["question"]
+    tokens = tokenizer(question)["input_ids"]
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == question
+    assert tokens[0] == tokenizer.bos_token_id
+    assert max(tokens) < size == len(tokenizer)
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        models = [AutoModelForCausalLM.from_config(part.load_config()) for part in parts.values()]
+    assert [model.num_parameters() for model in models] == [8030261248, 7248023552]  # as on the models' cards
+
+
+def test_a_model_is_loaded_once(tmp_path, data):
+    write_pair(tmp_path, data, 2, tiny=True)
+    kept = Kept(str(tmp_path / "target"), random_init=True)
+    assert kept.load_causal_lm() is kept.load_causal_lm()
+
+
+def test_problems_for_training_and_test_differ(tmp_path, data):
+    files = write_problems(tmp_path, data, 50)
+    rows = [set(Path(file).read_text().splitlines()) for file in files.values()]
+    assert [len(some) for some in rows] == [50, 30]
+    assert not rows[0] & rows[1]
+
+
+def test_rates_leave_out_the_first_steps_of_each_size(monkeypatch, capsys):
+    clock = iter((10.0, 14.0, 20.0, 21.0))  # the start and the end of what counts, of two sizes
+    monkeypatch.setattr("benchmarks.step_rates.time.perf_counter", lambda: next(clock))
+    rates = Rates("V15", [Part(2, None, WARMUP + 4), Part(256, 700, WARMUP + 1), Part(64, None, 9)], peak=1000.0)
+    for _ in range(WARMUP):
+        rates.count(Workload(2, 999, 10**6))
+    for _ in range(4):
+        rates.count(Workload(2, 300, 500))
+    for _ in range(WARMUP + 1):
+        rates.count(Workload(5, 600, 100))
+    rates.out_of_memory()
+    first, second, third = rates.rows
+    assert (first["rows"], first["samples_per_s"], first["ms"], first["mfu"]) == ("2", 2.0, 1000.0, 0.5)
+    assert (first["positions"], first["most"]) == (150, 999)
+    assert (second["rows"], second["samples_per_s"], second["most"]) == ("700 positions", 5.0, 600)
+    assert third == {"way": "V15", "rows": "64", "gib": None}
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_phases_fill_the_steps_that_count(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("benchmarks.step_phases.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    phases = Phases(1, 3)
+    for step in range(4):
+        phases.on_train_batch_start(None, None, None, step)
+        for phase in PHASES[:5]:
+            phases._mark(phase)
+        phases.on_train_batch_end()
+    spent = phases.milliseconds()
+    assert [spent[phase] for phase in PHASES[:-1]] == [1000.0] * 6
+    assert spent["other"] == 500.0  # between the two steps
+
+
+def test_losses_are_compared_step_by_step(tmp_path, monkeypatch, capsys):
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for file, losses in zip(files, ([1.0, 2.0], [1.0, 2.25]), strict=True):
+        file.write_text(json.dumps(losses))
+    monkeypatch.setattr("sys.argv", ["step_losses", *map(str, files)])
+    step_losses.main()
+    assert "largest difference: 2.5e-01" in capsys.readouterr().out
