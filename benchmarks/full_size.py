@@ -94,8 +94,9 @@ class Bench:
         self.layers = [max(1, options.layers * quarter // 4) for quarter in (1, 2, 3)]
         size = write_pair(folder, options.data, options.layers, options.tiny)
         self.parts = [Part(rows, None, WARMUP + max(options.steps, TIMED_ROWS // rows)) for rows in options.batches]
+        # One epoch is enough for each size: a new one would start its workers again, in steps that are timed
+        count = max([512, *(part.steps * part.rows * options.devices + 64 for part in self.parts)])
         self.parts += [Part(256, tokens, WARMUP + options.steps) for tokens in options.max_tokens]
-        count = max([512, *(options.steps * rows + 64 for rows in options.batches)])
         self.problems = write_problems(folder, options.data, count)
         self.bridges: dict[str, Any] = {}
         self.free()
