@@ -37,6 +37,15 @@ class _MemberLSTM(torch.autograd.Function):
         return torch.stack([_MemberLSTM.forward(*of_member) for of_member in per_member]), 0
 
 
+class _Cell(nn.LSTM):
+    """PyTorch's LSTM, whose weights may have a first axis of members."""
+
+    def flatten_parameters(self) -> None:
+        """Make one block of memory of the weights for cuDNN, which knows no members, as PyTorch does on each move."""
+        if cast(Tensor, self.weight_hh_l0).dim() == 2:
+            super().flatten_parameters()
+
+
 class LSTM(nn.Module):
     """A long short-term memory whose hidden state, D wide, is the contribution to the residual stream.
 
@@ -50,7 +59,7 @@ class LSTM(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.cell = nn.LSTM(width, width, batch_first=True)
+        self.cell = _Cell(width, width, batch_first=True)
 
     def init_state(self, batch: int) -> State:
         """Return zeros."""

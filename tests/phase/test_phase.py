@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import QUIET
 from lightning import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules import TextCorpus
 from datamodules.errors import UserError
@@ -168,6 +168,17 @@ def test_an_ensemble_has_the_logits_and_gradients_of_its_members(pattern, name):
     for parameter, value in alone.named_parameters():
         torch.testing.assert_close(gradients[parameter].grad[1], value.grad)
     deepcopy(stacked)  # as weight averaging does
+
+
+@pytest.mark.parametrize(("seeds", "flattened"), [([5], [[2, 2, 1, 1]]), ([5, 6], [])])
+def test_only_weights_without_members_are_flattened_for_cudnn_on_a_move(monkeypatch, seeds, flattened):
+    stacked = stack_members(lambda: make("L").network, seeds)
+    seen = []
+    # On a GPU PyTorch's method calls cuDNN, which fails on another number of axes
+    record = lambda cell: seen.append([weight.dim() for weight in cell._flat_weights])  # noqa: E731
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", record)
+    stacked.float()
+    assert seen == flattened
 
 
 def test_phases_stay_in_fp32_under_bf16():
