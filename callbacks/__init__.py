@@ -4,6 +4,7 @@ from callbacks.activation_clamp import ActivationClamp
 from callbacks.activation_noise import ActivationNoise
 from callbacks.activation_reference import ActivationReference
 from callbacks.agent_chain import AgentChain
+from callbacks.best_validation import BestValidation
 from callbacks.bits_by_position import BitsByPosition
 from callbacks.curriculum import Curriculum
 from callbacks.diversity_monitor import DiversityMonitor
@@ -31,6 +32,7 @@ __all__ = [
     "ActivationNoise",
     "ActivationReference",
     "AgentChain",
+    "BestValidation",
     "BitsByPosition",
     "Curriculum",
     "DiversityMonitor",

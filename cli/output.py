@@ -17,6 +17,7 @@ USELESS_WARNINGS = (
     "LightningCLI.s args",  # a study reads the command lines of its arms beside the process's command line
     ".*in eval mode at the start",  # frozen models are in eval mode on purpose
     "The `srun` command is available",  # a study's jobs, and a single process, do without it
+    "RNN module weights are not part of single",  # those of an ensemble's members are slices of a stack on purpose
     ".*does not have many workers",  # `data_wait` in a run's results tells whether loading is slow
 )
 REDUCED = "It is recommended to use .self.log"  # of values that are reduced already

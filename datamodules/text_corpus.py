@@ -16,7 +16,7 @@ from datamodules.sequence_task import SequenceTask, Split, collate, label_next
 from datamodules.text_levels import Level, TextLevel, learned, restored
 from datamodules.text_source import Source, read_text
 
-HELD_OUT_PARTS = 20  # the last of 20 parts of the text is the test text, the one before it the validation text
+TEST_PARTS = {"90/5/5": 1, "85/5/10": 2}  # of 20 parts of the text; the validation text is the one before them
 
 
 class TextCorpus(SequenceTask):
@@ -28,10 +28,11 @@ class TextCorpus(SequenceTask):
         labels  h e _ c a t _ s
 
     The last 5 % of the text are for testing, and the 5 % before them for validation, as is usual for text8 and enwik8:
-    90, 5 and 5 million of their 100 million bytes. With `split` `90/10`, which is usual for tinyshakespeare, the last
-    10 % are for both. Training rows begin anywhere in the rest. Held-out rows are windows that do not overlap, spread
-    evenly; there are fewer than `validation_size` or `test_size` of them if the text is short. `chance` is the
-    frequency of the most frequent token in the training text; `ceiling` is None, because it is unknown.
+    90, 5 and 5 million of their 100 million bytes. With `split` `85/5/10` the last 10 % are for testing. That is the
+    usual test text of tinyshakespeare, on which others also validate. Training rows begin anywhere in the rest.
+    Held-out rows are windows that do not overlap, spread evenly; there are fewer than `validation_size` or `test_size`
+    of them if the text is short. `chance` is the frequency of the most frequent token in the training text; `ceiling`
+    is None, because it is unknown.
 
     The vocabulary is in checkpoints, so that a model reads the tokens that it was trained on, whatever the text.
 
@@ -44,8 +45,7 @@ class TextCorpus(SequenceTask):
         level: `byte`; `char`, the characters of the training text with one token for all others; or `bpe`, the tokens
             of a byte-level byte-pair encoding that is trained on the training text.
         bpe_vocab: Largest vocabulary of `bpe`, of which 256 tokens are the bytes.
-        split: Shares of the text for training, validation and test, by position; `90/10` validates and tests on the
-            same text.
+        split: Shares of the text for training, validation and test, by position.
         seq_len: T.
         **common: Arguments of `SequenceTask`.
     """
@@ -60,7 +60,7 @@ class TextCorpus(SequenceTask):
         max_size: int | None = None,
         level: Level = "byte",
         bpe_vocab: int = 2048,
-        split: Literal["90/5/5", "90/10"] = "90/5/5",
+        split: Literal["90/5/5", "85/5/10"] = "90/5/5",
         seq_len: int = 256,
         **common: Any,
     ):
@@ -163,11 +163,11 @@ class TextCorpus(SequenceTask):
     def _texts(self) -> dict[str, str | bytes]:
         """Part -> its text; bytes if tokens are bytes."""
         text = read_text(self.source, self.path, self.text_column, self.max_size, self.level == "byte")
-        held_out = len(text) // HELD_OUT_PARTS
-        bounds = 0, len(text) - 2 * held_out, len(text) - held_out, len(text)
-        parts = zip(("train", "validation", "test"), pairwise(bounds), strict=True)
-        texts = {part: text[start:end] for part, (start, end) in parts}
-        return texts | dict.fromkeys(("validation", "test"), text[bounds[1] :]) if self.split == "90/10" else texts
+        part = len(text) // 20
+        test = len(text) - TEST_PARTS[self.split] * part
+        bounds = 0, test - part, test, len(text)
+        names = "train", "validation", "test"
+        return {name: text[start:end] for name, (start, end) in zip(names, pairwise(bounds), strict=True)}
 
     @cached_property
     def _tokens(self) -> dict[str, Integers]:

@@ -69,7 +69,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)).
+    """x + dropout(mixer(norm(x))), then x + dropout(mlp(norm(x))).
 
     Sites: the mixer, under the name in its `site` attribute, `mid_residual` (the stream after the mixer), `mlp`, and
     `residual` (the stream after the MLP).
@@ -79,9 +79,12 @@ class Block(nn.Module):
         mixer: Makes the mixer.
         mlp: Makes the MLP; the block ends after the mixer if None.
         norm: Makes a norm of a given width.
+        dropout: Share of the outputs of mixer and MLP that are zeroed in training.
     """
 
-    def __init__(self, width: int, mixer: Factory, mlp: Factory | None, norm: Callable[[int], nn.Module]):
+    def __init__(
+        self, width: int, mixer: Factory, mlp: Factory | None, norm: Callable[[int], nn.Module], dropout: float = 0.0
+    ):
         super().__init__()
         mixer_norm, made = norm(width), mixer()
         self.site = cast(Mixer, made).site
@@ -91,7 +94,7 @@ class Block(nn.Module):
         self.has_mlp = mlp is not None
         if mlp is not None:
             self.mlp_norm, self.mlp = norm(width), mlp()
-        self.residual = nn.Identity()
+        self.residual, self.dropout = nn.Identity(), nn.Dropout(dropout)
 
     @property
     def mixer(self) -> nn.Module:
@@ -116,8 +119,8 @@ class Block(nn.Module):
         return cast(Tensor, getattr(self, f"{self.site}_norm")(x))
 
     def _after_mixer(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = self.mid_residual(x + mixed)
-        return cast(Tensor, self.residual(x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x))
+        x = self.mid_residual(x + self.dropout(mixed))
+        return cast(Tensor, self.residual(x + self.dropout(self.mlp(self.mlp_norm(x))) if self.has_mlp else x))
 
 
 @dataclass
@@ -146,6 +149,7 @@ class Decoder(nn.Module):
         mlp: Makes the MLP of a block; None for blocks without one.
         norm: Makes a norm of a given width; `nn.Identity` for a decoder without norms.
         positions: Length of the learned position embedding, the longest row; None for a decoder without positions.
+        dropout: Share of the outputs of each mixer and MLP that are zeroed in training.
     """
 
     def __init__(
@@ -156,12 +160,13 @@ class Decoder(nn.Module):
         mlp: Factory | None,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         positions: int | None = None,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = None if positions is None else nn.Embedding(positions, width)
         self.embedding = nn.Identity()
-        self.blocks = nn.ModuleList(Block(width, mixer, mlp, norm) for mixer in mixers)
+        self.blocks = nn.ModuleList(Block(width, mixer, mlp, norm, dropout) for mixer in mixers)
         self.final_residual, self.final_norm = nn.Identity(), norm(width)
         self.unembed = nn.Linear(width, vocab_size, bias=False)
         for layer in (self.token_embedding, self.position_embedding, self.unembed):

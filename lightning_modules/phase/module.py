@@ -53,10 +53,10 @@ class Phase(SequenceModel):
         conv_width: Positions that the short convolutions of P and G read; 0 for no convolution.
         expansion: Hidden width of the output of P over D, with GELU; 0 for a single linear map.
         dropout: Share of inputs of the output map of P that are zeroed in training.
+        residual_dropout: Share of the outputs of every mixer and SwiGLU that are zeroed in training.
         attention_window: Positions that A reads; `seq_len` if None.
         mlp_width: Hidden units of the SwiGLU (feed-forward network) of each block; 0 for blocks without one.
-        scheduled_sampling: Share of the input tokens that are the model's own samples at `trainer.max_steps`; it rises
-            in a line from 0.
+        scheduled_sampling: Share of the model's own samples in the input at `trainer.max_steps`; linear from 0.
         **common: The arguments of `SequenceModel`.
 
     Raises:
@@ -80,6 +80,7 @@ class Phase(SequenceModel):
         conv_width: int = 4,
         expansion: int = 0,
         dropout: float = 0.0,
+        residual_dropout: float = 0.0,
         attention_window: int | None = None,
         mlp_width: int = 0,
         scheduled_sampling: float = 0.0,
@@ -88,13 +89,14 @@ class Phase(SequenceModel):
         check_sizes(width=width, heads=heads, window=window, frequencies=frequencies, attention_window=attention_window)
         check_numbers("model", 0, SIZE, mlp_width=mlp_width, expansion=expansion)
         check_convolutions(conv_width=conv_width)
-        check_numbers("model", 0, 1, dropout=dropout, scheduled_sampling=scheduled_sampling)
+        shares = {"dropout": dropout, "residual_dropout": residual_dropout, "scheduled_sampling": scheduled_sampling}
+        check_numbers("model", 0, 1, **shares)
         if frequencies and normalise == "mass":
             raise UserError("model.normalise mass belongs to a memory per channel: set rms with model.frequencies")
         check_pattern(pattern, width, heads)
         self.width, self.heads, self.pattern, self.mlp_width = width, heads, pattern, mlp_width
         self.conv_width, self.attention_window = conv_width, attention_window or seq_len
-        self.scheduled_sampling = scheduled_sampling
+        self.scheduled_sampling, self.residual_dropout = scheduled_sampling, residual_dropout
         self.options: dict[str, Any] = {"frequencies": frequencies, "angles": angles, "decay": decay, "window": window}
         self.options |= {"mass": mass, "normalise": normalise, "expansion": expansion, "dropout": dropout}
         super().__init__(vocab_size, seq_len, **common)
@@ -109,11 +111,10 @@ class Phase(SequenceModel):
             "L": partial(LSTM, self.width),
         }
         mlp = partial(SwiGLU, self.width, self.mlp_width) if self.mlp_width else None
-        mixers = [factories[letter] for letter in self.pattern]
-        network = Decoder(self.vocab_size, self.width, mixers, mlp, partial(nn.RMSNorm, eps=1e-6))
-        for name, weight in network.named_parameters():
-            if name.endswith(OUTPUTS):
-                nn.init.zeros_(weight)  # a block begins as the identity, which shortens the start of training
+        mixers, norm = [factories[letter] for letter in self.pattern], partial(nn.RMSNorm, eps=1e-6)
+        network = Decoder(self.vocab_size, self.width, mixers, mlp, norm, dropout=self.residual_dropout)
+        for output in (weight for name, weight in network.named_parameters() if name.endswith(OUTPUTS)):
+            nn.init.zeros_(output)  # a block begins as the identity, which shortens the start of training
         return network
 
     def setup(self, stage: str) -> None:
@@ -144,6 +145,5 @@ class Phase(SequenceModel):
             with torch.no_grad():
                 logits_SBTV = self.call(batch["tokens"])[0]
             step = self.seeds, self.global_step, batch_idx, self.global_rank
-            tokens = mixed_tokens(batch["tokens"], batch["labels"], logits_SBTV, share, *step)
-            batch = {"tokens": tokens, "labels": batch["labels"]}
+            batch = batch | {"tokens": mixed_tokens(batch["tokens"], batch["labels"], logits_SBTV, share, *step)}
         return super().training_step(batch, batch_idx)

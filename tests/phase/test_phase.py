@@ -145,6 +145,24 @@ def test_a_block_begins_as_the_identity(pattern):
     assert torch.equal(network.blocks[0](x_BTD), x_BTD)
 
 
+@pytest.mark.parametrize("pattern", ["P", "G", "A", "L"])
+def test_residual_dropout_zeroes_outputs_of_every_mixer_and_swiglu_in_training_alone(pattern):
+    module = make(pattern, mlp_width=8, residual_dropout=0.4, heads=2)
+    (block,), seen = module.network.blocks, {}
+    for name in (block.site, "mlp", "mid_residual", "residual"):
+        block.get_submodule(name).register_forward_hook(lambda module, args, output, n=name: seen.update({n: output}))
+    x_BTD = torch.randn(4, 60, 16).double()
+    block(x_BTD)
+    for before, output, after in ((x_BTD, block.site, "mid_residual"), (seen["mid_residual"], "mlp", "residual")):
+        added = seen[after] - before
+        assert 0.35 < (added.abs() < 1e-12).double().mean() < 0.45
+        kept = added.abs() >= 1e-12
+        torch.testing.assert_close(added[kept], seen[output][kept] / 0.6)
+    module.eval()
+    block(x_BTD)
+    torch.testing.assert_close(seen["residual"], x_BTD + seen[block.site] + seen["mlp"])
+
+
 def test_initial_phases_and_decays_are_spread():
     period_HK = 2 * torch.pi / Angles(16, 4, 8, "single")(torch.zeros(1, 1, 16), None)[0].view(4, 8)
     assert (period_HK.min(1).values < 6.5).all()
@@ -220,7 +238,9 @@ def fit(folder: Path, seed: int = 0, steps: int = 4, **options) -> Phase:
     return module
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"scheduled_sampling": 0.9}, {"pattern": "PGAL"}])
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.3}, {"residual_dropout": 0.3}, {"scheduled_sampling": 0.9}, {"pattern": "PGAL"}]
+)
 def test_two_runs_of_a_seed_are_equal_bit_for_bit(tmp_path, options):
     modules = *(fit(tmp_path, **{"pattern": "P"} | options) for _ in range(2)), fit(tmp_path, pattern="P")
     one, other, plain = (torch.cat([x.flatten() for x in module.network.parameters()]) for module in modules)
@@ -266,6 +286,7 @@ def test_scheduled_sampling_replaces_a_share_of_the_labelled_tokens_by_samples_o
         ({"window": 0}, "model.window must be at least 1"),
         ({"expansion": -1}, "model.expansion must be at least 0"),
         ({"dropout": 1.5}, "model.dropout must be at most 1"),
+        ({"residual_dropout": 1.5}, "model.residual_dropout must be at most 1"),
         ({"conv_width": 65}, "model.conv_width must be at most 64"),
         ({"frequencies": 2, "normalise": "mass"}, "model.normalise mass belongs to a memory per channel"),
     ],
