@@ -15,6 +15,9 @@ dg is the sum of dc from its position on. In dc, the diagonal terms of dQ and W 
 position in W and in the sum. They are left out of dc, because under strong decay their rounding errors are larger
 than dc.
 
+A tile in a loop goes either to products or to arithmetic of its elements, never to both: Triton 3.6 then keeps one
+buffer too few, and loads the next tile while a product of Hopper's tensor cores may still read the last one.
+
 Shapes: as in `prepare.py`.
 """
 
@@ -78,7 +81,6 @@ def compute_gradients(
     dk_CK = tl.zeros([C, BK], tl.float32)
     do_e_CC = tl.zeros([C, C], tl.float32)
     dv_e_CC = tl.zeros([C, C], tl.float32)
-    diagonal_C = tl.zeros([C], tl.float32)
     for column in range(0, V, BV):
         s_KV = load_tile(states, at * K, K, column, V, V, BK, BV)
         do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
@@ -88,7 +90,7 @@ def compute_gradients(
         dk_CK -= tl.dot(dv_CV, tl.trans(s_KV), input_precision="tf32x3")
         do_e_CC += tl.dot(do_CV, tl.trans(e_CV), input_precision="tf32x3")
         dv_e_CC += tl.dot(dv_CV, tl.trans(e_CV), input_precision="tf32x3")
-        diagonal_C += tl.sum(do_CV.to(tl.float32) * e_CV.to(tl.float32), 1)
+    diagonal_C = tl.sum(tl.where(i[:, None] == i[None, :], do_e_CC, 0.0), 1)
     k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
     past_CC = masked_exp(c_C[:, None] - c_C[None, :], i[:, None] > i[None, :]) * (beta_C * r_k_C)[None, :]
     read_C = tl.exp(c_C)
@@ -104,13 +106,18 @@ def compute_gradients(
         dq_CK = (dq_CK - queries_CK * tl.sum(queries_CK * dq_CK, 1)[:, None]) * r_q_C[:, None]
     store_tile(dq + j * K, dq_CK, row, left, 0, J * K, K, C, BK)
 
+    # <S, dS>; in a loop of its own, see above
+    kept_K = tl.zeros([BK], tl.float32)
+    for column in range(0, V, BV):
+        s_KV = load_tile(states, at * K, K, column, V, V, BK, BV)
+        ds_KV = load_tile(dstates, at * K, K, column, V, V, BK, BV)
+        kept_K += tl.sum(s_KV.to(tl.float32) * ds_KV.to(tl.float32), 1)
+
     # What they write: W
     w_CK = tl.zeros([C, BK], tl.float32)
     e_do_CC = tl.zeros([C, C], tl.float32)
     e_dv_CC = tl.zeros([C, C], tl.float32)
-    kept_K = tl.zeros([BK], tl.float32)
     for column in range(0, V, BV):
-        s_KV = load_tile(states, at * K, K, column, V, V, BK, BV)
         ds_KV = load_tile(dstates, at * K, K, column, V, V, BK, BV)
         do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
         dv_CV = load_tile(dv + j * V, row, left, column, J * V, V, C, BV).to(type)
@@ -118,7 +125,6 @@ def compute_gradients(
         w_CK += tl.dot(e_CV, tl.trans(ds_KV), input_precision="tf32x3")
         e_do_CC += tl.dot(e_CV, tl.trans(do_CV), input_precision="tf32x3")
         e_dv_CC += tl.dot(e_CV, tl.trans(dv_CV), input_precision="tf32x3")
-        kept_K += tl.sum(s_KV.to(tl.float32) * ds_KV.to(tl.float32), 1)
     last = tl.load(c + at * C + C - 1)
     q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
     k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
