@@ -13,7 +13,8 @@ Weights are random; the text is that of GSM8K with a byte-level BPE that the scr
 - `notes`: the way of the notes. The whole source runs and all its hidden states are kept, rows are padded to the
   longest, the target gives logits at all positions, and the bridge trains in bf16 with AdamW.
 
-Ways run in this order. A batch that does not fit into memory, and those above it, get the row `out of memory`.
+Each row is printed, and written to FILE, as soon as it is measured. Ways run in the order of `--ways`, then V15 with
+`--max_tokens`, then profiles. A batch that does not fit into memory, and those above it, get the row `out of memory`.
 """
 
 import argparse
@@ -24,7 +25,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from benchmarks.full_size_notes import notes_steps
 from benchmarks.full_size_pair import Kept, write_pair, write_problems
+from benchmarks.full_size_steps import Parts, Staying
 from benchmarks.step_phases import Kernels, Phases
-from benchmarks.step_rates import HEAD, WARMUP, Part, Rates, tell
-from callbacks.divergence import Divergence
-from datamodules import WordProblems
+from benchmarks.step_rates import HEAD, WARMUP, Part, Rates, process_seconds, tell
+from callbacks.divergence import Diverged, Divergence
 from lightning_modules.pretrained.loading import loading_to
 from lightning_modules.telepathy import PerceiverBridge, Telepathy, TokenBridge
 
-WAYS = ("V15", "V16", "V15 compiled", "V16 compiled", "V15 cached", "notes")
+WAYS = ("V15", "V16", "V15 cached", "notes", "V15 compiled", "V16 compiled")
 OBJECTIVES: dict[str, Any] = {
     "V15": {"lm": 1.0, "batch_diversity": 0.1, "contrastive": 0.1},
     "V16": {"lm": 1.0},
@@ -61,33 +61,12 @@ LIMIT = 80  # GiB of a card; larger ones are not profiled
 TIMED, PROFILED = 4, 2  # steps of a profile: by phase, then by kernel
 
 
-class Parts(WordProblems):
-    """Batches of several sizes, one after the other, in one fit."""
-
-    def __init__(self, parts: list[Part], **options: Any):
-        super().__init__(source="file", batch_size=1, validation_size=16, test_sets={"test": 16}, **options)
-        self.parts = parts
-
-    def train_dataloader(self) -> Any:
-        """Yield the batches of all parts."""
-        for part in self.parts:
-            self.batch_size, self.max_tokens, left = part.rows, part.tokens, part.steps
-            while left:
-                for batch in islice(super().train_dataloader(), left):
-                    left -= 1
-                    yield batch
-
-
-class Staying(Telepathy):
-    """A module that stays on its device at the end of a fit, where Lightning moves it to the CPU."""
-
-    def cpu(self) -> "Staying":
-        """Do nothing."""
-        return self
-
-
 class Bench:
-    """The models of the pair and its data, in a folder; both models are made once for all ways that can share them."""
+    """The models of the pair and its data, in a folder; both models are made once for all ways that can share them.
+
+    Attributes:
+        found: What is written to the file: rows, profiles, and seconds from the start of the program (`at`, `ends`).
+    """
 
     def __init__(self, folder: Path, options: argparse.Namespace):
         self.folder, self.options = folder, options
@@ -96,11 +75,28 @@ class Bench:
         self.parts = [Part(rows, None, WARMUP + max(options.steps, TIMED_ROWS // rows)) for rows in options.batches]
         # One epoch is enough for each size: a new one would start its workers again, in steps that are timed
         count = max([512, *(part.steps * part.rows * options.devices + 64 for part in self.parts)])
-        self.parts += [Part(256, tokens, WARMUP + options.steps) for tokens in options.max_tokens]
+        # Batches of a number of positions tell what fits into memory, which one way shows
+        self.budgets = [Part(256, tokens, WARMUP + options.steps) for tokens in options.max_tokens]
         self.problems = write_problems(folder, options.data, count)
         self.bridges: dict[str, Any] = {}
+        self.found: dict[str, Any] = {"options": str(options), "rows": [], "profiles": [], "ends": {}}
+        self.mark("text and tokenizer")
         self.free()
         tell(f"tokenizer: {size} tokens; source layers {self.layers}; {count} problems\n")
+
+    def mark(self, what: str) -> None:
+        """Keep the seconds from the start of the program to the end of this part of the start."""
+        self.found["ends"].setdefault(what, round(process_seconds(), 1))
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Keep a row of the table."""
+        self.found["rows"].append(row | {"at": round(process_seconds(), 1)})
+        self.write()
+
+    def write(self) -> None:
+        """Write the figures to the file, in the first process alone."""
+        if self.options.json and not int(os.environ.get("LOCAL_RANK", 0)):
+            self.options.json.write_text(json.dumps(self.found, indent=1))
 
     def free(self, compiled: bool = False) -> None:
         """Forget the models; the next way loads them again."""
@@ -118,9 +114,10 @@ class Bench:
         if name not in self.bridges:
             kind: Any = PerceiverBridge if name == "V15" else TokenBridge
             self.bridges[name] = kind(*parts, **(TINY_SIZES if self.options.tiny else SIZES)[name])
+            self.mark(f"bridge {name}")
         for other in self.bridges.keys() - {name}:
             self.bridges[other].cpu()  # its memory does not count
-        return self.bridges[name]
+        return self.bridges[name].float()  # the notes' way leaves it in bf16
 
     def module(self, way: str) -> Telepathy:
         """Return the module of a way."""
@@ -129,6 +126,8 @@ class Bench:
             self.free(compiled)
         self.source.load_first_layers(self.layers)  # onto the device, before they are split
         self.target.load_causal_lm()
+        self.mark("models")
+        torch.backends.cuda.enable_cudnn_sdp(self.options.cudnn)
         module = Staying(
             self.source,
             self.target,
@@ -147,7 +146,8 @@ class Bench:
 
     def run(self, way: str, parts: list[Part], callbacks: Sequence[Callback] = ()) -> Rates:
         """Train in one way with all sizes of batches, and return their rows, printed unless there are callbacks."""
-        rates, short = Rates(way, parts, self.options.peak, tells=not callbacks), False
+        rates = Rates(way, parts, self.options.peak, keep=None if callbacks else self.keep)
+        short, diverged = False, ""
         try:
             if way == "notes":
                 self.free()
@@ -156,11 +156,20 @@ class Bench:
                 self._fit(way, parts, [Divergence(), rates, *callbacks])
         except torch.cuda.OutOfMemoryError:
             short = True  # what the error holds is free behind this block
+        except Diverged as error:
+            diverged = f"{way}: {error}"
         if short:
             rates.out_of_memory()
+        if diverged:
+            self.found.setdefault("diverged", []).append(diverged)
+            tell(diverged)
+            self.bridges.clear()  # the next way does not start from what is not finite
+        if way == "notes":
+            self.free()  # the whole source
         for bridge in self.bridges.values():
             bridge.zero_grad()
         gc.collect()
+        self.write()
         return rates
 
     def _fit(self, way: str, parts: list[Part], callbacks: list[Callback]) -> None:
@@ -179,7 +188,11 @@ class Bench:
             use_distributed_sampler=False,
             **quiet,
         )
-        trainer.fit(module, datamodule=Parts(parts, num_workers=self.options.workers, **self.problems))
+        data = Parts(parts, num_workers=self.options.workers, **self.problems)
+        try:
+            trainer.fit(module, datamodule=data)
+        finally:
+            data.close()
 
     def profile(self, way: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Print where the time goes in the fastest of these rows that needs at most 80 GiB."""
@@ -187,7 +200,7 @@ class Bench:
         if not fits:
             return {}
         best = max(fits, key=lambda row: row["samples_per_s"])["rows"]
-        part = next(part for part in self.parts if part.name == best)
+        part = next(part for part in self.parts + self.budgets if part.name == best)
         part = Part(part.rows, part.tokens, WARMUP + TIMED + PROFILED)
         phases, kernels = Phases(WARMUP, WARMUP + TIMED), Kernels(WARMUP + TIMED)
         self.run(way, [part], [phases, kernels])
@@ -211,15 +224,16 @@ def main() -> None:
     parser.add_argument(
         "--max_tokens", type=int, nargs="*", default=[], help="for V15, also batches of so many positions"
     )
-    parser.add_argument("--steps", type=int, default=8, help="least number of timed steps of each batch size")
-    parser.add_argument("--profile", nargs="*", choices=WAYS[:-1], default=[], help="ways to profile")
+    parser.add_argument("--steps", type=int, default=4, help="least number of timed steps of each batch size")
+    parser.add_argument("--profile", nargs="*", choices=set(WAYS) - {"notes"}, default=[], help="ways to profile")
+    parser.add_argument("--cudnn", action="store_true", help="attend with cuDNN where PyTorch prefers it, to compare")
     parser.add_argument("--devices", type=int, default=1, help="GPUs, under DDP; start one process each with torchrun")
     parser.add_argument("--shard", action="store_true", help="split the frozen models over the devices (FSDP)")
     parser.add_argument("--workers", type=int, default=4, help="processes that make batches")
     parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s for the MFU; those of an H200")
     parser.add_argument("--layers", type=int, default=32, help="layers of both models")
     parser.add_argument("--tiny", action="store_true", help="narrow layers, to try this script on a CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file, after each way")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     seed_everything(0, verbose=False)
@@ -227,20 +241,19 @@ def main() -> None:
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     with tempfile.TemporaryDirectory() as name, loading_to(device):
         bench = Bench(Path(name), options)
+        found = bench.found
         tell(f"| {HEAD} |\n|{'---|' * (HEAD.count('|') + 1)}")
-        found: dict[str, Any] = {"options": str(options), "rows": [], "profiles": []}
-        for way in (way for way in WAYS if way in options.ways):
-            # Batches of a number of positions tell what fits into memory, which one way shows
-            parts = bench.parts if way == "V15" else [part for part in bench.parts if part.tokens is None]
-            rates = bench.run(way, parts)
-            found["rows"] += rates.rows
-            found.setdefault("seconds to the first step", rates.first_step)
-            if way in options.profile:
-                found["profiles"].append(bench.profile(way, rates.rows))
-            if options.json and not rank:
-                options.json.write_text(json.dumps(found, indent=1))
-        seconds = found["seconds to the first step"]
-        tell(f"\nseconds from the start of the program to the end of the first step: {seconds:.1f}")
+        for way in options.ways:
+            bench.run(way, bench.parts)
+        first = next((row["first_step"] for row in found["rows"] if "first_step" in row), float("nan"))
+        tell(f"\nseconds from the start of the program to the end of the first step: {first:.1f}")
+        tell(", ".join(f"{what}: {seconds}" for what, seconds in found["ends"].items()))
+        if bench.budgets:
+            tell(f"\n| {HEAD} |\n|{'---|' * (HEAD.count('|') + 1)}")
+            bench.run("V15", bench.budgets)
+        for way in options.profile:
+            found["profiles"].append(bench.profile(way, [row for row in found["rows"] if row["way"] == way]))
+            bench.write()
 
 
 if __name__ == "__main__":

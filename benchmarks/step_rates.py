@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch import Callback, LightningModule
 
-WARMUP = 3  # steps of each size that do not count
+WARMUP = 2  # steps of each size that do not count
 HEAD = "way | rows | samples/s | ms per step | peak GiB | MFU | positions per row | most positions of a batch"
 
 
@@ -53,11 +54,11 @@ class Rates(Callback):
         way: The name of what is measured.
         parts: The sizes of batches, in their order.
         peak: FLOP/s of the device.
-        tells: Whether rows are printed.
+        keep: Takes each row as soon as it is measured; None to print none.
     """
 
-    def __init__(self, way: str, parts: list[Part], peak: float, tells: bool = True):
-        self.way, self.parts, self.peak, self.tells = way, list(parts), peak, tells
+    def __init__(self, way: str, parts: list[Part], peak: float, keep: Callable[[dict[str, Any]], None] | None = None):
+        self.way, self.parts, self.peak, self.keep = way, list(parts), peak, keep
         self.rows: list[dict[str, Any]] = []
         self.first_step = 0.0  # seconds
         self._begin()
@@ -99,7 +100,8 @@ class Rates(Callback):
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
         row = {"way": self.way, "rows": part.name, "devices": world, "samples_per_s": self.samples * world / seconds}
         row |= {"ms": 1e3 * seconds / (part.steps - WARMUP), "gib": peak, "mfu": self.flops / seconds / self.peak}
-        self.add(row | {"positions": self.positions / self.samples, "most": self.most})
+        row |= {"positions": self.positions / self.samples, "most": self.most, "first_step": self.first_step}
+        self.add(row)
         self._begin()
 
     def out_of_memory(self) -> None:
@@ -110,10 +112,12 @@ class Rates(Callback):
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row and print it."""
         self.rows.append(row)
+        if self.keep is None:
+            return
+        self.keep(row)
         if row["gib"] is None:
             cells = [row["way"], row["rows"], "out of memory", *[""] * 5]
         else:
             cells = [row["way"], row["rows"], f"{row['samples_per_s']:.1f}", f"{row['ms']:.0f}", f"{row['gib']:.1f}"]
             cells += [f"{row['mfu']:.1%}", f"{row['positions']:.0f}", str(row["most"])]
-        if self.tells:
-            tell("| " + " | ".join(cells) + " |")
+        tell("| " + " | ".join(cells) + " |")

@@ -72,6 +72,16 @@ def quiet() -> None:
         call()
 
 
+def leave_out_cudnn_attention() -> None:
+    """Let PyTorch attend without cuDNN in this process, by flash or memory-efficient attention instead.
+
+    PyTorch prefers cuDNN on H100 and H200 from 2.11 on. But cuDNN plans each new shape of a batch on the CPU for tenths
+    of a second, forward and backward, and nearly every batch of text has a new one. Some versions also give NaN for
+    gradients under a mask. Attention is a small part of a step with rows as short as those here.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 @dataclass
 class Pretrained:
     """The model to load.
@@ -172,6 +182,7 @@ class Pretrained:
         raise UserError(f"model.source: '{self.path}' ({config.model_type}) does not read text: {reason}") from error
 
     def _build(self, loader: Any, config: "PreTrainedConfig", **options: Any) -> Any:
+        leave_out_cudnn_attention()
         what = "a model", self.path
         options |= {"dtype": {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]}
         if self.attn_implementation is not None:

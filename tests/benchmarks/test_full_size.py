@@ -1,6 +1,7 @@
 """The parts of the benchmark of full size."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from benchmarks import step_losses
 from benchmarks.full_size_pair import Kept, write_pair, write_problems
+from benchmarks.full_size_steps import Parts
 from benchmarks.step_phases import PHASES, Phases
 from benchmarks.step_rates import WARMUP, Part, Rates
 from datamodules.problems import generate
@@ -52,14 +54,30 @@ def test_problems_for_training_and_test_differ(tmp_path, data):
     assert not rows[0] & rows[1]
 
 
+def test_batches_have_the_sizes_of_the_parts_and_their_processes_end(tmp_path, data):
+    files = write_problems(tmp_path, data, 60)
+    parts = Parts([Part(2, None, 30), Part(8, None, 2)], num_workers=1, **files)  # 30 steps are more than one epoch
+    parts.setup("fit")
+    batches = parts.train_dataloader()
+    assert [len(batch) for batch in batches] == [2] * 30 + [8] * 2
+    batches = parts.train_dataloader()
+    next(batches)
+    assert multiprocessing.active_children()
+    parts.close()
+    assert not multiprocessing.active_children()
+
+
 def test_rates_leave_out_the_first_steps_of_each_size(monkeypatch, capsys):
     clock = iter((10.0, 14.0, 20.0, 21.0))  # the start and the end of what counts, of two sizes
     monkeypatch.setattr("benchmarks.step_rates.time.perf_counter", lambda: next(clock))
-    rates = Rates("V15", [Part(2, None, WARMUP + 4), Part(256, 700, WARMUP + 1), Part(64, None, 9)], peak=1000.0)
+    kept = []
+    parts = [Part(2, None, WARMUP + 4), Part(256, 700, WARMUP + 1), Part(64, None, 9)]
+    rates = Rates("V15", parts, peak=1000.0, keep=kept.append)
     for _ in range(WARMUP):
         rates.count(Workload(2, 999, 10**6))
     for _ in range(4):
         rates.count(Workload(2, 300, 500))
+    assert len(kept) == 1  # as soon as it is measured
     for _ in range(WARMUP + 1):
         rates.count(Workload(5, 600, 100))
     rates.out_of_memory()
@@ -68,6 +86,7 @@ def test_rates_leave_out_the_first_steps_of_each_size(monkeypatch, capsys):
     assert (first["positions"], first["most"]) == (150, 999)
     assert (second["rows"], second["samples_per_s"], second["most"]) == ("700 positions", 5.0, 600)
     assert third == {"way": "V15", "rows": "64", "gib": None}
+    assert len(rates.rows) == len(kept) == 3
     assert "out of memory" in capsys.readouterr().out
 
 

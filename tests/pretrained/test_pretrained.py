@@ -48,6 +48,13 @@ def test_the_implementation_of_attention_is_chosen_and_said(caplog):
         Pretrained(str(PAIR / "source"), attn_implementation="fast").load_first_layers([1])
 
 
+@pytest.mark.parametrize("random_init", [False, True])
+def test_attention_of_loaded_models_leaves_out_cudnn(random_init):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    Pretrained(str(PAIR / "source"), random_init=random_init).load_first_layers([1])
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @torch.no_grad()
 def test_random_init_has_the_shapes_and_nothing_else():
     trained = Pretrained(str(PAIR / "source")).load_causal_lm().state_dict()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
+from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge, place_bias
 from lightning_modules.telepathy.flaws import NOTES_SCALE
 from lightning_modules.telepathy.normalizer import StatisticalNormalizer
 from lightning_modules.telepathy.output_scale import OutputScale
@@ -53,6 +53,18 @@ def test_queries_behind_the_question_send_nothing_but_in_the_notes():
     sizes = {"soft_tokens": 10, "tokens_per_query": 2, "heads": 2, "span": 32}  # at positions 0, 6, 12, 19 and 25
     assert PerceiverBridge(*ENDS, **sizes).soft_mask(mask_BS).sum(1).tolist() == [2, 4, 2]
     assert PerceiverBridge(*ENDS, key_norm=False, **sizes).soft_mask(mask_BS).all()
+
+
+def test_a_query_far_behind_the_question_has_scores_near_zero():
+    mask_BS, place_K = states([4, 7])[1], torch.tensor([0, 5, 90])
+    bias_BNKS = place_bias(place_K, mask_BS, slope=4.0, heads=2).unflatten(0, (2, 2))
+    assert (bias_BNKS.amax(-1) == 0).all()
+    for bias_NKS, length in zip(bias_BNKS, [4, 7], strict=True):
+        distance_KS = (place_K[:, None] - torch.arange(length)).abs()
+        torch.testing.assert_close(
+            bias_NKS[..., :length].softmax(-1), (-4.0 * distance_KS).softmax(-1).expand(2, -1, -1)
+        )
+        assert (bias_NKS[..., length:] == -torch.inf).all()
 
 
 def test_soft_tokens_do_not_depend_on_the_padding(bridge):
