@@ -5,6 +5,8 @@ python benchmarks/gated_delta_registers.py [--architecture 90] [--types bfloat16
 
 It needs no GPU: Triton brings the compiler. `spilled` is the bytes of registers per thread that lie in memory; a kernel
 with some is slower, not wrong. `wgmma` and `mma` count instructions for Hopper's tensor cores and for older ones.
+`races` are tiles whose next load may begin while a product on Hopper's tensor cores still reads them, as `gradients.py`
+explains; there must be none.
 """
 
 import argparse
@@ -58,6 +60,32 @@ def record_calls(
     return calls
 
 
+def races(code: str) -> int:
+    """Count the tiles in Triton's code for a GPU that a load overwrites while a product may still read them.
+
+    Triton gives a tile one buffer per stage if only products read it, and one less if arithmetic reads it too. A
+    product runs on until a wait leaves at most `pendings` of the last ones.
+    """
+    buffers = {
+        name: int(count) for name, count in re.findall(r"%(\S+) = ttg.local_alloc : .*memdesc<(\d+)x\d+x\d+x", code)
+    }
+    views: dict[str, str] = {}
+    running: list[set[str]] = []
+    found: set[str] = set()
+    for line in code.splitlines():
+        if match := re.search(r"%(\S+) = ttg.memdesc_\w+ %([\w#]+)", line):
+            views[match[1]] = views.get(match[2], match[2])
+        elif match := re.search(r"warp_group_dot %([\w#]+), %([\w#]+)", line):
+            running.append({views.get(name, name) for name in match.groups()})
+        elif match := re.search(r"warp_group_dot_wait.*pendings = (\d+)", line):
+            running = running[max(len(running) - int(match[1]), 0) :]
+        elif match := re.search(r"async_copy_global_to_local %[\w#]+, %([\w#]+)", line):
+            tile = views.get(match[1], match[1])
+            if any(tile in tiles for tiles in running) and buffers[tile] < max(buffers.values()):
+                found.add(tile)
+    return len(found)
+
+
 def compile_call(kernel: Any, how: Launch, arguments: dict[str, Any], architecture: int) -> str:
     """Compile a kernel and return a row of the table."""
     signature, constants, attributes = {}, {}, {}
@@ -83,8 +111,9 @@ def compile_call(kernel: Any, how: Launch, arguments: dict[str, Any], architectu
         usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     registers, spilled = found.groups() if found else ("?", "?")
-    counts = (compiled.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync"))
-    cells = how.warps, how.columns, registers, spilled, compiled.metadata.shared // 1024, *counts
+    counts = [compiled.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync")]
+    sizes = how.warps, how.columns, registers, spilled, compiled.metadata.shared // 1024
+    cells = *sizes, *counts, races(compiled.asm["ttgir"])
     return f"{kernel.fn.__name__:<18}" + "".join(f"{cell!s:>11}" for cell in cells) + f"{seconds:>9.1f}"
 
 
@@ -98,7 +127,7 @@ def main() -> None:
     parser.add_argument("--beta_to_one", action="store_true", help="without negative eigenvalues")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the behaviour of older versions of Triton
-    names = "warps", "columns", "registers", "spilled", "shared KB", "wgmma", "mma", "seconds"
+    names = "warps", "columns", "registers", "spilled", "shared KB", "wgmma", "mma", "races", "seconds"
     print(f"Triton {triton.__version__}, architecture {options.architecture}")
     for dtype in options.types:
         for widths in options.widths:
