@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
 from datamodules.errors import UserError
+from lightning_modules.pretrained.loading import leave_out_cudnn_attention
 
 if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
@@ -28,6 +29,7 @@ def new_model(config: Mapping[str, Any], tokens: int, special: Mapping[str, Any]
         known = "one that transformers knows, such as llama or mistral"
         raise UserError(f"model.config.model_type must be {known}, not {kind!r}")
     loader: Any = AutoModelForCausalLM
+    leave_out_cudnn_attention()
     try:
         default, made = CONFIG_MAPPING[kind](), AutoConfig.for_model(**{**special, "vocab_size": tokens, **config})
         fields = {*vars(default), *made.attribute_map, "model_type"}

@@ -157,10 +157,12 @@ def test_training_lowers_the_loss_and_saves_what_loads_again(tmp_path, capfd):
 
 
 def test_a_new_model_takes_its_special_tokens_from_the_tokenizers_folder():
+    torch.backends.cuda.enable_cudnn_sdp(True)
     module = QuestionAnswering(config=TINY, tokenizer=str(PAIR / "target"))
     config, tokenizer = module.model.config, module.tokenizer
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
     assert config.vocab_size == len(tokenizer) == 512
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_tokenizers_cut_numbers_as_asked():
