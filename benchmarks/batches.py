@@ -4,8 +4,10 @@
 
 It makes batches for the embedded pair and the bridge of `configs/telepathy_v15.yaml`, of generated problems or of the
 problems in a file, with a number of rows and with a number of tokens. Tokens are those of the target's rows on one
-device, padding included. The last column is the deviation of the answer tokens of a batch over their mean: a loss that
-is a mean over the tokens of a batch gives tokens in small batches so much more weight.
+device, padding included. Two batches have one shape if their rows, source positions and target positions are as many:
+kernels that are planned or compiled for a shape are used again only where shapes are fewer than batches. The last
+column is the deviation of the answer tokens of a batch over their mean: a loss that is a mean over the tokens of a
+batch gives tokens in small batches so much more weight.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 
 PAIR = Path(__file__).parents[1] / "assets" / "pair"
-HEAD = "| batches of | batches | rows | tokens | largest over mean | padding | deviation of answer tokens |"
+HEAD = "| batches of | batches | shapes | rows | tokens | largest over mean | padding | deviation of answer tokens |"
 
 
 def bridge(source: Source, target: Target, key_norm: bool) -> Bridge:
@@ -38,19 +40,20 @@ def measure(module: Telepathy, world: int, **settings: Any) -> str:
     trainer = SimpleNamespace(overfit_batches=0, global_rank=0, world_size=world, lightning_module=module)
     cast(Any, data).trainer = trainer
     data.setup("fit")
-    rows, tokens, padding, answers = [], [], 0, []
+    rows, tokens, padding, answers, shapes = [], [], 0, [], set()
     for batch in cast(Any, data.train_dataloader()):
         packing = batch["soft"]
         rows.append(len(packing.tokens_BT))
         tokens.append(packing.tokens_BT.numel())
         answers.append(len(packing.labels_N))
         padding += packing.padding
+        shapes.add((batch["source_mask"].shape, packing.tokens_BT.shape))
     mean = statistics.mean(tokens)
     most = settings.get("max_tokens")
     name = f"{settings['batch_size']} rows" if most is None else f"{most} tokens"
     spread = statistics.pstdev(answers) / statistics.mean(answers)
     return (
-        f"| {name} | {len(rows)} | {min(rows)} to {max(rows)} | {min(tokens)} to {max(tokens)} | "
+        f"| {name} | {len(rows)} | {len(shapes)} | {min(rows)} to {max(rows)} | {min(tokens)} to {max(tokens)} | "
         f"{max(tokens) / mean:.2f} | {padding / sum(tokens):.1%} | {spread:.1%} |"
     )
 

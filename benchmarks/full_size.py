@@ -8,8 +8,9 @@ Weights are random; the text is that of GSM8K with a byte-level BPE that the scr
 - `V15`: the bridge of `presets/telepathy/llama31_mistral7b.yaml`, at most 128 soft tokens, trained by the module
   `Telepathy` and Lightning's Trainer in `bf16-mixed`, as `fit` does it;
 - `V16`: one soft token per source token, by a `TokenBridge` of 50 million parameters;
-- `... compiled`: the same, with `compile: true` in both models;
 - `V15 cached`: the states of the source come from files;
+- `V15 cudnn`: attention by cuDNN where PyTorch prefers it, which `Pretrained` leaves out;
+- `... compiled`: the same as V15 or V16, with `compile: true` in both models;
 - `notes`: the way of the notes. The whole source runs and all its hidden states are kept, rows are padded to the
   longest, the target gives logits at all positions, and the bridge trains in bf16 with AdamW.
 
@@ -42,7 +43,7 @@ from callbacks.divergence import Diverged, Divergence
 from lightning_modules.pretrained.loading import loading_to
 from lightning_modules.telepathy import PerceiverBridge, Telepathy, TokenBridge
 
-WAYS = ("V15", "V16", "V15 cached", "notes", "V15 compiled", "V16 compiled")
+WAYS = ("V15", "V16", "V15 cached", "notes", "V15 cudnn", "V15 compiled", "V16 compiled")
 OBJECTIVES: dict[str, Any] = {
     "V15": {"lm": 1.0, "batch_diversity": 0.1, "contrastive": 0.1},
     "V16": {"lm": 1.0},
@@ -127,7 +128,7 @@ class Bench:
         self.source.load_first_layers(self.layers)  # onto the device, before they are split
         self.target.load_causal_lm()
         self.mark("models")
-        torch.backends.cuda.enable_cudnn_sdp(self.options.cudnn)
+        torch.backends.cuda.enable_cudnn_sdp("cudnn" in way)
         module = Staying(
             self.source,
             self.target,
@@ -226,7 +227,6 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=4, help="least number of timed steps of each batch size")
     parser.add_argument("--profile", nargs="*", choices=set(WAYS) - {"notes"}, default=[], help="ways to profile")
-    parser.add_argument("--cudnn", action="store_true", help="attend with cuDNN where PyTorch prefers it, to compare")
     parser.add_argument("--devices", type=int, default=1, help="GPUs, under DDP; start one process each with torchrun")
     parser.add_argument("--shard", action="store_true", help="split the frozen models over the devices (FSDP)")
     parser.add_argument("--workers", type=int, default=4, help="processes that make batches")
