@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from datamodules.batch import TokenBatch
 from datamodules.errors import SEEDS, UserError, check_numbers
+from lightning_modules.core.attention import leave_out_cudnn_attention
 from lightning_modules.core.checkpoints import load_network, write_members
 from lightning_modules.core.contracts import (
     HasBounds,
@@ -88,6 +89,7 @@ class SequenceModel(EnsembleModule, ABC):
         check_numbers("model", 1, MOST_MEMBERS, ensemble=ensemble)
         check_numbers("model", 0, SEEDS - ensemble, seed=seed)
         check_numbers("model", 0, warmup_steps=warmup_steps)
+        leave_out_cudnn_attention()
         self.vocab_size, self.seq_len = vocab_size, seq_len
         first = torch.initial_seed() if seed is None else seed
         super().__init__(self.make_network, [first + member for member in range(ensemble)])

@@ -15,6 +15,7 @@ from torch import nn
 from datamodules.errors import UserError
 from datamodules.hub import offline_without_hub, reason_of
 from datamodules.sources import check_path
+from lightning_modules.core.attention import leave_out_cudnn_attention
 from lightning_modules.pretrained.first_layers import FirstLayers, layer_stack, with_first_layers
 
 if TYPE_CHECKING:
@@ -70,16 +71,6 @@ def quiet() -> None:
     silence: list[Callable[[], None]] = [logging.set_verbosity_error, logging.disable_progress_bar, quiet_hub]
     for call in silence:
         call()
-
-
-def leave_out_cudnn_attention() -> None:
-    """Let PyTorch attend without cuDNN in this process, by flash or memory-efficient attention instead.
-
-    PyTorch prefers cuDNN on H100 and H200 from 2.11 on. But cuDNN plans each new shape of a batch on the CPU for tenths
-    of a second, forward and backward, and nearly every batch of text has a new one. Some versions also give NaN for
-    gradients under a mask. Attention is a small part of a step with rows as short as those here.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
 from datamodules.errors import UserError
-from lightning_modules.pretrained.loading import leave_out_cudnn_attention
+from lightning_modules.core.attention import leave_out_cudnn_attention
 
 if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM

@@ -137,6 +137,12 @@ def test_a_shifted_value_is_written_under_the_key_and_beta_of_the_position_befor
     torch.testing.assert_close(seen["state"], written_BHKV, rtol=1e-4, atol=1e-6)  # the norm has an epsilon
 
 
+def test_attention_leaves_out_cudnn():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_initial_gates():
     gates, x = Gates(16, 2, "seed", 1.0), torch.zeros(1, 1, 16)
     torch.testing.assert_close(gates(x)[0].exp(), torch.full((1, 1, 2), 2.0).sigmoid())
