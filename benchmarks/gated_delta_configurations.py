@@ -59,13 +59,10 @@ class Call:
     def run(self, launch: Launch, registers: int) -> None:
         """Launch the kernel."""
         programs = self.programs
-        options = self.options | self.problem.common
-        if launch.columns:
-            options |= {"V": self.problem.V, "BV": self.problem.columns(launch)}
         if self.name in ("compute_outputs", "sweep_both_ways"):
             programs = programs // self.problem.blocks(self.table) * self.problem.blocks(launch)
         limit = {"maxnreg": registers} if registers else {}
-        self.kernel[(programs,)](*self.tensors, **options, num_warps=launch.warps, num_stages=launch.stages, **limit)
+        self.problem.run(self.kernel, programs, launch, *self.tensors, **self.options, **limit)
 
 
 def record(shape: str, parts: int | None) -> list[Call]:

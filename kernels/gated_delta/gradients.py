@@ -126,6 +126,7 @@ def compute_gradients(
         e_do_CC += tl.dot(e_CV, tl.trans(do_CV), input_precision="tf32x3")
         e_dv_CC += tl.dot(e_CV, tl.trans(dv_CV), input_precision="tf32x3")
     last = tl.load(c + at * C + C - 1)
+    # Loaded again, since registers are too few to keep them
     q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
     k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
     keys_CK = k_CK.to(tl.float32) * r_k_C[:, None]
