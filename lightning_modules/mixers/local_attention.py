@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from lightning_modules.core.ensemble import member_call
+
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 ALIGNMENT = 8  # fused kernels on a GPU take masks whose rows are a multiple of this
@@ -58,8 +60,7 @@ def seen(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     # vmap's rule for the fused kernels of a GPU does not repeat a mask that all members of an ensemble share
-    member = q.is_cuda and torch._C._functorch.is_batchedtensor(q)
-    with sdpa_kernel(SDPBackend.MATH) if member else nullcontext():
+    with sdpa_kernel(SDPBackend.MATH) if q.is_cuda and member_call() else nullcontext():
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
