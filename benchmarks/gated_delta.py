@@ -7,19 +7,22 @@ A shape is B, T, H, K, V, in bf16 with normalised keys. The others are flash-lin
 transformers' reference, which calls flash-linear-attention where that can be imported, and `torch.compile` of our
 reference, which takes a minute to compile per shape. `--names` are the beginnings of the names of those to time. Times
 are medians over `--repeats` runs of the forward and of forward and backward, called from Python and replayed as a CUDA
-graph. `copy` is the share of a device copy's rate that the least possible traffic would have in that time: each input
-read and each output written once in the forward, and all of that again and the gradients in the backward. Peak memory
-is of forward and backward, above the inputs. `--first_call` times the first forward and backward of a fresh process
-without caches instead, in which all kernels are compiled.
+graph. `host` is the time until a call from Python returns, which launches its kernels but does not wait for them.
+`copy` is the share of a device copy's rate that the least possible traffic would have in that time: each input read and
+each output written once in the forward, and all of that again and the gradients in the backward. Peak memory is of
+forward and backward, above the inputs. `--first_call` times the first forward and backward of a fresh process without
+caches instead, in which all kernels are compiled.
 """
 
 import argparse
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,17 @@ def peers() -> dict[str, Rule]:
     return found
 
 
+def host_milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the median time until a call returns on a GPU that is idle before."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
 def measure(rule: Rule, values: list[Tensor], rate: float, repeats: int) -> dict[str, float]:
     """Return the row of one implementation at one shape."""
     cotangent = torch.randn_like(values[2])
@@ -101,6 +115,7 @@ def measure(rule: Rule, values: list[Tensor], rate: float, repeats: int) -> dict
     traffic = sum(x.nbytes for x in values) + values[2].nbytes
     row = {"forward ms": milliseconds(forward, repeats), "graph ms": graph_milliseconds(forward, repeats)}
     row |= {"both ms": milliseconds(both, repeats), "both graph ms": graph_milliseconds(both, repeats)}
+    row |= {"host ms": host_milliseconds(forward, repeats), "both host ms": host_milliseconds(both, repeats)}
     row["copy %"] = 100 * traffic / rate / min(row["forward ms"], row["graph ms"]) * 1e3
     fastest = min(row["both ms"], row["both graph ms"])
     row["both copy %"] = 100 * (2 * traffic + sum(x.nbytes for x in values)) / rate / fastest * 1e3

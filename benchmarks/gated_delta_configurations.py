@@ -27,7 +27,7 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.gated_delta import inputs, ours
 from benchmarks.timing import graph_milliseconds
-from kernels.gated_delta import problem
+from kernels.gated_delta import launch, problem
 from kernels.gated_delta.configurations import Launch, configuration
 
 # One stage is left out: with bf16 inputs Triton 3.6 then makes code that reads out of range of the shared memory
@@ -49,39 +49,45 @@ class Call:
     programs: int
     table: Launch
     tensors: tuple[Tensor | None, ...]
-    options: dict[str, object]
+    options: dict[str, Any]
 
     @property
     def name(self) -> str:
         """The name of the kernel."""
         return str(self.kernel.fn.__name__)
 
-    def run(self, launch: Launch, registers: int) -> None:
-        """Launch the kernel."""
+    def with_launch(self, launch: Launch, registers: int) -> Callable[[], None]:
+        """Return a run of the kernel with another launch."""
         programs = self.programs
         if self.name in ("compute_outputs", "sweep_both_ways"):
             programs = programs // self.problem.blocks(self.table) * self.problem.blocks(launch)
-        limit = {"maxnreg": registers} if registers else {}
-        self.problem.run(self.kernel, programs, launch, *self.tensors, **self.options, **limit)
+        call = self.problem.call(self.kernel, programs, launch, self.options)
+        call.how |= {"maxnreg": registers} if registers else {}
+        return lambda: call(*self.tensors)
 
 
 def record(shape: str, parts: int | None) -> list[Call]:
     """Return the launches of a forward and backward in bf16."""
     calls: list[Call] = []
-    run: Callable[..., None] = problem.Problem.run
+    make: Callable[..., Callable[..., None]] = problem.Problem.call
 
-    def keep(
-        self: problem.Problem, kernel: Any, programs: int, launch: Launch, *tensors: Tensor | None, **options: object
-    ) -> None:
-        calls.append(Call(kernel, self, programs, launch, tensors, dict(options)))
-        run(self, kernel, programs, launch, *tensors, **options)
+    def keep(self: problem.Problem, *launched: Any) -> Callable[..., None]:
+        kernel, programs, launch, options = launched
+
+        def run(*tensors: Tensor | None) -> None:
+            calls.append(Call(kernel, self, programs, launch, tensors, options))
+            make(self, *launched)(*tensors)
+
+        return run
 
     def how(*key: Any) -> object:
         table = configuration(*key)
         return table if parts is None else replace(table, parts=parts)
 
     values = inputs(*map(int, shape.split(",")))
-    with patch.object(problem.Problem, "run", keep), patch.object(problem, "configuration", how):
+    for plan in (launch.plan_forward, launch.plan_backward):
+        plan.cache_clear()
+    with patch.object(problem.Problem, "call", keep), patch.object(problem, "configuration", how):
         torch.autograd.grad(ours(*values), values, torch.randn_like(values[2]))
     return calls
 
@@ -95,7 +101,7 @@ def launches(call: Call, limits: list[int]) -> Iterator[tuple[Launch, int]]:
 def time_of(call: Call, launch: Launch, registers: int, repeats: int) -> float:
     """Return the milliseconds of a launch; NaN if the GPU has too little memory for it."""
     try:
-        return graph_milliseconds(lambda: call.run(launch, registers), repeats)
+        return graph_milliseconds(call.with_launch(launch, registers), repeats)
     except OutOfResources:
         return float("nan")
 

@@ -27,26 +27,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.gated_delta import launch, problem
-from kernels.gated_delta.configurations import Launch, configuration
+from kernels.gated_delta.call import Call
+from kernels.gated_delta.configurations import configuration
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 ROWS, HEADS = 256, 2  # of the inputs; the code depends on neither
 
-Call = tuple[Any, Launch, dict[str, Any]]
+Arguments = dict[str, Any]
 
 
 def record_calls(
     dtype: torch.dtype, width: int, columns: int, packed: bool, architecture: int, negative: bool
-) -> list[Call]:
+) -> list[tuple[Call, Arguments]]:
     """Return the kernels of a forward and backward with their arguments, without a run."""
-    calls: list[Call] = []
+    calls: list[tuple[Call, Arguments]] = []
 
-    def record(
-        self: problem.Problem, kernel: Any, programs: int, how: Launch, *tensors: Tensor | None, **options: Any
-    ) -> None:
-        if how.columns:
-            options |= {"V": self.V, "BV": self.columns(how)}
-        calls.append((kernel, how, dict(zip(kernel.arg_names, tensors, strict=False)) | options | self.common))
+    def record(self: Call, *tensors: Tensor | None) -> None:
+        calls.append((self, dict(zip(self.kernel.arg_names, tensors, strict=False)) | self.constants))
 
     def of_architecture(major: int, half: bool, width: int, negative: bool) -> object:
         return configuration(architecture // 10, half, width, negative)
@@ -54,7 +51,7 @@ def record_calls(
     q = torch.empty(1, ROWS, HEADS, width, dtype=dtype)
     v, g = torch.empty(1, ROWS, HEADS, columns, dtype=dtype), torch.empty(1, ROWS, HEADS)
     bounds = torch.tensor([0, ROWS]) if packed else None
-    with patch.object(problem.Problem, "run", record), patch.object(problem, "configuration", of_architecture):
+    with patch.object(Call, "__call__", record), patch.object(problem, "configuration", of_architecture):
         o, _, A, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
         launch.run_backward(o, None, q, q, v, g, None, bounds, A, c, r_q, r_k, 0.1, True, negative)
     return calls
@@ -86,8 +83,9 @@ def races(code: str) -> int:
     return len(found)
 
 
-def compile_call(kernel: Any, how: Launch, arguments: dict[str, Any], architecture: int) -> str:
+def compile_call(call: Call, arguments: Arguments, architecture: int) -> str:
     """Compile a kernel and return a row of the table."""
+    kernel = call.kernel
     signature, constants, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = arguments[name]
@@ -101,7 +99,7 @@ def compile_call(kernel: Any, how: Launch, arguments: dict[str, Any], architectu
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": how.warps, "num_stages": how.stages},
+        options=call.how,
     )
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +110,7 @@ def compile_call(kernel: Any, how: Launch, arguments: dict[str, Any], architectu
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     registers, spilled = found.groups() if found else ("?", "?")
     counts = [compiled.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync")]
-    sizes = how.warps, how.columns, registers, spilled, compiled.metadata.shared // 1024
+    sizes = call.how["num_warps"], arguments.get("BV", 0), registers, spilled, compiled.metadata.shared // 1024
     cells = *sizes, *counts, races(compiled.asm["ttgir"])
     return f"{kernel.fn.__name__:<18}" + "".join(f"{cell!s:>11}" for cell in cells) + f"{seconds:>9.1f}"
 

@@ -13,7 +13,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def gated_delta(*inputs: Any) -> Tensors:
-    """Run the kernels: as an operator in compiled code, directly elsewhere; `GatedDelta.forward` has the arguments."""
+    """Run the kernels: as an operator in compiled code, directly elsewhere; `run_forward` has the arguments."""
     if torch.compiler.is_compiling():  # which loses the gradient of an `autograd.Function` under vmap
         result: Tensors = torch.ops.crosstalk.gated_delta_forward(*inputs)
         return result
@@ -29,38 +29,27 @@ class GatedDelta(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-        normalise: bool,
-        negative: bool,
-        output_final_state: bool,
-    ) -> Tensors:
-        """Compute outputs and final state."""
-        return run_forward(q, k, v, g, beta, initial, cu_seqlens, scale, normalise, negative, output_final_state)
+    def forward(*inputs: Any) -> Tensors:
+        """Compute outputs and final state; `run_forward` has the names, which PyTorch would bind at each call."""
+        return run_forward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         """Keep what the gradient needs."""
-        q, k, v, g, beta, initial, cu_seqlens, *ctx.options, ctx.output_final_state = inputs
+        q, k, v, g, beta, initial, cu_seqlens, *ctx.options, output_final_state = inputs
         _, final, *kept = output
-        ctx.mark_non_differentiable(*kept if ctx.output_final_state else (final, *kept))
+        ctx.mark_non_differentiable(*kept if output_final_state else (final, *kept))
+        ctx.set_materialize_grads(False)  # or each output without a gradient, such as A, gets one of zeros
         ctx.gate_types = g.dtype, beta.dtype
         ctx.save_for_backward(q, k, v, beta, initial, cu_seqlens, *kept)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor, *_: Tensor) -> Gradients:
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> Gradients:
         """Compute the gradients of the first six inputs."""
         q, k, v, beta, initial, cu_seqlens, *kept = ctx.saved_tensors
         dq, dk, dv, dg, dbeta, dinitial = torch.ops.crosstalk.gated_delta_backward(
-            do.contiguous(),
-            dfinal.contiguous() if ctx.output_final_state else None,
+            torch.zeros_like(v) if do is None else do.contiguous(),
+            None if dfinal is None else dfinal.contiguous(),
             *(q, k, v, beta, initial, cu_seqlens, *kept, *ctx.options),
         )
         dg, dbeta = dg.to(ctx.gate_types[0]), dbeta.to(ctx.gate_types[1])

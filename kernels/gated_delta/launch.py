@@ -3,15 +3,47 @@
 Shapes: as in `reference.py`; those of A, c, r_q and r_k are in `prepare.py`.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from kernels.gated_delta.backward import sweep_both_ways
+from kernels.gated_delta.call import Call
 from kernels.gated_delta.forward import compute_outputs
 from kernels.gated_delta.gradients import compute_gradients
 from kernels.gated_delta.prepare import prepare_chunks
-from kernels.gated_delta.problem import Problem, Tensors
+from kernels.gated_delta.problem import Problem, Sizes, Tensors, sizes_of
 from kernels.gated_delta.reference import EPSILON, FLOORS
+
+Types = tuple[torch.dtype | None, ...]
+Plan = tuple[Problem, Call, Call]
+KEPT = 256  # plans of the last sizes: to make one takes longer than to launch it
+
+
+@lru_cache(KEPT)
+def plan_forward(sizes: Sizes, types: Types, scale: float, initial: bool, final: bool) -> Plan:
+    """Return the problem and both launches of a forward; `types` are those of the inputs, and None where one is not."""
+    problem = Problem(*sizes)
+    states = {"scale": float(scale), "INITIAL": initial, "FINAL": final}
+    floor = {"EPSILON": EPSILON, "FLOOR": FLOORS[torch.float32]}
+    return (
+        problem,
+        problem.call(prepare_chunks, problem.slots * problem.J, problem.how.prepare, floor),
+        problem.call(compute_outputs, *problem.fill(problem.how.outputs, directions=1), states),
+    )
+
+
+@lru_cache(KEPT)
+def plan_backward(sizes: Sizes, types: Types, scale: float, initial: bool, final: bool) -> Plan:
+    """Return the problem and both launches of a backward; `final`: the final state has a cotangent."""
+    problem = Problem(*sizes)
+    states = {"scale": float(scale), "INITIAL": initial, "FINAL": final}
+    return (
+        problem,
+        problem.call(sweep_both_ways, *problem.fill(problem.how.sweeps, directions=2), states),
+        problem.call(compute_gradients, problem.slots * problem.J, problem.how.gradients, states),
+    )
 
 
 def run_forward(
@@ -28,29 +60,13 @@ def run_forward(
     output_final_state: bool,
 ) -> Tensors:
     """Return o, the final state, A, c and the factors of the l2 norms of queries and keys."""
-    problem = Problem(k, v, cu_seqlens, normalise, negative)
-    how, heads = problem.how, problem.J
+    sizes = sizes_of(k, v, cu_seqlens, normalise, negative)
+    types = _types(q, k, v, g, beta, initial, cu_seqlens)
+    problem, prepare, outputs = plan_forward(sizes, types, scale, initial is not None, output_final_state)
     buffers = o, final, A, c, r_q, r_k = problem.forward_buffers(v, output_final_state)
-    problem.run(
-        prepare_chunks,
-        problem.slots * heads,
-        how.prepare,
-        *(q, k, g, beta, A, c, r_q, r_k, cu_seqlens),
-        **{"N": problem.N, "PARTS": how.parts, "EPSILON": EPSILON, "FLOOR": FLOORS[torch.float32]},
-    )
-    programs, outputs = problem.fill(how.outputs, directions=1)
-    problem.run(
-        compute_outputs,
-        programs,
-        outputs,
-        *(q, k, v, beta, A, c, r_q, r_k, initial, o, final, cu_seqlens),
-        **{
-            "PARTS": how.parts,
-            "scale": scale,
-            "INITIAL": initial is not None,
-            "FINAL": output_final_state,
-        },
-    )
+    with problem.on_device():
+        prepare(q, k, g, beta, A, c, r_q, r_k, cu_seqlens)
+        outputs(q, k, v, beta, A, c, r_q, r_k, initial, o, final, cu_seqlens)
     return buffers
 
 
@@ -67,7 +83,7 @@ def _forward_shapes(
     negative: bool,
     output_final_state: bool,
 ) -> Tensors:
-    return Problem(k, v, cu_seqlens, normalise, negative).forward_buffers(v, output_final_state)
+    return Problem(*sizes_of(k, v, cu_seqlens, normalise, negative)).forward_buffers(v, output_final_state)
 
 
 def run_backward(
@@ -88,37 +104,24 @@ def run_backward(
     negative: bool,
 ) -> Tensors:
     """Return the gradients of q, k, v, g, beta and of the initial state."""
-    problem = Problem(k, v, cu_seqlens, normalise, negative)
-    how, heads = problem.how, problem.J
-    dq, dk, dv, dg, dbeta, dinitial = problem.backward_buffers(k, v, initial)
-    kept = v.dtype if how.parts else torch.float32
+    sizes = sizes_of(k, v, cu_seqlens, normalise, negative)
+    types = _types(do, dfinal, q, k, v, beta, initial, cu_seqlens)
+    problem, sweeps, gradients = plan_backward(sizes, types, scale, initial is not None, dfinal is not None)
+    dq, dk, dv, dg, dbeta, dinitial = problem.backward_buffers(k, v, beta, initial)
+    kept = v.dtype if problem.how.parts else torch.float32
     errors = torch.empty_like(v, dtype=kept)
-    shape = problem.slots, heads, problem.K, problem.V
-    states, dstates = (v.new_empty(shape, dtype=kept) for _ in range(2))
-    programs, sweeps = problem.fill(how.sweeps, directions=2)
-    problem.run(
-        sweep_both_ways,
-        programs,
-        sweeps,
-        *(q, k, v, do, beta, A, c, r_q, r_k, initial, dfinal, dv, states, errors, dstates, dinitial, cu_seqlens),
-        **{
-            "N": problem.N,
-            "PARTS": how.parts,
-            "scale": scale,
-            "INITIAL": initial is not None,
-            "FINAL": dfinal is not None,
-        },
-    )
-    problem.run(
-        compute_gradients,
-        problem.slots * heads,
-        how.gradients,
-        *(q, k, beta, c, r_q, r_k, do, dv, states, errors, dstates, dq, dk, dg, dbeta, cu_seqlens),
-        **{"N": problem.N, "scale": scale},
-    )
-    if heads > problem.H:
+    states, dstates = (v.new_empty((problem.slots, problem.J, problem.K, problem.V), dtype=kept) for _ in range(2))
+    with problem.on_device():
+        inputs = q, k, v, do, beta, A, c, r_q, r_k, initial, dfinal
+        sweeps(*inputs, dv, states, errors, dstates, dinitial, cu_seqlens)
+        gradients(q, k, beta, c, r_q, r_k, do, dv, states, errors, dstates, dq, dk, dg, dbeta, cu_seqlens)
+    if problem.J > problem.H:
         dq, dk = (x.view(*k.shape[:3], -1, problem.K).sum(3).to(k.dtype) for x in (dq, dk))
     return dq, dk, dv, dg, dbeta, dinitial
+
+
+def _types(*inputs: Tensor | None) -> Types:
+    return tuple([x if x is None else x.dtype for x in inputs])
 
 
 def _backward_shapes(
@@ -138,7 +141,7 @@ def _backward_shapes(
     normalise: bool,
     negative: bool,
 ) -> Tensors:
-    _, _, *others = Problem(k, v, cu_seqlens, normalise, negative).backward_buffers(k, v, initial)
+    _, _, *others = Problem(*sizes_of(k, v, cu_seqlens, normalise, negative)).backward_buffers(k, v, beta, initial)
     return torch.empty_like(q), torch.empty_like(k), *others
 
 

@@ -3,16 +3,18 @@
 Shapes: as in `reference.py`; `slots` chunks of C positions, as `tiles.py` counts them.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.gated_delta.call import Call
 from kernels.gated_delta.configurations import Launch, configuration
 
 Tensors = tuple[Tensor, ...]
+Sizes = tuple[torch.Size, torch.Size, int | None, torch.dtype, torch.device, bool, bool]
 NARROWEST = 16  # columns: the least of a product
 
 
@@ -20,28 +22,40 @@ class Problem:
     """The sizes of one call, and the arguments that all kernels share.
 
     Args:
-        k: Keys [B, T, H, K].
-        v: Values [B, T, J, V].
-        cu_seqlens: Bounds of the sequences, or None.
+        keys: Shape of the keys [B, T, H, K].
+        values: Shape of the values [B, T, J, V].
+        sequences: The number of packed sequences, or None.
+        dtype: Type of the keys.
+        device: Where they are.
         normalise: Whether queries and keys are normalised.
         negative: Whether betas may exceed 1, so that the state has negative eigenvalues.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalise: bool, negative: bool):
-        self.B, self.T, self.H, self.K = k.shape
-        self.J, self.V = v.shape[-2:]
-        self.normalise, self.device = normalise, k.device
-        gpu = torch.cuda.get_device_properties(k.device) if k.is_cuda else None
+    def __init__(
+        self,
+        keys: torch.Size,
+        values: torch.Size,
+        sequences: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        normalise: bool,
+        negative: bool,
+    ):
+        self.B, self.T, self.H, self.K = keys
+        self.J, self.V = values[-2:]
+        self.normalise, self.device, self.packed = normalise, device, sequences is not None
+        gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         major, self.multiprocessors = (gpu.major, gpu.multi_processor_count) if gpu else (0, 1)
-        self.how = configuration(major, k.dtype == torch.bfloat16, self.K, negative)
+        self.how = configuration(major, dtype == torch.bfloat16, self.K, negative)
         self.C = self.how.chunk
-        if cu_seqlens is None:
+        if sequences is None:
             self.N, self.slots = self.B, self.B * -(-self.T // self.C)
         else:
-            self.N = cu_seqlens.shape[0] - 1
+            self.N = sequences
             self.slots = self.T // self.C + self.N
-        self.common = {"T": self.T, "H": self.H, "J": self.J, "K": self.K, "BK": _tile(self.K), "C": self.C}
-        self.common |= {"NORM": normalise, "PACKED": cu_seqlens is not None}
+        self.common = {"N": self.N, "T": self.T, "H": self.H, "J": self.J, "K": self.K, "V": self.V}
+        self.common |= {"BK": _tile(self.K), "C": self.C, "PARTS": self.how.parts}
+        self.common |= {"NORM": normalise, "PACKED": self.packed}
 
     def columns(self, launch: Launch) -> int:
         """Return the columns of V that a program of a kernel treats at once."""
@@ -58,22 +72,21 @@ class Problem:
             launch = replace(launch, columns=self.columns(launch) // 2)
         return sweeps * self.blocks(launch), launch
 
-    def run(self, kernel: Any, programs: int, launch: Launch, *tensors: Tensor | None, **options: object) -> None:
-        """Launch `programs` programs of a kernel; a tensor that it does not read may be None."""
-        if programs == 0:
-            return
-        if launch.columns:
-            options |= {"V": self.V, "BV": self.columns(launch)}
+    def call(self, kernel: Any, programs: int, launch: Launch, options: dict[str, Any]) -> Call:
+        """Return a launch of `programs` programs of a kernel, with options that not all kernels have."""
         how = {"num_warps": launch.warps, "num_stages": launch.stages}
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            kernel[(programs,)](*tensors, **options, **self.common, **how)
+        return Call(kernel, programs, how, self.common | {"BV": self.columns(launch)} | options)
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Return a context in which the device of the tensors is the current one, as launches need it."""
+        return torch.cuda.device(self.device.index) if self.device.type == "cuda" else nullcontext()
 
     def forward_buffers(self, v: Tensor, output_final_state: bool) -> Tensors:
         """Return o, the final state, A, c and the factors of the l2 norms of queries and keys, without content."""
         slots, J, C, parts = self.slots, self.J, self.C, self.how.parts
         norms = (slots, self.H, C) if self.normalise else (0,)
         return (
-            self.row_buffer(v),
+            self.rows_like(v),
             v.new_empty((self.N, J, self.K, self.V) if output_final_state else (0,), dtype=torch.float32),
             v.new_empty((slots, J, 2 if parts == 2 else 1, C, C), dtype=v.dtype if parts else torch.float32),
             v.new_empty((slots, J, C), dtype=torch.float32),
@@ -81,26 +94,31 @@ class Problem:
             v.new_empty(norms, dtype=torch.float32),
         )
 
-    def backward_buffers(self, k: Tensor, v: Tensor, initial: Tensor | None) -> Tensors:
+    def backward_buffers(self, k: Tensor, v: Tensor, beta: Tensor, initial: Tensor | None) -> Tensors:
         """Return the gradients of q and k per value head, of v, g, beta and of the initial state, without content."""
-        J, K = self.J, self.K
-        wide = k.dtype if self.H == J else torch.float32  # the sum over the value heads of a group follows
-        gates = (self.B, self.T, J)
+        if self.H == self.J:
+            dq, dk = self.rows_like(k), self.rows_like(k)
+        else:  # the sum over the value heads of a group follows
+            make = k.new_zeros if self.packed else k.new_empty
+            dq, dk = (make((self.B, self.T, self.J, self.K), dtype=torch.float32) for _ in range(2))
         return (
-            self.row_buffer(k, (self.B, self.T, J, K), wide),
-            self.row_buffer(k, (self.B, self.T, J, K), wide),
-            self.row_buffer(v),
-            self.row_buffer(v, gates, torch.float32),
-            self.row_buffer(v, gates, torch.float32),
+            dq,
+            dk,
+            self.rows_like(v),
+            self.rows_like(beta, torch.float32),
+            self.rows_like(beta, torch.float32),
             v.new_empty((0,), dtype=torch.float32) if initial is None else torch.empty_like(initial),
         )
 
-    def row_buffer(
-        self, like: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def rows_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return a tensor for one result per row; rows after the last packed sequence stay zero."""
-        make = like.new_zeros if self.common["PACKED"] else like.new_empty
-        return make(like.shape if shape is None else shape, dtype=dtype)
+        return torch.zeros_like(x, dtype=dtype) if self.packed else torch.empty_like(x, dtype=dtype)
+
+
+def sizes_of(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalise: bool, negative: bool) -> Sizes:
+    """Return the arguments of `Problem` for keys [B, T, H, K], values [B, T, J, V] and bounds of sequences, or None."""
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return k.shape, v.shape, sequences, k.dtype, k.device, normalise, negative
 
 
 def _tile(width: int) -> int:

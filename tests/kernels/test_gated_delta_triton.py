@@ -16,7 +16,7 @@ from toy_gated_delta import Toy
 
 from kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from kernels.gated_delta.configurations import Launch, configuration
-from kernels.gated_delta.problem import Problem
+from kernels.gated_delta.problem import Problem, sizes_of
 
 F32, F16 = torch.float32, torch.float16
 
@@ -44,8 +44,10 @@ def results(rule: Callable, inputs: list[Tensor], *arguments: object, **options:
 
 def kernel_errors(toy: Toy, hopper: bool) -> list[float]:
     """Compare the kernels with the definition, with the configuration of Hopper for bf16 or that of another GPU."""
-    from kernels.gated_delta import problem
+    from kernels.gated_delta import launch, problem
 
+    launch.plan_forward.cache_clear()
+    launch.plan_backward.cache_clear()
     problem.configuration = lambda major, half, *rest: configuration(9 * hopper, half or hopper, *rest)
     inputs, negative = toy.inputs(), toy.beta is None or toy.beta > 1
     options = {"allow_negative_eigenvalues": negative, "backend": "triton"}
@@ -71,12 +73,34 @@ def test_values_and_gradients(interpreter, toy: Toy, hopper: bool, most: float):
     assert max(errors) < most, errors
 
 
+def partial_errors(index: int, compiled: bool) -> list[float]:
+    """Compare gradients of the outputs alone, or of the final states alone."""
+    toy = Toy(T=20, J=1, K=16, V=16, dtype=F32)
+    inputs = [x.requires_grad_() for x in toy.inputs()]
+
+    def loss(*x: Tensor, backend: str = "reference") -> Tensor:
+        return chunk_gated_delta_rule(*x[:5], None, x[5], True, backend=backend)[index].sin().sum()
+
+    kernels = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    found = torch.autograd.grad(kernels(*inputs, backend="triton"), inputs, materialize_grads=True)
+    return relative_errors(
+        found, [x.double() for x in torch.autograd.grad(loss(*inputs), inputs, materialize_grads=True)]
+    )
+
+
+@pytest.mark.parametrize(("index", "compiled"), [(0, False), (1, False), (0, True), (1, True)])
+def test_gradients_of_one_result(interpreter, index: int, compiled: bool):
+    errors = interpreter(partial_errors, index, compiled)
+    assert max(errors) < 2e-6, errors
+
+
 @pytest.mark.parametrize(
     ("V", "directions", "programs", "columns"),
     [(128, 1, 256, 16), (128, 2, 256, 32), (36, 1, 96, 16), (128, 40, 2560, 64)],
 )
 def test_sweeps_are_narrow_where_a_gpu_would_be_idle(V: int, directions: int, programs: int, columns: int):
-    problem = Problem(torch.empty(4, 1, 8, 64), torch.empty(4, 1, 8, V), None, True, True)
+    k, v = torch.empty(4, 1, 8, 64), torch.empty(4, 1, 8, V)
+    problem = Problem(*sizes_of(k, v, None, True, True))
     problem.multiprocessors = 132
     found = problem.fill(Launch(64, 4, 2), directions)
     assert found == (programs, Launch(columns, 4, 2))
