@@ -1,5 +1,6 @@
 """The gradient of the operators, and how an ensemble calls them."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class GatedDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensors:
-        """Compute outputs and final state; `run_forward` has the names, which PyTorch would bind at each call."""
+        """Compute outputs and final state; `run_forward` has the arguments. To bind names takes PyTorch longer."""
         return run_forward(*inputs)
 
     @staticmethod
@@ -59,6 +60,10 @@ class GatedDelta(torch.autograd.Function):
     def vmap(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Tensors, tuple[int, ...]]:
         """Run the members of an ensemble at once."""
         return _run_members(GatedDelta.apply, info, in_dims, *inputs)
+
+
+# PyTorch asks for it at each call, and Python would find it out each time
+GatedDelta.forward.__signature__ = inspect.signature(GatedDelta.forward)  # type: ignore[attr-defined]
 
 
 def _fold(x: Tensor, dim: int | None, members: int, axis: int) -> Tensor:
