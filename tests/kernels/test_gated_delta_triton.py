@@ -94,6 +94,22 @@ def test_gradients_of_one_result(interpreter, index: int, compiled: bool):
     assert max(errors) < 2e-6, errors
 
 
+def operators_of_a_backward(states: bool) -> set[str]:
+    inputs = [x.requires_grad_() for x in Toy(T=20, J=1, K=16, V=16, dtype=F32).inputs()]
+    o, _ = chunk_gated_delta_rule(*inputs[:5], None, inputs[5], states, backend="triton")
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(o, inputs, torch.ones_like(o))
+    return {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_what_the_gradient_needs_again_gets_no_gradient(interpreter, states: bool):
+    """PyTorch would fill one with zeros for each of those tensors."""
+    operators = interpreter(operators_of_a_backward, states)
+    assert "crosstalk::gated_delta_backward" in operators
+    assert "aten::zeros" not in operators
+
+
 @pytest.mark.parametrize(
     ("V", "directions", "programs", "columns"),
     [(128, 1, 256, 16), (128, 2, 256, 32), (36, 1, 96, 16), (128, 40, 2560, 64)],
