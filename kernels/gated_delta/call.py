@@ -34,7 +34,8 @@ class Call:
         """Launch the kernel.
 
         Args:
-            tensors: Of the same types at each call, and None at the same places; the kernel does not read those.
+            tensors: Of the same types and on the same device at each call, and None at the same places; the kernel does
+                not read those.
         """
         if self.programs == 0:
             return

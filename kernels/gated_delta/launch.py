@@ -16,14 +16,14 @@ from kernels.gated_delta.prepare import prepare_chunks
 from kernels.gated_delta.problem import Problem, Sizes, Tensors, sizes_of
 from kernels.gated_delta.reference import EPSILON, FLOORS
 
-Types = tuple[torch.dtype | None, ...]
+Kinds = tuple[tuple[torch.dtype, torch.device] | None, ...]
 Plan = tuple[Problem, Call, Call]
 KEPT = 256  # plans of the last sizes: to make one takes longer than to launch it
 
 
 @lru_cache(KEPT)
-def plan_forward(sizes: Sizes, types: Types, scale: float, initial: bool, final: bool) -> Plan:
-    """Return the problem and both launches of a forward; `types` are those of the inputs, and None where one is not."""
+def plan_forward(sizes: Sizes, kinds: Kinds, scale: float, initial: bool, final: bool) -> Plan:
+    """Return the problem and both launches of a forward; `kinds` are those of the inputs, on which a launch relies."""
     problem = Problem(*sizes)
     states = {"scale": float(scale), "INITIAL": initial, "FINAL": final}
     floor = {"EPSILON": EPSILON, "FLOOR": FLOORS[torch.float32]}
@@ -35,7 +35,7 @@ def plan_forward(sizes: Sizes, types: Types, scale: float, initial: bool, final:
 
 
 @lru_cache(KEPT)
-def plan_backward(sizes: Sizes, types: Types, scale: float, initial: bool, final: bool) -> Plan:
+def plan_backward(sizes: Sizes, kinds: Kinds, scale: float, initial: bool, final: bool) -> Plan:
     """Return the problem and both launches of a backward; `final`: the final state has a cotangent."""
     problem = Problem(*sizes)
     states = {"scale": float(scale), "INITIAL": initial, "FINAL": final}
@@ -61,8 +61,8 @@ def run_forward(
 ) -> Tensors:
     """Return o, the final state, A, c and the factors of the l2 norms of queries and keys."""
     sizes = sizes_of(k, v, cu_seqlens, normalise, negative)
-    types = _types(q, k, v, g, beta, initial, cu_seqlens)
-    problem, prepare, outputs = plan_forward(sizes, types, scale, initial is not None, output_final_state)
+    kinds = _kinds(q, k, v, g, beta, initial, cu_seqlens)
+    problem, prepare, outputs = plan_forward(sizes, kinds, scale, initial is not None, output_final_state)
     buffers = o, final, A, c, r_q, r_k = problem.forward_buffers(v, output_final_state)
     with problem.on_device():
         prepare(q, k, g, beta, A, c, r_q, r_k, cu_seqlens)
@@ -105,8 +105,8 @@ def run_backward(
 ) -> Tensors:
     """Return the gradients of q, k, v, g, beta and of the initial state."""
     sizes = sizes_of(k, v, cu_seqlens, normalise, negative)
-    types = _types(do, dfinal, q, k, v, beta, initial, cu_seqlens)
-    problem, sweeps, gradients = plan_backward(sizes, types, scale, initial is not None, dfinal is not None)
+    kinds = _kinds(do, dfinal, q, k, v, beta, initial, cu_seqlens)
+    problem, sweeps, gradients = plan_backward(sizes, kinds, scale, initial is not None, dfinal is not None)
     dq, dk, dv, dg, dbeta, dinitial = problem.backward_buffers(k, v, beta, initial)
     kept = v.dtype if problem.how.parts else torch.float32
     errors = torch.empty_like(v, dtype=kept)
@@ -120,8 +120,9 @@ def run_backward(
     return dq, dk, dv, dg, dbeta, dinitial
 
 
-def _types(*inputs: Tensor | None) -> Types:
-    return tuple([x if x is None else x.dtype for x in inputs])
+def _kinds(*inputs: Tensor | None) -> Kinds:
+    """Return types and devices: a tensor on a CPU, which Triton refuses, has no launch to repeat."""
+    return tuple([x if x is None else (x.dtype, x.device) for x in inputs])
 
 
 def _backward_shapes(

@@ -6,6 +6,7 @@ arithmetic is right, not what a compiler makes of it: `benchmarks/gated_delta.py
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 
 import pytest
@@ -120,6 +121,27 @@ def test_sweeps_are_narrow_where_a_gpu_would_be_idle(V: int, directions: int, pr
     problem.multiprocessors = 132
     found = problem.fill(Launch(64, 4, 2), directions)
     assert found == (programs, Launch(columns, 4, 2))
+
+
+@pytest.mark.parametrize("change", [{"dtype": F16}, {"device": "meta"}])
+def test_inputs_of_other_kinds_have_launches_of_their_own(interpreter, change: dict):
+    assert interpreter(plans, change) == [1, 2, 3]
+
+
+def plans(change: dict) -> list[int]:
+    """Count the plans after calls with equal inputs, with packed ones, and with log-decays of another kind."""
+    from kernels.gated_delta import launch
+
+    launch.plan_forward.cache_clear()
+    *rows, _ = Toy(B=1, K=16, V=16, dtype=F32).inputs()
+    inputs = *rows, None, None, 1.0, True, True, False
+    counts = []
+    for changed in ({}, {6: torch.tensor([0, 30, 40])}, {3: rows[3].to(**change)}):
+        for _ in range(2):
+            with suppress(NotImplementedError):  # of tensors without data
+                launch.run_forward(*(changed.get(index, value) for index, value in enumerate(inputs)))
+        counts.append(launch.plan_forward.cache_info().currsize)
+    return counts
 
 
 def member_errors(bounds: tuple[int, ...] | None, compiled: bool) -> list[float]:
