@@ -30,12 +30,16 @@ from kernels.phase_scan.configurations import Launch
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 ROWS, CHANNELS = 256, 128  # of the inputs; the code does not depend on the rows
-VARIANTS: dict[str, dict[str, bool]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "channel decay": {"channel": True},
     "input decay": {"gates": True},
     "mass": {"mass": True},
     "all": dict.fromkeys(("gates", "mass", "offsets", "normalise", "imaginary", "packed", "state"), True),
+    "window 8": {"window": 8},
+    "window 64": {"window": 64},
+    "window 256": {"window": 256},
+    "window, all": {"window": 256} | dict.fromkeys(("mass", "offsets", "imaginary", "packed", "state"), True),
 }
 
 Call = tuple[Any, Launch, dict[str, Any]]
@@ -51,6 +55,7 @@ def record_calls(
     imaginary: bool = False,
     packed: bool = False,
     state: bool = False,
+    window: int | None = None,
 ) -> list[Call]:
     """Return the kernels of a forward and backward with their arguments, without a run."""
     calls: list[Call] = []
@@ -76,12 +81,13 @@ def record_calls(
     x = torch.empty(1, ROWS, CHANNELS, dtype=dtype)
     log_decay = torch.empty(CHANNELS) if channel else x if gates else None
     offset = x if offsets else None
-    initial = torch.empty(1, 2 + normalise, CHANNELS) if state else None
+    terms = () if window is None else (window - 1,)
+    initial = torch.empty(1, *terms, 2 + normalise, CHANNELS) if state else None
     bounds = torch.tensor([0, ROWS]) if packed else None
     inputs = x, x, x if mass else None, log_decay, offset, offset, initial, bounds
     with patch.object(problem.Problem, "run", record):
-        y, final, states = launch.run_forward(*inputs, normalise, imaginary, state)
-        launch.run_backward(y, final if state else None, *inputs, states, normalise, imaginary)
+        y, final, states = launch.run_forward(*inputs, normalise, imaginary, state and window is None, window)
+        launch.run_backward(y, final if final.numel() else None, *inputs, states, normalise, imaginary, window)
     return calls
 
 
@@ -116,7 +122,7 @@ def compile_call(kernel: Any, how: Launch, arguments: dict[str, Any], architectu
     values = how.rows * how.groups * min(how.channels, arguments["D"]) / (32 * how.warps)
     cells = how.rows, how.groups, how.channels, how.warps, registers, spilled, compiled.metadata.shared / 1024
     row = "".join(f"{cell:>11.4g}" if isinstance(cell, float) else f"{cell!s:>11}" for cell in cells)
-    return f"{kernel.fn.__name__:<18}{row}{loop_length(code) / values:>11.1f}{seconds:>9.1f}"
+    return f"{kernel.fn.__name__:<24}{row}{loop_length(code) / values:>11.1f}{seconds:>9.1f}"
 
 
 def loop_length(code: str) -> int:
@@ -139,7 +145,7 @@ def main() -> None:
     print(f"Triton {triton.__version__}, architecture {options.architecture}")
     for dtype in options.types:
         for variant in options.variants:
-            print(f"\n{dtype + ' ' + variant:<18}" + "".join(f"{name:>11}" for name in names) + f"{'seconds':>9}")
+            print(f"\n{dtype + ' ' + variant:<24}" + "".join(f"{name:>11}" for name in names) + f"{'seconds':>9}")
             for call in record_calls(getattr(torch, dtype), **VARIANTS[variant]):
                 print(compile_call(*call, options.architecture), flush=True)
 

@@ -14,6 +14,7 @@ from kernels.phase_scan import reference
 from kernels.phase_scan.checks import check_backend, check_inputs, check_step
 from kernels.phase_scan.options import Backend
 from kernels.phase_scan.reference import accumulate_phase, zero_state
+from kernels.phase_scan.window_state import last_terms
 
 __all__ = ["accumulate_phase", "phase_scan", "step_phase_scan", "zero_state"]
 
@@ -60,7 +61,7 @@ def phase_scan(
         cu_seqlens: Bounds [N + 1] of N sequences that lie one behind the other in a batch of one: 0, and where each
             ends. Empty sequences are allowed. Outputs after the last sequence are zero.
         backend: `triton` or `reference`; by default Triton where the tensors are on a GPU and not of fp64. The kernels
-            have no window: with one, the reference computes on the GPU too.
+            have no window beside a decay or `normalise`: there the reference computes on the GPU too.
 
     Returns:
         The outputs [B, T, D] of the type of x, or [B, T, 2 D] with the imaginary parts behind the real ones; and the
@@ -70,7 +71,8 @@ def phase_scan(
         ValueError: A shape, type or size is wrong; one sentence says which.
     """
     check_inputs(x, omega, mass, log_decay, window, read_offset, write_offset, normalise, initial_state, cu_seqlens)
-    if check_backend(backend, x, window) == "reference":
+    sums = x.shape[1] > 0 and log_decay is None and not normalise  # with a window, the kernels have only these
+    if check_backend(backend, x, window is None or sums) == "reference":
         return reference.phase_scan(
             *(x, omega, mass, log_decay, window, read_offset, write_offset),
             *(normalise, imaginary, initial_state, output_final_state, cu_seqlens),
@@ -79,8 +81,13 @@ def phase_scan(
 
     tensors = x, omega, mass, log_decay, read_offset, write_offset, initial_state
     contiguous = (None if v is None else v.contiguous() for v in tensors)
-    y, final, _ = scan(*contiguous, cu_seqlens, normalise, imaginary, output_final_state)
-    return y, final if output_final_state else None
+    if window is None:
+        y, final, _ = scan(*contiguous, cu_seqlens, normalise, imaginary, output_final_state, None)
+        return y, final if output_final_state else None
+    y, _, _ = scan(*contiguous, cu_seqlens, normalise, imaginary, False, window)
+    if not output_final_state:
+        return y, None
+    return y, last_terms(x, omega, mass, write_offset, initial_state, window, cu_seqlens)
 
 
 def step_phase_scan(

@@ -93,18 +93,20 @@ def _check_state(name: str, state: Tensor, shape: list[int], x: Tensor) -> None:
         raise ValueError(f"{name} must be {wanted} beside {x.dtype} values, not {state.dtype}")
 
 
-def check_backend(backend: Backend | None, x: Tensor, window: int | None) -> Backend:
+def check_backend(backend: Backend | None, x: Tensor, kernels: bool) -> Backend:
     """Return the backend that computes; Triton's interpreter, which TRITON_INTERPRET=1 starts, counts as a GPU.
+
+    `kernels` says whether there are kernels for what is asked.
 
     Raises:
         ValueError: The backend is unknown, or Triton cannot treat these tensors.
     """
     if backend is None:
-        return "triton" if x.is_cuda and x.dtype != torch.float64 and window is None else "reference"
+        return "triton" if x.is_cuda and x.dtype != torch.float64 and kernels else "reference"
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend}")
-    if backend == "triton" and window is not None:
-        raise ValueError("backend triton has no window: use backend reference for one")
+    if backend == "triton" and not kernels:
+        raise ValueError("backend triton has no window with decays or normalise: use backend reference for one")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend triton computes in fp32: use backend reference for fp64")
     if backend == "triton" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

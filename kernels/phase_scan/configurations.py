@@ -1,6 +1,6 @@
 """Tile sizes and warps of the kernels: a fixed table, so nothing is tuned at first use."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,24 @@ class Configuration:
     backward: Launch
 
 
+WINDOW = 3  # in a key: there is a window
+
 # Keys: bytes of a value, and how many there are of: masses, decays, offsets and normalisation; 2 stands for more, too.
 # One warp per program needs no barriers. Fewer rows or more warps need more instructions per value, and more rows need
 # more registers than there are.
 TABLE = {
     (size, extras): Configuration(Launch(rows, 8, 16, 1, 3), Launch(rows, 8, 16, 1, 2))
     for size in (4, 2)
-    for extras, rows in enumerate((8, 6, 4))
+    for extras, rows in enumerate((8, 6, 4, 4))
 }
+
+
+def window_tiles(launch: Launch, window: int) -> tuple[Launch, int, int]:
+    """Return the launch with a window, the rows L of a tile, and the tiles Q of a chunk; see `window_tiles.py`.
+
+    A group has no more rows than such a tile needs.
+    """
+    most = launch.rows * launch.groups
+    per_chunk = -(-window // most)
+    rows = most // window * window if per_chunk == 1 else -(-window // per_chunk)
+    return replace(launch, rows=-(-rows // launch.groups)), rows, per_chunk

@@ -41,17 +41,18 @@ class PhaseScan(torch.autograd.Function):
         normalise: bool,
         imaginary: bool,
         output_final_state: bool,
+        window: int | None,
     ) -> Tensors:
         """Compute outputs and final states."""
         return run_forward(
             *(x, omega, mass, log_decay, read_offset, write_offset, initial, cu_seqlens),
-            *(normalise, imaginary, output_final_state),
+            *(normalise, imaginary, output_final_state, window),
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         """Keep what the gradient needs."""
-        *tensors, ctx.normalise, ctx.imaginary, ctx.output_final_state = inputs
+        *tensors, ctx.normalise, ctx.imaginary, ctx.output_final_state, ctx.window = inputs
         _, final, states = output
         ctx.mark_non_differentiable(*(states,) if ctx.output_final_state else (final, states))
         ctx.save_for_backward(*tensors, states)
@@ -65,14 +66,14 @@ class PhaseScan(torch.autograd.Function):
                 dy.contiguous(),
                 dfinal.contiguous() if ctx.output_final_state else None,
                 *saved,
-                *(ctx.normalise, ctx.imaginary),
+                *(ctx.normalise, ctx.imaginary, ctx.window),
             )
         )
         log_decay = saved[3]
         if log_decay is not None and log_decay.dim() == 1:
             gradients[3] = gradients[3].sum(0).to(log_decay.dtype)
         found = [None if x is None else gradient for x, gradient in zip(saved[:7], gradients, strict=True)]
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Tensors, tuple[int, ...]]:
@@ -108,7 +109,8 @@ def _run_members(
     for index in range(7):
         if inputs[index] is None or (index == 3 and per_channel):
             continue
-        folded[index] = _fold(inputs[index], in_dims[index], S, axis)
+        channels = inputs[index].dim() - (in_dims[index] is not None) - 1  # 3 in the states of a window
+        folded[index] = _fold(inputs[index], in_dims[index], S, channels if axis else 0)
     if per_channel and axis == 2:
         folded[3] = _fold(log_decay, in_dims[3], S, 0)
     y, final, states = run(*folded)

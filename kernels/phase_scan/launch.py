@@ -9,6 +9,8 @@ from torch import Tensor
 from kernels.phase_scan.backward import compute_gradients
 from kernels.phase_scan.forward import compute_outputs
 from kernels.phase_scan.problem import Problem, Tensors
+from kernels.phase_scan.window_backward import compute_window_gradients
+from kernels.phase_scan.window_forward import compute_window_outputs
 
 
 def run_forward(
@@ -23,10 +25,15 @@ def run_forward(
     normalise: bool,
     imaginary: bool,
     output_final_state: bool,
+    window: int | None,
 ) -> Tensors:
-    """Return outputs, final states and the states before tiles."""
-    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary)
+    """Return outputs, final states and the states before tiles; with a window, no final states."""
+    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary, window)
     y, final, states = problem.forward_buffers(x, output_final_state)
+    if window is not None:
+        rows = x, omega, mass, read_offset, write_offset
+        problem.run(compute_window_outputs, problem.how.forward, *rows, initial, y, states, cu_seqlens)
+        return y, final, states
     problem.run(
         compute_outputs,
         problem.how.forward,
@@ -48,8 +55,9 @@ def _forward_shapes(
     normalise: bool,
     imaginary: bool,
     output_final_state: bool,
+    window: int | None,
 ) -> Tensors:
-    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary)
+    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary, window)
     return problem.forward_buffers(x, output_final_state)
 
 
@@ -67,11 +75,17 @@ def run_backward(
     states: Tensor,
     normalise: bool,
     imaginary: bool,
+    window: int | None,
 ) -> Tensors:
     """Return the gradients of x, omega, mass, log-decay, read and write offset, and of the initial states."""
-    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary)
+    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary, window)
     inputs = x, omega, mass, log_decay, read_offset, write_offset, initial
     gradients = problem.backward_buffers(*inputs)
+    if window is not None:
+        rows = x, omega, mass, read_offset, write_offset
+        found = [gradient for index, gradient in enumerate(gradients) if index != 3]  # there is no decay
+        problem.run(compute_window_gradients, problem.how.backward, *rows, initial, states, dy, *found, cu_seqlens)
+        return gradients
     problem.run(compute_gradients, problem.how.backward, *inputs, states, dy, dfinal, *gradients, cu_seqlens)
     return gradients
 
@@ -90,8 +104,9 @@ def _backward_shapes(
     states: Tensor,
     normalise: bool,
     imaginary: bool,
+    window: int | None,
 ) -> Tensors:
-    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary)
+    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary, window)
     return problem.backward_buffers(x, omega, mass, log_decay, read_offset, write_offset, initial)
 
 
@@ -103,14 +118,14 @@ _THREE, _SEVEN = (f"({', '.join(['Tensor'] * count)})" for count in (3, 7))
 for _name, _arguments, _results, _run, _shapes in (
     (
         "phase_scan_forward",
-        f"{_INPUTS}, bool normalise, bool imaginary, bool output_final_state",
+        f"{_INPUTS}, bool normalise, bool imaginary, bool output_final_state, int? window",
         _THREE,
         run_forward,
         _forward_shapes,
     ),
     (
         "phase_scan_backward",
-        f"Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor states, bool normalise, bool imaginary",
+        f"Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor states, bool normalise, bool imaginary, int? window",
         _SEVEN,
         run_backward,
         _backward_shapes,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.phase_scan.configurations import TABLE, Launch
+from kernels.phase_scan.configurations import TABLE, WINDOW, Configuration, Launch, window_tiles
 from kernels.phase_scan.options import EPSILON
 
 Tensors = tuple[Tensor, ...]
@@ -27,6 +27,7 @@ class Problem:
         cu_seqlens: Bounds of the sequences, or None.
         normalise: Whether outputs are divided by the sum of masses.
         imaginary: Whether there are imaginary parts of outputs.
+        window: Positions that the sum covers, or None.
     """
 
     def __init__(
@@ -39,21 +40,37 @@ class Problem:
         cu_seqlens: Tensor | None,
         normalise: bool,
         imaginary: bool,
+        window: int | None = None,
     ):
         self.B, self.T, self.D = x.shape
         self.device, self.packed = x.device, cu_seqlens is not None
         self.width, self.parts = self.D * (1 + imaginary), 2 + normalise
         extras = normalise + sum(v is not None for v in (mass, log_decay, read_offset, write_offset))
-        self.how = TABLE[x.element_size(), min(extras, 2)]
+        self.how = TABLE[x.element_size(), min(extras, 2) if window is None else WINDOW]
+        self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.common: dict[str, Any] = {"T": self.T, "D": self.D, "IMAGINARY": imaginary}
+        self.common |= {"PACKED": self.packed, "COMPILED": x.is_cuda}
+        if window is not None:
+            self._set_window(window)
+            return
         rows = self.how.forward.rows * self.how.forward.groups
-        if cu_seqlens is None:
-            self.N, self.slots = self.B, self.B * -(-self.T // rows)
-        else:
-            self.N = cu_seqlens.shape[0] - 1
-            self.slots = self.T // rows + self.N
+        self.slots = self.T // rows + self.N if self.packed else self.B * -(-self.T // rows)
         per_channel = log_decay is not None and log_decay.dim() == 1
-        self.common = {"T": self.T, "D": self.D, "EPSILON": EPSILON, "PER_CHANNEL": per_channel, "NORM": normalise}
-        self.common |= {"IMAGINARY": imaginary, "PACKED": self.packed, "COMPILED": x.is_cuda}
+        self.common |= {"EPSILON": EPSILON, "PER_CHANNEL": per_channel, "NORM": normalise}
+
+    def _set_window(self, window: int) -> None:
+        """Choose the tiles for a window; before each, two sums and two phases are kept. See `window_tiles.py`."""
+        self.parts = 3
+        forward, rows, tiles = window_tiles(self.how.forward, window)
+        backward, _, _ = window_tiles(self.how.backward, window)
+        self.how = Configuration(forward, backward)
+        self.common |= {"W": window, "L": rows, "Q": tiles}
+        if self.packed:
+            self.slots = (self.T * tiles // window if tiles > 1 else self.T // rows) + 2 * self.N
+        elif tiles > 1:
+            self.slots = self.B * (self.T // window * tiles + -(-(self.T % window) // rows))
+        else:
+            self.slots = self.B * (min(self.T, 1) + -(-max(self.T - window, 0) // rows))
 
     def run(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **options: object) -> None:
         """Launch a program per sequence and block of channels; a tensor that the kernel does not read may be None."""

@@ -54,6 +54,7 @@ def test_types():
         ({"cu_seqlens": torch.tensor([0, 9, 8, 40]), "B": 1}, "cu_seqlens must rise from 0 to at most 40"),
         ({"backend": "cuda"}, "backend must be one of reference, triton, not cuda"),
         ({"backend": "triton"}, "computes in fp32"),
+        ({"backend": "triton", "window": 5, "initial_state": None}, "no window with decays or normalise"),
         ({"backend": "triton", "dtype": torch.float32}, "needs tensors on a GPU, not on cpu"),
     ],
 )

@@ -6,6 +6,7 @@ arithmetic is right, not what a compiler makes of it: `benchmarks/phase_scan_che
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
@@ -76,6 +77,57 @@ def test_values_and_gradients(interpreter, toy: Toy, most: float):
     assert max(errors) < most, errors
 
 
+SUMS = Toy(B=1, T=13, D=3, decay=None, normalised=False, dtype=F32)
+
+
+@pytest.mark.parametrize(
+    ("toy", "most"),
+    [
+        *((replace(SUMS, window=window), 2e-6) for window in (2, 3, 4, 7, 20)),
+        (replace(SUMS, window=9, extras=False, rate=20.0), 2e-6),
+        (replace(SUMS, window=2, bounds=(0, 0, 5, 12)), 2e-6),
+        (replace(SUMS, window=6, bounds=(0, 0, 5, 12)), 2e-6),
+        (replace(SUMS, window=6, extras=False, dtype=torch.bfloat16), 1e-2),
+    ],
+    ids=str,
+)
+def test_window_without_decay(interpreter, toy: Toy, most: float):
+    """Chunks of a window are shorter than the tiles of four rows, as long, longer, and longer than the sequence."""
+    errors = interpreter(kernel_errors, toy)
+    assert max(errors) < most, errors
+
+
+def window_of_equal_rows(window: int) -> tuple[list[float], float, float]:
+    """Return errors where all rows are alike, and what a large value leaves in outputs and gradients after a window."""
+    small_tiles()
+    rows = Toy(B=1, T=90, D=1, decay=None, extras=False, dtype=F32).inputs()
+    rows["omega"].fill_(3.1)
+    rows["x"].fill_(0.7)
+
+    def call(**inputs: Tensor) -> tuple[Tensor, Tensor]:
+        backend = "reference" if inputs["x"].dtype == torch.float64 else "triton"
+        return phase_scan(**inputs, window=window, output_final_state=True, backend=backend)
+
+    errors = relative_errors(results(call, rows), results(call, {name: v.double() for name, v in rows.items()}))
+    rows["x"][:, 5] = 1e6
+    large, zero = (
+        phase_scan(**values, window=window, backend="triton")[0]
+        for values in (rows, rows | {"x": rows["x"].clone().index_fill(1, torch.tensor(5), 0.0)})
+    )
+    x = rows["x"].clone().requires_grad_()
+    y, _ = phase_scan(x, rows["omega"], window=window, backend="triton")
+    late = torch.autograd.grad(y[:, 60].sum(), x)[0][:, : 60 - window + 1]
+    return errors, float((large - zero)[:, 5 + window :].abs().max()), float(late.abs().max())
+
+
+@pytest.mark.parametrize("window", [3, 10])
+def test_window_loses_no_digits_and_forgets(interpreter, window: int):
+    errors, left, late = interpreter(window_of_equal_rows, window)
+    assert max(errors) < 2e-6, errors
+    assert left == 0
+    assert late == 0
+
+
 def drift() -> list[float]:
     """Return the error where the phase and the log-decay are constant, so that all rounding errors have one sign."""
     small_tiles()
@@ -142,6 +194,8 @@ def member_errors(toy: Toy, compiled: bool) -> list[float]:
         (Toy(T=5, D=1, decay="channel", dtype=F32), False),
         (Toy(B=1, T=6, D=1, bounds=(0, 2, 2, 5), dtype=F32), False),
         (Toy(T=5, D=1, decay="channel", dtype=F32), True),
+        (Toy(T=7, D=1, decay=None, window=3, normalised=False, dtype=F32), True),
+        (Toy(B=1, T=9, D=1, decay=None, window=5, normalised=False, bounds=(0, 2, 2, 8), dtype=F32), False),
     ],
     ids=str,
 )

@@ -19,13 +19,15 @@ class Toy:
     window: int | None = None
     rate: float = torch.pi
     extras: bool = True  # mass, both offsets, normalisation, imaginary parts and an initial state
+    normalised: bool = True  # as far as there are extras
     bounds: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float64
 
     @property
     def options(self) -> dict:
         bounds = {} if self.bounds is None else {"cu_seqlens": torch.tensor(self.bounds)}
-        return bounds | {"window": self.window, "normalise": self.extras, "imaginary": self.extras}
+        normalise = self.extras and self.normalised
+        return bounds | {"window": self.window, "normalise": normalise, "imaginary": self.extras}
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Return the tensors by name; those that the toy lacks are not in it. omega is between -rate and rate."""
@@ -46,5 +48,5 @@ class Toy:
         if self.extras:
             terms = () if self.window is None else (self.window - 1,)
             N = self.B if self.bounds is None else len(self.bounds) - 1
-            inputs["initial_state"] = 0.5 + uniform(N, *terms, 3, self.D)
+            inputs["initial_state"] = 0.5 + uniform(N, *terms, 2 + self.normalised, self.D)
         return inputs
