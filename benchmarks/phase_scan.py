@@ -1,12 +1,13 @@
 """Time the phase scan on a GPU beside other implementations, in one process.
 
 python -m benchmarks.phase_scan [--names ours eager ...] [--shapes 8,4096,1024 ...] [--types float32 bfloat16]
-    [--variants plain mass channel input] [--repeats 30] [--limit 120] [--first_call] [--json FILE]
+    [--variants plain mass channel input window] [--window 64] [--repeats 30] [--limit 120] [--first_call] [--json FILE]
 
 A shape is B, T, D. The variants are those of `phase_scan_peers.py`: no decay, masses, a decay per channel, a decay per
-position. The others are PyTorch's cumulative sums and `torch.compile` of them, both without decay only, PyTorch's
-associative scan, and accelerated_scan, with its change of layout and without: the latter computes a scan over channels,
-and only its time counts. Each has a process of its own, one after another, which ends after `--limit` seconds.
+position, and a window of `--window` positions without decay. The others are the reference in PyTorch, cumulative sums
+and `torch.compile` of them, both without decay only, PyTorch's associative scan, and accelerated_scan, with its change
+of layout and without: the latter computes a scan over channels, and only its time counts. These two have no window. Each
+has a process of its own, one after another, which ends after `--limit` seconds.
 
 Times are medians over `--repeats` runs of the forward and of forward and backward, called from Python and replayed as a
 CUDA graph; `nan` says that an implementation cannot do this. `copy %` is the share of a device copy's rate that the
@@ -26,13 +27,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.phase_scan_peers import RULES, VARIANTS, WITHOUT_DECAY, Rule, inputs
+from benchmarks.phase_scan_peers import RULES, VARIANTS, WITH_WINDOW, WITHOUT_DECAY, Rule, inputs
 from benchmarks.timing import DEVICE, copy_rate, graph_milliseconds, milliseconds
 from kernels.phase_scan import phase_scan
 
@@ -70,7 +72,9 @@ def attempt(measurement: Callable[[], float], what: str) -> float:
         return float("nan")
 
 
-def measure(name: str, rule: Rule, values: dict[str, Tensor], rate: float, repeats: int) -> dict[str, float]:
+def measure(
+    name: str, rule: Rule, values: dict[str, Tensor], window: int | None, rate: float, repeats: int
+) -> dict[str, float]:
     """Return the row of one implementation at one shape."""
     tensors = list(values.values())
     cotangent = torch.randn_like(values["x"])
@@ -108,13 +112,17 @@ def measure(name: str, rule: Rule, values: dict[str, Tensor], rate: float, repea
     row["copy %"] = 100 * (read + written) / rate / fastest * 1e3
     row["both copy %"] = 100 * (3 * read + 2 * written) / rate / fastest_both * 1e3
     row |= {"peak MiB": attempt(peak, f"{name}, memory"), "least MiB": (read + written) / 2**20}
-    return row | {"error": attempt(lambda: error(rule, values, cotangent), f"{name}, error")}
+    return row | {"error": attempt(lambda: error(rule, values, window, cotangent), f"{name}, error")}
 
 
-def error(rule: Rule, values: dict[str, Tensor], cotangent: Tensor) -> float:
+def error(rule: Rule, values: dict[str, Tensor], window: int | None, cotangent: Tensor) -> float:
     """Return the largest error of output and gradients on some channels, RMS over RMS."""
     exact: dict[str, Any] = {name: x[..., :CHECKED].detach().double().requires_grad_() for name, x in values.items()}
-    expected = phase_scan(**exact, backend="reference")[0], list(exact.values()), cotangent[..., :CHECKED].double()
+    expected = (
+        phase_scan(**exact, window=window, backend="reference")[0],
+        list(exact.values()),
+        cotangent[..., :CHECKED].double(),
+    )
     found = rule(**values), list(values.values()), cotangent
     pairs = zip(
         (found[0], *torch.autograd.grad(*found)), (expected[0].detach(), *torch.autograd.grad(*expected)), strict=True
@@ -142,18 +150,20 @@ def run_alone(name: str, options: argparse.Namespace) -> None:
     for shape, dtype, variant in itertools.product(options.shapes, options.types, options.variants):
         if name in WITHOUT_DECAY and variant in ("channel", "input"):
             continue
+        if name not in WITH_WINDOW and variant == "window":
+            continue
         torch.compiler.reset()  # after some shapes, PyTorch would no longer compile
         B, T, D = map(int, shape.split(","))
         values = inputs(variant, B, T, D, getattr(torch, dtype), DEVICE)
-        row = measure(name, RULES[name], values, rate, options.repeats)
+        window = options.window if variant == "window" else None
+        rule = RULES[name] if window is None else partial(RULES[name], window=window)
+        row = measure(name, rule, values, window, rate, options.repeats)
         figures = "".join(f"{row[column]:>14.3g}" for column in COLUMNS)
         print(f"{shape + ' ' + dtype + ' ' + variant:<30}" + figures, flush=True)
         if options.json:
             with options.json.open("a") as file:
-                file.write(
-                    json.dumps({"shape": shape, "type": dtype, "variant": variant, "name": name} | row | machine)
-                )
-                file.write("\n")
+                case = {"shape": shape, "type": dtype, "variant": variant, "window": window, "name": name}
+                file.write(json.dumps(case | row | machine) + "\n")
 
 
 def run_each(names: list[str], limit: float) -> None:
@@ -172,6 +182,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--types", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--window", type=int, default=64, help="positions, in the variant of this name")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--limit", type=float, default=120, help="seconds of an implementation")
     parser.add_argument("--first_call", action="store_true")

@@ -5,13 +5,13 @@ python benchmarks/phase_scan_check.py [--types float32 bfloat16 float16] [--leng
 Errors are RMS(error) / RMS(expected) of outputs, final states and all gradients. The grid has, for each length, no
 decay and five decays, per channel and per position; each with phases up to pi a step, with a constant phase of 3, and
 with phases up to 20; with no other input, and with masses, both offsets, normalisation, imaginary parts and an initial
-state. Packed sequences with empty ones alternate with batches, and the channels fill no tile. Each case runs twice,
-which must give the same bits, and the gradients of the outputs before the middle must be exactly zero after it. The
-script ends with exit code 1 and the cases where an error is above its limit. With normalisation and log-decays below
--2, the gradient of masses is a difference of equal numbers and has no limit; it is not printed then. fp16 has no
-numbers for the gradients under such decays, so they are left out. Without a GPU, it
-checks the reference in fp32; with TRITON_INTERPRET=1, the kernels in Triton's interpreter, which is slow: --quick has
-few cases.
+state. A row of its own has windows of 2 to 1000 positions, without decay and normalisation. Packed sequences with empty
+ones alternate with batches, and the channels fill no tile. Each case runs twice, which must give the same bits, and the
+gradients of the outputs before the middle must be exactly zero after it. The script ends with exit code 1 and the cases
+where an error is above its limit. With normalisation and log-decays below -2, the gradient of masses is a difference of
+equal numbers and has no limit; it is not printed then. fp16 has no numbers for the gradients under such decays, so they
+are left out. Without a GPU, it checks the reference in fp32; with TRITON_INTERPRET=1, the kernels in Triton's
+interpreter, which is slow: --quick has few cases.
 """
 
 import argparse
@@ -32,6 +32,7 @@ BACKEND = "triton" if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == 
 NAMES = "x", "omega", "mass", "log_decay", "read_offset", "write_offset", "initial_state"
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DECAYS = (None, -1e-4, -1e-2, -0.5, -8.0, -50.0)
+WINDOWS = (2, 7, 31, 32, 33, 64, 100, 1000)  # a tile has up to 32 rows
 RATES = (("random", torch.pi), ("constant", 3.0), ("random", 20.0))
 CHANNELS = 20
 
@@ -49,6 +50,7 @@ class Case:
         extras: Whether there are masses, offsets, normalisation, imaginary parts and an initial state.
         packed: Whether the row holds sequences of several lengths, some of them empty, and a rest behind them.
         D: Channels.
+        window: Positions that the sum covers, or None; with one, there is no normalisation.
     """
 
     dtype: torch.dtype
@@ -59,6 +61,7 @@ class Case:
     extras: bool
     packed: bool
     D: int
+    window: int | None = None
 
     def inputs(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors by name, and the options."""
@@ -80,10 +83,13 @@ class Case:
             found["write_offset"] = 6 * uniform(*rows) - 3
         found = {name: v.to(self.dtype) for name, v in found.items()}
         if self.extras:
-            found["initial_state"] = 0.5 + uniform(4 if self.packed else B, 3, self.D)
+            state = (3,) if self.window is None else (self.window - 1, 2)
+            found["initial_state"] = 0.5 + uniform(4 if self.packed else B, *state, self.D)
         cut = self.T // 3
         bounds = torch.tensor([0, 0, cut, cut, max(self.T - 3, cut)], device=DEVICE) if self.packed else None
-        return found, {"cu_seqlens": bounds, "normalise": self.extras, "imaginary": self.extras}
+        normalise = self.extras and self.window is None
+        options = {"cu_seqlens": bounds, "normalise": normalise, "imaginary": self.extras, "window": self.window}
+        return found, options
 
     def results(self, wide: bool) -> dict[str, Tensor]:
         """Return outputs, final states and gradients, of the reference in fp64 or of what is checked."""
@@ -132,20 +138,29 @@ def cases(types: list[torch.dtype], lengths: list[int], quick: bool) -> Iterator
                 continue
             packed = index % 3 == 1 and T > 3
             yield Case(dtype, T, decay, per_channel, rate, extras, packed, 3 if quick else CHANNELS)
+        windows = WINDOWS[1::3] if quick else WINDOWS
+        for index, (rate, window) in enumerate(itertools.product(rates, windows)):
+            if T > 1 or extras:  # one position alone has no gradient of its phase
+                packed = index % 3 == 1 and T > 3
+                yield Case(dtype, T, None, False, rate, extras, packed, 3 if quick else CHANNELS, window)
 
 
 def main() -> None:
-    """Print a row per type, length and kind: the largest error of each result over decays and phases."""
+    """Print a row per type, length and kind: the largest error of each result over decays or windows, and phases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[1, 15, 63, 64, 65, 500, 2048, 16384])
-    parser.add_argument("--quick", action="store_true", help="two decays and two kinds of phases")
+    parser.add_argument("--quick", action="store_true", help="two decays, three windows and two kinds of phases")
     options = parser.parse_args()
     failures, count = [], 0
     columns = "y", "state", *NAMES
-    print(f"{BACKEND} on {DEVICE}\n{'type':<10}{'T':>7}{'extras':>8}" + "".join(f"{name:>14}" for name in columns))
+    print(
+        f"{BACKEND} on {DEVICE}\n{'type':<10}{'T':>7}{'extras':>8}{'windows':>9}"
+        + "".join(f"{name:>14}" for name in columns)
+    )
     grid = cases([getattr(torch, name) for name in options.types], options.lengths, options.quick)
-    for (dtype, T, extras), group in itertools.groupby(grid, lambda case: (case.dtype, case.T, case.extras)):
+    kinds = itertools.groupby(grid, lambda case: (case.dtype, case.T, case.extras, case.window is not None))
+    for (dtype, T, extras, windows), group in kinds:
         worst: dict[str, float] = {}
         for case in group:
             errors, repeats = case.errors()
@@ -158,7 +173,7 @@ def main() -> None:
             for name, error in errors.items():
                 worst[name] = max(worst.get(name, 0.0), error if error == error else float("inf"))
         cells = "".join(f"{worst[name]:>14.1e}" if name in worst else f"{'':>14}" for name in columns)
-        print(f"{str(dtype).removeprefix('torch.'):<10}{T:>7}{extras!s:>8}{cells}", flush=True)
+        print(f"{str(dtype).removeprefix('torch.'):<10}{T:>7}{extras!s:>8}{windows!s:>9}{cells}", flush=True)
     print(f"{count} cases, {len(failures)} failed", *failures[:40], sep="\n")
     sys.exit(bool(failures))
 

@@ -1,7 +1,7 @@
 """Time the phase scan kernels on a GPU with other tile sizes than those of the table in `configurations.py`.
 
 python -m benchmarks.phase_scan_configurations [--shape 8,4096,1024] [--types float32 bfloat16]
-    [--variants plain mass channel input] [--launches 8,8,16,1,3 ...] [--repeats 20]
+    [--variants plain mass channel input window] [--window 64] [--launches 8,8,16,1,3 ...] [--repeats 20]
 
 A launch is the rows of a group, groups, channels, warps and stages. The forward and the backward both have it. Each row
 is the median time of the forward, and of forward and backward, replayed as CUDA graphs; the row with a star is that of
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.phase_scan_peers import VARIANTS, inputs, ours
 from benchmarks.timing import DEVICE, graph_milliseconds, milliseconds
-from kernels.phase_scan.configurations import TABLE, Configuration, Launch
+from kernels.phase_scan.configurations import TABLE, WINDOW, Configuration, Launch
 
 LAUNCHES = [
     *("8,8,16,1,3", "8,8,16,1,2", "8,8,16,1,4", "6,8,16,1,3", "4,8,16,1,3", "4,8,16,1,4", "4,8,16,1,2"),
@@ -23,16 +23,16 @@ LAUNCHES = [
 ]
 
 
-def times(values: dict[str, Tensor], repeats: int) -> tuple[float, float]:
+def times(values: dict[str, Tensor], window: int | None, repeats: int) -> tuple[float, float]:
     """Return the milliseconds of the forward, and of forward and backward."""
     cotangent = torch.randn_like(values["x"])
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return ours(**values)
+            return ours(window=window, **values)
 
     def both() -> object:
-        return torch.autograd.grad(ours(**values), list(values.values()), cotangent)
+        return torch.autograd.grad(ours(window=window, **values), list(values.values()), cotangent)
 
     measure = graph_milliseconds if DEVICE == "cuda" else milliseconds
     return measure(forward, repeats), measure(both, repeats)
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--shape", default="8,4096,1024")
     parser.add_argument("--types", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--window", type=int, default=64, help="positions, in the variant of this name")
     parser.add_argument("--launches", nargs="+", default=LAUNCHES)
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
@@ -52,12 +53,13 @@ def main() -> None:
         for variant in options.variants:
             dtype = getattr(torch, name)
             values = inputs(variant, B, T, D, dtype, DEVICE)
-            key = dtype.itemsize, int(variant != "plain")
+            window = options.window if variant == "window" else None
+            key = dtype.itemsize, WINDOW if window else int(variant != "plain")
             before, rows = TABLE[key], []
             for launch in [Launch(*map(int, text.split(","))) for text in options.launches]:
                 TABLE[key] = Configuration(launch, launch)
                 star = " *" if launch == before.forward else ""
-                rows.append((*times(values, options.repeats), f"{launch}{star}"))
+                rows.append((*times(values, window, options.repeats), f"{launch}{star}"))
             TABLE[key] = before
             print(f"\n{options.shape} {name} {variant}\n{'forward ms':>12}{'both ms':>12}")
             for forward, both, label in sorted(rows, key=lambda row: row[1]):

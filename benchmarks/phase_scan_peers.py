@@ -8,17 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from benchmarks.phase_scan_associative import associative_scan
 from kernels.phase_scan import phase_scan
 
 Rule = Callable[..., Tensor]
-VARIANTS = "plain", "mass", "channel", "input"
+VARIANTS = "plain", "mass", "channel", "input", "window"
 WITHOUT_DECAY = "eager", "compile"
+WITH_WINDOW = "ours", "reference", "eager", "compile"
 
 
 def inputs(variant: str, B: int, T: int, D: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Return the tensors of a variant: values and phases, and masses, decays per channel or decays per position."""
+    """Return the tensors of a variant: values and phases, and masses, decays per channel or decays per position.
+
+    A window has no tensor of its own.
+    """
     found = {"x": torch.randn(B, T, D, device=device), "omega": math.pi * (2 * torch.rand(B, T, D, device=device) - 1)}
     match variant:
         case "mass":
@@ -30,25 +35,31 @@ def inputs(variant: str, B: int, T: int, D: int, dtype: torch.dtype, device: str
     return {name: v.to(dtype).requires_grad_() for name, v in found.items()}
 
 
-def ours(**values: Tensor) -> Tensor:
+def ours(**arguments: Any) -> Tensor:
     """Run the kernels, or the reference on a CPU."""
-    return phase_scan(values["x"], values["omega"], values.get("mass"), values.get("log_decay"))[0]
+    return phase_scan(**arguments)[0]
 
 
-def eager(x: Tensor, omega: Tensor, mass: Tensor | None = None) -> Tensor:
+def last_sums(x: Tensor, window: int | None) -> Tensor:
+    """Return the sums over a window, or over all positions, as cumulative sums and their differences."""
+    sums = x.cumsum(1)
+    return sums if window is None else sums - pad(sums, (0, 0, window, 0))[:, : x.shape[1]]
+
+
+def eager(x: Tensor, omega: Tensor, mass: Tensor | None = None, window: int | None = None) -> Tensor:
     """Compute it with cumulative sums, as the notes do; without decay only."""
     phase = omega.float().cumsum(1)
     turn = torch.polar(torch.ones_like(phase), phase)
     written = x.float() if mass is None else x.float() * mass.float()
-    return ((written * turn).cumsum(1) * turn.conj()).real.to(x.dtype)
+    return (last_sums(written * turn, window) * turn.conj()).real.to(x.dtype)
 
 
-def in_parts(x: Tensor, omega: Tensor, mass: Tensor | None = None) -> Tensor:
+def in_parts(x: Tensor, omega: Tensor, mass: Tensor | None = None, window: int | None = None) -> Tensor:
     """Compute the same in real numbers, because `torch.compile` has no complex ones."""
     phase = omega.float().cumsum(1)
     cos, sin = phase.cos(), phase.sin()
     written = x.float() if mass is None else x.float() * mass.float()
-    return ((written * cos).cumsum(1) * cos + (written * sin).cumsum(1) * sin).to(x.dtype)
+    return (last_sums(written * cos, window) * cos + last_sums(written * sin, window) * sin).to(x.dtype)
 
 
 def gates_and_values(
@@ -78,6 +89,7 @@ def accelerated_scan(layout: bool, **values: Tensor) -> Tensor:
 
 RULES: dict[str, Rule] = {
     "ours": ours,
+    "reference": partial(ours, backend="reference"),
     "eager": eager,
     "compile": torch.compile(in_parts, dynamic=False),
     "associative_scan": associative_scan,
