@@ -6,8 +6,8 @@ python -m benchmarks.phase_scan [--names ours eager ...] [--shapes 8,4096,1024 .
 A shape is B, T, D. The variants are those of `phase_scan_peers.py`: no decay, masses, a decay per channel, a decay per
 position, and a window of `--window` positions without decay. The others are the reference in PyTorch, cumulative sums
 and `torch.compile` of them, both without decay only, PyTorch's associative scan, and accelerated_scan, with its change
-of layout and without: the latter computes a scan over channels, and only its time counts. These two have no window. Each
-has a process of its own, one after another, which ends after `--limit` seconds.
+of layout and without: the latter computes a scan over channels, and only its time counts. These two have no window.
+Each has a process of its own, one after another, which ends after `--limit` seconds.
 
 Times are medians over `--repeats` runs of the forward and of forward and backward, called from Python and replayed as a
 CUDA graph; `nan` says that an implementation cannot do this. `copy %` is the share of a device copy's rate that the

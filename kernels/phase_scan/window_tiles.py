@@ -89,10 +89,13 @@ def sums_beside(
 
 @triton.jit
 def total(u_RGD, R: tl.constexpr):
-    """Return the sum over a tile, [1, BD] in fp64, with the same bits wherever the tile is read."""
-    sum_GD = u_RGD[0]
+    """Return the sum over a tile, [1, BD] in fp64, with the same bits wherever the tile is read.
+
+    Adding 0 rounds each value first: else a compiler merges some products with the sum, in each place others.
+    """
+    sum_GD = u_RGD[0] + 0.0
     for r in tl.static_range(1, R):
-        sum_GD += u_RGD[r]
+        sum_GD += u_RGD[r] + 0.0
     return tl.sum(sum_GD, 0, keep_dims=True).to(tl.float64)
 
 
