@@ -30,6 +30,8 @@ class TrainingBatch(TelepathyBatch):
         soft: The rows with soft tokens.
         question: Target tokens of the question, [B, Q].
         question_mask: True at real tokens of `question`, [B, Q].
+        aligned: Target tokens of the question, each at a soft token of the source token in which it begins, [B, K].
+        aligned_mask: True where there is one, [B, K].
         answer: Target tokens of the answer, [B, Q].
         answer_mask: True at real tokens of `answer`, [B, Q].
         text: The rows with the question's text.
@@ -41,6 +43,8 @@ class TrainingBatch(TelepathyBatch):
     soft: Packing
     question: NotRequired[Tensor]
     question_mask: NotRequired[Tensor]
+    aligned: NotRequired[Tensor]
+    aligned_mask: NotRequired[Tensor]
     answer: NotRequired[Tensor]
     answer_mask: NotRequired[Tensor]
     text: NotRequired[Packing]

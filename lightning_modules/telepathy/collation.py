@@ -8,9 +8,11 @@ from torch import Tensor
 from datamodules.errors import UserError
 from datamodules.problems import Problem
 from lightning_modules.pretrained.prompts import pad
+from lightning_modules.telepathy.alignment import aligned
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bridges import Bridge
 from lightning_modules.telepathy.flaws import padded
+from lightning_modules.telepathy.flow import FlowBridge
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
@@ -46,6 +48,9 @@ def training_batch(
     made = cast(TrainingBatch, {**batch})
     if "question" in needs:
         made["question"], made["question_mask"] = pad(target.question_tokens(questions), 0)
+    if "aligned" in needs:
+        assert isinstance(bridge, FlowBridge)  # the module has checked it
+        made["aligned"], made["aligned_mask"] = aligned(questions, source, target, bridge.positions())
     if "answer" in needs:
         made["answer"], made["answer_mask"] = pad([row.answer for row in rows["soft"]], 0)
     if padding_labels:

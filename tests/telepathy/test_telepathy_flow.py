@@ -11,7 +11,7 @@ from lightning_modules.telepathy.noise import gaussian, row_seeds, uniform
 
 SOURCE, TARGET = 12, 8
 ENDS = SimpleNamespace(width=SOURCE), SimpleNamespace(width=TARGET)
-MADE = partial(FlowBridge, *ENDS, soft_tokens=10, span=8, width=16, heads=2, depth=2, steps=3)
+MADE = partial(FlowBridge, *ENDS, soft_tokens=10, span=8, width=16, hidden=16, heads=2, depth=2, steps=3)
 
 
 def bridge_of(conditioning: str = "cross", **options) -> FlowBridge:
@@ -119,13 +119,21 @@ def test_sampling_is_eulers_method(monkeypatch):
     assert times == [0, 0.25, 0.5, 0.75]
 
 
+def test_gradients_pass_through_the_last_step_alone(monkeypatch):
+    bridge, slope = bridge_of(steps=4), torch.tensor(-1.0, requires_grad=True)
+    monkeypatch.setattr(bridge, "_velocity", lambda x_BKD, *_: slope * x_BKD)
+    bridge(*states([3, 5]), torch.tensor([1, 2])).sum().backward()
+    noise = gaussian(torch.tensor([1, 2]), 10 * TARGET).sum().item()
+    assert slope.grad.item() == pytest.approx(0.75**3 * noise / 4, rel=1e-4)
+
+
 @torch.no_grad()
 def test_the_last_step_ends_at_the_output_but_in_the_notes():
     read, seed_B = states([8, 8]), torch.tensor([1, 2])
     for key_norm in (True, False):
         bridge = bridge_of(steps=1, key_norm=key_norm)
-        bridge.out[1].weight.zero_()
-        bridge.out[1].bias.fill_(0.5)
+        bridge.out[-1].weight.zero_()
+        bridge.out[-1].bias.fill_(0.5)
         soft_BKD, noise_BKD = bridge(*read, seed_B), gaussian(seed_B, 10 * TARGET).view(2, 10, TARGET)
         torch.testing.assert_close(soft_BKD, torch.full_like(soft_BKD, 0.5) if key_norm else noise_BKD + 0.5)
         assert bridge.soft_mask(read[1]).all()
@@ -134,7 +142,7 @@ def test_the_last_step_ends_at_the_output_but_in_the_notes():
 
 def test_it_learns_to_sample_what_it_is_shown():
     torch.manual_seed(0)
-    bridge, read = MADE(steps=8, width=32), states([8] * 16)
+    bridge, read = MADE(steps=8, width=32, hidden=64), states([8] * 16)
     text_BQD = read[0][:, :, :TARGET].repeat_interleave(2, dim=1)[:, :10]  # what stands at the place in the source
     mask_BQ = torch.ones(16, 10, dtype=torch.bool)
     optimizer = torch.optim.Adam(bridge.parameters(), lr=5e-3)
@@ -166,6 +174,7 @@ def test_evaluation_draws_the_same_noise_and_training_does_not(telepathy, proble
     ("options", "message"),
     [
         ({"steps": 0}, "model.bridge.steps must be at least 1, not 0"),
+        ({"tokens_per_query": 3}, "model.bridge: 10 soft tokens do not divide into 3 per query"),
         ({"width": 15}, "model.bridge: width 15 is odd or not divisible by 2 heads"),
     ],
 )

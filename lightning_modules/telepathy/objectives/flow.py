@@ -9,7 +9,7 @@ from lightning_modules.telepathy.flow import FlowBridge
 from lightning_modules.telepathy.objectives.step import BridgeStep, Objective
 
 
-def make_flow(text: Literal["question", "answer"] = "question") -> Objective:
+def make_flow(text: Literal["aligned", "question", "answer"] = "question") -> Objective:
     """The error of the velocity from noise to the embeddings of a text, see `FlowBridge`.
 
     The embeddings are divided by their root mean square, so that they have the size of the noise. With the flaw
@@ -17,7 +17,8 @@ def make_flow(text: Literal["question", "answer"] = "question") -> Objective:
     loss.
 
     Args:
-        text: The text.
+        text: `aligned`: the question, each token at a soft token of the source token in which it begins. `question`,
+            `answer`: the k-th token at the k-th soft token, as in the notes.
     """
 
     def loss(step: BridgeStep) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_modules.telepathy.encoding import Encoding
 from lightning_modules.telepathy.flaws import Flaw
 from lightning_modules.telepathy.target import Target
 
-Need = Literal["question", "answer", "text", "autoencode", "readback"]
+Need = Literal["question", "aligned", "answer", "text", "autoencode", "readback"]
 RowsOf = Literal["soft", "autoencode", "readback"]
 
 
@@ -60,9 +60,11 @@ class BridgeStep:
         fixed = self.bridge.soft_tokens is not None
         return self.soft_BKD.flatten(1) if fixed else masked_mean(self.soft_BKD, self.batch["soft_mask"])
 
-    def embedded(self, text: Literal["question", "answer"]) -> tuple[Tensor, Tensor]:
-        """Return the target's vectors of the question or of the answer, x_BQD, and their mask_BQ."""
+    def embedded(self, text: Literal["question", "aligned", "answer"]) -> tuple[Tensor, Tensor]:
+        """Return the target's vectors of the question, in order or at soft tokens, or of the answer; and their mask."""
         batch = self.batch
+        if text == "aligned":
+            return self.target.vectors(batch["aligned"]).float(), batch["aligned_mask"]
         if text == "question":
             return self.target.vectors(batch["question"]).float(), batch["question_mask"]
         return self.target.vectors(batch["answer"]).float(), batch["answer_mask"]
