@@ -1,11 +1,12 @@
 """Compare the phase scan kernels with the reference in fp64 on a GPU, and print the largest errors.
 
-python benchmarks/phase_scan_check.py [--types float32 bfloat16 float16] [--lengths 1 63 64 65 1000 16384] [--quick]
+python benchmarks/phase_scan_check.py [--types float32 bfloat16 float16] [--lengths 1 63 64 65 1000 16384]
+    [--windows 2 7 31 32 33 64 100 1000] [--quick]
 
 Errors are RMS(error) / RMS(expected) of outputs, final states and all gradients. The grid has, for each length, no
 decay and five decays, per channel and per position; each with phases up to pi a step, with a constant phase of 3, and
 with phases up to 20; with no other input, and with masses, both offsets, normalisation, imaginary parts and an initial
-state. A row of its own has windows of 2 to 1000 positions, without decay and normalisation. Packed sequences with empty
+state. A row of its own has `--windows`, without decay and normalisation. Packed sequences with empty
 ones alternate with batches, and the channels fill no tile. Each case runs twice, which must give the same bits, and the
 gradients of the outputs before the middle must be exactly zero after it. The script ends with exit code 1 and the cases
 where an error is above its limit. With normalisation and log-decays below -2, the gradient of masses is a difference of
@@ -128,7 +129,7 @@ class Case:
         return all(not v[:, half:].any() for v in gradients if v.dim() == 3)
 
 
-def cases(types: list[torch.dtype], lengths: list[int], quick: bool) -> Iterator[Case]:
+def cases(types: list[torch.dtype], lengths: list[int], windows: list[int], quick: bool) -> Iterator[Case]:
     """Return the grid."""
     decays = (None, -0.5) if quick else DECAYS
     rates = RATES[:2] if quick else RATES
@@ -138,7 +139,6 @@ def cases(types: list[torch.dtype], lengths: list[int], quick: bool) -> Iterator
                 continue
             packed = index % 3 == 1 and T > 3
             yield Case(dtype, T, decay, per_channel, rate, extras, packed, 3 if quick else CHANNELS)
-        windows = WINDOWS[1::3] if quick else WINDOWS
         for index, (rate, window) in enumerate(itertools.product(rates, windows)):
             if T > 1 or extras:  # one position alone has no gradient of its phase
                 packed = index % 3 == 1 and T > 3
@@ -150,7 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[1, 15, 63, 64, 65, 500, 2048, 16384])
-    parser.add_argument("--quick", action="store_true", help="two decays, three windows and two kinds of phases")
+    parser.add_argument("--windows", nargs="*", type=int, default=WINDOWS)
+    parser.add_argument("--quick", action="store_true", help="two decays and two kinds of phases")
     options = parser.parse_args()
     failures, count = [], 0
     columns = "y", "state", *NAMES
@@ -158,7 +159,7 @@ def main() -> None:
         f"{BACKEND} on {DEVICE}\n{'type':<10}{'T':>7}{'extras':>8}{'windows':>9}"
         + "".join(f"{name:>14}" for name in columns)
     )
-    grid = cases([getattr(torch, name) for name in options.types], options.lengths, options.quick)
+    grid = cases([getattr(torch, name) for name in options.types], options.lengths, options.windows, options.quick)
     kinds = itertools.groupby(grid, lambda case: (case.dtype, case.T, case.extras, case.window is not None))
     for (dtype, T, extras, windows), group in kinds:
         worst: dict[str, float] = {}
