@@ -24,6 +24,8 @@ CODES = 4096  # of the codebook, as in the notes
 LEVELS = (8, 8, 8, 6, 5)  # about 2^14 codes (Mentzer et al. 2023, table 1)
 ENCODER_WEIGHT = 0.25  # of the encoder's side of the commitment, as in the notes (van den Oord et al. 2017)
 TINY = 1 / CODES  # bound of the notes' first codebook, far below the size of its inputs
+LATE = 0.8  # of training, after which soft tokens become codes
+RENEWED = 64  # codes of a step before that
 PACE = 0.05  # of the codebook, in learning rates of the bridge
 READER = 768  # width of the hidden layer behind the codes, as that of V15's bridge
 SHARPNESS = 4.0  # of the soft assignment to levels: the next one gets e^-4 of the share
@@ -34,10 +36,12 @@ class Bottleneck(nn.Module):
 
     Attributes:
         size: Number of codes; 0 without a bottleneck.
+        progress: How much of the training is over, from 0 to 1, which the module sets.
         use: The use of codes on the held-out problems.
     """
 
     size = 0
+    progress = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,12 +80,31 @@ class SlowMap(nn.Module):
         return F.linear(codes_VD, self.base_DD + PACE * self.change_DD)
 
 
-def reader(inputs: int, width: int) -> nn.Module:
-    """Return the learned map from codes to vectors for the target.
+def reader(inputs: int, width: int) -> nn.Sequential:
+    """Return a learned map with a hidden layer from codes to vectors for the target.
 
     A linear map of five numbers gives vectors in five of the target's dimensions, in which its words hardly differ.
     """
     return nn.Sequential(nn.Linear(inputs, READER), nn.GELU(), nn.Linear(READER, width))
+
+
+class Residual(nn.Module):
+    """Vectors and what a hidden layer adds to them, which is nothing at the start.
+
+    Args:
+        width: D.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.added = reader(width, width)
+        for parameter in self.added[2].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, vectors_BKD: Tensor) -> Tensor:
+        """Return the vectors with what is added."""
+        read_BKD: Tensor = vectors_BKD + self.added(vectors_BKD)
+        return read_BKD
 
 
 class VectorBottleneck(Bottleneck):
@@ -91,6 +114,11 @@ class VectorBottleneck(Bottleneck):
     still moves with the others. Gradients pass by the rotation trick (Fifty et al. 2024). Inputs are brought to root
     mean square 1, where the codes start as well.
 
+    Codes come late. In the first part of training soft tokens go on as they are, and those that lie farthest from their
+    codes become codes themselves, in the place of the oldest ones: a bridge whose soft tokens are codes from the start
+    learns hardly any name, and random codes lie far from what it learned. The codes of the notes, which the flaws put
+    back, are there from the start. Ranks have the codes of rank 0, as DDP keeps all buffers equal.
+
     Args:
         width: D.
         codebook_scale: Reproduce the notes' codebook: it starts within ±1/4096, and inputs keep their own size.
@@ -98,14 +126,17 @@ class VectorBottleneck(Bottleneck):
     """
 
     size = CODES
+    oldest: Tensor
 
     def __init__(self, width: int, codebook_scale: bool = False, bare: bool = False):
         super().__init__()
         self.has_own_scale = codebook_scale
         factor = TINY / 3**0.5 if codebook_scale else 1.0  # the standard deviation of a uniform draw within ±1/4096
         codes = {"init_fn": lambda codes_VD: codes_VD * (width**0.5 * factor)}
+        self.is_late = not (codebook_scale or bare)
         self.quantizer = SimVQ(width, CODES, codebook_transform=SlowMap(width), **codes)
-        self.read = nn.Identity() if bare else reader(width, width)
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
+        self.read = Residual(width) if not bare else nn.Identity()
 
     def _scaled(self, soft_BKD: Tensor) -> Tensor:
         return soft_BKD.float() if self.has_own_scale else rms_unit(soft_BKD)
@@ -114,11 +145,27 @@ class VectorBottleneck(Bottleneck):
         """Return vectors for the target. Gradients pass to the soft tokens, those of the commitment to both sides."""
         with torch.autocast(soft_BKD.device.type, enabled=False):
             soft_BKD = self._scaled(soft_BKD)
+            is_early = self.is_late and self.training and self.progress < LATE
+            if is_early:
+                self._renew(soft_BKD.detach().flatten(0, 1))
             vectors_BKD, index_BK, _ = self.quantizer(soft_BKD)  # its own commitment would count padding
             code_BKD = self.quantizer.codebook[index_BK]
             commitment_BK = (code_BKD - soft_BKD.detach()).square().mean(-1)
             commitment_BK = commitment_BK + ENCODER_WEIGHT * (code_BKD.detach() - soft_BKD).square().mean(-1)
+            if is_early:
+                vectors_BKD, commitment_BK = soft_BKD, 0 * commitment_BK  # DDP waits for the gradient of the map
             return self.read(vectors_BKD), Codes(index_BK, commitment_BK)
+
+    @torch.no_grad()
+    def _renew(self, soft_ND: Tensor) -> None:
+        """Put the soft tokens that lie farthest from their codes in the place of the oldest codes."""
+        far_N = torch.cdist(soft_ND, self.quantizer.codebook).amin(1)
+        chosen_R = far_N.topk(min(RENEWED, len(far_N))).indices
+        place_R = (self.oldest + torch.arange(len(chosen_R), device=soft_ND.device)) % CODES
+        self.quantizer.frozen_codebook[place_R] = (
+            soft_ND[chosen_R] @ self.quantizer.code_transform.base_DD
+        )  # orthogonal
+        self.oldest.add_(len(chosen_R)).remainder_(CODES)
 
     def shares(self, soft_BKD: Tensor) -> Tensor:
         """Return softmax(-d² / √D) over the codes, with d the distance: there is one factor."""

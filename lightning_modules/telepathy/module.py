@@ -196,6 +196,7 @@ class Telepathy(BridgeEvaluation):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Log each weighted objective and return their sum."""
+        self.bottleneck.progress = self.global_step / self.trainer.estimated_stepping_batches
         encoding, gather, weight = self.encode(batch), partial(all_rows, self), partial(token_weight, self)
         logits_NV = self.target.logits(batch["soft"], encoding.soft_BKD)
         parts = self.target, self.bridge, self.bottleneck

@@ -166,7 +166,7 @@ def test_the_perplexity_is_measured_in_validation_and_test_in_any_batches(telepa
         validated = trainer.callback_metrics["validation/code_perplexity"].item()
         trainer.test(module, datamodule=data, verbose=False)
         tested = trainer.callback_metrics["test/code_perplexity"].item()
-        codes = module.encode(module.collate(data.eval_problems["test"], False))
+        codes = module.eval().encode(module.collate(data.eval_problems["test"], False))
         mask_BK = module.collate(data.eval_problems["test"], False)["soft_mask"]
         share_V = torch.unique(codes.codes.index_BK[mask_BK], return_counts=True)[1] / mask_BK.sum()
         assert tested == pytest.approx(torch.special.entr(share_V).sum().exp().item(), rel=1e-5)
@@ -181,3 +181,38 @@ def test_an_untrained_output_is_a_fixed_map(telepathy):
     assert "bottleneck.map.weight" in module.state_dict()
     plain = telepathy(PERCEIVER, bottleneck=None, normalizer=None)  # as a config with null makes it
     assert (plain.bottleneck.size, type(plain.normalizer)) == (0, torch.nn.Identity)
+
+
+def test_soft_tokens_of_early_training_go_on_as_they_are_and_become_codes():
+    bottleneck, soft_BKD = made("vq"), soft(400)
+    unit_BKD = soft_BKD / soft_BKD.square().mean(-1, keepdim=True).sqrt()
+    bottleneck.progress = 0.5
+    vectors_BKD, codes = bottleneck(soft_BKD)
+    torch.testing.assert_close(vectors_BKD, unit_BKD)  # the reader adds nothing at the start
+    assert (codes.commitment_BK == 0).all()
+    for _ in range(10):
+        bottleneck(soft_BKD)
+    bottleneck.progress = 0.9
+    _, codes = bottleneck(soft_BKD)
+    assert codes.commitment_BK.max() < 1e-6  # all 400 have become codes
+    before_VD = bottleneck.quantizer.frozen_codebook.clone()
+    bottleneck.eval()
+    bottleneck.progress = 0.5
+    assert bottleneck(soft_BKD)[1].index_BK.equal(codes.index_BK)  # evaluation has codes at any time
+    assert bottleneck.quantizer.frozen_codebook.equal(before_VD)
+
+
+@pytest.mark.parametrize("flaw", ["bare_codes", "codebook_scale"])
+def test_the_codes_of_the_notes_are_there_from_the_start(flaw):
+    bottleneck = made("vq", (flaw,))
+    before_VD = bottleneck.quantizer.frozen_codebook.clone()
+    bottleneck.progress = 0.0
+    assert bottleneck(soft())[1].commitment_BK.min() > 0
+    assert bottleneck.quantizer.frozen_codebook.equal(before_VD)
+
+
+def test_the_module_tells_the_progress_of_training(telepathy, fit):
+    module = telepathy(PERCEIVER, bottleneck="vq")
+    fit(module, 4, WordProblems(**SMALL))
+    assert module.bottleneck.progress == 0.75
+    assert module.bottleneck.oldest > 0
