@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from lightning_modules.telepathy.averages import masked_mean, row_mean
-from lightning_modules.telepathy.bridges import SLOPE, Bridge, HasWidth, place_bias, places, start_equal
+from lightning_modules.telepathy.bridges import Bridge, HasWidth, start_equal
 from lightning_modules.telepathy.noise import gaussian, mixed, uniform
 from lightning_modules.telepathy.orthogonal import orthogonal_
+from lightning_modules.telepathy.places import SLOPE, place_bias, places
 
 Conditioning = Literal["pooled", "cross", "hybrid"]
 SLOWEST, RATES = 0.1, 4.0  # waves of the time: periods from about 60 down by a factor of e^4 and more

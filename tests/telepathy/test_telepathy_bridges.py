@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge, place_bias
+from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
+from lightning_modules.telepathy.places import place_bias
 from lightning_modules.telepathy.flaws import NOTES_SCALE
 from lightning_modules.telepathy.normalizer import StatisticalNormalizer
 from lightning_modules.telepathy.output_scale import OutputScale
