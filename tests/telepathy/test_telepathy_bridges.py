@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
-from lightning_modules.telepathy.places import place_bias
 from lightning_modules.telepathy.flaws import NOTES_SCALE
 from lightning_modules.telepathy.normalizer import StatisticalNormalizer
 from lightning_modules.telepathy.output_scale import OutputScale
+from lightning_modules.telepathy.places import place_bias
 
 SOURCE, TARGET = 12, 8
 NORMALIZERS = ("statistical", "learned_statistical")
