@@ -161,9 +161,14 @@ def behind(
     Returns:
         The tokens of each whole, and the index of this token.
     """
-    head = encode(tokenizer, [before.rstrip(" ")])[0] if before.strip(" ") else []
     wholes = encode(tokenizer, [before + text for text in texts])
-    return wholes, [_equal_at_the_start(head, whole) for whole in wholes]
+    return wholes, starts_behind(tokenizer, before, wholes)
+
+
+def starts_behind(tokenizer: "PreTrainedTokenizerBase", before: str, wholes: Sequence[list[int]]) -> list[int]:
+    """Return the index that `behind` finds in the tokens of each whole."""
+    head = encode(tokenizer, [before.rstrip(" ")])[0] if before.strip(" ") else []
+    return [_equal_at_the_start(head, whole) for whole in wholes]
 
 
 def _equal_at_the_start(first: list[int], second: list[int]) -> int:

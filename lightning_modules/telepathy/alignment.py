@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import UserError
-from lightning_modules.pretrained.prompts import behind
+from lightning_modules.pretrained.prompts import starts_behind
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 
@@ -22,18 +22,22 @@ if TYPE_CHECKING:
 NONE = -1  # a soft token without a target token
 
 
-def ends(tokenizer: "PreTrainedTokenizerBase", before: str, texts: Sequence[str]) -> list[list[int]]:
-    """Return the character of each text behind which each of its tokens ends, for texts behind `before`.
+def tokens_and_ends(
+    tokenizer: "PreTrainedTokenizerBase", before: str, texts: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tokens of each text behind `before`, and the character of the text behind which each of them ends.
 
     Raises:
         UserError: The tokenizer does not say which characters a token holds.
     """
-    wholes = [before + text for text in texts]
     if not tokenizer.is_fast:
         raise UserError("model.objectives.flow needs fast tokenizers, which say which characters a token holds")
-    offsets = tokenizer(wholes, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    starts = behind(tokenizer, before, texts)[1]
-    return [[end - len(before) for _, end in row[start:]] for row, start in zip(offsets, starts, strict=True)]
+    wholes = [before + text for text in texts]
+    encoded = tokenizer(wholes, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    starts = starts_behind(tokenizer, before, tokens)
+    ends = [[end - len(before) for _, end in row[start:]] for row, start in zip(offsets, starts, strict=True)]
+    return [row[start:] for row, start in zip(tokens, starts, strict=True)], ends
 
 
 def slots(target_ends: Sequence[int], source_ends: Sequence[int], place_K: Sequence[int]) -> list[int]:
@@ -64,9 +68,8 @@ def aligned(questions: Sequence[str], source: Source, target: Target, place_K: T
     Raises:
         UserError: A tokenizer does not say which characters a token holds.
     """
-    of_target = ends(target.tokenizer, target.prompt.before, questions)
-    of_source = ends(source.tokenizer, source.before, questions)
+    tokens, of_target = tokens_and_ends(target.tokenizer, target.prompt.before, questions)
+    _, of_source = tokens_and_ends(source.tokenizer, source.before, questions)
     index_BK = torch.tensor([slots(*both, place_K.tolist()) for both in zip(of_target, of_source, strict=True)])
-    tokens = target.question_tokens(questions)
     rows = [[row[i] for i in index] for row, index in zip(tokens, index_BK.tolist(), strict=True)]
     return torch.tensor(rows) * (index_BK != NONE), index_BK != NONE

@@ -73,8 +73,7 @@ class FlowBridge(Bridge):
     expects it. So it has to add nothing of the noise to its output, and the last step of sampling ends at y. Sampling
     integrates the velocity from t = 0 in equal steps of Euler's method. Objectives on soft tokens train the same
     parameters, through the last step alone (DRaFT-1, Clark et al. 2024): gradients through all steps cost as many times
-    the work. Embeddings and noise both have the scale 1; `model.output` brings soft tokens to
-    the scale of the target.
+    the work. Embeddings and noise both have the scale 1; `model.output` brings soft tokens to the scale of the target.
 
     Each query makes the soft tokens of one source position, and the flow takes them to the embeddings of the target
     tokens that begin within that source token (`alignment.aligned`). A source token is one to four target tokens: the

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_modules.telepathy import FlowBridge
-from lightning_modules.telepathy.alignment import ends, slots
+from lightning_modules.telepathy.alignment import slots, tokens_and_ends
 
 FLOW = partial(FlowBridge, soft_tokens=90, tokens_per_query=3, span=30, width=16, heads=2, steps=2)
 
@@ -33,7 +33,7 @@ def test_target_tokens_take_the_soft_tokens_of_their_source_token(target_ends, s
 def test_ends_count_the_characters_of_the_question(telepathy, problems):
     module, questions = telepathy(FLOW), [problem.question for problem in problems[:8]]
     for end, before in ((module.source, module.source.before), (module.target, module.target.prompt.before)):
-        for row, question in zip(ends(end.tokenizer, before, questions), questions, strict=True):
+        for row, question in zip(tokens_and_ends(end.tokenizer, before, questions)[1], questions, strict=True):
             assert row == sorted(row)
             assert row[-1] == len(question)
 
@@ -60,4 +60,4 @@ def test_tokenizers_without_offsets_are_refused():
         is_fast = False
 
     with pytest.raises(ValueError, match="needs fast tokenizers"):
-        ends(Slow(), "", ["a"])
+        tokens_and_ends(Slow(), "", ["a"])
