@@ -1,15 +1,16 @@
 """Compare the gated delta kernels with the definition in fp64 on a GPU, and print the largest errors.
 
-python benchmarks/gated_delta_check.py [--types bfloat16 float16 float32] [--quick]
+python benchmarks/gated_delta_check.py [--types bfloat16 float16 float32] [--quick] [--share 1/4]
 
 Errors are RMS(error) / RMS(expected) of outputs, final states and all gradients; numbers that are smaller than the
-smallest normal one of their type are divided by that one. The grid has every pair of widths K
-and V at 500 positions, and every length at K 64 and V 128, each with five log-decays and three betas, where betas of at
-most 1 run twice, also as betas that never exceed 1; grouped heads, normalised keys and packed sequences with empty ones
-alternate. Each case runs twice, which must give the same bits. The
-script ends with exit code 1 and the cases where an error is above its limit or a number is not finite. The fp64 values
-are those of the chunk form of `reference.py`, which the tests compare with the definition. Without a GPU,
-TRITON_INTERPRET=1 runs the float types other than bfloat16 slowly in Triton's interpreter.
+smallest normal one of their type are divided by that one. The grid has every pair of widths K and V at 500 positions,
+and every length at K 64 and V 128, each with five log-decays and three betas, where betas of at most 1 run twice, also
+as betas that never exceed 1; grouped heads, normalised keys and packed sequences with empty ones alternate. Each case
+runs twice, which must give the same bits. Compilation takes most of the time: `--share 1/4` is the first of four parts
+of the sizes, for processes side by side. The script ends with exit code 1 and the cases where an error is above its
+limit or a number is not finite. The fp64 values are those of the chunk form of `reference.py`, which the tests compare
+with the definition. Without a GPU, TRITON_INTERPRET=1 runs the float types other than bfloat16 slowly in Triton's
+interpreter.
 """
 
 import argparse
@@ -132,11 +133,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--quick", action="store_true", help="two pairs of widths instead of 36")
+    parser.add_argument("--share", default="1/1", help="the part of the sizes to check, such as 1/4")
     options = parser.parse_args()
+    part, parts = map(int, options.share.split("/"))
     failures, count = [], 0
     print(f"{'type':<10}{'K':>4}{'V':>4}{'T':>6} " + "".join(f"{name:>9}" for name in NAMES), flush=True)
     grid = cases([getattr(torch, name) for name in options.types], options.quick)
-    for (dtype, K, V, T), group in itertools.groupby(grid, lambda case: (case.dtype, case.K, case.V, case.T)):
+    sizes = itertools.groupby(grid, lambda case: (case.dtype, case.K, case.V, case.T))
+    for index, ((dtype, K, V, T), group) in enumerate(sizes):
+        if index % parts != part - 1:
+            continue
         worst = dict.fromkeys(NAMES, 0.0)
         for case in group:
             errors, repeats = case.errors()

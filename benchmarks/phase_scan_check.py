@@ -1,18 +1,18 @@
 """Compare the phase scan kernels with the reference in fp64 on a GPU, and print the largest errors.
 
 python benchmarks/phase_scan_check.py [--types float32 bfloat16 float16] [--lengths 1 63 64 65 1000 16384]
-    [--windows 2 7 31 32 33 64 100 1000] [--quick]
+    [--windows 2 7 31 32 33 64 100 1000] [--only plain|windows] [--quick]
 
 Errors are RMS(error) / RMS(expected) of outputs, final states and all gradients. The grid has, for each length, no
 decay and five decays, per channel and per position; each with phases up to pi a step, with a constant phase of 3, and
 with phases up to 20; with no other input, and with masses, both offsets, normalisation, imaginary parts and an initial
-state. A row of its own has `--windows`, without decay and normalisation. Packed sequences with empty
-ones alternate with batches, and the channels fill no tile. Each case runs twice, which must give the same bits, and the
-gradients of the outputs before the middle must be exactly zero after it. The script ends with exit code 1 and the cases
-where an error is above its limit. With normalisation and log-decays below -2, the gradient of masses is a difference of
-equal numbers and has no limit; it is not printed then. fp16 has no numbers for the gradients under such decays, so they
-are left out. Without a GPU, it checks the reference in fp32; with TRITON_INTERPRET=1, the kernels in Triton's
-interpreter, which is slow: --quick has few cases.
+state. A row of its own has `--windows`, without decay and normalisation; `--only` chooses one kind of row. Packed
+sequences with empty ones alternate with batches, and the channels fill no tile. Each case runs twice, which must give
+the same bits, and the gradients of the outputs before the middle must be exactly zero after it. The script ends with
+exit code 1 and the cases where an error is above its limit. With normalisation and log-decays below -2, the gradient of
+masses is a difference of equal numbers and has no limit; it is not printed then. fp16 has no numbers for the gradients
+under such decays, so they are left out. Without a GPU, it checks the reference in fp32; with TRITON_INTERPRET=1, the
+kernels in Triton's interpreter, which is slow: --quick has few cases.
 """
 
 import argparse
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[1, 15, 63, 64, 65, 500, 2048, 16384])
     parser.add_argument("--windows", nargs="*", type=int, default=WINDOWS)
+    parser.add_argument("--only", choices=["plain", "windows"], help="rows without a window, or with one")
     parser.add_argument("--quick", action="store_true", help="two decays and two kinds of phases")
     options = parser.parse_args()
     failures, count = [], 0
@@ -162,6 +163,8 @@ def main() -> None:
     grid = cases([getattr(torch, name) for name in options.types], options.lengths, options.windows, options.quick)
     kinds = itertools.groupby(grid, lambda case: (case.dtype, case.T, case.extras, case.window is not None))
     for (dtype, T, extras, windows), group in kinds:
+        if options.only == ("plain" if windows else "windows"):
+            continue
         worst: dict[str, float] = {}
         for case in group:
             errors, repeats = case.errors()

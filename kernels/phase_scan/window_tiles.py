@@ -60,15 +60,12 @@ def tile_rows(tile, W: tl.constexpr, L: tl.constexpr, Q: tl.constexpr):
 def chunk_gates(
     W: tl.constexpr, L: tl.constexpr, REVERSE: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr
 ):
-    """Return gates that are 0 where a scan enters a chunk, or None if a tile has one chunk or a part of one."""
-    if L > W:
-        gate_RGD = ()
-        for r in tl.static_range(R):
-            inside = rows_at(r, R, G) % W != (W - 1 if REVERSE else 0)
-            gate_RGD = gate_RGD + (tl.where(inside, 1.0, 0.0) + tl.zeros([G, BD], tl.float32),)
-        return gate_RGD
-    else:
-        return None
+    """Return gates that are 0 where a scan enters a chunk, and 1 elsewhere."""
+    gate_RGD = ()
+    for r in tl.static_range(R):
+        inside = rows_at(r, R, G) % W != (W - 1 if REVERSE else 0)
+        gate_RGD = gate_RGD + (tl.where(inside, 1.0, 0.0) + tl.zeros([G, BD], tl.float32),)
+    return gate_RGD
 
 
 @triton.jit
@@ -83,7 +80,10 @@ def sums_beside(
 ):
     """Return for each row the sum over the rows before it, or behind it with REVERSE, of its chunk in the tile."""
     zero = tl.zeros([1, BD], tl.float32)
-    sum_RGD, _ = scan(chunk_gates(W, L, REVERSE, R, G, BD), zero, u_RGD, zero, REVERSE, R, G)
+    if L > W:
+        sum_RGD, _ = scan(chunk_gates(W, L, REVERSE, R, G, BD), zero, u_RGD, zero, REVERSE, R, G)
+    else:
+        sum_RGD, _ = scan(None, zero, u_RGD, zero, REVERSE, R, G)
     return sum_RGD
 
 
