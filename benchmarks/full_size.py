@@ -14,8 +14,10 @@ Weights are random; the text is that of GSM8K with a byte-level BPE that the scr
 - `notes`: the way of the notes. The whole source runs and all its hidden states are kept, rows are padded to the
   longest, the target gives logits at all positions, and the bridge trains in bf16 with AdamW.
 
-Each row is printed, and written to FILE, as soon as it is measured. Ways run in the order of `--ways`, then V15 with
-`--max_tokens`, then profiles. A batch that does not fit into memory, and those above it, get the row `out of memory`.
+Every row trains on the same 128 problems per device once, after two steps with the largest of its batches. Each row is
+printed, and written to FILE, as soon as it is measured. Ways run in the order of `--ways`, each with `--max_tokens`
+before `--batches`, then profiles. A batch that does not fit into memory, and those above it, get the row `out of
+memory`.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +60,7 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     "V16": {"hidden": 64},
 }
 ADAMW = partial(torch.optim.AdamW, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.01)
-TIMED_ROWS = 64  # of each batch size, at least
+PROBLEMS = 128  # that each batch size trains on once, per device
 LIMIT = 80  # GiB of a card; larger ones are not profiled
 TIMED, PROFILED = 4, 2  # steps of a profile: by phase, then by kernel
 
@@ -73,17 +76,15 @@ class Bench:
         self.folder, self.options = folder, options
         self.layers = [max(1, options.layers * quarter // 4) for quarter in (1, 2, 3)]
         size = write_pair(folder, options.data, options.layers, options.tiny)
-        self.parts = [Part(rows, None, WARMUP + max(options.steps, TIMED_ROWS // rows)) for rows in options.batches]
-        # One epoch is enough for each size: a new one would start its workers again, in steps that are timed
-        count = max([512, *(part.steps * part.rows * options.devices + 64 for part in self.parts)])
-        # Batches of a number of positions tell what fits into memory, which one way shows
-        self.budgets = [Part(256, tokens, WARMUP + options.steps) for tokens in options.max_tokens]
+        # Batches of a number of positions first: a batch that does not fit ends its way
+        self.parts = [Part(PROBLEMS, tokens) for tokens in options.max_tokens] + [Part(r) for r in options.batches]
+        count = PROBLEMS * options.devices + 1  # one is for validation
         self.problems = write_problems(folder, options.data, count)
         self.bridges: dict[str, Any] = {}
         self.found: dict[str, Any] = {"options": str(options), "rows": [], "profiles": [], "ends": {}}
         self.mark("text and tokenizer")
         self.free()
-        tell(f"tokenizer: {size} tokens; source layers {self.layers}; {count} problems\n")
+        tell(f"tokenizer: {size} tokens; source layers {self.layers}; {count - 1} problems\n")
 
     def mark(self, what: str) -> None:
         """Keep the seconds from the start of the program to the end of this part of the start."""
@@ -145,6 +146,10 @@ class Bench:
             self.source.kept = None  # the module frees it
         return module
 
+    def parts_of(self, way: str) -> list[Part]:
+        """Return the sizes of batches; the notes know no batches of a number of positions."""
+        return [replace(part) for part in self.parts if way != "notes" or part.tokens is None]
+
     def run(self, way: str, parts: list[Part], callbacks: Sequence[Callback] = ()) -> Rates:
         """Train in one way with all sizes of batches, and return their rows, printed unless there are callbacks."""
         rates = Rates(way, parts, self.options.peak, keep=None if callbacks else self.keep)
@@ -183,17 +188,13 @@ class Bench:
             strategy=DDPStrategy(gradient_as_bucket_view=True) if devices > 1 else "auto",
             precision="bf16-mixed",
             gradient_clip_val=1.0,
-            max_steps=sum(part.steps for part in parts),
+            max_epochs=1,
             limit_val_batches=0,
             callbacks=callbacks,
             use_distributed_sampler=False,
             **quiet,
         )
-        data = Parts(parts, num_workers=self.options.workers, **self.problems)
-        try:
-            trainer.fit(module, datamodule=data)
-        finally:
-            data.close()
+        trainer.fit(module, datamodule=Parts(parts, **self.problems))
 
     def profile(self, way: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Print where the time goes in the fastest of these rows that needs at most 80 GiB."""
@@ -201,7 +202,7 @@ class Bench:
         if not fits:
             return {}
         best = max(fits, key=lambda row: row["samples_per_s"])["rows"]
-        part = next(part for part in self.parts + self.budgets if part.name == best)
+        part = next(part for part in self.parts if part.name == best)
         part = Part(part.rows, part.tokens, WARMUP + TIMED + PROFILED)
         phases, kernels = Phases(WARMUP, WARMUP + TIMED), Kernels(WARMUP + TIMED)
         self.run(way, [part], [phases, kernels])
@@ -222,14 +223,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's file of training problems")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["V15", "V16", "V15 cached", "notes"])
     parser.add_argument("--batches", type=int, nargs="*", default=[2, 8, 16, 32, 64], help="rows per device")
-    parser.add_argument(
-        "--max_tokens", type=int, nargs="*", default=[], help="for V15, also batches of so many positions"
-    )
-    parser.add_argument("--steps", type=int, default=4, help="least number of timed steps of each batch size")
+    parser.add_argument("--max_tokens", type=int, nargs="*", default=[], help="also batches of so many positions")
     parser.add_argument("--profile", nargs="*", choices=set(WAYS) - {"notes"}, default=[], help="ways to profile")
     parser.add_argument("--devices", type=int, default=1, help="GPUs, under DDP; start one process each with torchrun")
     parser.add_argument("--shard", action="store_true", help="split the frozen models over the devices (FSDP)")
-    parser.add_argument("--workers", type=int, default=4, help="processes that make batches")
     parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s for the MFU; those of an H200")
     parser.add_argument("--layers", type=int, default=32, help="layers of both models")
     parser.add_argument("--tiny", action="store_true", help="narrow layers, to try this script on a CPU")
@@ -244,13 +241,10 @@ def main() -> None:
         found = bench.found
         tell(f"| {HEAD} |\n|{'---|' * (HEAD.count('|') + 1)}")
         for way in options.ways:
-            bench.run(way, bench.parts)
+            bench.run(way, bench.parts_of(way))
         first = next((row["first_step"] for row in found["rows"] if "first_step" in row), float("nan"))
         tell(f"\nseconds from the start of the program to the end of the first step: {first:.1f}")
         tell(", ".join(f"{what}: {seconds}" for what, seconds in found["ends"].items()))
-        if bench.budgets:
-            tell(f"\n| {HEAD} |\n|{'---|' * (HEAD.count('|') + 1)}")
-            bench.run("V15", bench.budgets)
         for way in options.profile:
             found["profiles"].append(bench.profile(way, [row for row in found["rows"] if row["way"] == way]))
             bench.write()

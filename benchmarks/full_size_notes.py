@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.step_rates import WARMUP
 from lightning_modules.core.contracts import Workload
 
 
@@ -38,11 +39,12 @@ def notes_steps(
     optimizer = torch.optim.AdamW(made.parameters(), lr=2e-4)
     problems = [json.loads(line) for line in Path(data["path"]).read_text().splitlines()]
     sizes = [sum(p.numel() for p in model.parameters()) for model in (reader, writer, made)]
-    embedding, start = writer.get_input_embeddings(), 0
+    embedding = writer.get_input_embeddings()
     for part in list(rates.parts):
-        for _ in range(part.steps):
-            some = [problems[(start + index) % len(problems)] for index in range(part.rows)]
-            start += part.rows
+        batches = [problems[start : start + part.rows] for start in range(0, len(problems), part.rows)]
+        largest = max(batches, key=lambda some: len(some) * max(len(problem["answer"]) for problem in some))
+        part.steps = WARMUP + len(batches)
+        for some in [largest] * WARMUP + batches:
             padded = {"padding": True, "return_tensors": "pt", "return_token_type_ids": False}
             question = tokenizer([problem["question"] for problem in some], **padded).to(device)
             answer = tokenizer(

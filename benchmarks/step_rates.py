@@ -11,7 +11,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch import Callback, LightningModule
 
-WARMUP = 2  # steps of each size that do not count
+WARMUP = 2  # steps of each size that do not count; they have its largest batch, for which memory is made
 HEAD = "way | rows | samples/s | ms per step | peak GiB | MFU | positions per row | most positions of a batch"
 
 
@@ -35,11 +35,15 @@ def process_seconds() -> float:
 
 @dataclass
 class Part:
-    """Steps with batches of one size: of `rows` problems, or of up to `tokens` positions."""
+    """Steps with batches of one size: of `rows` problems, or of up to `tokens` positions.
+
+    Attributes:
+        steps: All steps, with the first `WARMUP`. Who makes the batches sets it, if it is 0, for all problems once.
+    """
 
     rows: int
-    tokens: int | None
-    steps: int
+    tokens: int | None = None
+    steps: int = 0
 
     @property
     def name(self) -> str:

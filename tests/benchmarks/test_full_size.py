@@ -1,8 +1,8 @@
 """The parts of the benchmark of full size."""
 
 import json
-import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,17 +54,21 @@ def test_problems_for_training_and_test_differ(tmp_path, data):
     assert not rows[0] & rows[1]
 
 
-def test_batches_have_the_sizes_of_the_parts_and_their_processes_end(tmp_path, data):
-    files = write_problems(tmp_path, data, 60)
-    parts = Parts([Part(2, None, 30), Part(8, None, 2)], num_workers=1, **files)  # 30 steps are more than one epoch
+def test_each_size_of_batches_has_all_problems_once_behind_its_largest_batch(tmp_path, data, monkeypatch):
+    def work(batch):
+        return Workload(len(batch), sum(len(problem.question) for problem in batch), 0)
+
+    sizes = [Part(2), Part(8), Part(4, steps=3)]
+    parts = Parts(sizes, **write_problems(tmp_path, data, 65))
     parts.setup("fit")
-    batches = parts.train_dataloader()
-    assert [len(batch) for batch in batches] == [2] * 30 + [8] * 2
-    batches = parts.train_dataloader()
-    next(batches)
-    assert multiprocessing.active_children()
-    parts.close()
-    assert not multiprocessing.active_children()
+    monkeypatch.setattr(Parts, "_module", SimpleNamespace(workload=work))
+    batches = list(parts.train_dataloader())
+    assert [len(batch) for batch in batches] == [2] * 34 + [8] * 10 + [4] * 3
+    assert [part.steps for part in sizes] == [34, 10, 3]
+    for part in (batches[:34], batches[34:44]):
+        warm, timed = part[:WARMUP], part[WARMUP:]
+        assert len({problem.question for batch in timed for problem in batch}) == 64
+        assert all(work(batch).tokens == max(work(some).tokens for some in timed) for batch in warm)
 
 
 def test_rates_leave_out_the_first_steps_of_each_size(monkeypatch, capsys):
