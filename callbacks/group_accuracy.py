@@ -19,6 +19,7 @@ from datamodules.loader import BatchLoader
 from datamodules.sequence_task import Split
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.ensemble_module import EnsembleModule
+from lightning_modules.core.intervals import mean_interval
 from lightning_modules.core.metrics import TokenMeasures
 from lightning_modules.core.reporting import record_proportion, report_members
 
@@ -53,8 +54,8 @@ class GroupAccuracy(AtValidations):
 
     - `<stage>/accuracy_<group>`: share of the group's queries whose label has the strictly largest logit, with the
       number of queries, and for a single model the Wilson interval. Groups without queries are left out;
-    - `<stage>/accuracy_by_group`: the mean over groups. `<stage>/accuracy` is that over all queries, in which a group
-      with many counts more.
+    - `<stage>/accuracy_by_group`: the mean over groups, for a single model with an interval. `<stage>/accuracy` is that
+      over all queries, in which a group with many counts more.
 
     Groups are the test sets of `AssociativeRecall`, octaves of the position in `StateTracking`, and octaves of the
     distance in `NeedleGym`.
@@ -119,3 +120,7 @@ class GroupAccuracy(AtValidations):
         report_members(trainer, module, shares | {f"{split}/accuracy_by_group": mean_S})
         for group, name in names.items():
             record_proportion(module, name, hits_SG[:, group], int(count_G[group]))
+        module.intervals.pop(f"{split}/accuracy_by_group", None)
+        if module.ensemble == 1 and filled:
+            hits_G, counts_G = hits_SG[0, filled].tolist(), count_G[filled].tolist()
+            module.intervals[f"{split}/accuracy_by_group"] = mean_interval(hits_G, counts_G)

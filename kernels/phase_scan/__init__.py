@@ -61,8 +61,7 @@ def phase_scan(
         cu_seqlens: Bounds [N + 1] of N sequences that lie one behind the other in a batch of one: 0, and where each
             ends. Empty sequences are allowed. Outputs after the last sequence are zero.
         backend: `triton` or `reference`; by default Triton where the tensors are on a GPU and not of fp64, and the
-            reference for a window, since the kernels with a window have not been checked on a GPU. They take no decay
-            and no `normalise`.
+            reference for a window with a decay or with `normalise`, which the kernels do not have.
 
     Returns:
         The outputs [B, T, D] of the type of x, or [B, T, 2 D] with the imaginary parts behind the real ones; and the
@@ -73,8 +72,6 @@ def phase_scan(
     """
     check_inputs(x, omega, mass, log_decay, window, read_offset, write_offset, normalise, initial_state, cu_seqlens)
     sums = x.shape[1] > 0 and log_decay is None and not normalise  # with a window, the kernels have only these
-    if window is not None and backend is None:
-        backend = "reference"  # until benchmarks/phase_scan_check.py has compared the kernels with a window on a GPU
     if check_backend(backend, x, window is None or sums) == "reference":
         return reference.phase_scan(
             *(x, omega, mass, log_decay, window, read_offset, write_offset),

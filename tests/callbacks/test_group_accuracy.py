@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import QUIET
@@ -11,6 +12,7 @@ from callbacks import GroupAccuracy, RunRecord
 from datamodules import AssociativeRecall, ModularArithmetic, StateTracking
 from datamodules.batch import IGNORE
 from datamodules.errors import UserError
+from lightning_modules.core.intervals import mean_interval, wilson_interval
 from lightning_modules.groundthink import GroundThink
 
 SIZES = {"width": 16, "window": 4, "seed": 0}
@@ -47,8 +49,19 @@ def test_accuracy_of_each_test_set(tmp_path, command, split, rows):
         assert record["metrics"][f"{split}/accuracy_{name}"] == pytest.approx(shares[-1], rel=1e-4)
         assert record["hits"][f"{split}/accuracy_{name}"] == [hits[length]]
     assert record["metrics"][f"{split}/accuracy_by_group"] == pytest.approx(sum(shares) / 2, rel=1e-4)
+    assert record["intervals"][f"{split}/accuracy_by_group"] == pytest.approx(
+        mean_interval(list(hits.values()), list(counts.values())), abs=1e-6
+    )
     pooled = sum(hits.values()) / sum(counts.values())
     assert record["metrics"][f"{split}/accuracy"] == pytest.approx(pooled, rel=1e-4)
+
+
+def test_the_interval_of_a_mean_over_groups_covers_it_at_95_percent():
+    rng, shares, counts = np.random.default_rng(0), np.array([0.98, 0.5, 0.1]), [200, 50, 400]
+    bounds = np.array([mean_interval(hits, counts) for hits in rng.binomial(counts, shares, (4000, 3)).tolist()])
+    covers = (bounds[:, 0] <= shares.mean()) & (shares.mean() <= bounds[:, 1])
+    assert 0.935 < covers.mean() < 0.965
+    assert mean_interval([7], [9]) == pytest.approx(wilson_interval(7, 9))
 
 
 def test_members_of_an_ensemble_have_what_each_has_alone(tmp_path):
