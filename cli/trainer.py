@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelSummary,
     ProgressBar,
-    TQDMProgressBar,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -25,6 +24,7 @@ from callbacks.divergence import Divergence
 from callbacks.last_checkpoint import LastCheckpoint
 from cli.checkpoint_io import WholeFiles
 from cli.output import ParameterTable
+from cli.progress_bar import LossBar
 from cli.restoring import Restoring
 from cli.run_folder import check_folder
 from cli.user_errors import is_too_large
@@ -97,7 +97,7 @@ def with_defaults(flags: Namespace, folder: Path, minutes: float, *always: Callb
     changed: dict[str, Any] = {"default_root_dir": folder}
     if flags.enable_progress_bar is not False and not _has(users, ProgressBar):
         # A refresh waits for the device, and in a log file each refresh is one line.
-        added.append(TQDMProgressBar(refresh_rate=10 if sys.stdout.isatty() else 100))
+        added.append(LossBar(refresh_rate=10 if sys.stdout.isatty() else 100))
     saves = flags.enable_checkpointing is not False and not flags.fast_dev_run
     if saves and not _has(users, LastCheckpoint):
         added.append(LastCheckpoint(minutes))

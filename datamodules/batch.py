@@ -140,9 +140,10 @@ class TaskDataModule(LightningDataModule, ABC):
         self, batches: Batches[SamplesT], collate: Callable[[SamplesT], BatchT], workers: int = 0
     ) -> BatchLoader[BatchT]:
         """Return a loader of this rank's part of each batch."""
-        options: dict[str, Any] = {}
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        options: dict[str, Any] = {"pin_memory": on_gpu}  # else moving a batch waits for the GPU to end its work
         if workers:
             # Forked: workers share tables without a copy, and neither a tokenizer nor a trainer has to be picklable
-            options = {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "fork"}
+            options |= {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "fork"}
             options["persistent_workers"] = True
         return BatchLoader(batches, collate, self._rank, self._world, **options)

@@ -117,5 +117,5 @@ class EnsembleModule(LightningModule):
         """Log the means over members of values that are the same on every rank, and keep the value of every member."""
         for name, values_S in values.items():
             # sync_dist changes nothing in equal values; without it Lightning advises to set it
-            self.log(name, values_S.float().mean(), prog_bar=name == "validation/accuracy", sync_dist=True)
+            self.log(name, values_S.float().mean(), sync_dist=True)
             self.members[name] = values_S.detach().float().cpu().reshape(-1)  # torchmetrics drops an axis of one

@@ -164,7 +164,7 @@ class SequenceModel(EnsembleModule, ABC):
         self.last_step.outcome = None  # frees the logits before there are new ones
         loss_S, outputs = self._step_losses(batch["tokens"], batch["labels"])
         self.members["train/loss"] = loss_S.detach()
-        self.log("train/loss", loss_S.detach().mean(), batch_size=1, prog_bar=True)
+        self.log("train/loss", loss_S.detach().mean(), batch_size=1)
         for name, (weight, value_S) in self.penalties(outputs, batch).items():
             self.log(f"train/{name}", value_S.detach().mean(), batch_size=1)
             loss_S = loss_S + weight * value_S

@@ -186,14 +186,14 @@ class QuestionAnswering(LightningModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Log and return the loss."""
         loss = self.loss(batch)
-        self.log("train/loss", loss, batch_size=len(batch["tokens"]), prog_bar=True)
+        self.log("train/loss", loss, batch_size=len(batch["tokens"]))
         return loss
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Log the held-out loss, a mean over the labelled tokens of all batches and ranks."""
         count = int((batch["labels"] != IGNORE).sum())
         self.validation_loss.update(self.loss(batch), weight=count)
-        self.log("validation/loss", self.validation_loss, batch_size=count, prog_bar=True)
+        self.log("validation/loss", self.validation_loss, batch_size=count)
 
     def on_test_epoch_start(self) -> None:
         """Generate the answer to a prompt without a question; only chance makes it right."""

@@ -92,7 +92,7 @@ class BridgeEvaluation(LightningModule, ABC):
         encoding, mask_BK = self.encode(batch), batch["soft_mask"]
         losses_N = np.concatenate(self.target.losses(batch["soft_rows"], encoding.soft_BKD, mask_BK))
         self.validation_loss.update(losses_N.mean(), weight=len(losses_N))
-        self.log("validation/loss", self.validation_loss, batch_size=len(losses_N), prog_bar=True)
+        self.log("validation/loss", self.validation_loss, batch_size=len(losses_N))
         if encoding.codes is not None:
             self.bottleneck.use.update(encoding.codes.index_BK[mask_BK])
             self.log("validation/code_perplexity", self.bottleneck.use, batch_size=len(losses_N))

@@ -204,7 +204,7 @@ class Telepathy(BridgeEvaluation):
         losses = weighted(self.objectives, step, weight)
         total = torch.stack(list(losses.values())).sum()
         size = len(batch["source"])
-        self.log("train/loss", total.detach(), batch_size=size, prog_bar=True)
+        self.log("train/loss", total.detach(), batch_size=size)
         if self.text_prefix is not None:
             logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(size))
             losses["text_prefix"] = weight(len(logits_NV)) * lm(logits_NV, batch["prefixed"].labels_N)
