@@ -140,7 +140,8 @@ class TaskDataModule(LightningDataModule, ABC):
         self, batches: Batches[SamplesT], collate: Callable[[SamplesT], BatchT], workers: int = 0
     ) -> BatchLoader[BatchT]:
         """Return a loader of this rank's part of each batch."""
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        strategy = getattr(self.trainer, "strategy", None)
+        on_gpu = strategy is not None and strategy.root_device.type == "cuda"
         options: dict[str, Any] = {"pin_memory": on_gpu}  # else moving a batch waits for the GPU to end its work
         if workers:
             # Forked: workers share tables without a copy, and neither a tokenizer nor a trainer has to be picklable
