@@ -18,11 +18,9 @@ import argparse
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import copy_rate, graph_milliseconds, milliseconds
+from benchmarks.timing import copy_rate, graph_milliseconds, host_milliseconds, milliseconds
 from kernels.gated_delta import chunk_gated_delta_rule
 from kernels.gated_delta.reference import chunk_gated_delta_rule as reference
 
@@ -88,17 +86,6 @@ def peers() -> dict[str, Rule]:
     )
     found["flash-linear-attention"] = lambda *x: fla.chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0]
     return found
-
-
-def host_milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the median time until a call returns on a GPU that is idle before."""
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
 
 
 def measure(rule: Rule, values: list[Tensor], rate: float, repeats: int) -> dict[str, float]:

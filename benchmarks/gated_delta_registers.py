@@ -26,8 +26,8 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.call import Call
 from kernels.gated_delta import launch, problem
-from kernels.gated_delta.call import Call
 from kernels.gated_delta.configurations import configuration
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}

@@ -10,13 +10,13 @@ of layout and without: the latter computes a scan over channels, and only its ti
 Each has a process of its own, one after another, which ends after `--limit` seconds.
 
 Times are medians over `--repeats` runs of the forward and of forward and backward, called from Python and replayed as a
-CUDA graph; `nan` says that an implementation cannot do this. `copy %` is the share of a device copy's rate that the
-least possible traffic would have in that time: in the forward each input read and the output written once, in the
-backward each input and the cotangent read and each gradient written once. Peak memory is of forward and backward above
-the inputs, and `least` is what the output and the gradients need. `error` is the largest error of output and gradients
-against the reference in fp64, RMS over RMS, on some channels. `--json` appends a line per row, once it is measured.
-`--first_call` times the first forward and backward of a fresh process without caches instead. On a CPU, which runs the
-reference, there are no graphs and no peak memory.
+CUDA graph; `nan` says that an implementation cannot do this. `host` is the time until a call from Python returns. `copy
+%` is the share of a device copy's rate that the least possible traffic would have in that time: in the forward each
+input read and the output written once, in the backward each input and the cotangent read and each gradient written
+once. Peak memory is of forward and backward above the inputs, and `least` is what the output and the gradients need.
+`error` is the largest error of output and gradients against the reference in fp64, RMS over RMS, on some channels.
+`--json` appends a line per row, once it is measured. `--first_call` times the first forward and backward of a fresh
+process without caches instead. On a CPU, which runs the reference, there are no graphs and no peak memory.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.phase_scan_peers import RULES, VARIANTS, WITH_WINDOW, WITHOUT_DECAY, Rule, inputs
-from benchmarks.timing import DEVICE, copy_rate, graph_milliseconds, milliseconds
+from benchmarks.timing import DEVICE, copy_rate, graph_milliseconds, host_milliseconds, milliseconds
 from kernels.phase_scan import phase_scan
 
 SHAPES = ["32,256,128", "32,1024,512", "8,4096,1024"]
@@ -44,6 +44,8 @@ COLUMNS = (
     "graph ms",
     "both ms",
     "both graph ms",
+    "host ms",
+    "both host ms",
     "copy %",
     "both copy %",
     "peak MiB",
@@ -104,6 +106,8 @@ def measure(
         "graph ms": attempt(lambda: graph_milliseconds(forward, repeats), f"{name}, forward as a graph"),
         "both ms": attempt(lambda: milliseconds(both, repeats), f"{name}, both"),
         "both graph ms": attempt(lambda: graph_milliseconds(both, repeats), f"{name}, both as a graph"),
+        "host ms": attempt(lambda: host_milliseconds(forward, repeats), f"{name}, launch of the forward"),
+        "both host ms": attempt(lambda: host_milliseconds(both, repeats), f"{name}, launch of both"),
     }
     fastest, fastest_both = (
         min((t for t in times if t == t), default=float("nan"))

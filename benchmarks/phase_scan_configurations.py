@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.phase_scan_peers import VARIANTS, inputs, ours
 from benchmarks.timing import DEVICE, graph_milliseconds, milliseconds
 from kernels.phase_scan.configurations import TABLE, WINDOW, Configuration, Launch
+from kernels.phase_scan.launch import forget_plans
 
 LAUNCHES = [
     *("8,8,16,1,3", "8,8,16,1,2", "8,8,16,1,4", "6,8,16,1,3", "4,8,16,1,3", "4,8,16,1,4", "4,8,16,1,2"),
@@ -58,9 +59,11 @@ def main() -> None:
             before, rows = TABLE[key], []
             for launch in [Launch(*map(int, text.split(","))) for text in options.launches]:
                 TABLE[key] = Configuration(launch, launch)
+                forget_plans()
                 star = " *" if launch == before.forward else ""
                 rows.append((*times(values, window, options.repeats), f"{launch}{star}"))
             TABLE[key] = before
+            forget_plans()
             print(f"\n{options.shape} {name} {variant}\n{'forward ms':>12}{'both ms':>12}")
             for forward, both, label in sorted(rows, key=lambda row: row[1]):
                 print(f"{forward:>12.3f}{both:>12.3f}  {label}", flush=True)

@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,8 +26,10 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.call import Call as Launched
 from kernels.phase_scan import launch, problem
 from kernels.phase_scan.configurations import Launch
+from kernels.phase_scan.launch import forget_plans
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 ROWS, CHANNELS = 256, 128  # of the inputs; the code does not depend on the rows
@@ -60,23 +63,16 @@ def record_calls(
     """Return the kernels of a forward and backward with their arguments, without a run."""
     calls: list[Call] = []
 
-    class Kernel:
-        """A kernel that records the arguments of its launch."""
+    make: Callable[..., Launched] = problem.Problem.call
 
-        def __init__(self, kernel: Any, how: Launch):
-            self.kernel, self.how = kernel, how
+    def keep(self: problem.Problem, kernel: Any, how: Launch, **options: object) -> Callable[..., None]:
+        made = make(self, kernel, how, **options)
 
-        def __getitem__(self, grid: object) -> Any:
-            def launch_kernel(*tensors: Tensor | None, **options: Any) -> None:
-                named = dict(zip(self.kernel.arg_names, tensors, strict=False)) | options
-                calls.append((self.kernel, self.how, named | {"COMPILED": True}))
+        def record(*tensors: Tensor | None) -> None:
+            named = dict(zip(kernel.arg_names, tensors, strict=False)) | made.constants
+            calls.append((kernel, how, named | {"COMPILED": True}))
 
-            return launch_kernel
-
-    run = problem.Problem.run
-
-    def record(self: problem.Problem, kernel: Any, how: Launch, *tensors: Tensor | None, **options: object) -> None:
-        run(self, Kernel(kernel, how), how, *tensors, **options)
+        return record
 
     x = torch.empty(1, ROWS, CHANNELS, dtype=dtype)
     log_decay = torch.empty(CHANNELS) if channel else x if gates else None
@@ -85,9 +81,11 @@ def record_calls(
     initial = torch.empty(1, *terms, 2 + normalise, CHANNELS) if state else None
     bounds = torch.tensor([0, ROWS]) if packed else None
     inputs = x, x, x if mass else None, log_decay, offset, offset, initial, bounds
-    with patch.object(problem.Problem, "run", record):
+    forget_plans()
+    with patch.object(problem.Problem, "call", keep):
         y, final, states = launch.run_forward(*inputs, normalise, imaginary, state and window is None, window)
         launch.run_backward(y, final if final.numel() else None, *inputs, states, normalise, imaginary, window)
+    forget_plans()
     return calls
 
 

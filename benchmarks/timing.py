@@ -55,3 +55,16 @@ def copy_rate() -> float:
     source = torch.empty(2**28 if DEVICE == "cuda" else 2**22, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), 30) / 1e3)
+
+
+def host_milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the median time until a call returns on a GPU that is idle before; NaN on a CPU, which does all by then."""
+    if DEVICE == "cpu":
+        return float("nan")
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)

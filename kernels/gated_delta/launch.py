@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kernels.call import Call
 from kernels.gated_delta.backward import sweep_both_ways
-from kernels.gated_delta.call import Call
 from kernels.gated_delta.forward import compute_outputs
 from kernels.gated_delta.gradients import compute_gradients
 from kernels.gated_delta.prepare import prepare_chunks

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gated_delta.call import Call
+from kernels.call import Call
 from kernels.gated_delta.configurations import Launch, configuration
 
 Tensors = tuple[Tensor, ...]

@@ -1,5 +1,6 @@
 """The gradient of the operators, and how an ensemble calls them."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def scan(*inputs: Any) -> Tensors:
-    """Run the kernels: as an operator in compiled code, directly elsewhere; `PhaseScan.forward` has the arguments."""
+    """Run the kernels: as an operator in compiled code, directly elsewhere; `run_forward` has the arguments."""
     if torch.compiler.is_compiling():  # which loses the gradient of an `autograd.Function` under vmap
         result: Tensors = torch.ops.crosstalk.phase_scan_forward(*inputs)
         return result
@@ -29,42 +30,27 @@ class PhaseScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        omega: Tensor,
-        mass: Tensor | None,
-        log_decay: Tensor | None,
-        read_offset: Tensor | None,
-        write_offset: Tensor | None,
-        initial: Tensor | None,
-        cu_seqlens: Tensor | None,
-        normalise: bool,
-        imaginary: bool,
-        output_final_state: bool,
-        window: int | None,
-    ) -> Tensors:
-        """Compute outputs and final states."""
-        return run_forward(
-            *(x, omega, mass, log_decay, read_offset, write_offset, initial, cu_seqlens),
-            *(normalise, imaginary, output_final_state, window),
-        )
+    def forward(*inputs: Any) -> Tensors:
+        """Compute outputs and final states; `run_forward` has the arguments. To bind names takes PyTorch longer."""
+        return run_forward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         """Keep what the gradient needs."""
-        *tensors, ctx.normalise, ctx.imaginary, ctx.output_final_state, ctx.window = inputs
+        *tensors, ctx.normalise, ctx.imaginary, output_final_state, ctx.window = inputs
         _, final, states = output
-        ctx.mark_non_differentiable(*(states,) if ctx.output_final_state else (final, states))
+        ctx.mark_non_differentiable(*(states,) if output_final_state else (final, states))
+        ctx.set_materialize_grads(False)  # or each output without a gradient, such as the states, gets one of zeros
         ctx.save_for_backward(*tensors, states)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> Gradients:
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> Gradients:
         """Compute the gradients of the first seven inputs."""
         saved = ctx.saved_tensors
         gradients = list(
             torch.ops.crosstalk.phase_scan_backward(
-                dy.contiguous(),
-                dfinal.contiguous() if ctx.output_final_state else None,
+                _zeros(saved[0], ctx.imaginary) if dy is None else dy.contiguous(),
+                None if dfinal is None else dfinal.contiguous(),
                 *saved,
                 *(ctx.normalise, ctx.imaginary, ctx.window),
             )
@@ -79,6 +65,14 @@ class PhaseScan(torch.autograd.Function):
     def vmap(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Tensors, tuple[int, ...]]:
         """Run the members of an ensemble at once."""
         return _run_members(PhaseScan.apply, info, in_dims, *inputs)
+
+
+# PyTorch asks for it at each call, and Python would find it out each time
+PhaseScan.forward.__signature__ = inspect.signature(PhaseScan.forward)  # type: ignore[attr-defined]
+
+
+def _zeros(x: Tensor, imaginary: bool) -> Tensor:
+    return x.new_zeros(*x.shape[:2], x.shape[2] * (1 + imaginary))
 
 
 def _fold(x: Tensor, dim: int | None, members: int, axis: int) -> Tensor:

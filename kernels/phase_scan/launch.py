@@ -3,14 +3,42 @@
 Shapes: as in `forward.py`.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from kernels.call import Call
 from kernels.phase_scan.backward import compute_gradients
 from kernels.phase_scan.forward import compute_outputs
-from kernels.phase_scan.problem import Problem, Tensors
+from kernels.phase_scan.problem import Kinds, Problem, Tensors, kinds_of
 from kernels.phase_scan.window_backward import compute_window_gradients
 from kernels.phase_scan.window_forward import compute_window_outputs
+
+Plan = tuple[Problem, Call]
+KEPT = 256  # plans of the last sizes: to make one takes longer than to launch it
+
+
+@lru_cache(KEPT)
+def plan_forward(inputs: Kinds, normalise: bool, imaginary: bool, final: bool, window: int | None) -> Plan:
+    """Return the problem of a forward, and its launch."""
+    problem = Problem(inputs, normalise, imaginary, window)
+    kernel = compute_outputs if window is None else compute_window_outputs
+    return problem, problem.call(kernel, problem.how.forward, FINAL=final)
+
+
+@lru_cache(KEPT)
+def plan_backward(cotangents: Kinds, inputs: Kinds, normalise: bool, imaginary: bool, window: int | None) -> Plan:
+    """Return the problem of a backward, and its launch."""
+    problem = Problem(inputs, normalise, imaginary, window)
+    kernel = compute_gradients if window is None else compute_window_gradients
+    return problem, problem.call(kernel, problem.how.backward)
+
+
+def forget_plans() -> None:
+    """Make each plan again at its next use, after a change of the table of configurations."""
+    plan_forward.cache_clear()
+    plan_backward.cache_clear()
 
 
 def run_forward(
@@ -28,18 +56,15 @@ def run_forward(
     window: int | None,
 ) -> Tensors:
     """Return outputs, final states and the states before tiles; with a window, no final states."""
-    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary, window)
+    kinds = kinds_of(x, omega, mass, log_decay, read_offset, write_offset, initial, cu_seqlens)
+    problem, launch = plan_forward(kinds, normalise, imaginary, output_final_state, window)
     y, final, states = problem.forward_buffers(x, output_final_state)
-    if window is not None:
-        rows = x, omega, mass, read_offset, write_offset
-        problem.run(compute_window_outputs, problem.how.forward, *rows, initial, y, states, cu_seqlens)
-        return y, final, states
-    problem.run(
-        compute_outputs,
-        problem.how.forward,
-        *(x, omega, mass, log_decay, read_offset, write_offset, initial, y, final, states, cu_seqlens),
-        FINAL=output_final_state,
-    )
+    with problem.on_device():
+        if window is None:
+            rows = x, omega, mass, log_decay, read_offset, write_offset
+            launch(*rows, initial, y, final, states, cu_seqlens)
+        else:
+            launch(x, omega, mass, read_offset, write_offset, initial, y, states, cu_seqlens)
     return y, final, states
 
 
@@ -57,7 +82,8 @@ def _forward_shapes(
     output_final_state: bool,
     window: int | None,
 ) -> Tensors:
-    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary, window)
+    kinds = kinds_of(x, omega, mass, log_decay, read_offset, write_offset, initial, cu_seqlens)
+    problem = Problem(kinds, normalise, imaginary, window)
     return problem.forward_buffers(x, output_final_state)
 
 
@@ -78,15 +104,17 @@ def run_backward(
     window: int | None,
 ) -> Tensors:
     """Return the gradients of x, omega, mass, log-decay, read and write offset, and of the initial states."""
-    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary, window)
     inputs = x, omega, mass, log_decay, read_offset, write_offset, initial
+    kinds = kinds_of(*inputs, cu_seqlens)
+    problem, launch = plan_backward(kinds_of(dy, dfinal), kinds, normalise, imaginary, window)
     gradients = problem.backward_buffers(*inputs)
-    if window is not None:
-        rows = x, omega, mass, read_offset, write_offset
-        found = [gradient for index, gradient in enumerate(gradients) if index != 3]  # there is no decay
-        problem.run(compute_window_gradients, problem.how.backward, *rows, initial, states, dy, *found, cu_seqlens)
-        return gradients
-    problem.run(compute_gradients, problem.how.backward, *inputs, states, dy, dfinal, *gradients, cu_seqlens)
+    with problem.on_device():
+        if window is None:
+            launch(*inputs, states, dy, dfinal, *gradients, cu_seqlens)
+        else:
+            dx, domega, dmass, _, dread, dwrite, dinitial = gradients  # there is no decay
+            rows = x, omega, mass, read_offset, write_offset
+            launch(*rows, initial, states, dy, dx, domega, dmass, dread, dwrite, dinitial, cu_seqlens)
     return gradients
 
 
@@ -106,7 +134,8 @@ def _backward_shapes(
     imaginary: bool,
     window: int | None,
 ) -> Tensors:
-    problem = Problem(x, mass, log_decay, read_offset, write_offset, cu_seqlens, normalise, imaginary, window)
+    kinds = kinds_of(x, omega, mass, log_decay, read_offset, write_offset, initial, cu_seqlens)
+    problem = Problem(kinds, normalise, imaginary, window)
     return problem.backward_buffers(x, omega, mass, log_decay, read_offset, write_offset, initial)
 
 

@@ -3,59 +3,48 @@
 Shapes: as in `forward.py`; `slots` tiles of C rows, as `kernels.gated_delta.tiles` counts them.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.call import Call
 from kernels.phase_scan.configurations import TABLE, WINDOW, Configuration, Launch, window_tiles
 from kernels.phase_scan.options import EPSILON
 
 Tensors = tuple[Tensor, ...]
+Kinds = tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
 
 
 class Problem:
     """The sizes of one call, and the arguments that both kernels share.
 
     Args:
-        x: Values [B, T, D].
-        mass: Factors of the values, or None.
-        log_decay: Log-decays [D] or [B, T, D], or None.
-        read_offset: Phases added where it reads, or None.
-        write_offset: Phases added where it writes, or None.
-        cu_seqlens: Bounds of the sequences, or None.
+        inputs: Shape, type and device, or None, of x, omega, mass, log-decay, read offset, write offset, initial states
+            and bounds of the sequences.
         normalise: Whether outputs are divided by the sum of masses.
         imaginary: Whether there are imaginary parts of outputs.
         window: Positions that the sum covers, or None.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        mass: Tensor | None,
-        log_decay: Tensor | None,
-        read_offset: Tensor | None,
-        write_offset: Tensor | None,
-        cu_seqlens: Tensor | None,
-        normalise: bool,
-        imaginary: bool,
-        window: int | None = None,
-    ):
-        self.B, self.T, self.D = x.shape
-        self.device, self.packed = x.device, cu_seqlens is not None
+    def __init__(self, inputs: Kinds, normalise: bool, imaginary: bool, window: int | None = None):
+        x, _, mass, log_decay, read_offset, write_offset, _, bounds = inputs
+        assert x is not None
+        (self.B, self.T, self.D), dtype, self.device = x
+        self.packed, on_gpu = bounds is not None, self.device.type == "cuda"
         self.width, self.parts = self.D * (1 + imaginary), 2 + normalise
         extras = normalise + sum(v is not None for v in (mass, log_decay, read_offset, write_offset))
-        self.how = TABLE[x.element_size(), min(extras, 2) if window is None else WINDOW]
-        self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.how = TABLE[dtype.itemsize, min(extras, 2) if window is None else WINDOW]
+        self.N = self.B if bounds is None else bounds[0][0] - 1
         self.common: dict[str, Any] = {"T": self.T, "D": self.D, "IMAGINARY": imaginary}
-        self.common |= {"PACKED": self.packed, "COMPILED": x.is_cuda}
+        self.common |= {"PACKED": self.packed, "COMPILED": on_gpu}
         if window is not None:
             self._set_window(window)
             return
         rows = self.how.forward.rows * self.how.forward.groups
         self.slots = self.T // rows + self.N if self.packed else self.B * -(-self.T // rows)
-        per_channel = log_decay is not None and log_decay.dim() == 1
+        per_channel = log_decay is not None and len(log_decay[0]) == 1
         self.common |= {"EPSILON": EPSILON, "PER_CHANNEL": per_channel, "NORM": normalise}
 
     def _set_window(self, window: int) -> None:
@@ -72,16 +61,15 @@ class Problem:
         else:
             self.slots = self.B * (min(self.T, 1) + -(-max(self.T - window, 0) // rows))
 
-    def run(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **options: object) -> None:
-        """Launch a program per sequence and block of channels; a tensor that the kernel does not read may be None."""
+    def call(self, kernel: Any, launch: Launch, **options: object) -> Call:
+        """Return a launch of a program per sequence and block of channels."""
         channels = min(launch.channels, max(4, 1 << (self.D - 1).bit_length()))
-        programs = self.N * -(-self.D // channels)
-        if programs == 0:
-            return
         options |= {"R": launch.rows, "G": launch.groups, "BD": channels, "STAGES": launch.stages}
-        options["num_warps"] = launch.warps
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            kernel[(programs,)](*tensors, **options, **self.common)
+        return Call(kernel, self.N * -(-self.D // channels), {"num_warps": launch.warps}, options | self.common)
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Return a context in which the device of the tensors is the current one, as launches need it."""
+        return torch.cuda.device(self.device.index) if self.device.type == "cuda" else nullcontext()
 
     def forward_buffers(self, x: Tensor, output_final_state: bool) -> Tensors:
         """Return outputs, final states, and states and phases before each tile, without content."""
@@ -112,3 +100,8 @@ class Problem:
         """Return a tensor for one result per row; rows after the last packed sequence stay zero."""
         make = like.new_zeros if self.packed else like.new_empty
         return make(self.B, self.T, width)
+
+
+def kinds_of(*inputs: Tensor | None) -> Kinds:
+    """Return shape, type and device of each tensor: all that a launch depends on but the addresses."""
+    return tuple([None if x is None else (x.shape, x.dtype, x.device) for x in inputs])

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.gated_delta.call import Call
+from kernels.call import Call
 
 
 @triton.jit(do_not_specialize=["N"])
