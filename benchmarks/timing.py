@@ -58,7 +58,7 @@ def copy_rate() -> float:
 
 
 def host_milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the median time until a call returns on a GPU that is idle before; NaN on a CPU, which does all by then."""
+    """Return the median time until a call returns on a GPU that is idle before; NaN on a CPU."""
     if DEVICE == "cpu":
         return float("nan")
     times = []
