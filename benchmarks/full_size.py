@@ -107,6 +107,10 @@ class Bench:
         self.source, self.target = made
         self.compiled = compiled
         torch.compiler.reset()  # graphs of the models before
+        self.release()
+
+    def release(self) -> None:
+        """Give all free memory back, or the next way would find it in blocks of other sizes and move it about."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -174,7 +178,7 @@ class Bench:
             self.free()  # the whole source
         for bridge in self.bridges.values():
             bridge.zero_grad()
-        gc.collect()
+        self.release()
         self.write()
         return rates
 
