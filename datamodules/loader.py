@@ -2,14 +2,20 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from datamodules.batches import Batches, SamplesT
 
 BatchT = TypeVar("BatchT")
+SMALL = 2**16  # bytes of a tensor that a worker sends by value
 
 
 class _RankShare(Dataset[SamplesT]):
@@ -76,7 +82,7 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
             batch_size=None,
             sampler=numbers,
             collate_fn=collate_fn,
-            worker_init_fn=leave_signals_to_the_run,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # an iterator takes no random number from the training, also after a resume
             **options,
         )
@@ -98,10 +104,26 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
         self.numbers.start = state["done"] % len(self)
 
 
-def leave_signals_to_the_run(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a worker, so that the run can end its step; the worker ends with the run."""
+def start_worker(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM in a worker, so that the run can end its step, and send its small tensors by value.
+
+    The worker ends with the run. Torch sends each tensor through shared memory, whose file the run gets over a new
+    connection to the worker. For a small tensor that takes longer than its numbers do.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    ForkingPickler.register(Tensor, _reduced)
+
+
+def _reduced(x: Tensor) -> tuple[Any, ...]:
+    """Return how a tensor is pickled in a worker."""
+    if x.nbytes > SMALL or x.dtype == torch.bfloat16:  # numpy has no bfloat16
+        return tuple(reduce_tensor(x))  # type: ignore[no-untyped-call]  # torch has no types here
+    return _tensor, (x.numpy(),)
+
+
+def _tensor(array: npt.NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(array)
 
 
 class UnchangedLoader(Generic[BatchT]):

@@ -4,9 +4,10 @@ from collections import Counter
 from itertools import chain
 
 import pytest
+import torch
 
 from datamodules.batches import LANES, POOL, FiniteBatches, StreamBatches
-from datamodules.loader import BatchLoader
+from datamodules.loader import SMALL, BatchLoader
 from datamodules.problems import generate
 
 
@@ -147,3 +148,23 @@ def test_bucketing_leaves_little_padding():
     assert padding([lengths[i : i + 64] for i in range(0, len(lengths), 64)]) > 0.25
     for batches in (finite, stream):
         assert padding([batches.batch(0, i) for i in range(len(batches))]) < 0.06
+
+
+def tensors(samples: list[int]) -> dict[str, torch.Tensor]:
+    x = torch.tensor(samples)
+    many = torch.arange(SMALL)  # of 8 bytes each
+    kinds = {"empty": x[:0], "single": x.sum(), "mask": x > 3, "transposed": x.expand(2, -1).T, "half": x.half()}
+    return {**kinds, "bfloat16": x.bfloat16(), "large": many, "part": many[1::2]}
+
+
+def test_workers_send_tensors_of_all_kinds_unchanged():
+    batches = FiniteBatches(range(20), 4, length, seed=0, drop_last=False)
+    made = list(BatchLoader(batches, tensors, num_workers=2, multiprocessing_context="fork"))
+    expected = list(BatchLoader(batches, tensors))
+    assert len(made) == len(expected) == 5
+    for one, other in zip(made, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, x in one.items():
+            torch.testing.assert_close(x, other[name], rtol=0, atol=0)
+        for x in one.values():
+            x.zero_()  # the run may write into a batch
