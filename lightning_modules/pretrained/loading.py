@@ -17,6 +17,7 @@ from datamodules.hub import offline_without_hub, reason_of
 from datamodules.sources import check_path
 from lightning_modules.core.attention import leave_out_cudnn_attention
 from lightning_modules.pretrained.first_layers import FirstLayers, layer_stack, with_first_layers
+from lightning_modules.pretrained.norms import fuse_norms
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -191,6 +192,7 @@ class Pretrained:
             if wrong:
                 problem = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"
                 raise UserError(f"the weights in '{self.path}' do not fit its config: {problem}")
+        fuse_norms(model)
         if self.compile:
             self._compile(model, config)
         size, attention = f"{model.num_parameters() / 1e6:.3g} M parameters", model.config._attn_implementation
