@@ -6,7 +6,7 @@ tokens of the whole batch, V target vocabulary.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -234,13 +234,17 @@ class Telepathy(BridgeEvaluation):
 
     def workload(self, batch: TrainingBatch) -> Workload:
         """Return samples, target positions and flops of a training step."""
-        return workload(batch, self.source, self.target, self.bridge)
+        return workload(batch, self._sizes)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [sum(p.numel() for p in part.parameters()) for part in (self.source, self.target, self.bridge)]
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the gradient of the bridge, and apart from it that of the text prefix, which must not change it."""
-        clip_apart(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        clip_apart(self, self.text_prefix, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and its schedule."""

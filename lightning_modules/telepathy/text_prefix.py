@@ -37,21 +37,28 @@ class TextPrefix(nn.Module):
         return torch.ones(size, len(self.vectors_KD), dtype=torch.bool)
 
 
-def clip_apart(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
-    """Clip the gradient of a module, and apart from it that of its `text_prefix`, which must not change it.
+def clip_apart(
+    module: LightningModule,
+    prefix: TextPrefix | None,
+    optimizer: Optimizer,
+    value: float | None,
+    algorithm: str | None,
+) -> None:
+    """Clip the gradient of a module, and apart from it that of its text prefix, which must not change it.
 
     Args:
         module: The module.
+        prefix: Its text prefix, if there is one.
         optimizer: Its optimizer.
         value: The bound; nothing is clipped without one.
         algorithm: `norm` or `value`, which clips each element by itself.
     """
-    prefix = [p for name, p in module.named_parameters() if name.startswith("text_prefix.")]
-    if not prefix or not value or algorithm == "value":
+    if prefix is None or not value or algorithm == "value":
         _clip(module, optimizer, value, algorithm)
         return
-    others = [p for name, p in module.named_parameters() if p.requires_grad and not name.startswith("text_prefix.")]
-    for part in (prefix, others):
+    apart = set(prefix.parameters())
+    others = [p for group in optimizer.param_groups for p in group["params"] if p not in apart]
+    for part in (apart, others):
         torch.nn.utils.clip_grad_norm_(part, value)
 
 

@@ -1,18 +1,21 @@
 """The size of a training step."""
 
-from torch import nn
+from collections.abc import Sequence
 
 from lightning_modules.core.contracts import Workload
 from lightning_modules.telepathy.batch import TrainingBatch
 
 
-def workload(batch: TrainingBatch, source: nn.Module, target: nn.Module, bridge: nn.Module) -> Workload:
+def workload(batch: TrainingBatch, sizes: Sequence[int]) -> Workload:
     """Return samples, target positions, their padding, and flops of a training step.
 
     Per parameter and position there are 2 flops forward, 2 for gradients of activations (not in the source), and 2 for
     gradients of weights (in the bridge alone).
+
+    Args:
+        batch: The batch of this rank.
+        sizes: The numbers of parameters of source, target and bridge.
     """
-    sizes = [sum(p.numel() for p in module.parameters()) for module in (source, target, bridge)]
     tokens = batch["soft"].tokens_BT.numel()
     read, answered, bridged = 2 * batch["source"].numel(), 4 * tokens, 6 * batch["soft_mask"].numel()
     if "text" in batch:
