@@ -118,6 +118,8 @@ class Pretrained:
         """
         from transformers import AutoTokenizer
 
+        # In batches of few short texts, its threads cost more time than they save, and a forked worker warns of them
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         path = self.tokenizer or self.path
         tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, "a tokenizer", path)
         return tokenizer
