@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class FusedNorm(nn.RMSNorm):
-    """x / sqrt(mean(x²) + eps) · weight in fp32, by one operator."""
+    """x / sqrt(mean(x²) + eps) · weight in the precision of the weight, by one operator."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of x; under autocast x may be of lower precision than the weight."""
-        return super().forward(x.float())
+        return super().forward(x.to(self.weight.dtype))
 
 
 def fuse_norms(model: nn.Module) -> None:
