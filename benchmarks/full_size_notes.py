@@ -41,7 +41,7 @@ def notes_steps(
     sizes = [sum(p.numel() for p in model.parameters()) for model in (reader, writer, made)]
     embedding = writer.get_input_embeddings()
     for part in list(rates.parts):
-        batches = [problems[start : start + part.rows] for start in range(0, len(problems), part.rows)]
+        batches = [problems[start : start + part.rows] for start in range(0, len(problems) - part.rows + 1, part.rows)]
         largest = max(batches, key=lambda some: len(some) * max(len(problem["answer"]) for problem in some))
         part.steps = WARMUP + len(batches)
         for some in [largest] * WARMUP + batches:

@@ -1,10 +1,12 @@
 """A kernel that is launched again and again with arguments that differ in nothing but addresses."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import or_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 ALIGNED = 16  # bytes: Triton compiles a kernel for addresses that are multiples of it, and another one for others
@@ -47,3 +49,8 @@ class Call:
         compiled = self.kernel[(self.programs,)](*tensors, **self.constants, **self.how)
         if aligned and compiled is not None:
             self._launch = compiled[(self.programs, 1, 1)]
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a device is the current one, as launches on it need it."""
+    return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()

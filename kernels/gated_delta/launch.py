@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.call import Call
+from kernels.call import Call, on_device
 from kernels.gated_delta.backward import sweep_both_ways
 from kernels.gated_delta.forward import compute_outputs
 from kernels.gated_delta.gradients import compute_gradients
@@ -64,7 +64,7 @@ def run_forward(
     kinds = _kinds(q, k, v, g, beta, initial, cu_seqlens)
     problem, prepare, outputs = plan_forward(sizes, kinds, scale, initial is not None, output_final_state)
     buffers = o, final, A, c, r_q, r_k = problem.forward_buffers(v, output_final_state)
-    with problem.on_device():
+    with on_device(problem.device):
         prepare(q, k, g, beta, A, c, r_q, r_k, cu_seqlens)
         outputs(q, k, v, beta, A, c, r_q, r_k, initial, o, final, cu_seqlens)
     return buffers
@@ -111,7 +111,7 @@ def run_backward(
     kept = v.dtype if problem.how.parts else torch.float32
     errors = torch.empty_like(v, dtype=kept)
     states, dstates = (v.new_empty((problem.slots, problem.J, problem.K, problem.V), dtype=kept) for _ in range(2))
-    with problem.on_device():
+    with on_device(problem.device):
         inputs = q, k, v, do, beta, A, c, r_q, r_k, initial, dfinal
         sweeps(*inputs, dv, states, errors, dstates, dinitial, cu_seqlens)
         gradients(q, k, beta, c, r_q, r_k, do, dv, states, errors, dstates, dq, dk, dg, dbeta, cu_seqlens)

@@ -3,7 +3,6 @@
 Shapes: as in `reference.py`; `slots` chunks of C positions, as `tiles.py` counts them.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -76,10 +75,6 @@ class Problem:
         """Return a launch of `programs` programs of a kernel, with options that not all kernels have."""
         how = {"num_warps": launch.warps, "num_stages": launch.stages}
         return Call(kernel, programs, how, self.common | {"BV": self.columns(launch)} | options)
-
-    def on_device(self) -> AbstractContextManager[object]:
-        """Return a context in which the device of the tensors is the current one, as launches need it."""
-        return torch.cuda.device(self.device.index) if self.device.type == "cuda" else nullcontext()
 
     def forward_buffers(self, v: Tensor, output_final_state: bool) -> Tensors:
         """Return o, the final state, A, c and the factors of the l2 norms of queries and keys, without content."""

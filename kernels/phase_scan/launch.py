@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.call import Call
+from kernels.call import Call, on_device
 from kernels.phase_scan.backward import compute_gradients
 from kernels.phase_scan.forward import compute_outputs
 from kernels.phase_scan.problem import Kinds, Problem, Tensors, kinds_of
@@ -59,7 +59,7 @@ def run_forward(
     kinds = kinds_of(x, omega, mass, log_decay, read_offset, write_offset, initial, cu_seqlens)
     problem, launch = plan_forward(kinds, normalise, imaginary, output_final_state, window)
     y, final, states = problem.forward_buffers(x, output_final_state)
-    with problem.on_device():
+    with on_device(problem.device):
         if window is None:
             rows = x, omega, mass, log_decay, read_offset, write_offset
             launch(*rows, initial, y, final, states, cu_seqlens)
@@ -108,7 +108,7 @@ def run_backward(
     kinds = kinds_of(*inputs, cu_seqlens)
     problem, launch = plan_backward(kinds_of(dy, dfinal), kinds, normalise, imaginary, window)
     gradients = problem.backward_buffers(*inputs)
-    with problem.on_device():
+    with on_device(problem.device):
         if window is None:
             launch(*inputs, states, dy, dfinal, *gradients, cu_seqlens)
         else:

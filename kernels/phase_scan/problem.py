@@ -3,7 +3,6 @@
 Shapes: as in `forward.py`; `slots` tiles of C rows, as `kernels.gated_delta.tiles` counts them.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -66,10 +65,6 @@ class Problem:
         channels = min(launch.channels, max(4, 1 << (self.D - 1).bit_length()))
         options |= {"R": launch.rows, "G": launch.groups, "BD": channels, "STAGES": launch.stages}
         return Call(kernel, self.N * -(-self.D // channels), {"num_warps": launch.warps}, options | self.common)
-
-    def on_device(self) -> AbstractContextManager[object]:
-        """Return a context in which the device of the tensors is the current one, as launches need it."""
-        return torch.cuda.device(self.device.index) if self.device.type == "cuda" else nullcontext()
 
     def forward_buffers(self, x: Tensor, output_final_state: bool) -> Tensors:
         """Return outputs, final states, and states and phases before each tile, without content."""
