@@ -56,8 +56,9 @@ def clip_apart(
     if prefix is None or not value or algorithm == "value":
         _clip(module, optimizer, value, algorithm)
         return
-    apart = set(prefix.parameters())
-    others = [p for group in optimizer.param_groups for p in group["params"] if p not in apart]
+    apart = list(prefix.parameters())  # in order: a norm over a set would have other last bits in each run
+    known = set(apart)
+    others = [p for group in optimizer.param_groups for p in group["params"] if p not in known]
     for part in (apart, others):
         torch.nn.utils.clip_grad_norm_(part, value)
 
