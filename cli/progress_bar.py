@@ -3,7 +3,6 @@
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-Metrics = dict[str, int | str | float | dict[str, float]]
 SHOWN = ("train/loss", "validation/loss", "validation/accuracy")
 
 
