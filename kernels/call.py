@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ALIGNED = 16  # bytes: Triton compiles a kernel for addresses that are multiples of it, and another one for others
+KEPT = 256  # plans of the last sizes: to make one takes longer than to launch it
 
 
 class Call:

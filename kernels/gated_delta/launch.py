@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.call import Call, on_device
+from kernels.call import KEPT, Call, on_device
 from kernels.gated_delta.backward import sweep_both_ways
 from kernels.gated_delta.forward import compute_outputs
 from kernels.gated_delta.gradients import compute_gradients
@@ -18,7 +18,6 @@ from kernels.gated_delta.reference import EPSILON, FLOORS
 
 Kinds = tuple[tuple[torch.dtype, torch.device] | None, ...]
 Plan = tuple[Problem, Call, Call]
-KEPT = 256  # plans of the last sizes: to make one takes longer than to launch it
 
 
 @lru_cache(KEPT)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.call import Call, on_device
+from kernels.call import KEPT, Call, on_device
 from kernels.phase_scan.backward import compute_gradients
 from kernels.phase_scan.forward import compute_outputs
 from kernels.phase_scan.problem import Kinds, Problem, Tensors, kinds_of
@@ -16,7 +16,6 @@ from kernels.phase_scan.window_backward import compute_window_gradients
 from kernels.phase_scan.window_forward import compute_window_outputs
 
 Plan = tuple[Problem, Call]
-KEPT = 256  # plans of the last sizes: to make one takes longer than to launch it
 
 
 @lru_cache(KEPT)
