@@ -5,7 +5,6 @@ Shapes: B rows, W windows, T positions, U = T + 1 tokens of a window.
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +15,11 @@ from datamodules.sequence_task import SequenceTask, Split, collate, label_next
 from datamodules.text_levels import Level, TextLevel, learned, restored
 from datamodules.text_source import Source, read_text
 
-TEST_PARTS = {"90/5/5": 1, "85/5/10": 2}  # of 20 parts of the text; the validation text is the one before them
+# Where validation, training and test text begin and end, in twentieths of the text
+PARTS = {
+    "90/5/5": {"train": (0, 18), "validation": (18, 19), "test": (19, 20)},
+    "5/85/10": {"validation": (0, 1), "train": (1, 18), "test": (18, 20)},
+}
 
 
 class TextCorpus(SequenceTask):
@@ -27,12 +30,15 @@ class TextCorpus(SequenceTask):
         tokens  t h e _ c a t _
         labels  h e _ c a t _ s
 
-    The last 5 % of the text are for testing, and the 5 % before them for validation, as is usual for text8 and enwik8:
-    90, 5 and 5 million of their 100 million bytes. With `split` `85/5/10` the last 10 % are for testing. That is the
-    usual test text of tinyshakespeare, on which others also validate. Training rows begin anywhere in the rest.
-    Held-out rows are windows that do not overlap, spread evenly; there are fewer than `validation_size` or `test_size`
-    of them if the text is short. `chance` is the frequency of the most frequent token in the training text; `ceiling`
-    is None, because it is unknown.
+    With `split` `90/5/5` the last 5 % of the text are for testing, and the 5 % before them for validation, as is usual
+    for text8 and enwik8: 90, 5 and 5 million of their 100 million bytes. With `5/85/10` the last 10 % are for testing,
+    the usual test text of tinyshakespeare, and the first 5 % for validation. A validation text before the test text
+    would take from the training what is most like the test: the beginning of the same play. Others train on all of
+    the first 90 %, and validate on the test text.
+
+    Training rows begin anywhere in the training text. Held-out rows are windows that do not overlap, spread evenly;
+    there are fewer than `validation_size` or `test_size` of them if the text is short. `chance` is the frequency of the
+    most frequent token in the training text; `ceiling` is None, because it is unknown.
 
     The vocabulary is in checkpoints, so that a model reads the tokens that it was trained on, whatever the text.
 
@@ -45,7 +51,7 @@ class TextCorpus(SequenceTask):
         level: `byte`; `char`, the characters of the training text with one token for all others; or `bpe`, the tokens
             of a byte-level byte-pair encoding that is trained on the training text.
         bpe_vocab: Largest vocabulary of `bpe`, of which 256 tokens are the bytes.
-        split: Shares of the text for training, validation and test, by position.
+        split: Shares of the text by position: training, validation and test, or validation, training and test.
         seq_len: T.
         **common: Arguments of `SequenceTask`.
     """
@@ -60,7 +66,7 @@ class TextCorpus(SequenceTask):
         max_size: int | None = None,
         level: Level = "byte",
         bpe_vocab: int = 2048,
-        split: Literal["90/5/5", "85/5/10"] = "90/5/5",
+        split: Literal["90/5/5", "5/85/10"] = "90/5/5",
         seq_len: int = 256,
         **common: Any,
     ):
@@ -163,11 +169,8 @@ class TextCorpus(SequenceTask):
     def _texts(self) -> dict[str, str | bytes]:
         """Part -> its text; bytes if tokens are bytes."""
         text = read_text(self.source, self.path, self.text_column, self.max_size, self.level == "byte")
-        part = len(text) // 20
-        test = len(text) - TEST_PARTS[self.split] * part
-        bounds = 0, test - part, test, len(text)
-        names = "train", "validation", "test"
-        return {name: text[start:end] for name, (start, end) in zip(names, pairwise(bounds), strict=True)}
+        bounds = [0, *(len(text) - (20 - part) * (len(text) // 20) for part in range(1, 21))]
+        return {name: text[bounds[start] : bounds[end]] for name, (start, end) in PARTS[self.split].items()}
 
     @cached_property
     def _tokens(self) -> dict[str, Integers]:
