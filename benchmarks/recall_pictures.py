@@ -13,15 +13,17 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 MEASURE = "test/accuracy_by_group"
-LAYERS, HEADS, WINDOW, LONGEST = 2, 2, 16, 1024  # of the study
+LAYERS, HEADS, WINDOW, LONGEST = 2, 2, 16, 1024  # of the study's arms with two blocks
 BYTES = 4  # of a number
 SIZES: Mapping[str, Callable[[int], int]] = {  # series -> width -> bytes that a model carries to the next position
-    "gated_delta": lambda width: BYTES * LAYERS * HEADS * (width // HEADS) ** 2,
+    "gated_delta": lambda width: BYTES * width**2,
+    "two_blocks": lambda width: BYTES * LAYERS * HEADS * (width // HEADS) ** 2,
     "window": lambda width: BYTES * LAYERS * 2 * WINDOW * width,
     "attention": lambda width: BYTES * LAYERS * 2 * LONGEST * width,
 }
 LABELS = {
     "gated_delta": "gated delta rule",
+    "two_blocks": "gated delta rule, two blocks of two heads",
     "window": f"attention to {WINDOW} positions",
     "attention": "attention to all positions",
 }

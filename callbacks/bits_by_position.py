@@ -37,8 +37,11 @@ class BitsByPosition(Probe):
     and L the length of the data's rows:
 
     - `<stage>/bits_at_0_5`, `_1`, `_1_5`, ...: mean over the positions of the half row that ends there, in units of L.
-      A model that reads long rows as well as rows of training has the same bits everywhere behind the first half.
-    - `<stage>/bits_growth`: the mean of the last L positions less that of the second half of the first L.
+      They depend on the text there, too.
+    - `<stage>/bits_growth`: what a long row costs, whatever its text: the mean over the last half row less that of the
+      same characters in the second half of rows that begin only L positions before their end. It is 0 for a model that
+      reads L positions, positive if long rows are read worse than rows of training, and negative if what lies further
+      back helps.
 
     Tokens of bytes and characters count as one character each; tokens of `bpe` as many as they have on average. Every
     rank measures all rows.
@@ -75,12 +78,15 @@ class BitsByPosition(Probe):
     def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
         """Measure and report."""
         texts = self.text(trainer)
-        batch = texts.text_rows(split, self.count(trainer), self.times * texts.seq_len)
-        bits_ST = bits_by_position(module, batch["tokens"], batch["labels"]) * texts.tokens_per_character(split)
-        half = max(texts.seq_len // 2, 1)
+        length = texts.seq_len
+        batch = texts.text_rows(split, self.count(trainer), self.times * length)
+        tokens_BT, labels_BT = batch["tokens"], batch["labels"]
+        rate = texts.tokens_per_character(split)
+        bits_ST = bits_by_position(module, tokens_BT, labels_BT) * rate
+        short_ST = bits_by_position(module, tokens_BT[:, -length:], labels_BT[:, -length:]) * rate
+        half = max(length // 2, 1)
         ends = range(half, bits_ST.shape[1] + 1, half)
-        names = [f"{split}/bits_at_{end / texts.seq_len:g}".replace(".", "_") for end in ends]
+        names = [f"{split}/bits_at_{end / length:g}".replace(".", "_") for end in ends]
         measures = {name: bits_ST[:, end - half : end].mean(1) for name, end in zip(names, ends, strict=True)}
-        early = slice(texts.seq_len // 2, texts.seq_len)
-        late_S, early_S = bits_ST[:, -texts.seq_len :].mean(1), bits_ST[:, early].mean(1)
-        report_members(trainer, module, measures | {f"{split}/bits_growth": late_S - early_S})
+        growth_S = bits_ST[:, -half:].mean(1) - short_ST[:, -half:].mean(1)
+        report_members(trainer, module, measures | {f"{split}/bits_growth": growth_S})

@@ -76,15 +76,29 @@ def test_bits_by_position(tmp_path):
     measured = trainer.callback_metrics
     assert measured["test/bits_at_0_5"].item() == pytest.approx(bits_T[:8].mean().item(), abs=1e-5)
     assert measured["test/bits_at_4"].item() == pytest.approx(bits_T[56:].mean().item(), abs=1e-5)
-    growth = bits_T[48:].mean() - bits_T[8:16].mean()
+    short_T = bits_by_position(module, batch["tokens"][:, 48:], batch["labels"][:, 48:])[0]
+    growth = (bits_T[56:] - short_T[8:]).mean()
+    assert growth != 0
     assert measured["test/bits_growth"].item() == pytest.approx(growth.item(), abs=1e-5)
     assert sum(name.startswith("test/bits_at") for name in measured) == 8
 
 
-def test_rows_of_one_token_have_a_growth(tmp_path):
-    _, trainer = fit(tmp_path, BitsByPosition(4, 4), data=text(seq_len=1))
+def test_a_model_that_reads_few_positions_has_no_growth_whatever_the_text(tmp_path):
+    near = {"pattern": "P", "conv_width": 2, "decay": "none", "window": 4}
+    _, trainer = fit(tmp_path, BitsByPosition(9, 4), data=text(), **near)
     measured = {name.removeprefix("validation/bits_"): x.item() for name, x in trainer.callback_metrics.items()}
-    assert measured["growth"] == pytest.approx(measured["at_4"] - measured["at_1"], abs=1e-5)
+    assert measured["growth"] == pytest.approx(0, abs=1e-5)
+    assert abs(measured["at_4"] - measured["at_1"]) > 1e-3
+
+
+def test_rows_of_one_token_have_a_growth(tmp_path):
+    data = text(seq_len=1)
+    module, trainer = fit(tmp_path, BitsByPosition(4, 4), data=data)
+    batch = data.text_rows("validation", 4, 4)
+    with torch.no_grad():
+        long_T, short_T = (bits_by_position(module, batch["tokens"][:, n:], batch["labels"][:, n:])[0] for n in (0, 3))
+    measured = trainer.callback_metrics["validation/bits_growth"].item()
+    assert measured == pytest.approx((long_T[-1] - short_T[-1]).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("level", ["byte", "bpe"])
