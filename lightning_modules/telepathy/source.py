@@ -3,7 +3,6 @@
 Shapes: B batch, T positions, S positions of the question, C width of the states.
 """
 
-import gc
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict, cast
 
@@ -181,5 +180,3 @@ class Source(Frozen):
 
         cache.fill(states, trainer.global_rank, trainer.world_size)
         self.cache, self.model = cache, cast(FirstLayers, nn.Module())
-        del model
-        gc.collect()  # its parts refer to one another, so without this it would stay in memory for a long time
