@@ -5,7 +5,7 @@ python -m benchmarks.gated_delta [--shapes 4,2048,8,64,128 ...] [--names ours fl
 
 A shape is B, T, H, K, V, in bf16 with normalised keys. The others are flash-linear-attention if it can be imported,
 transformers' reference, which calls flash-linear-attention where that can be imported, and `torch.compile` of our
-reference, which takes a minute to compile per shape. `--names` are the beginnings of the names of those to time. Times
+reference, which takes minutes to compile per shape. `--names` are the beginnings of the names of those to time. Times
 are medians over `--repeats` runs of the forward and of forward and backward, called from Python and replayed as a CUDA
 graph. `host` is the time until a call from Python returns, which launches its kernels but does not wait for them.
 `copy` is the share of a device copy's rate that the least possible traffic would have in that time: each input read and
@@ -68,24 +68,22 @@ def ours_to_one(*values: Tensor) -> Tensor:
 
 
 def peers() -> dict[str, Rule]:
-    """Return the other implementations that can be imported."""
-    compiled: Any = torch.compile(reference)
-    found: dict[str, Rule] = {"reference, compiled": lambda *x: compiled(*x, use_qk_l2norm_in_kernel=True)[0]}
-    transformers = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
-    rule = transformers.torch_chunk_gated_delta_rule
-    found["transformers"] = lambda *x: rule(*x, use_qk_l2norm_in_kernel=True)[0]
+    """Return the other implementations that can be imported, the one that takes minutes to compile last."""
+    found: dict[str, Rule] = {}
     os.environ["FLA_FLASH_QLA"] = "0"
     try:
         fla: Any = importlib.import_module("fla.ops.gated_delta_rule")
+        guarded: Any = importlib.import_module("fla.ops.common.chunk_o")
+        # Lets it run with a Triton that miscompiles it: the time is right, gradients are not
+        guarded.TRITON_ABOVE_3_7_1 = True
+        found["flash-linear-attention"] = lambda *x: fla.chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0]
     except ImportError as error:
         print(f"without flash-linear-attention: {error}")
-        return found
-    guarded: Any = importlib.import_module("fla.ops.common.chunk_o")
-    guarded.TRITON_ABOVE_3_7_1 = (
-        True  # lets it run with a Triton that miscompiles it: the time is right, gradients are not
-    )
-    found["flash-linear-attention"] = lambda *x: fla.chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0]
-    return found
+    transformers = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    rule = transformers.torch_chunk_gated_delta_rule
+    found["transformers"] = lambda *x: rule(*x, use_qk_l2norm_in_kernel=True)[0]
+    compiled: Any = torch.compile(reference)
+    return found | {"reference, compiled": lambda *x: compiled(*x, use_qk_l2norm_in_kernel=True)[0]}
 
 
 def measure(rule: Rule, values: list[Tensor], rate: float, repeats: int) -> dict[str, float]:
@@ -147,8 +145,8 @@ def main() -> None:
                 print(f"\n{shape:<26}" + "".join(f"{column:>15}" for column in row))
             print(f"{name:<26}" + "".join(f"{number:>15.3f}" for number in row.values()), flush=True)
             rows.append({"shape": shape, "name": name, **row})
-    if options.json:
-        options.json.write_text(json.dumps({"copy_bytes_per_second": rate, "rows": rows}, indent=1))
+            if options.json:
+                options.json.write_text(json.dumps({"copy_bytes_per_second": rate, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
