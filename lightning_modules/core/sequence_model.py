@@ -30,6 +30,7 @@ from lightning_modules.core.decoder import count_weights
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.losses import member_losses
 from lightning_modules.core.metrics import LastStep, TokenMeasures
+from lightning_modules.core.precision import check_precision
 from lightning_modules.core.predictions import pattern_sites, show_attention, write_predictions
 from lightning_modules.core.reporting import is_dry_run, record_proportion, run_folder
 from lightning_modules.core.schedule import Schedule, with_schedule
@@ -127,8 +128,7 @@ class SequenceModel(EnsembleModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Check the precision and the sizes of the data, and load the weights of `start`."""
-        if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
-            raise UserError(f"trainer.precision: {precision} rounds small updates away, use bf16-mixed or 32-true")
+        check_precision(self.trainer)
         data = self._data
         if isinstance(data, HasVocabulary):
             needs = ("vocab_size", self.vocab_size, data.vocab_size), ("seq_len", self.seq_len, data.seq_len)

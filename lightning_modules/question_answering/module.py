@@ -21,6 +21,7 @@ from datamodules.problems import Problem
 from lightning_modules.core.contracts import OnNonfinite, Workload, connected
 from lightning_modules.core.files import replacing_files
 from lightning_modules.core.metrics import Proportion
+from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run, record_proportion
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
@@ -141,8 +142,9 @@ class QuestionAnswering(LightningModule):
         """Train the tokenizer if there is none yet. All ranks use the same texts and so get the same tokenizer.
 
         Raises:
-            UserError: The data has no texts to train a tokenizer on.
+            UserError: The data has no texts to train a tokenizer on, or the precision rounds updates away.
         """
+        check_precision(self.trainer)
         if self._tokenizer is None and self.bpe is not None:
             data: object = connected(self.trainer).datamodule
             if not isinstance(data, HasTexts):

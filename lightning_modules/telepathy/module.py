@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import Gate, OnNonfinite, Workload, connected
+from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.pretrained.loading import Pretrained, loading_to
@@ -141,14 +142,13 @@ class Telepathy(BridgeEvaluation):
         self._ddp_params_and_buffers_to_ignore = frozen_names(self)
 
     def setup(self, stage: str) -> None:
-        """Before a fit, free the source under `cache_source`, and split the frozen models under `shard_frozen`."""
-        if stage != "fit":
-            return
-        if self.cache_source:
+        """Check the precision; before a fit, free the source or split the frozen models where that is asked for."""
+        check_precision(self.trainer, double=False)
+        if stage == "fit" and self.cache_source:
             questions = fixed_questions(connected(self.trainer).datamodule)
             if not is_dry_run(self.trainer):
                 self.source.move_to_files(questions, self.trainer)
-        if self.shard_frozen:
+        if stage == "fit" and self.shard_frozen:
             shard_over(self.trainer, self.source.model, self.target.model)
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:

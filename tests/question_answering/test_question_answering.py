@@ -187,8 +187,11 @@ def test_mistakes_are_told():
     with pytest.raises(ValueError, match="repeat_fraction must be at most 1, not 20"):
         of_pair("target", repeat_fraction=20)
     untrained = QuestionAnswering(config=TINY, tokenizer=ByteLevelBPE(300, True))
-    untrained.trainer = SimpleNamespace(datamodule=LightningDataModule())
+    untrained.trainer = SimpleNamespace(datamodule=LightningDataModule(), precision="32-true")
     with pytest.raises(ValueError, match=r"model.tokenizer: LightningDataModule has no texts to train on"):
+        untrained.setup("fit")
+    untrained.trainer.precision = "bf16-true"
+    with pytest.raises(ValueError, match="bf16-true rounds small updates away"):
         untrained.setup("fit")
     with pytest.raises(ValueError, match="vocab_size must be at least 259"):
         ByteLevelBPE(100, True)

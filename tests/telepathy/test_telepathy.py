@@ -212,6 +212,12 @@ def test_a_fused_optimizer_is_clipped_in_bf16_as_another_one(telepathy, fit):
         torch.testing.assert_close(value, moved[1][name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_precisions_that_do_not_fit_are_told(telepathy, fit, precision):
+    with pytest.raises(ValueError, match=f"trainer.precision: {precision} .* 32-true"):
+        fit(telepathy(), 1, precision=precision)
+
+
 def test_a_target_that_does_not_answer_soft_tokens_is_found_before_training(telepathy, fit):
     module = telepathy()
     module.target.model.register_forward_hook(lambda model, args, output: output.logits.detach_())
