@@ -156,7 +156,7 @@ class Bench:
 
     def run(self, way: str, parts: list[Part], callbacks: Sequence[Callback] = ()) -> Rates:
         """Train in one way with all sizes of batches, and return their rows, printed unless there are callbacks."""
-        self.release()  # what the way before has left, which is not free before it has returned
+        self.release()  # trainer and module of the way before are garbage only once `run` has returned
         rates = Rates(way, parts, self.options.peak, keep=None if callbacks else self.keep)
         short, diverged = False, ""
         try:

@@ -122,7 +122,7 @@ def first_call() -> float:
 
 
 def main() -> None:
-    """Print a table per shape."""
+    """Print a table per implementation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--names", nargs="+", default=[""])
@@ -137,13 +137,12 @@ def main() -> None:
     rules = {name: rule for name, rule in every.items() if name.startswith(tuple(options.names))}
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e12:.2f} TB/s")
     rows = []
-    for shape in options.shapes:
-        values = inputs(*map(int, shape.split(",")))
-        for index, (name, rule) in enumerate(rules.items()):
-            row = measure(rule, values, rate, options.repeats)
+    for name, rule in rules.items():
+        for index, shape in enumerate(options.shapes):
+            row = measure(rule, inputs(*map(int, shape.split(","))), rate, options.repeats)
             if index == 0:
-                print(f"\n{shape:<26}" + "".join(f"{column:>15}" for column in row))
-            print(f"{name:<26}" + "".join(f"{number:>15.3f}" for number in row.values()), flush=True)
+                print(f"\n{name:<26}" + "".join(f"{column:>15}" for column in row))
+            print(f"{shape:<26}" + "".join(f"{number:>15.3f}" for number in row.values()), flush=True)
             rows.append({"shape": shape, "name": name, **row})
             if options.json:
                 options.json.write_text(json.dumps({"copy_bytes_per_second": rate, "rows": rows}, indent=1))

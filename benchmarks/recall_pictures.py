@@ -54,15 +54,16 @@ def picture(series: Mapping[str, list[Point]]) -> Figure:
     """Draw accuracy against the size of the state: lines for the study, dashes for published curves."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    for number, (name, own) in enumerate(series.items()):
+    colours = {name: f"C{number}" for number, name in enumerate(SIZES)}  # also if not all have been run
+    for name, own in series.items():
         sizes, values = [size for _, size, _ in own], [estimate["value"] for *_, estimate in own]
-        axes.plot(sizes, values, "o-", color=f"C{number}", label=LABELS[name])
+        axes.plot(sizes, values, "o-", color=colours[name], label=LABELS[name])
         for width, size, estimate in own:
             axes.annotate(
                 str(width), (size, estimate["value"]), xytext=(4, -12), textcoords="offset points", fontsize=8
             )
     for number, (label, curve) in enumerate(PUBLISHED.items()):
-        colour = "C0" if label == LABELS["gated_delta"] else f"C{number + 4}"
+        colour = colours["gated_delta"] if label == LABELS["gated_delta"] else f"C{number + len(SIZES)}"
         axes.plot(*zip(*curve, strict=True), "x--", color=colour, alpha=0.6, label=f"{label}, published")
     axes.set(xscale="log", xlabel="bytes in the state", ylabel="accuracy, mean of seven test sets", ylim=(0, 1.03))
     axes.grid(alpha=0.3)

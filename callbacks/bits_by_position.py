@@ -40,8 +40,8 @@ class BitsByPosition(Probe):
       They depend on the text there, too.
     - `<stage>/bits_growth`: what a long row costs, whatever its text: the mean over the last half row less that of the
       same characters in the second half of rows that begin only L positions before their end. It is 0 for a model that
-      reads L positions, positive if long rows are read worse than rows of training, and negative if what lies further
-      back helps.
+      reads at most L / 2 positions, positive if long rows harm more than what lies further back helps, and negative if
+      it is the other way round.
 
     Tokens of bytes and characters count as one character each; tokens of `bpe` as many as they have on average. Every
     rank measures all rows.

@@ -169,8 +169,10 @@ class TextCorpus(SequenceTask):
     def _texts(self) -> dict[str, str | bytes]:
         """Part -> its text; bytes if tokens are bytes."""
         text = read_text(self.source, self.path, self.text_column, self.max_size, self.level == "byte")
-        bounds = [0, *(len(text) - (20 - part) * (len(text) // 20) for part in range(1, 21))]
-        return {name: text[bounds[start] : bounds[end]] for name, (start, end) in PARTS[self.split].items()}
+        twentieth = len(text) // 20
+        # Training has the rest of the division
+        place = {0: 0, 1: twentieth} | {part: len(text) - (20 - part) * twentieth for part in (18, 19, 20)}
+        return {name: text[place[start] : place[end]] for name, (start, end) in PARTS[self.split].items()}
 
     @cached_property
     def _tokens(self) -> dict[str, Integers]:

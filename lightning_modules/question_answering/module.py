@@ -144,7 +144,8 @@ class QuestionAnswering(LightningModule):
         Raises:
             UserError: The data has no texts to train a tokenizer on, or the precision rounds updates away.
         """
-        check_precision(self.trainer)
+        if stage == "fit":
+            check_precision(self.trainer)
         if self._tokenizer is None and self.bpe is not None:
             data: object = connected(self.trainer).datamodule
             if not isinstance(data, HasTexts):

@@ -12,6 +12,7 @@ def test_points_lie_at_the_size_of_each_state(tmp_path, monkeypatch, capsys):
     arms = {
         "gated_delta_128": {"estimates": {recall_pictures.MEASURE: ESTIMATE | {"value": 0.75}}},
         "gated_delta_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE}},
+        "two_blocks_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE}},
         "window_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE | {"value": 0.25}}},
         "window_128": {"estimates": {}},
         "attention_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE | {"value": None}}},
@@ -19,6 +20,7 @@ def test_points_lie_at_the_size_of_each_state(tmp_path, monkeypatch, capsys):
     series = recall_pictures.points(arms)
     assert {name: [point[:2] for point in own] for name, own in series.items()} == {
         "gated_delta": [(64, 4 * 64**2), (128, 4 * 128**2)],
+        "two_blocks": [(64, 4 * 64**2)],
         "window": [(64, 4 * 4 * 16 * 64)],
     }
     (tmp_path / "report.json").write_text(json.dumps({"arms": arms}))
