@@ -18,7 +18,7 @@ class ParameterRounding(Callback):
     """Rounds parameters to bf16 or fp16 after each optimizer step, as a model does that is kept in that precision.
 
     An update is lost if it is smaller than half of the distance to the next number: in bf16, 1/512 to 1/256 of the
-    parameter. `SequenceModel` refuses `trainer.precision: bf16-true` for that reason; this callback shows what it
+    parameter. Modules refuse `trainer.precision: bf16-true` for that reason; this callback shows what it
     costs. The moments of the optimizer and the arithmetic of the step keep the trainer's precision.
 
     Example::
