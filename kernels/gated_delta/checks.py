@@ -46,8 +46,29 @@ def check_inputs(
             raise ValueError(f"initial_state must be {wanted} beside {v.dtype} values, not {initial_state.dtype}")
 
 
+def check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> None:
+    """Check the shapes of one position; see `step_gated_delta_rule`.
+
+    Raises:
+        ValueError: One of them is wrong.
+    """
+    if k.dim() != 3 or q.shape != k.shape:
+        raise ValueError(f"q and k must have the same shape [B, H, K], not {_shape(q)} and {_shape(k)}")
+    B, H, K = k.shape
+    if v.dim() != 3 or v.shape[0] != B or v.shape[1] == 0 or H == 0 or v.shape[1] % H:
+        raise ValueError(f"v must be [{B}, J, V] with J a multiple of the {H} heads of k, not {_shape(v)}")
+    J, V = v.shape[1:]
+    for name, x in (("g", g), ("beta", beta)):
+        if x.shape != (B, J):
+            raise ValueError(f"{name} must be [{B}, {J}], one number per value head, not {_shape(x)}")
+    if state.shape != (B, J, K, V):
+        raise ValueError(f"state must be [{B}, {J}, {K}, {V}], not {_shape(state)}")
+
+
 def check_bounds(cu_seqlens: Tensor, B: int, T: int) -> int:
     """Return the number of packed sequences; bounds on a GPU are not read, since the program would wait for them."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor of integers [N + 1], not {cu_seqlens}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must be integers [N + 1], not {cu_seqlens.dtype} {_shape(cu_seqlens)}")
     if B != 1:

@@ -22,7 +22,8 @@ class Packing:
         positions = torch.arange(max(int(lengths.max()), 1), device=x.device)
         inside = positions < lengths[:, None]
         rows = (self.bounds[:-1, None] + positions).where(inside, 0)
-        return x[0, rows] * inside.view(*inside.shape, *[1] * (x.dim() - 2))
+        row = x[0] if x.shape[1] else x.new_zeros(1, *x.shape[2:])  # an empty row has nothing to gather
+        return _masked(row[rows], inside)
 
     def pack(self, x: Tensor, length: int) -> Tensor:
         """Return the packed row [1, length, ...]; positions after the last sequence are zero."""
@@ -32,4 +33,9 @@ class Packing:
         sequence = (torch.searchsorted(self.bounds, positions, right=True) - 1).clamp(max=len(self.bounds) - 2)
         inside = positions < self.bounds[-1]
         place = (positions - self.bounds[sequence]).where(inside, 0)
-        return (x[sequence, place] * inside.view(-1, *[1] * (x.dim() - 2)))[None]
+        return _masked(x[sequence, place], inside)[None]
+
+
+def _masked(x: Tensor, inside: Tensor) -> Tensor:
+    """Return x [..., *rest] with zeros where `inside` [...] is false; a product would keep an inf or NaN there."""
+    return x.where(inside.view(*inside.shape, *[1] * (x.dim() - inside.dim())), 0)

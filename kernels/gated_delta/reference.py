@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.gated_delta.checks import check_step
 from kernels.gated_delta.options import Rule, default_scale
 from kernels.gated_delta.packing import Packing
 
@@ -111,7 +112,11 @@ def step_gated_delta_rule(
 
     Returns:
         The output [B, J, V], and the state after the position.
+
+    Raises:
+        ValueError: A shape, type or size is wrong.
     """
+    check_step(q, k, v, g, beta, state)
     scale = default_scale(scale, k.shape[-1], rule)
     inputs = standard_inputs(q, k, v, g, beta, use_qk_l2norm_in_kernel, rule)
     o, state = _step(*inputs, state.to(inputs[0].dtype))
@@ -175,7 +180,7 @@ def _split(x: Tensor, chunk: int) -> Tensor:
     """Return x [N, J, T, ...] as chunks [N, J, M, C, ...]; positions of zeros, which change nothing, fill the last."""
     missing = -x.shape[2] % chunk if x.shape[2] else chunk
     x = pad(x, (*[0, 0] * (x.dim() - 3), 0, missing))
-    return x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:])
+    return x.unflatten(2, (x.shape[2] // chunk, chunk))
 
 
 def start_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:

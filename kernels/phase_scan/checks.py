@@ -31,8 +31,7 @@ def check_inputs(
     """
     if x.dim() != 3 or x.shape[2] == 0:
         raise ValueError(f"x must be [B, T, D] with at least one channel, not {_shape(x)}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, the position itself, not {window}")
+    check_window(window)
     _check_rows(x, omega, mass, log_decay, read_offset, write_offset)
     N = x.shape[0] if cu_seqlens is None else check_bounds(cu_seqlens, *x.shape[:2])
     if initial_state is not None:
@@ -60,6 +59,29 @@ def check_step(
     _check_rows(x, omega, mass, log_decay, read_offset, write_offset)
     terms = state.shape[1:2] if state.dim() == 4 else ()
     _check_state("state", state, [x.shape[0], *terms, 2 + normalise, x.shape[1]], x)
+
+
+def check_phases(omega: Tensor, initial_phase: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Check shapes and types; see `accumulate_phase`.
+
+    Raises:
+        ValueError: One of them is wrong.
+    """
+    if omega.dim() != 3 or omega.dtype not in TYPES:
+        raise ValueError(f"omega must be floats [B, T, D], not {omega.dtype} {_shape(omega)}")
+    N = omega.shape[0] if cu_seqlens is None else check_bounds(cu_seqlens, *omega.shape[:2])
+    if initial_phase is not None and _shape(initial_phase) != [N, omega.shape[2]]:
+        raise ValueError(f"initial_phase must be [{N}, {omega.shape[2]}], not {_shape(initial_phase)}")
+
+
+def check_window(window: int | None) -> None:
+    """Check that a window is a whole number from 1 on.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be a whole number from 1 on, the position itself, not {window}")
 
 
 def _check_rows(

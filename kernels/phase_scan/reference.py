@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels.gated_delta.packing import Packing
+from kernels.phase_scan.checks import check_phases, check_window
 from kernels.phase_scan.options import EPSILON
 from kernels.phase_scan.recurrence import last_state, windowed_scan
 
@@ -54,7 +55,11 @@ def zero_state(
 
     Returns:
         [N, P, D] or, with a window, [N, W - 1, P, D]. P is 2, or 3 with `normalise`.
+
+    Raises:
+        ValueError: The window is no whole number from 1 on.
     """
+    check_window(window)
     terms = () if window is None else (window - 1,)
     return torch.zeros(batch, *terms, 2 + normalise, channels, dtype=dtype, device=device)
 
@@ -72,7 +77,11 @@ def accumulate_phase(omega: Tensor, initial_phase: Tensor | None = None, cu_seql
 
     Returns:
         Phases [B, T, D] between -pi and pi, in fp32, or in fp64 if omega is.
+
+    Raises:
+        ValueError: A shape or type is wrong.
     """
+    check_phases(omega, initial_phase, cu_seqlens)
     packing, wide = Packing(cu_seqlens), torch.promote_types(omega.dtype, torch.float32)
     phase = packing.unpack(omega.double()).cumsum(1)
     if initial_phase is not None:

@@ -46,7 +46,7 @@ def test_types():
         ({"mass": torch.zeros(3)}, r"mass must be \[2, 40, 3\], as x, not \[3\]"),
         ({"log_decay": torch.zeros(2)}, r"log_decay must be \[2, 40, 3\], as x, or \[3\], one number per channel, not"),
         ({"read_offset": torch.zeros(2, 40, 3).long()}, "read_offset must be a float tensor, not torch.int64"),
-        ({"window": 0}, "window must be at least 1, the position itself, not 0"),
+        ({"window": 0}, "window must be a whole number from 1 on, the position itself, not 0"),
         ({"initial_state": torch.zeros(2, 2, 3)}, r"initial_state must be \[2, 3, 3\], the shape of zero_state, not"),
         ({"initial_state": torch.zeros(2, 3, 3), "window": 5}, r"initial_state must be \[2, 4, 3, 3\]"),
         ({"initial_state": torch.zeros(2, 3, 3)}, "initial_state must be torch.float64 beside torch.float64 values"),
