@@ -66,10 +66,11 @@ class SupportsLengths(Protocol):
         ...
 
 
-class _Overfitting(Protocol):
+class _Limited(Protocol):
     """What Lightning's trainer has without declaring it."""
 
     overfit_batches: int | float
+    limit_train_batches: int | float
 
 
 class TaskDataModule(LightningDataModule, ABC):
@@ -133,8 +134,18 @@ class TaskDataModule(LightningDataModule, ABC):
 
     def _overfit(self, batches: Batches[SamplesT]) -> Batches[SamplesT]:
         """Return the batches of training or validation, under `trainer.overfit_batches` the first ones repeated."""
-        share = cast(_Overfitting, self.trainer).overfit_batches if self.trainer else 0
+        share = cast(_Limited, self.trainer).overfit_batches if self.trainer else 0
         return FirstBatches(batches, share) if share else batches
+
+    def _train_loader(
+        self, batches: Batches[SamplesT], collate: Callable[[SamplesT], BatchT]
+    ) -> BatchLoader[BatchT]:
+        """Return the loader of the training batches, which knows how many the trainer takes per epoch."""
+        loader = self._loader(self._overfit(batches), collate, self.num_workers)
+        if self.trainer:
+            limit = cast(_Limited, self.trainer).limit_train_batches
+            loader.taken = min(len(loader), limit if isinstance(limit, int) else int(limit * len(loader)))
+        return loader
 
     def _loader(
         self, batches: Batches[SamplesT], collate: Callable[[SamplesT], BatchT], workers: int = 0

@@ -64,6 +64,9 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
         rank: Index of this process.
         world: Number of processes.
         **options: Options of DataLoader, such as `num_workers`.
+
+    Attributes:
+        taken: Batches of an epoch that are taken; all of them, unless a trainer takes fewer.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
             generator=torch.Generator(),  # an iterator takes no random number from the training, also after a resume
             **options,
         )
-        self.numbers, self.done = numbers, 0
+        self.numbers, self.done, self.taken = numbers, 0, len(share)
 
     def __iter__(self) -> Iterator[BatchT]:  # type: ignore[override]  # torch's annotation is a private class
         """Iterate over the rest of the epoch and count the batches."""
@@ -101,7 +104,7 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Make the next iteration start after the batches that `state` counts."""
-        self.numbers.start = state["done"] % len(self)
+        self.numbers.start = state["done"] % self.taken
 
 
 def start_worker(worker: int) -> None:

@@ -193,7 +193,7 @@ class SequenceTask(TaskDataModule):
         """Return the training batches, the same global batches for any number of ranks."""
         members = self._module.ensemble if isinstance(self._module, HasEnsemble) else 1
         batches = self.train_batches(members, self.batch_size * self._world)
-        return self._loader(self._overfit(batches), collate, self.num_workers)
+        return self._train_loader(batches, collate)
 
     def val_dataloader(self) -> BatchLoader[TokenBatch]:
         """Return the validation set."""

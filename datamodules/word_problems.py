@@ -182,7 +182,7 @@ class WordProblems(TaskDataModule):
     def train_dataloader(self) -> BatchLoader[object]:
         """Return length-bucketed training batches, the same global batches for any number of ranks."""
         batches = self._training_batches() if self.max_tokens is None else self._budgeted(self.max_tokens)
-        return self._loader(self._overfit(batches), self._collate(training=True), self.num_workers)
+        return self._train_loader(batches, self._collate(training=True))
 
     def _training_batches(self) -> Batches[list[Problem]]:
         size = self.batch_size * self._world

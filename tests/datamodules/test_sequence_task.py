@@ -125,18 +125,28 @@ def test_ranks_share_the_same_global_batches(name, ensemble):
     )
 
 
-@pytest.mark.parametrize(("name", "workers"), [("permutation-round_robin", 2), ("modular", 0)])
-def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_does(tmp_path, name, workers):
+@pytest.mark.parametrize(
+    ("name", "workers", "limit", "stop"),
+    [
+        ("permutation-round_robin", 2, 1.0, 8),  # within an epoch, which has six steps without a limit
+        ("modular", 0, 1.0, 6),
+        ("modular", 0, 3, 6),
+        ("modular", 2, 0.5, 3),
+        ("modular", 0, 4, 6),
+    ],
+)
+def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_does(tmp_path, name, workers, limit, stop):
     def trainer(**options):
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 14}
+        quiet["limit_train_batches"] = limit
         return Trainer(accelerator="cpu", default_root_dir=tmp_path, use_distributed_sampler=False, **quiet, **options)
 
     whole, resumed = Tiny(), Tiny()
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(callbacks=[keep]).fit(whole, TASKS[name](num_workers=workers))
-    saved = tmp_path / "step=8.ckpt"  # both have epochs of six steps
+    saved = tmp_path / f"step={stop}.ckpt"
     trainer(enable_checkpointing=False).fit(resumed, TASKS[name](), ckpt_path=saved, weights_only=True)
-    assert same(resumed.seen, whole.seen[8:])
+    assert same(resumed.seen, whole.seen[stop:])
     assert torch.equal(resumed.weight, whole.weight)
 
 
