@@ -3,6 +3,7 @@
 Shapes: S ensemble members, B rows, T positions, V vocabulary, G groups.
 """
 
+from itertools import islice
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -99,17 +100,24 @@ class GroupAccuracy(AtValidations):
             raise UserError(f"GroupAccuracy needs data with groups, such as StateTracking, not {type(data).__name__}")
         return data
 
+    def _batches(self, trainer: Trainer, split: Split) -> tuple[BatchLoader[TokenBatch], int]:
+        """Return the held-out set, and how many of its batches the trainer takes."""
+        task = self._task(trainer)
+        if split == "validation":
+            return task.val_dataloader(), int(trainer.num_val_batches[0])
+        return task.test_dataloader(), int(trainer.num_test_batches[0])
+
     def _measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
         task = self._task(trainer)
         hits_SG = torch.zeros(module.ensemble, len(task.groups), dtype=torch.float64, device=module.device)
         count_G = torch.zeros(len(task.groups), dtype=torch.float64, device=module.device)
         measures = TokenMeasures(module.ensemble).to(module.device)
         with off_the_clock(trainer), evaluation(trainer, module):
-            for batch in task.val_dataloader() if split == "validation" else task.test_dataloader():
+            for batch in islice(*self._batches(trainer, split)):
                 tokens_BT, labels_BT = (batch[key].to(module.device) for key in ("tokens", "labels"))
                 group_N = task.group_of({"tokens": tokens_BT, "labels": labels_BT})[labels_BT != IGNORE]
                 scores = measures.add_scores(module.call(tokens_BT)[0], labels_BT)
-                hits_SG.index_add_(1, group_N, (scores.own_SN > scores.best_SN).double())
+                hits_SG.index_add_(1, group_N, scores.hits_SN)
                 count_G.index_add_(0, group_N, torch.ones_like(group_N, dtype=torch.float64))
         hits_SG, count_G = (cast(Tensor, trainer.strategy.reduce(x, reduce_op="sum")).cpu() for x in (hits_SG, count_G))
         filled = [group for group, count in enumerate(count_G.tolist()) if count]

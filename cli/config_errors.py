@@ -153,6 +153,7 @@ def _unknown_class(problem: Problem, name: str) -> Explanation:
     accepted = " ".join(found.union)
     if not accepted and found.owner:  # a callable that returns, say, an optimizer
         accepted = str(getattr(inspect.signature(found.owner).parameters.get(found.keys[-1]), "annotation", ""))
+    accepted = accepted.rpartition("], ")[2]  # of `Callable[[Source], Bridge]` what it returns
     # `list[Callback]` and `Callback` name the same base.
     choices = {base: subclasses(base) for base in re.findall(r"\b[A-Z]\w+", accepted)}
     kind = next((base for base in choices if choices[base]), "class")

@@ -71,7 +71,7 @@ def generated(options: Namespace) -> Iterator[str]:
         return
     if options.prompt is None:
         raise UserError(f"--file: {type(model).__name__} answers no questions: give it a --prompt to continue")
-    network, tokens_BT = _prompt(options.prompt, model, data, options.ckpt_path)
+    network, tokens_BT = _prompt(options, model, data)
     yield options.prompt
     generator = seeded_generator(options.seed)
     yield from stream_text(network, tokens_BT, options.max_new_tokens, data.decode, sampling, generator)
@@ -92,6 +92,7 @@ def _parser() -> PlainParser:
     nucleus = "sample among the fewest tokens whose probabilities add up to X (default: all)"
     add("--top_p", type=float, metavar="X", help=nucleus)
     add("--seed", type=int, default=0, metavar="N", help="seed of the samples (default 0)")
+    add("--member", type=int, metavar="N", help="which member of an ensemble, from 0")
     config = "config of the model, for a checkpoint without one, such as members/<seed>.ckpt of an ensemble"
     add("--config", action="append", metavar="FILE", help=config)
     return parser
@@ -121,26 +122,29 @@ def _lines(path: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _prompt(text: str, model: "LightningModule", data: Any, path: str) -> tuple[Any, Any]:
+def _prompt(options: Namespace, model: "LightningModule", data: Any) -> tuple[Any, Any]:
     """Return the network that generates, and the tokens of the prompt, [1, T]."""
     import torch
 
-    from datamodules import Mixture
-    from datamodules.errors import UserError
+    from datamodules.errors import UserError, check_numbers
+    from datamodules.mixture import main_task
     from datamodules.sequence_task import SequenceTask
     from lightning_modules.core.contracts import HasCharacters, StatefulNetwork
-    from lightning_modules.core.ensemble_module import EnsembleModule
+    from lightning_modules.core.sequence_model import SequenceModel
     from lightning_modules.core.text_stream import Vocabulary
 
-    kind = type(model).__name__
-    if not isinstance(model, EnsembleModule) or not isinstance(data, SequenceTask):
+    text, path, kind = options.prompt, options.ckpt_path, type(model).__name__
+    if not isinstance(model, SequenceModel) or not isinstance(data, SequenceTask):
         raise UserError(f"--ckpt_path: {path} is of {kind}, which is no sequence model: try Phase or GroundThink")
-    if model.ensemble > 1:
-        advice = "fit with --model.save_members true, and name one of members/<seed>.ckpt with --config"
+    if options.member is None and model.ensemble > 1:
+        advice = f"add --member with a number from 0 to {model.ensemble - 1}"
         raise UserError(f"--ckpt_path: {path} holds {model.ensemble} members, and generate takes one: {advice}")
-    if not isinstance(model.network, StatefulNetwork):
+    check_numbers("generate", 0, model.ensemble - 1, member=options.member)
+    network = model.member_network(options.member or 0)
+    if not isinstance(network, StatefulNetwork):
         raise UserError(f"--ckpt_path: {path} is of {kind}, which cannot run one token at a time")
-    task = data.main if isinstance(data, Mixture) else data
+    task = main_task(data)
+    assert isinstance(task, SequenceTask)
     if isinstance(task, HasCharacters) and (unknown := task.unknown_characters(text)):
         listed = " ".join(map(repr, unknown))
         raise UserError(f"--prompt: the vocabulary of the model lacks {listed}: leave out what its text did not have")
@@ -150,4 +154,4 @@ def _prompt(text: str, model: "LightningModule", data: Any, path: str) -> tuple[
         raise UserError(f"--prompt: {error}") from error
     if not tokens:
         raise UserError("--prompt is empty: give at least one character to continue")
-    return Vocabulary(model.network, task.vocab_size), torch.tensor([tokens])
+    return Vocabulary(network, task.vocab_size), torch.tensor([tokens])

@@ -1,15 +1,20 @@
 """A trained module from a file alone: the checkpoint of a run, or a bridge that `export` wrote."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cli import renames
 from cli.app import RunParser
 from cli.checkpoint_fit import misfit_of_parameters
+from cli.checkpoint_settings import made_with, setting
 from cli.device import device_of_run
 from cli.resolver import Resolver
 from cli.trainer import build
@@ -30,14 +35,14 @@ def load(path: str, configs: Sequence[str] | None) -> tuple[LightningModule, Any
 
     Args:
         path: The file.
-        configs: Config files in the place of the config in the file.
+        configs: Config files in the place of a checkpoint's config, or over that of an exported bridge.
 
     Raises:
         UserError: The file cannot be used.
     """
     if path.endswith(".safetensors"):
         exported = read_exported(path, CKPT)
-        bridge, _ = _build({"model": exported.about["config"]})
+        bridge, _ = _build(_overlaid({"model": exported.about["config"]}, configs or []))
         if not isinstance(bridge, Telepathy):
             raise UserError(f"{CKPT}: {path} holds no bridge")
         restore(bridge, exported, CKPT)
@@ -74,10 +79,29 @@ def checkpoint(path: str, configs: Sequence[str] | None) -> tuple[dict[str, Any]
     check_finite(content, CKPT, path)
     config = saved_config(content)
     if configs:
-        config = Resolver(["predict", *(text for file in configs for text in ("--config", file))]).resolved
+        config = _resolved(configs)
+        if origin := made_with("predict", content, config):
+            rank_zero_warn(f"{CKPT}: the checkpoint was {origin}")
+        if not saved_config(content) and setting(config, "model.ensemble"):
+            config["model"]["init_args"]["ensemble"] = 1  # members/<seed>.ckpt, whose run has several members
     if not {"model", "data"} <= config.keys():
         raise UserError(f"{CKPT}: {path} holds no config of a run: name it with --config")
     return content, config
+
+
+def _resolved(files: Sequence[str]) -> dict[str, Any]:
+    """Return the config of files, the later over the earlier ones."""
+    return Resolver(["predict", *(text for file in files for text in ("--config", file))]).resolved
+
+
+def _overlaid(config: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
+    """Return a config with those of files over it."""
+    if not files:
+        return config
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "exported.yaml"
+        base.write_text(yaml.safe_dump(config | {"data": "WordProblems"}))  # a config of a run names its data
+        return {"model": _resolved([str(base), *files])["model"]}
 
 
 def _build(config: Mapping[str, Any]) -> tuple[LightningModule, Any]:

@@ -15,6 +15,7 @@ DISK_ERRORS = {ENOSPC, EDQUOT, EFBIG, EROFS}
 NO_METRIC = "conditioned on metric"  # EarlyStopping finds only at a validation that nothing logs its metric
 TOO_LARGE = re.compile(r"Storage size calculation overflowed|numel: integer multiplication overflow|[Ii]nvalid size")
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
+ABSTRACT = re.compile(r"Can't instantiate abstract class (\w+)")
 SIZE = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ [KMGT]iB)", re.IGNORECASE)
 
 
@@ -66,6 +67,8 @@ def is_too_large(error: BaseException) -> bool:
 def _sentence(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return _joined(FROM_WORKER.split(str(error))[-1])
+    if isinstance(error, TypeError) and (match := ABSTRACT.match(str(error))):
+        return f"{match[1]} is an abstract class: name one of its subclasses"
     # These imports take seconds, which a user's mistake in a light command need not wait for.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

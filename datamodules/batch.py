@@ -5,7 +5,7 @@ Shapes: S ensemble members, B rows, T positions.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypedDict, cast, runtime_checkable
+from typing import Any, NotRequired, Protocol, TypedDict, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,12 @@ class TokenBatch(TypedDict):
         tokens: The tokens.
         labels: The target of the logits at each position: `labels[t]` belongs to `logits[t]`. `IGNORE` where there is
             no target.
+        lengths: Tokens of each input of `predict`, [B]; zeros follow in the shorter rows.
     """
 
     tokens: Tensor
     labels: Tensor
+    lengths: NotRequired[Tensor]
 
 
 @runtime_checkable
@@ -137,9 +139,7 @@ class TaskDataModule(LightningDataModule, ABC):
         share = cast(_Limited, self.trainer).overfit_batches if self.trainer else 0
         return FirstBatches(batches, share) if share else batches
 
-    def _train_loader(
-        self, batches: Batches[SamplesT], collate: Callable[[SamplesT], BatchT]
-    ) -> BatchLoader[BatchT]:
+    def _train_loader(self, batches: Batches[SamplesT], collate: Callable[[SamplesT], BatchT]) -> BatchLoader[BatchT]:
         """Return the loader of the training batches, which knows how many the trainer takes per epoch."""
         loader = self._loader(self._overfit(batches), collate, self.num_workers)
         if self.trainer:

@@ -56,6 +56,8 @@ class InterleavedStreams(SequenceTask):
         **common: Arguments of `SequenceTask`.
     """
 
+    predicts_next = True
+
     def __init__(
         self,
         n_streams: int = 2,

@@ -141,6 +141,11 @@ class Mixture(TunableTask):
         """Best possible accuracy in the task that is validated and tested."""
         return self.main.ceiling
 
+    @property
+    def predicts_next(self) -> bool:  # type: ignore[override]  # likewise
+        """Whether each label of each task is the token that follows in the row."""
+        return all(task.predicts_next for task in self.tasks)
+
     def setup(self, stage: str) -> None:
         """Set up the tasks."""
         for task in self.tasks:
@@ -212,6 +217,11 @@ class Mixture(TunableTask):
     def token_text(self, token: int) -> str:
         """Return one token as text of the task that is validated and tested."""
         return self.main.token_text(token)
+
+
+def main_task(data: object) -> object:
+    """Return the task that is validated and tested: one of a mixture's, or the data itself."""
+    return data.main if isinstance(data, Mixture) else data
 
 
 def _tuned(task: SequenceTask, knobs: Mapping[str, Any]) -> SequenceTask:

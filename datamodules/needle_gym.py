@@ -76,7 +76,6 @@ class NeedleGym(TunableTask):
         self.vocab_size, self.filler_tokens = vocab_size, filler_tokens
         middle = (filler_tokens + vocab_size) // 2
         self.keys, self.values = range(filler_tokens, middle), range(middle, vocab_size)
-        self.chance = 1 / len(self.values)
         self.tune(needles, seq_len, distance, task, queries, repeats, value_count)
 
     def tune(
@@ -103,6 +102,7 @@ class NeedleGym(TunableTask):
         self.needles, self.seq_len, self.distance, self.task = needles, seq_len, distance, task
         self.queries, self.repeats, self.value_count = queries, repeats, value_count
         self._values = len(self.values) if value_count is None else value_count
+        self.chance = 1 / self._values
         self._keys_queried = needles if queries is None else queries
         self._asked = self._keys_queried * (repeats if task == "multi_query" else 1)
         self._written = needles * (repeats if task == "multi_value" else 1)

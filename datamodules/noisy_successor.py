@@ -35,6 +35,8 @@ class NoisySuccessor(SequenceTask):
         best_loss: Entropy of the next token, in nats.
     """
 
+    predicts_next = True
+
     def __init__(self, vocab_size: int = 900, jump: float = 0.3, seq_len: int = 64, **common: Any):
         super().__init__(**common)
         check_numbers("data", 2, SIZE, vocab_size=vocab_size)

@@ -19,6 +19,7 @@ from datamodules.errors import SEEDS, UserError, check_numbers
 from datamodules.loader import BatchLoader, UnchangedLoader
 
 SHOWN = 8  # test rows that `predict` takes without inputs
+PADDING = IGNORE - 1  # in the place of a label behind the end of an input
 TRAINING, HELD_OUT, TASK = range(3)  # first keys of independent random streams
 
 Split = Literal["validation", "test"]
@@ -55,6 +56,14 @@ def collate(rows: Integers) -> TokenBatch:
     tensor = torch.from_numpy(rows)
     tokens, labels = (tensor if rows.ndim == 3 else tensor.movedim(1, 0)).unbind(-2)
     return {"tokens": tokens.contiguous(), "labels": labels.contiguous()}
+
+
+def collate_inputs(rows: Integers) -> TokenBatch:
+    """Make a batch of the rows of inputs, with the length of each."""
+    batch = collate(rows)
+    given_BT = batch["labels"] != PADDING
+    labels_BT = batch["labels"].where(given_BT, IGNORE)
+    return {"tokens": batch["tokens"], "labels": labels_BT, "lengths": given_BT.sum(1)}
 
 
 class _DrawnBatches:
@@ -112,12 +121,14 @@ class SequenceTask(TaskDataModule):
         seq_len: T, the longest row.
         chance: Accuracy of the best guess that sees no input.
         ceiling: Best possible accuracy on the labelled positions of the test set; None where unknown.
+        predicts_next: Whether each label is the token that follows in the row.
     """
 
     vocab_size: int
     seq_len: int
     chance: float
     ceiling: float | None
+    predicts_next: bool = False
 
     def __init__(
         self,
@@ -215,7 +226,7 @@ class SequenceTask(TaskDataModule):
             if not 0 < len(tokens) <= self.seq_len:
                 raise UserError(f"data.inputs: '{text}' has {len(tokens)} tokens, not 1 to {self.seq_len}")
         rows_B2T = np.zeros((len(parsed), 2, max(map(len, parsed))), np.int64)
-        rows_B2T[:, 1] = IGNORE
+        rows_B2T[:, 1] = PADDING
         for row_2T, tokens in zip(rows_B2T, parsed, strict=True):
             row_2T[:, : len(tokens)] = tokens, self.input_labels(tokens)
         return UnchangedLoader(self._eval_loader("predict", rows_B2T, len(rows_B2T)))
@@ -223,4 +234,4 @@ class SequenceTask(TaskDataModule):
     def _eval_loader(self, name: str, rows_B2T: Integers, size: int | None = None) -> BatchLoader[TokenBatch]:
         batches = _FixedBatches(rows_B2T, size or self.eval_batch_size * self._world)
         self._check_shares(f"{len(rows_B2T)} {name} rows", len(batches), len(rows_B2T) // len(batches))
-        return self._loader(batches, collate)
+        return self._loader(batches, collate_inputs if name == "predict" else collate)

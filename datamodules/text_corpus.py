@@ -13,7 +13,7 @@ from datamodules.batch import Integers, TokenBatch
 from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.sequence_task import SequenceTask, Split, collate, label_next
 from datamodules.text_levels import Level, TextLevel, learned, restored
-from datamodules.text_source import Source, read_text
+from datamodules.text_source import Source, check_predictable, read_text
 
 # Where validation, training and test text begin and end, in twentieths of the text
 PARTS = {
@@ -57,6 +57,8 @@ class TextCorpus(SequenceTask):
     """
 
     ceiling = None
+
+    predicts_next = True
 
     def __init__(
         self,
@@ -172,7 +174,9 @@ class TextCorpus(SequenceTask):
         twentieth = len(text) // 20
         # Training has the rest of the division
         place = {0: 0, 1: twentieth} | {part: len(text) - (20 - part) * twentieth for part in (18, 19, 20)}
-        return {name: text[place[start] : place[end]] for name, (start, end) in PARTS[self.split].items()}
+        parts = {name: text[place[start] : place[end]] for name, (start, end) in PARTS[self.split].items()}
+        check_predictable(parts["train"], f"the training part of '{self.path}' (data.path)")
+        return parts
 
     @cached_property
     def _tokens(self) -> dict[str, Integers]:

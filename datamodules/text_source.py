@@ -44,10 +44,19 @@ def read_text(source: Source, path: str, column: str, size: int | None, as_bytes
 def _check(text: str | bytes, path: str) -> None:
     if not text:
         raise UserError(f"'{path}' (data.path) is empty: there is no text to train on")
-    if text == text[:1] * len(text):
-        raise UserError(f"'{path}' (data.path) consists of one character, {text[:1]!r}: there is nothing to predict")
+    check_predictable(text, f"'{path}' (data.path)")
     if isinstance(text, str) and "\0" in text:
         raise UserError(f"'{path}' (data.path) is not a text, it holds zero bytes; data.level 'byte' takes any file")
+
+
+def check_predictable(text: str | bytes, name: str) -> None:
+    """Check that a text has more than one character.
+
+    Raises:
+        UserError: It has not; begins with `name`.
+    """
+    if text and text == text[:1] * len(text):
+        raise UserError(f"{name} consists of one character, {text[:1]!r}: there is nothing to predict")
 
 
 def _read_file(path: str, size: int | None, as_bytes: bool) -> str | bytes:

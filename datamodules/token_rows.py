@@ -88,7 +88,8 @@ def parse_numbers(text: str, vocab_size: int) -> list[int]:
         UserError: The text has something else, or a number that is no token.
     """
     words = text.split()
-    if not all(word.isdecimal() and int(word) < vocab_size for word in words):
+    digits = len(str(vocab_size))  # Python reads no number of thousands of digits
+    if not all(word.isdecimal() and len(word.lstrip("0")) <= digits and int(word) < vocab_size for word in words):
         raise UserError(f"'{text}' is not a row of numbers from 0 to {vocab_size - 1}")
     return [int(word) for word in words]
 

@@ -180,7 +180,7 @@ def _split(x: Tensor, chunk: int) -> Tensor:
     """Return x [N, J, T, ...] as chunks [N, J, M, C, ...]; positions of zeros, which change nothing, fill the last."""
     missing = -x.shape[2] % chunk if x.shape[2] else chunk
     x = pad(x, (*[0, 0] * (x.dim() - 3), 0, missing))
-    return x.unflatten(2, (x.shape[2] // chunk, chunk))
+    return x.reshape(*x.shape[:2], x.shape[2] // chunk, chunk, *x.shape[3:])
 
 
 def start_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:

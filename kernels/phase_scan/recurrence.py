@@ -97,7 +97,7 @@ def _left_of_previous(gates: tuple[Tensor, ...], writes: tuple[Tensor, ...]) -> 
 def _split(x: Tensor, chunk: int) -> Tensor:
     """Return x [N, T, D] as chunks [N, M, C, D]; zeros fill the last."""
     x = pad(x, (0, 0, 0, -x.shape[1] % chunk))
-    return x.unflatten(1, (x.shape[1] // chunk, chunk))
+    return x.reshape(x.shape[0], x.shape[1] // chunk, chunk, x.shape[2])
 
 
 def last_state(

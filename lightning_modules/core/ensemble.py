@@ -9,8 +9,9 @@ Hooks on submodules run inside the vmap, once for all members, on tensors withou
 Shapes: S members; other axes as in a single network.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,4 +146,18 @@ def fit_state(state: dict[str, Tensor], target: dict[str, Tensor], members: int,
             shapes = f"{tuple(state[name].shape)} there and {tuple(value.shape)} in the model"
             raise UserError(f"{source} does not fit the model: {name} is {shapes}")
         fitted[name] = donor
+    if torn := torn_tie(fitted, target):
+        raise UserError(f"{source} does not fit the model: {torn}")
     return fitted
+
+
+def torn_tie(state: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
+    """Return which names share a parameter in `target` and have different values in `state`; None if none have."""
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in target.items():
+        if not isinstance(value, Tensor) or value.data_ptr() == 0:  # no values, as on the meta device
+            continue
+        other = first.setdefault((value.device, value.data_ptr(), value.shape, value.stride()), name)
+        if other != name and not torch.equal(state[other], state[name]):
+            return f"{other} and {name} are one parameter in the model, and differ there"
+    return None

@@ -56,6 +56,11 @@ class TokenScores(NamedTuple):
     best_SN: Tensor
     other_SN: Tensor
 
+    @property
+    def hits_SN(self) -> Tensor:
+        """1 where the label has the strictly largest logit, else 0; NaN where a logit is NaN."""
+        return (self.own_SN > self.best_SN).double().masked_fill((self.own_SN + self.best_SN).isnan(), torch.nan)
+
 
 class TokenMeasures(Metric):
     """Accuracy and loss of next-token prediction over the labelled positions, for each ensemble member.

@@ -4,11 +4,10 @@ Shapes: S ensemble members, B inputs, T positions, V vocabulary, H heads.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -28,7 +27,8 @@ def write_predictions(
 ) -> dict[str, Tensor]:
     """Write the predictions of a batch and return its logits and losses.
 
-    - `logits-<number>.safetensors`: `tokens`, `labels`, `logits` [S, B, T, V], `loss` [S, B, T] (NaN without a label).
+    - `logits-<number>.safetensors`: `tokens`, `labels`, `logits` [S, B, T, V], `loss` [S, B, T] (NaN without a label),
+      `lengths` [B]; positions from an input's length on are no part of it.
     - `positions-<number>.jsonl`: one line per input and position with its token, label, loss, and the most likely
       tokens with their probabilities, for the first ensemble member.
 
@@ -47,20 +47,34 @@ def write_predictions(
     labelled_SBT = (labels_BT != IGNORE).expand(log_p_SBTV.shape[:3])
     label_SBT1 = labels_BT.clamp(min=0).expand(labelled_SBT.shape)[..., None]
     loss_SBT = torch.where(labelled_SBT, -log_p_SBTV.gather(3, label_SBT1)[..., 0], torch.nan)
+    lengths = input_lengths(batch)
     tensors = {"tokens": tokens_BT, "labels": labels_BT, "logits": logits_SBTV, "loss": loss_SBT}
+    tensors["lengths"] = torch.tensor(lengths)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, folder / f"logits-{number}.safetensors")
-    lines = _lines(tokens_BT, labels_BT, loss_SBT[0], log_p_SBTV[0].exp(), token_text)
+    lines = _lines(tokens_BT, labels_BT, lengths, loss_SBT[0], log_p_SBTV[0].exp(), token_text)
     (folder / f"positions-{number}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return {"logits": logits_SBTV, "loss": loss_SBT}
 
 
+def input_lengths(batch: TokenBatch) -> list[int]:
+    """Return the tokens of each input; all of a row, where the batch has no lengths."""
+    rows, length = batch["tokens"].shape
+    lengths: list[int] = batch["lengths"].tolist() if "lengths" in batch else rows * [length]
+    return lengths
+
+
 def _lines(
-    tokens_BT: Tensor, labels_BT: Tensor, loss_BT: Tensor, p_BTV: Tensor, token_text: Callable[[int], str]
+    tokens_BT: Tensor,
+    labels_BT: Tensor,
+    lengths: Sequence[int],
+    loss_BT: Tensor,
+    p_BTV: Tensor,
+    token_text: Callable[[int], str],
 ) -> list[dict[str, Any]]:
     top = p_BTV.topk(min(TOP, p_BTV.shape[2]))
     lines: list[dict[str, Any]] = []
-    for index, position in np.ndindex(*tokens_BT.shape):
+    for index, position in ((index, t) for index, length in enumerate(lengths) for t in range(length)):
         label = int(labels_BT[index, position])
         best = zip(top.indices[index, position].tolist(), top.values[index, position].tolist(), strict=True)
         line: dict[str, Any] = {"input": index, "position": position}
@@ -80,7 +94,7 @@ def show_attention(
     trainer: Trainer,
     name: str,
     patterns: Mapping[str, Tensor],
-    tokens_BT: Tensor,
+    inputs: Sequence[Tensor],
     token_text: Callable[[int], str],
     path: Path | None = None,
 ) -> None:
@@ -90,15 +104,16 @@ def show_attention(
         trainer: The trainer.
         name: Name of the picture, to which the number of the input is added if there are several.
         patterns: Site -> weights [S, B, H, T, T].
-        tokens_BT: The inputs.
+        inputs: The tokens of each input; positions behind them are left out.
         token_text: Gives a token as text.
         path: Also write `<path>-<input>.png`.
     """
     if not patterns or (path is None and not trainer.loggers) or is_dry_run(trainer):
         return
-    for index, row_T in enumerate(tokens_BT.tolist()):
-        first = {site: weights[0, index] for site, weights in patterns.items()}
-        figure = attention_figure(first, [token_text(token) for token in row_T])
+    for index, row_T in enumerate(inputs):
+        length = len(row_T)
+        first = {site: weights[0, index, :, :length, :length] for site, weights in patterns.items()}
+        figure = attention_figure(first, [token_text(token) for token in row_T.tolist()])
         if path is not None:
             figure.savefig(f"{path}-{index}.png", dpi=110)
         add_figure(trainer, name if path is None else f"{name}-{index}", figure)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, distributed
 
 from datamodules.batch import HasEnsemble
 from lightning_modules.core.contracts import HasCounts, HasMembers, connected
@@ -48,6 +48,15 @@ def ensemble_size(module: torch.nn.Module) -> int:
 def logged_step(trainer: Trainer) -> int:
     """Return the step at which Lightning logs scalars now: the number of batches that ended in an optimizer step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Return the mean of a tensor over the processes of a run; the program does not wait for it on a GPU."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x
+    total = x.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
 
 
 def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:

@@ -3,6 +3,7 @@
 Shapes: S ensemble members, B batch, T positions, V vocabulary.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 
 from datamodules.batch import TokenBatch
 from datamodules.errors import SEEDS, UserError, check_numbers
+from datamodules.mixture import main_task
+from datamodules.sequence_task import Split
 from lightning_modules.core.attention import leave_out_cudnn_attention
 from lightning_modules.core.checkpoints import load_network, write_members
 from lightning_modules.core.contracts import (
     HasBounds,
+    HasCharacters,
     HasVocabulary,
     OnNonfinite,
     SupportsTokenText,
@@ -27,12 +31,13 @@ from lightning_modules.core.contracts import (
     connected,
 )
 from lightning_modules.core.decoder import count_weights
+from lightning_modules.core.ensemble import member_state
 from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.losses import member_losses
 from lightning_modules.core.metrics import LastStep, TokenMeasures
 from lightning_modules.core.precision import check_precision
-from lightning_modules.core.predictions import pattern_sites, show_attention, write_predictions
-from lightning_modules.core.reporting import is_dry_run, record_proportion, run_folder
+from lightning_modules.core.predictions import input_lengths, pattern_sites, show_attention, write_predictions
+from lightning_modules.core.reporting import is_dry_run, mean_over_ranks, record_proportion, run_folder
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.core.sizes import check_sizes
 
@@ -108,6 +113,14 @@ class SequenceModel(EnsembleModule, ABC):
     def make_network(self) -> nn.Module:
         """Return one network with random weights; called once per seed, with that seed set."""
 
+    def member_network(self, member: int) -> nn.Module:
+        """Return the network of one member with its weights, as an ordinary network."""
+        if self.ensemble == 1:
+            return self.network
+        network = self.make_network()
+        network.load_state_dict(member_state(self.network.state_dict(), member))
+        return network.train(self.training)
+
     def make_measures(self) -> TokenMeasures:
         """Return the measures of validation and test."""
         return TokenMeasures(self.ensemble)
@@ -164,10 +177,11 @@ class SequenceModel(EnsembleModule, ABC):
         self.last_step.outcome = None  # frees the logits before there are new ones
         loss_S, outputs = self._step_losses(batch["tokens"], batch["labels"])
         self.members["train/loss"] = loss_S.detach()
-        self.log("train/loss", loss_S.detach().mean(), batch_size=1)
+        logged = {"loss": loss_S}
         for name, (weight, value_S) in self.penalties(outputs, batch).items():
-            self.log(f"train/{name}", value_S.detach().mean(), batch_size=1)
-            loss_S = loss_S + weight * value_S
+            logged[name], loss_S = value_S, loss_S + weight * value_S
+        means = mean_over_ranks(torch.stack([value_S.detach().float().mean() for value_S in logged.values()])).unbind()
+        self.log_dict({f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}, batch_size=1)
         self.last_step.outcome = outputs[0].detach(), batch["labels"], self.members["train/loss"]
         return loss_S.sum()
 
@@ -228,7 +242,7 @@ class SequenceModel(EnsembleModule, ABC):
         # Here and not in a step, in which a clamp has the labels of a whole batch
         if self._shown is not None and sites and self.trainer.loggers and not is_dry_run(self.trainer):
             _, patterns = self.activations(self._shown, sites)
-            show_attention(self.trainer, "test/attention", patterns, self._shown, self._token_text)
+            show_attention(self.trainer, "test/attention", patterns, list(self._shown), self._token_text)
         self._log_measures("test")
         self.log_members({f"test/{name}": values_S for name, values_S in self.test_measures().items()})
         if isinstance(data := self._data, HasBounds):
@@ -244,11 +258,14 @@ class SequenceModel(EnsembleModule, ABC):
         logits_SBTV, patterns = self.activations(batch["tokens"], pattern_sites(self.network))
         name = f"attention-{batch_idx}"
         predictions = write_predictions(folder, batch_idx, batch, logits_SBTV, self._token_text)
-        show_attention(self.trainer, f"predict/{name}", patterns, batch["tokens"], self._token_text, folder / name)
+        inputs = [row_T[:length] for row_T, length in zip(batch["tokens"], input_lengths(batch), strict=True)]
+        show_attention(self.trainer, f"predict/{name}", patterns, inputs, self._token_text, folder / name)
         return predictions
 
-    def _log_measures(self, stage: str) -> None:
+    def _log_measures(self, stage: Split) -> None:
         values, hits, count = self.measures.compute()
+        if isinstance(data := main_task(self._data), HasCharacters):
+            values["bits_per_character"] = values["loss"] / math.log(2) * data.tokens_per_character(stage)
         self.log_members({f"{stage}/{name}": values_S for name, values_S in values.items()})
         for name, hits_S in hits.items():
             record_proportion(self, f"{stage}/{name}", hits_S, int(count))

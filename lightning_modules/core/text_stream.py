@@ -61,10 +61,22 @@ def stream_text(
     before, waiting = prompt_1T[0, -LONGEST:].tolist(), list[int]()  # a token's text may depend on the one before
     for token_B in stream_tokens(network, prompt_1T, max_new_tokens, sampling, generator):
         waiting.append(int(token_B))
-        text = decode([*before, *waiting])
-        if text.endswith(REPLACEMENT) and len(waiting) < LONGEST:
-            continue
-        yield text[len(decode(before)) :]
-        before, waiting = waiting, []
+        if done := _complete(before, waiting, decode):
+            yield decode([*before, *waiting[:done]])[len(decode(before)) :]
+            before, waiting = [*before, *waiting[:done]][-LONGEST:], waiting[done:]
     if waiting:
         yield decode([*before, *waiting])[len(decode(before)) :]
+
+
+def _complete(before: list[int], waiting: list[int], decode: Callable[[Sequence[int]], str]) -> int:
+    """Return how many of the tokens that wait no later token can change.
+
+    A text that ends within a character ends with one replacement character. The tokens of this character are those
+    without which the text lacks it and nothing else.
+    """
+    text = decode([*before, *waiting])
+    if not text.endswith(REPLACEMENT):
+        return len(waiting)
+    prefixes = range(len(waiting) - 1, -1, -1)
+    without = next((n for n in prefixes if decode([*before, *waiting[:n]]) == text[: -len(REPLACEMENT)]), 0)
+    return without or (len(waiting) if len(waiting) > LONGEST else 0)

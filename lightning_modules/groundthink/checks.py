@@ -1,5 +1,7 @@
 """What is wrong with the options of a model, in one sentence."""
 
+from collections.abc import Mapping
+
 from datamodules.errors import UserError, check_multiples
 from kernels.gated_delta.checks import ALIGNMENT, WIDEST
 from lightning_modules.core.sizes import check_heads
@@ -40,21 +42,21 @@ def check_kernel(**sizes: int) -> None:
     check_multiples("model", ALIGNMENT, WIDEST, **sizes)
 
 
-def check_delta_options(pattern: str, keys: str, rotary_keys: bool, **options: object) -> None:
+def check_delta_options(pattern: str, keys: str, of_tokens: Mapping[str, object], **options: object) -> None:
     """Check options of the gated delta rule against each other and against the pattern.
 
     Args:
         pattern: The pattern.
         keys: What keys are made of.
-        rotary_keys: Rotary positions in the keys.
-        **options: Options that need a G in the pattern, by name; those that are None or False are not set.
+        of_tokens: Options of keys that are made of tokens, by name; those that are None or False are not set.
+        **options: Other options that need a G in the pattern, likewise.
 
     Raises:
         UserError: An option would change nothing; names it.
     """
-    if rotary_keys and keys == "position":
-        raise UserError("model.rotary_keys needs keys of tokens: set model.keys to token or both, not position")
-    for name, value in ({"rotary_keys": rotary_keys} | options).items():
+    if keys == "position" and (named := [name for name, value in of_tokens.items() if value]):
+        raise UserError(f"model.{named[0]} needs keys of tokens: set model.keys to token or both, not position")
+    for name, value in (dict(of_tokens) | options).items():
         if value and "G" not in pattern:
             raise UserError(f"model.{name} needs a G in model.pattern, which is {pattern}")
 

@@ -95,7 +95,9 @@ class GroundThink(PenalisedModel):
         checks.check_pattern(pattern, window_reads_state)
         checks.check_head_widths(width, heads, pattern)
         penalties = {"key_orthogonality": key_orthogonality, "beta_sparsity": beta_sparsity}
-        checks.check_delta_options(pattern, keys, rotary_keys, key_bank=key_bank, **penalties)
+        of_tokens: dict[str, object] = {"rotary_keys": rotary_keys, "key_conv_width": key_conv_width}
+        of_tokens["key_orthogonality"] = key_orthogonality
+        checks.check_delta_options(pattern, keys, of_tokens, key_bank=key_bank, beta_sparsity=beta_sparsity)
         checks.check_final_state(bool(reproduce_flaws), window_reads_state, piece_len)
         widths = {"key_width": key_width, "value_width": value_width}
         sizes = {name: width // heads if size is None else size for name, size in widths.items()}

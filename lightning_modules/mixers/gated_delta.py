@@ -93,6 +93,9 @@ class GatedDelta(nn.Module):
         self.k_proj.load_state_dict(self.q_proj.state_dict())  # a token's query finds its key from the start
         self.q_conv, self.v_conv = (ShortConvolution(heads * size, conv_width) for size in (key_width, value_width))
         self.k_conv = ShortConvolution(heads * key_width, key_conv_width)
+        if self.places.keys == "position":  # nothing reads them, and DDP waits for the gradients of what is trained
+            self.k_proj.requires_grad_(False)
+            self.k_conv.requires_grad_(False)
         self.gates = Gates(width, heads, gates, 2.0 if allow_negative_eigenvalues else 1.0)
         self.norm, self.o_proj = nn.RMSNorm(value_width, eps=1e-6), nn.Linear(heads * value_width, width, bias=False)
         self.query, self.key, self.value, self.state, self.read = (nn.Identity() for _ in range(5))

@@ -3,7 +3,6 @@
 Shapes: S ensemble members, B batch, T positions, V vocabulary, D width, H heads, K frequencies of a head, W window.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from datamodules.batch import TokenBatch
 from datamodules.errors import SIZE, UserError, check_numbers
-from datamodules.sequence_task import Split
-from lightning_modules.core.contracts import HasCharacters
+from datamodules.sequence_task import SequenceTask
+from lightning_modules.core.contracts import HasVocabulary
 from lightning_modules.core.decoder import Decoder, Factory
 from lightning_modules.core.sequence_model import SequenceModel
 from lightning_modules.core.sizes import check_convolutions, check_sizes
@@ -122,21 +121,10 @@ class Phase(SequenceModel):
         super().setup(stage)
         if stage == "fit" and self.scheduled_sampling and self.trainer.max_steps < 1:
             raise UserError("trainer.max_steps must be set: model.scheduled_sampling rises up to that step")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the measures; for a text also `bits_per_character`."""
-        super().on_validation_epoch_end()
-        self._log_bits("validation")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the measures; for a text also `bits_per_character`."""
-        super().on_test_epoch_end()
-        self._log_bits("test")
-
-    def _log_bits(self, split: Split) -> None:
-        if isinstance(data := self._data, HasCharacters):
-            bits_S = self.members[f"{split}/loss"] / math.log(2) * data.tokens_per_character(split)
-            self.log_members({f"{split}/bits_per_character": bits_S.to(self.device)})
+        data = self._data
+        if self.scheduled_sampling and isinstance(data, SequenceTask) and not data.predicts_next:
+            kind = type(data).__name__
+            raise UserError(f"model.scheduled_sampling needs labels that are the next tokens: {kind} has others")
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the loss; with `scheduled_sampling`, the model reads some of its own predictions."""
@@ -144,6 +132,8 @@ class Phase(SequenceModel):
             share = self.scheduled_sampling * min(1.0, self.global_step / self.trainer.max_steps)
             with torch.no_grad():
                 logits_SBTV = self.call(batch["tokens"])[0]
+            if isinstance(data := self._data, HasVocabulary):
+                logits_SBTV = logits_SBTV[..., : data.vocab_size]  # a model may have more tokens than its data
             step = self.seeds, self.global_step, batch_idx, self.global_rank
             batch = batch | {"tokens": mixed_tokens(batch["tokens"], batch["labels"], logits_SBTV, share, *step)}
         return super().training_step(batch, batch_idx)

@@ -36,19 +36,26 @@ class Bottleneck(nn.Module):
 
     Attributes:
         size: Number of codes; 0 without a bottleneck.
+        is_late: Whether soft tokens become codes in the last part of the training alone.
         progress: How much of the training is over, from 0 to 1, which the module sets.
         use: The use of codes on the held-out problems.
     """
 
     size = 0
+    is_late = False
     progress = 1.0
 
     def __init__(self) -> None:
         super().__init__()
         self.use = CodeUse(self.size)
 
-    def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
-        """Return the vectors for the target, and their codes."""
+    def forward(self, soft_BKD: Tensor, mask_BK: Tensor) -> tuple[Tensor, Codes | None]:
+        """Return the vectors for the target, and their codes.
+
+        Args:
+            soft_BKD: The soft tokens.
+            mask_BK: True at real ones.
+        """
         return soft_BKD, None
 
     def shares(self, soft_BKD: Tensor) -> Tensor:
@@ -141,13 +148,13 @@ class VectorBottleneck(Bottleneck):
     def _scaled(self, soft_BKD: Tensor) -> Tensor:
         return soft_BKD.float() if self.has_own_scale else rms_unit(soft_BKD)
 
-    def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
+    def forward(self, soft_BKD: Tensor, mask_BK: Tensor) -> tuple[Tensor, Codes | None]:
         """Return vectors for the target. Gradients pass to the soft tokens, those of the commitment to both sides."""
         with torch.autocast(soft_BKD.device.type, enabled=False):
             soft_BKD = self._scaled(soft_BKD)
             is_early = self.is_late and self.training and self.progress < LATE
             if is_early:
-                self._renew(soft_BKD.detach().flatten(0, 1))
+                self._renew(soft_BKD.detach().flatten(0, 1), mask_BK.flatten())
             vectors_BKD, index_BK, _ = self.quantizer(soft_BKD)  # its own commitment would count padding
             code_BKD = self.quantizer.codebook[index_BK]
             commitment_BK = (code_BKD - soft_BKD.detach()).square().mean(-1)
@@ -157,15 +164,14 @@ class VectorBottleneck(Bottleneck):
             return self.read(vectors_BKD), Codes(index_BK, commitment_BK)
 
     @torch.no_grad()
-    def _renew(self, soft_ND: Tensor) -> None:
-        """Put the soft tokens that lie farthest from their codes in the place of the oldest codes."""
-        far_N = torch.cdist(soft_ND, self.quantizer.codebook).amin(1)
-        chosen_R = far_N.topk(min(RENEWED, len(far_N))).indices
+    def _renew(self, soft_ND: Tensor, real_N: Tensor) -> None:
+        """Put the real soft tokens that lie farthest from their codes in the place of the oldest codes."""
+        far_N = torch.cdist(soft_ND, self.quantizer.codebook).amin(1).where(real_N, -1.0)
+        far_R, chosen_R = far_N.topk(min(RENEWED, len(far_N)))
         place_R = (self.oldest + torch.arange(len(chosen_R), device=soft_ND.device)) % CODES
-        self.quantizer.frozen_codebook[place_R] = (
-            soft_ND[chosen_R] @ self.quantizer.code_transform.base_DD
-        )  # orthogonal
-        self.oldest.add_(len(chosen_R)).remainder_(CODES)
+        codes, new_RD = self.quantizer.frozen_codebook, soft_ND[chosen_R] @ self.quantizer.code_transform.base_DD
+        codes[place_R] = new_RD.where((far_R >= 0)[:, None], codes[place_R])  # base_DD is orthogonal
+        self.oldest.add_((far_R >= 0).sum()).remainder_(CODES)
 
     def shares(self, soft_BKD: Tensor) -> Tensor:
         """Return softmax(-d² / √D) over the codes, with d the distance: there is one factor."""
@@ -193,7 +199,7 @@ class ScalarBottleneck(Bottleneck):
         if not bare:
             self.quantizer.project_out = reader(len(LEVELS), width)
 
-    def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
+    def forward(self, soft_BKD: Tensor, mask_BK: Tensor) -> tuple[Tensor, Codes | None]:
         """Return the rounded vectors, with gradients as if they were not rounded. There is nothing to commit to."""
         with torch.autocast(soft_BKD.device.type, enabled=False):
             vectors_BKD, index_BK = self.quantizer(rms_unit(soft_BKD))
@@ -225,7 +231,7 @@ class UntrainedOutput(Bottleneck):
         self.map = nn.Linear(width, width, bias=False).requires_grad_(False)
         nn.init.normal_(self.map.weight, std=width**-0.5)
 
-    def forward(self, soft_BKD: Tensor) -> tuple[Tensor, Codes | None]:
+    def forward(self, soft_BKD: Tensor, mask_BK: Tensor) -> tuple[Tensor, Codes | None]:
         """Return the mapped vectors."""
         return self.map(soft_BKD), None
 

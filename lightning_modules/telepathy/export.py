@@ -15,12 +15,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from datamodules.errors import UserError
+from lightning_modules.core.checkpoints import check_finite
 from lightning_modules.core.files import replacing
 from lightning_modules.pretrained.fingerprint import fingerprint
 from lightning_modules.telepathy.module import Telepathy
 
 KEY = "crosstalk"  # of the metadata
 PROBE = "Ann has 12 cups and buys 30 more. How many cups does Ann have?"
+MODELS = "source", "target"
 TRAINING = ("text_prefix.", "heads.", "probe.")  # tensors that a trained bridge does not need
 
 
@@ -98,8 +100,11 @@ def read_exported(path: str, option: str) -> Exported:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{option}: {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(about, dict) or not {"config", "source", "target"} <= about.keys():
+    if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in ("config", *MODELS)):
         raise UserError(f"{option}: {path} was not written by `python main.py export`")
+    if lacking := [key for key in MODELS if not {"path", "fingerprint"} <= about[key].keys()]:
+        raise UserError(f"{option}: {path} is damaged: it does not identify its {lacking[0]}")
+    check_finite({"state_dict": tensors}, option, path)
     return Exported(tensors, about)
 
 

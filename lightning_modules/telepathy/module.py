@@ -4,6 +4,7 @@ Shapes: B batch, S source positions of the question, C source width, K soft toke
 tokens of the whole batch, V target vocabulary.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -19,7 +20,7 @@ from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import Gate, OnNonfinite, Workload, connected
 from lightning_modules.core.precision import check_precision
-from lightning_modules.core.reporting import is_dry_run
+from lightning_modules.core.reporting import is_dry_run, mean_over_ranks
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.pretrained.loading import Pretrained, loading_to
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
@@ -182,7 +183,7 @@ class Telepathy(BridgeEvaluation):
         if self.bridge.samples:
             seed_B = row_seeds(batch["source"].gather(1, batch["source_place"]), batch["source_mask"], self.training)
         bridged_BKD = self.bridge(*read) if seed_B is None else self.bridge(*read, seed_B)
-        vectors_BKD, codes = self.bottleneck(bridged_BKD)
+        vectors_BKD, codes = self.bottleneck(bridged_BKD, batch["soft_mask"])
         return Encoding(read[0], bridged_BKD, codes, self.soft_tokens(vectors_BKD, batch["soft_mask"]), seed_B)
 
     def forward(self, batch: TelepathyBatch) -> Tensor:
@@ -203,22 +204,25 @@ class Telepathy(BridgeEvaluation):
         step = BridgeStep(batch, *parts, encoding, logits_NV, self.scale, gather, self.heads, self.flaws)
         losses = weighted(self.objectives, step, weight)
         total = torch.stack(list(losses.values())).sum()
-        size = len(batch["source"])
-        self.log("train/loss", total.detach(), batch_size=size)
+        logged, size = losses | {"loss": total}, len(batch["source"])
         if self.text_prefix is not None:
             logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(size))
-            losses["text_prefix"] = weight(len(logits_NV)) * lm(logits_NV, batch["prefixed"].labels_N)
-            total = total + losses["text_prefix"]
-        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=size)
+            logged["text_prefix"] = weight(len(logits_NV)) * lm(logits_NV, batch["prefixed"].labels_N)
+            total = total + logged["text_prefix"]
+        means = mean_over_ranks(torch.stack([loss.detach().float() for loss in logged.values()])).unbind()
+        self.log_dict({f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}, batch_size=size)
         return total
 
     def on_fit_start(self) -> None:
-        """Check the target, and measure the normalizer's statistics. A resumed run measures the same.
+        """Check the target and the number of steps, and measure the normalizer's statistics.
 
         Raises:
-            UserError: The target does not answer soft tokens, or the data gives no held-out questions.
+            UserError: The target does not answer soft tokens, codes that come late have no end of the training to
+                wait for, or the data gives no held-out questions.
         """
         self.target.check(trains=True)
+        if self.bottleneck.is_late and self.trainer.estimated_stepping_batches == math.inf:
+            raise UserError("trainer.max_steps must be set: model.bottleneck vq makes codes in the last part of them")
         calibrate(self, self.normalizer, self.read)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

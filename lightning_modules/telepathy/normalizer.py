@@ -73,6 +73,8 @@ def sums(states: Iterable[Tensor]) -> Tensor:
 def calibrate(module: LightningModule, normalizer: nn.Module, read: Callable[[Any], Tensor]) -> None:
     """Measure the statistics of a normalizer on held-out questions, if it has statistics. Every rank must call it.
 
+    Those of a checkpoint stay, whatever the data of this run is: the bridge was trained with them.
+
     Args:
         module: The module of the run.
         normalizer: Its normalizer.
@@ -81,7 +83,7 @@ def calibrate(module: LightningModule, normalizer: nn.Module, read: Callable[[An
     Raises:
         UserError: The data gives no held-out questions.
     """
-    if not isinstance(normalizer, StatisticalNormalizer):
+    if not isinstance(normalizer, StatisticalNormalizer) or module.trainer.ckpt_path is not None:
         return
     held_out = held_out_batches(module.trainer, CALIBRATION, "model.normalizer")
     batches = map(module.trainer.strategy.batch_to_device, held_out)

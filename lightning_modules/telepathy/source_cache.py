@@ -161,8 +161,11 @@ class SourceCache:
         lengths = tuple(len(part) for part in parts)
         assert lengths == file.lengths, "the source gives other states than its tokens tell"
         tensors = {"states": torch.cat([part.cpu() for part in parts])}
-        with replacing(file.path) as draft:
-            draft.write_bytes(save(tensors, {"key": self.key, "sha256": _checksum(tensors["states"])}))
+        try:
+            with replacing(file.path) as draft:
+                draft.write_bytes(save(tensors, {"key": self.key, "sha256": _checksum(tensors["states"])}))
+        except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+            raise UserError(f"model.cache_source: cannot write {file.path}: {error.strerror}") from error
 
     def _fault(self, file: _File) -> str | None:
         """Return what is wrong with a file; an empty text if it does not exist, None if nothing is wrong."""

@@ -10,6 +10,10 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_modules.core.seeding import seeded_generator
+
+STREAM = 0x7E57  # first number of the seed, which keeps the random numbers apart from those of other owners
+
 
 class TextPrefix(nn.Module):
     """K learned vectors that the target reads before the text of the question (prompt tuning, Lester et al. 2021).
@@ -26,7 +30,10 @@ class TextPrefix(nn.Module):
     def __init__(self, count: int, width: int, scale: float):
         super().__init__()
         self.scale = scale
-        self.vectors_KD = nn.Parameter(torch.randn(count, width))  # of size 1, to which rates of learning are fitted
+        # Of size 1, to which rates of learning are fitted; from a generator of its own, so that a bridge beside it has
+        # the random numbers that it has without it
+        drawn_KD = torch.randn(count, width, generator=seeded_generator(STREAM, torch.initial_seed()), device="cpu")
+        self.vectors_KD = nn.Parameter(torch.empty(count, width).copy_(drawn_KD))
 
     def vectors(self, size: int) -> Tensor:
         """Return vectors_BKD for a batch of `size` rows, all real."""

@@ -82,3 +82,27 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path):
         Trainer(callbacks=[GroupAccuracy(), GroupAccuracy()], **QUIET).test(
             GroundThink(vocab_size=16, seq_len=16, **SIZES), recall()
         )
+
+
+def test_it_reads_the_batches_that_the_trainer_takes(tmp_path):
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=[GroupAccuracy(), RunRecord()],
+        limit_test_batches=2,
+        **QUIET,
+    )
+    trainer.test(GroundThink(vocab_size=16, seq_len=16, **SIZES), recall(), verbose=False)
+    counts = json.loads((tmp_path / "results.json").read_text())["n"]
+    groups = [count for name, count in counts.items() if name.startswith("test/accuracy_")]
+    assert sum(groups) == counts["test/accuracy"] < 7 + 4 * 7
+
+
+def test_a_member_that_diverged_has_no_accuracy(tmp_path):
+    module = GroundThink(vocab_size=16, seq_len=16, **SIZES, ensemble=2)
+    with torch.no_grad():
+        module.network.unembed.weight[1] = torch.nan
+    members = measured(tmp_path, module, recall())["members"]
+    for name in ("accuracy", "accuracy_8x1", "accuracy_by_group"):
+        assert members[f"test/{name}"][0] is not None
+        assert members[f"test/{name}"][1] is None

@@ -117,12 +117,15 @@ def test_bytes_are_printed_as_whole_characters(generate):
 
 
 def test_a_member_of_an_ensemble(generate, refused):
-    assert "holds 2 members, and generate takes one" in refused("--prompt", "the ", run="pair")
+    assert "holds 2 members, and generate takes one: add --member" in refused("--prompt", "the ", run="pair")
+    assert "member must be at most 1, not 2" in refused("--prompt", "the ", "--member", "2", run="pair")
     member = str(next(iter(sorted(Path("pair/members").glob("*.ckpt")))))
     assert "holds no config of a run: name it with --config" in refused("--prompt", "the ", "--ckpt_path", member)
     out = generate("--prompt", "the ", "--ckpt_path", member, "--config", "char.yaml")
-    assert out.startswith("the ")
     assert len(out) == 4 + 500 + 1
+    assert generate("--prompt", "the ", "--ckpt_path", member, "--config", "pair/config.yaml") == out
+    assert generate("--prompt", "the ", "--member", "0", run="pair") == out
+    assert generate("--prompt", "the ", "--member", "1", run="pair") != out
 
 
 def test_mistakes_end_in_one_sentence(refused):
@@ -186,9 +189,16 @@ class Counts:
         return logits_BV, state + 1
 
 
-def test_a_piece_ends_where_a_character_ends():
-    text = "aé€😀"
-    tokens = list(text.encode())
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ("aé€😀".encode(), ["a", "é", "€", "😀"]),
+        (b"\xff\xff\xff\xe2\x82\xacA", ["�", "�", "�", "€", "A"]),
+        (b"\xff\xfe\xfd\xf0\x9f\x98\x80B", ["�", "�", "�", "😀", "B"]),
+        (b"\xe2\x82\xe2\x82\xac\xf0\x9f", ["�", "€", "�"]),
+    ],
+)
+def test_a_piece_ends_where_a_character_ends(tokens: bytes, expected: list[str]):
 
     class Script(Counts):
         def step(self, token_B, state: int):
@@ -198,7 +208,7 @@ def test_a_piece_ends_where_a_character_ends():
 
     decode = lambda tokens: bytes(tokens).decode(errors="replace")  # noqa: E731
     pieces = list(stream_text(Script(256), torch.tensor([[98]]), len(tokens), decode))
-    assert pieces == list(text)
+    assert pieces == expected
     spaced = lambda tokens: " ".join(map(str, tokens))  # noqa: E731
     assert list(stream_text(Counts(9), torch.tensor([[3]]), 3, spaced)) == [" 4", " 5", " 6"]
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from datamodules.errors import UserError
 from lightning_modules.core import archive
 from lightning_modules.core.archive import is_intact
 from lightning_modules.core.checkpoints import check_finite, read_checkpoint, read_state
+from lightning_modules.core.ensemble import fit_state
 from lightning_modules.separability import Orthogonality, Separability
 
 SIZES = {"vocab_size": 11, "seq_len": 6, "width": 8, "heads": 2}
@@ -145,3 +147,16 @@ def test_code_is_not_run(tmp_path):
         with pytest.raises(UserError, match=f"^{option}: .*{advice}$"):
             archive.read_archive(str(tmp_path / "code.ckpt"), option)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_values_of_one_tied_parameter_must_agree(tied: bool):
+    embedding, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    head.weight = embedding.weight
+    target = nn.ModuleDict({"embedding": embedding, "head": head}).state_dict()
+    state = {"embedding.weight": torch.ones(5, 3), "head.weight": torch.ones(5, 3) if tied else torch.zeros(5, 3)}
+    if tied:
+        assert fit_state(state, target, 1, "file").keys() == state.keys()
+    else:
+        with pytest.raises(UserError, match=r"embedding.weight and head.weight are one parameter in the model"):
+            fit_state(state, target, 1, "file")

@@ -18,7 +18,11 @@ def make(**options):
         **SMALL | {"test_sets": [[16, 3], [32, 8]], "test_size": 7, "validation_size": 2} | options
     )
     data.trainer = SimpleNamespace(
-        global_rank=0, world_size=1, overfit_batches=0, lightning_module=SimpleNamespace(ensemble=1)
+        global_rank=0,
+        world_size=1,
+        overfit_batches=0,
+        limit_train_batches=1.0,
+        lightning_module=SimpleNamespace(ensemble=1),
     )
     data.setup("fit")
     return data

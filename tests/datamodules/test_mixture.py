@@ -19,7 +19,9 @@ def make(seed=0, workers=0, **options):
     ]
     data = Mixture(tasks, **{"weights": [3, 1, 0], "epoch_batches": 40, "num_workers": workers} | options)
     module = SimpleNamespace(ensemble=1)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1, overfit_batches=0, lightning_module=module)
+    data.trainer = SimpleNamespace(
+        global_rank=0, world_size=1, overfit_batches=0, limit_train_batches=1.0, lightning_module=module
+    )
     data.setup("fit")
     return data
 

@@ -21,7 +21,7 @@ RIGHT = {
 
 def attach(data, rank=0, world=1, **module):
     trainer = {"global_rank": rank, "world_size": world, "lightning_module": SimpleNamespace(**module)}
-    data.trainer = SimpleNamespace(**trainer, overfit_batches=0)
+    data.trainer = SimpleNamespace(**trainer, overfit_batches=0, limit_train_batches=1.0)
     data.setup("fit")
     return data
 

@@ -73,6 +73,7 @@ def test_a_label_is_the_value_last_written_to_the_key(name):
     assert (len(places) > 20) == (task == "mqar")  # elsewhere the queries are the last tokens
     assert data.ceiling == 1
     assert data.chance == 1 / len(VALUES)
+    assert NeedleGym(needles=2, value_count=4).chance == 1 / 4
 
 
 def test_identical_markers_have_one_key_and_each_value_once():

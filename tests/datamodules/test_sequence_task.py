@@ -1,5 +1,6 @@
 """All tasks on rows of tokens: numbered batches, ensembles, ranks, resumed runs, inputs, user errors."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,8 @@ from datamodules import (
     TextCorpus,
 )
 from datamodules.batch import IGNORE
+from datamodules.errors import UserError
+from lightning_modules.groundthink import GroundThink
 
 SMALL = {"batch_size": 4, "eval_batch_size": 4, "validation_size": 8, "test_size": 10, "seed": 5}
 RECALL = SMALL | {"vocab_size": 40, "train_sets": [[16, 2, 24], [20, 4, 12]], "test_sets": [[16, 3]]}
@@ -57,7 +60,7 @@ TASKS = {
 
 def attach(data, rank=0, world=1, **module):
     trainer = {"global_rank": rank, "world_size": world, "lightning_module": SimpleNamespace(**module)}
-    data.trainer = SimpleNamespace(**trainer, overfit_batches=0)
+    data.trainer = SimpleNamespace(**trainer, overfit_batches=0, limit_train_batches=1.0)
     data.setup("fit")
     return data
 
@@ -218,3 +221,22 @@ def test_too_many_devices():
         data.train_dataloader()
     with pytest.raises(ValueError, match="8 validation rows in 1 batches leave some of 16 devices without any"):
         attach(TASKS["iid-round_robin"](), 0, 16).val_dataloader()
+
+
+def test_predictions_end_where_an_input_ends(tmp_path):
+    data = NeedleGym(needles=2, seq_len=16, vocab_size=20, inputs=["1 10 1", "1 10 2 11 2 1"])
+    trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.predict(GroundThink(20, 16, width=16, heads=2, seed=0), datamodule=data)
+    lines = map(json.loads, (tmp_path / "predictions" / "positions-0.jsonl").read_text().splitlines())
+    assert [(line["input"], line["position"]) for line in lines] == [(0, t) for t in range(3)] + [
+        (1, t) for t in range(6)
+    ]
+    (batch,) = data.predict_dataloader()
+    assert batch["lengths"].tolist() == [3, 6]
+    assert batch["labels"][0].tolist() == [IGNORE, IGNORE, 10, IGNORE, IGNORE, IGNORE]
+
+
+def test_a_number_of_thousands_of_digits_is_told_in_a_sentence():
+    with pytest.raises(UserError, match="is not a row of numbers from 0 to 19"):
+        NeedleGym(needles=2, vocab_size=20).parse(5000 * "9")
+    assert NeedleGym(needles=2, vocab_size=20).parse("0019 0") == [19, 0]

@@ -163,7 +163,9 @@ def test_inputs_are_texts(file):
 def test_an_ensemble_has_a_crop_for_each_member(file):
     data = TextCorpus("file", file, **SMALL)
     module = SimpleNamespace(ensemble=3)
-    data.trainer = SimpleNamespace(overfit_batches=0, global_rank=0, world_size=1, lightning_module=module)
+    data.trainer = SimpleNamespace(
+        overfit_batches=0, limit_train_batches=1.0, global_rank=0, world_size=1, lightning_module=module
+    )
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert batch["tokens"].shape == batch["labels"].shape == (3, 4, 8)
@@ -177,6 +179,7 @@ def test_an_ensemble_has_a_crop_for_each_member(file):
         (b"aaaa" * 100, "byte", "consists of one character, b'a': there is nothing to predict"),
         ("é".encode() * 100, "char", "consists of one character, 'é'"),
         (b"a", "char", "consists of one character, 'a'"),
+        (b"a" * 950 + b"b" * 50, "byte", "the training part of '.*' .data.path. consists of one character, b'a'"),
         (b"ab\0c" * 100, "char", "is not a text, it holds zero bytes; data.level 'byte' takes any file"),
         (b"PK\3\4ab" * 100, "byte", r"is compressed \(zip\): unpack it first"),
         (b"\x1f\x8bab" * 100, "bpe", r"is compressed \(gzip\)"),

@@ -214,7 +214,9 @@ def test_a_resumed_run_has_the_losses_of_the_whole_one(tmp_path, source, workers
 
 def on_rank(rank: int, world: int, module: object, **options) -> WordProblems:
     data = WordProblems(**{"validation_size": 2, "test_sets": {"test": 2}} | options)
-    data.trainer = SimpleNamespace(overfit_batches=0, global_rank=rank, world_size=world, lightning_module=module)
+    data.trainer = SimpleNamespace(
+        overfit_batches=0, limit_train_batches=1.0, global_rank=rank, world_size=world, lightning_module=module
+    )
     data.setup("fit")
     return data
 

@@ -246,7 +246,9 @@ def test_user_errors(options, reason):
 def on_ranks(world, **options):
     for rank in range(world):
         data = WordProblems(**options)
-        data.trainer = SimpleNamespace(overfit_batches=0, global_rank=rank, world_size=world, lightning_module=None)
+        data.trainer = SimpleNamespace(
+            overfit_batches=0, limit_train_batches=1.0, global_rank=rank, world_size=world, lightning_module=None
+        )
         data.setup("fit")
         yield data
 

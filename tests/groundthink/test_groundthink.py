@@ -205,6 +205,8 @@ def test_gates_and_state_stay_in_fp32_under_bf16():
         ({"conv_width": -1}, "model.conv_width must be at least 0"),
         ({"pattern": "SG", "window_reads_state": True}, "model.window_reads_state needs an S behind a G"),
         ({"rotary_keys": True, "keys": "position"}, "model.rotary_keys needs keys of tokens"),
+        ({"key_conv_width": 9, "keys": "position"}, "model.key_conv_width needs keys of tokens"),
+        ({"key_orthogonality": KeyPenalty(1.0), "keys": "position"}, "model.key_orthogonality needs keys of tokens"),
         ({"pattern": "S", "rotary_keys": True}, "model.rotary_keys needs a G in model.pattern, which is S"),
         ({"pattern": "S", "key_bank": KeyBank(1)}, "model.key_bank needs a G"),
         ({"pattern": "S", "beta_sparsity": Penalty(0.1)}, "model.beta_sparsity needs a G"),

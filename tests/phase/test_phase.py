@@ -1,5 +1,6 @@
 """The phase line: exactly causal with every option, the same step by step, and a memory that is its formula's sum."""
 
+import math
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from conftest import QUIET
 from lightning import Trainer
 from torch import Tensor, nn
 
-from datamodules import TextCorpus
+from datamodules import Mixture, StateTracking, TextCorpus
 from datamodules.errors import UserError
 from lightning_modules.core.ensemble import call_members, stack_members
 from lightning_modules.phase import Phase
@@ -294,3 +295,24 @@ def test_scheduled_sampling_replaces_a_share_of_the_labelled_tokens_by_samples_o
 def test_a_mistake_is_told_in_a_sentence(options, message):
     with pytest.raises(UserError, match=message):
         Phase(**SIZES | options)
+
+
+def test_scheduled_sampling_needs_labels_that_are_the_next_tokens(tmp_path):
+    trainer = Trainer(**QUIET | {"accelerator": "cpu", "max_steps": 2, "default_root_dir": tmp_path})
+    module = Phase(6, 8, 16, 2, "P", scheduled_sampling=0.5, seed=0)
+    with pytest.raises(UserError, match=r"needs labels that are the next tokens: StateTracking has others"):
+        trainer.fit(module, datamodule=StateTracking("S3", train_len=5, test_len=8))
+    assert Mixture([TextCorpus(), TextCorpus()]).predicts_next
+    assert not Mixture([TextCorpus(), StateTracking()]).predicts_next
+
+
+def test_a_mixture_of_texts_has_bits_per_character(tmp_path):
+    sizes = {"max_size": 9000, "seq_len": 16, "validation_size": 4, "test_size": 4}
+    data = Mixture([TextCorpus(level="bpe", bpe_vocab=300, **sizes), TextCorpus(**sizes)])
+    module = Phase(300, 16, 16, 2, "P", seed=0)
+    (metrics,) = Trainer(**QUIET | {"accelerator": "cpu", "default_root_dir": tmp_path}).test(
+        module, data, verbose=False
+    )
+    rate = data.main.tokens_per_character("test")
+    assert rate < 1  # tokens of several characters
+    assert metrics["test/bits_per_character"] == pytest.approx(metrics["test/loss"] / math.log(2) * rate, rel=1e-5)

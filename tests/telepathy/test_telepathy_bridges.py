@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET, SMALL
+from lightning import Trainer
 
+from datamodules import WordProblems
 from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.flaws import NOTES_SCALE
 from lightning_modules.telepathy.normalizer import StatisticalNormalizer
@@ -207,7 +210,6 @@ def test_the_learned_normalizer_starts_as_the_fixed_one_and_trains(telepathy, fi
 
 
 def test_the_normalizers_statistics_are_those_of_the_questions(telepathy, fit):
-    from datamodules import WordProblems
 
     module = telepathy(normalizer="statistical")
     data = WordProblems(batch_size=8, epoch_size=800, validation_size=20, eval_batch_size=7, test_sets={"test": 1})
@@ -231,3 +233,23 @@ def test_autocast_keeps_one_copy_of_the_source_states():
         soft_BKD = bridge(states_BSC, mask_BS)
     assert soft_BKD.requires_grad
     assert len(kept) == 1
+
+
+def test_the_statistics_of_a_checkpoint_stay(telepathy, fit, tmp_path):
+    trained = telepathy(normalizer="statistical")
+    fit(trained, 1).save_checkpoint(tmp_path / "one.ckpt")
+    resumed = telepathy(normalizer="statistical")
+    trainer = Trainer(**QUIET | {"accelerator": "cpu", "limit_val_batches": 0, "max_steps": 2})
+    other = WordProblems(**SMALL | {"validation_size": 8})
+    trainer.fit(resumed, datamodule=other, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    assert torch.equal(resumed.normalizer.std_C, trained.normalizer.std_C)
+
+
+def test_a_text_prefix_takes_no_random_number_from_the_bridge(telepathy):
+    options = {"objectives": {"lm": 1.0, "reconstruction": 0.1}}
+    alone, beside = telepathy(**options), telepathy(**options, text_prefix=4)
+    after = torch.rand(())
+    telepathy(**options)
+    assert torch.rand(()) == after
+    for name, value in alone.state_dict().items():
+        assert torch.equal(value, beside.state_dict()[name]), name

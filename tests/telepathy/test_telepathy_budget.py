@@ -61,7 +61,9 @@ def loaders(module, world: int) -> list:
     made = []
     for rank in range(world):
         data = WordProblems(batch_size=64, max_tokens=MOST, epoch_size=200, validation_size=2, test_sets={"test": 2})
-        data.trainer = SimpleNamespace(overfit_batches=0, global_rank=rank, world_size=world, lightning_module=module)
+        data.trainer = SimpleNamespace(
+            overfit_batches=0, limit_train_batches=1.0, global_rank=rank, world_size=world, lightning_module=module
+        )
         data.setup("fit")
         made.append(data.train_dataloader())
     return made

@@ -8,6 +8,7 @@ import torch
 from conftest import SMALL
 
 from datamodules import WordProblems
+from datamodules.errors import UserError
 from lightning_modules.telepathy import PerceiverBridge
 from lightning_modules.telepathy.bottleneck import CODES, LEVELS, make_bottleneck
 from lightning_modules.telepathy.code_use import CodeUse
@@ -26,11 +27,15 @@ def soft(count: int = 200) -> torch.Tensor:
     return torch.randn(4, count // 4, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
+def coded(bottleneck, soft_BKD: torch.Tensor):
+    return bottleneck(soft_BKD, torch.ones(soft_BKD.shape[:2], dtype=torch.bool))
+
+
 @torch.no_grad()
 def test_a_vector_becomes_the_nearest_code():
     bottleneck = made("vq", ("bare_codes",))
     unit_BKD = soft() / soft().square().mean(-1, keepdim=True).sqrt()
-    vectors_BKD, codes = bottleneck(3 * soft())  # the size of the input is not in its code
+    vectors_BKD, codes = coded(bottleneck, 3 * soft())  # the size of the input is not in its code
     codebook_VD = bottleneck.quantizer.codebook
     distance_BKV = (unit_BKD[:, :, None] - codebook_VD).norm(dim=-1)
     assert (codes.index_BK == distance_BKV.argmin(-1)).all()
@@ -43,7 +48,7 @@ def test_the_codebook_has_the_scale_of_its_inputs_but_in_the_notes():
     sizes = {}
     for flaws in ((), ("codebook_scale",)):
         bottleneck = made("vq", flaws)
-        _, codes = bottleneck(soft())
+        _, codes = coded(bottleneck, soft())
         sizes[flaws] = bottleneck.quantizer.codebook.square().mean().sqrt().item(), codes.commitment_BK.mean().item()
     assert sizes[()][0] == pytest.approx(1, abs=0.05)
     assert sizes[("codebook_scale",)][0] == pytest.approx(1 / (CODES * 3**0.5), rel=0.05)
@@ -53,7 +58,7 @@ def test_the_codebook_has_the_scale_of_its_inputs_but_in_the_notes():
 @pytest.mark.parametrize("name", ["vq", "fsq"])
 def test_gradients_reach_the_bridge_and_every_parameter(name):
     bottleneck, soft_BKD = made(name), soft().requires_grad_()
-    vectors_BKD, codes = bottleneck(soft_BKD)
+    vectors_BKD, codes = coded(bottleneck, soft_BKD)
     (vectors_BKD.square().sum(-1).sin().sum() + codes.commitment_BK.sum()).backward()
     assert soft_BKD.grad.isfinite().all()
     assert (soft_BKD.grad.abs().sum(-1) > 0).all()
@@ -66,7 +71,7 @@ def test_a_code_stands_for_one_vector_in_all_dimensions_of_the_target(name):
     ranks = []
     for flaws in ((), ("bare_codes",)):
         bottleneck = made(name, flaws)
-        vectors_BKD, codes = bottleneck(soft(2000))
+        vectors_BKD, codes = coded(bottleneck, soft(2000))
         for code in codes.index_BK.unique()[:5]:
             same_ND = vectors_BKD[codes.index_BK == code]
             torch.testing.assert_close(same_ND, same_ND[:1].expand_as(same_ND), atol=1e-4, rtol=1e-4)
@@ -77,19 +82,19 @@ def test_a_code_stands_for_one_vector_in_all_dimensions_of_the_target(name):
 
 def test_the_commitment_moves_the_codebook_towards_the_inputs():
     bottleneck = made("vq")
-    _, codes = bottleneck(soft())
+    _, codes = coded(bottleneck, soft())
     codes.commitment_BK.mean().backward()
     torch.optim.Adam(bottleneck.parameters(), lr=0.05).step()
     before_VD = made("vq").quantizer.codebook
     assert (bottleneck.quantizer.codebook - before_VD).abs().max() < 0.05 * before_VD.abs().max()  # it moves slowly
-    _, moved = bottleneck(soft())
+    _, moved = coded(bottleneck, soft())
     assert moved.commitment_BK.mean() < codes.commitment_BK.mean()
 
 
 @torch.no_grad()
 def test_scalars_are_rounded_to_their_levels():
     bottleneck = made("fsq")
-    _, codes = bottleneck(soft(800))
+    _, codes = coded(bottleneck, soft(800))
     digits = bottleneck.quantizer.indices_to_level_indices(codes.index_BK)
     assert bottleneck.size == math.prod(LEVELS)
     assert [set(digits[..., f].flatten().tolist()) <= set(range(n)) for f, n in enumerate(LEVELS)] == [True] * 5
@@ -102,7 +107,7 @@ def test_the_soft_assignment_agrees_with_the_codes(name):
     bottleneck, soft_BKD = made(name), soft().requires_grad_()
     share_BKFV = bottleneck.shares(soft_BKD)
     torch.testing.assert_close(share_BKFV.sum(-1), torch.ones_like(share_BKFV[..., 0]))
-    codes = bottleneck(soft_BKD)[1].index_BK
+    codes = coded(bottleneck, soft_BKD)[1].index_BK
     if name == "vq":
         assert (share_BKFV[:, :, 0].argmax(-1) == codes).all()
     else:
@@ -133,13 +138,13 @@ def test_without_codes_there_are_no_factors(flaws):
 def test_quantisation_is_fp32_under_autocast_and_finite_for_zeros(name):
     bottleneck = made(name)
     with torch.autocast("cpu", torch.bfloat16):
-        low_BKD, low = bottleneck(soft())
-    high_BKD, high = bottleneck(soft())
+        low_BKD, low = coded(bottleneck, soft())
+    high_BKD, high = coded(bottleneck, soft())
     assert low_BKD.dtype == torch.float32
     assert torch.equal(low.index_BK, high.index_BK)
     torch.testing.assert_close(low_BKD, high_BKD)
     zeros_BKD = torch.zeros(2, 3, WIDTH, requires_grad=True)
-    vectors_BKD, codes = bottleneck(zeros_BKD)
+    vectors_BKD, codes = coded(bottleneck, zeros_BKD)
     (vectors_BKD.sum() + codes.commitment_BK.sum()).backward()
     assert zeros_BKD.grad.isfinite().all()
 
@@ -187,18 +192,18 @@ def test_soft_tokens_of_early_training_go_on_as_they_are_and_become_codes():
     bottleneck, soft_BKD = made("vq"), soft(400)
     unit_BKD = soft_BKD / soft_BKD.square().mean(-1, keepdim=True).sqrt()
     bottleneck.progress = 0.5
-    vectors_BKD, codes = bottleneck(soft_BKD)
+    vectors_BKD, codes = coded(bottleneck, soft_BKD)
     torch.testing.assert_close(vectors_BKD, unit_BKD)  # the reader adds nothing at the start
     assert (codes.commitment_BK == 0).all()
     for _ in range(10):
-        bottleneck(soft_BKD)
+        coded(bottleneck, soft_BKD)
     bottleneck.progress = 0.9
-    _, codes = bottleneck(soft_BKD)
+    _, codes = coded(bottleneck, soft_BKD)
     assert codes.commitment_BK.max() < 1e-6  # all 400 have become codes
     before_VD = bottleneck.quantizer.frozen_codebook.clone()
     bottleneck.eval()
     bottleneck.progress = 0.5
-    assert bottleneck(soft_BKD)[1].index_BK.equal(codes.index_BK)  # evaluation has codes at any time
+    assert coded(bottleneck, soft_BKD)[1].index_BK.equal(codes.index_BK)  # evaluation has codes at any time
     assert bottleneck.quantizer.frozen_codebook.equal(before_VD)
 
 
@@ -207,7 +212,7 @@ def test_the_codes_of_the_notes_are_there_from_the_start(flaw):
     bottleneck = made("vq", (flaw,))
     before_VD = bottleneck.quantizer.frozen_codebook.clone()
     bottleneck.progress = 0.0
-    assert bottleneck(soft())[1].commitment_BK.min() > 0
+    assert coded(bottleneck, soft())[1].commitment_BK.min() > 0
     assert bottleneck.quantizer.frozen_codebook.equal(before_VD)
 
 
@@ -216,3 +221,23 @@ def test_the_module_tells_the_progress_of_training(telepathy, fit):
     fit(module, 4, WordProblems(**SMALL))
     assert module.bottleneck.progress == 0.75
     assert module.bottleneck.oldest > 0
+
+
+def test_padding_becomes_no_code():
+    bottleneck, soft_BKD = made("vq"), soft(40)
+    bottleneck.progress = 0.5
+    mask_BK = torch.ones(soft_BKD.shape[:2], dtype=torch.bool)
+    mask_BK[:, 3:] = False
+    before_VD = bottleneck.quantizer.codebook.detach().clone()
+    bottleneck(soft_BKD.masked_fill(~mask_BK[..., None], 50.0), mask_BK)
+    after_VD = bottleneck.quantizer.codebook.detach()
+    real_ND = soft_BKD[mask_BK] / soft_BKD[mask_BK].square().mean(-1, keepdim=True).sqrt()
+    assert bottleneck.oldest == len(real_ND) == 12
+    assert torch.cdist(real_ND, after_VD[:12]).amin(1).max() < 1e-3
+    assert after_VD[12:].equal(before_VD[12:])
+
+
+def test_codes_that_come_late_need_the_last_step(telepathy, fit):
+    module = telepathy(PERCEIVER, bottleneck="vq", schedule="constant")
+    with pytest.raises(UserError, match=r"trainer.max_steps must be set: model.bottleneck vq makes codes in the last"):
+        fit(module, -1, WordProblems(**SMALL), max_epochs=-1)

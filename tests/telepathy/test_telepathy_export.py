@@ -138,3 +138,36 @@ def test_mistakes_end_in_one_sentence(place, capsys):
     assert "--file: none.txt cannot be read: No such file" in fails([*lines, "none.txt"], capsys)
     Path("empty.txt").write_text("\n")
     assert "--file: empty.txt holds no question" in fails([*lines, "empty.txt"], capsys)
+
+
+def test_a_config_moves_the_models_of_a_file(place, capsys, monkeypatch):
+    question = ["--prompt", QUESTION, "--max_new_tokens", "30"]
+    main.main(["generate", "--ckpt_path", "bridge.safetensors", *question])
+    expected = capsys.readouterr().out
+    Path("assets").rename("elsewhere")
+    generate = ["generate", "--ckpt_path", "bridge.safetensors", *question]
+    assert "cannot load a model configuration from 'assets/pair/source'" in fails(generate, capsys)
+    moved = {which: {"path": f"elsewhere/pair/{which}"} for which in ("source", "target")}
+    Path("moved.yaml").write_text(json.dumps({"model": {"init_args": moved}}))
+    main.main([*generate, "--config", "moved.yaml"])
+    assert capsys.readouterr().out == expected
+
+
+def test_another_config_than_that_of_a_checkpoint_is_told(place, capsys):
+    Path("other.yaml").write_text(json.dumps({"model": {"init_args": {"source_layer": 3}}}))
+    line = ["generate", "--ckpt_path", CKPT, "--prompt", "x", "--config", "configs/telepathy_v16.yaml"]
+    with pytest.warns(UserWarning, match="made with model.source_layer 1, and this run has 3"):
+        main.main([*line, "--config", "other.yaml"])
+
+
+@pytest.mark.parametrize(("spoil", "message"), [("weights", "not finite"), ("about", "does not identify its source")])
+def test_a_damaged_file_is_told(place, spoil: str, message: str, capsys):
+    with safe_open("bridge.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["crosstalk"])
+    tensors = load_file("bridge.safetensors")
+    if spoil == "weights":
+        tensors["soft_tokens.scale"] *= torch.nan
+    else:
+        del about["source"]["fingerprint"]
+    save_file(tensors, "bridge.safetensors", {"crosstalk": json.dumps(about)})
+    assert message in fails(["generate", "--ckpt_path", "bridge.safetensors", "--prompt", "x"], capsys)

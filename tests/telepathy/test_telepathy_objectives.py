@@ -259,7 +259,7 @@ FLAWED = ["mean_pool", "own_head", "pooled_variance", "anchor_scale", "self_cont
     ("bridge", "bottleneck", "left_out", "flaws"),
     [
         (FLOW, "vq", (), []),
-        (partial(PerceiverBridge, soft_tokens=9, heads=2, width=16), "fsq", ("flow",), []),
+        (partial(PerceiverBridge, soft_tokens=9, heads=2, width=16), "fsq", ("flow", "commitment"), []),
         (partial(TokenBridge, hidden=16), "none", ("flow", "commitment", "code_entropy"), []),
         (FLOW, "none", ("commitment", "code_entropy"), FLAWED),
     ],
@@ -329,7 +329,7 @@ def test_an_anchor_in_squares_at_the_scale_of_small_embeddings_has_hardly_a_grad
 def test_a_variance_without_gradient_trains_nothing(telepathy, problems):
     bridge = partial(PerceiverBridge, soft_tokens=9, heads=2, width=16)
     for flaws in ([], ["dead_diversity"]):
-        module = telepathy(bridge, objectives={"position_variance": 1.0}, reproduce_flaws=flaws)
+        module = telepathy(bridge, objectives={"lm": 1.0, "position_variance": 1.0}, reproduce_flaws=flaws)
         assert module.objectives["position_variance"].loss(step_of(module, problems)).requires_grad == (not flaws)
 
 
@@ -357,6 +357,8 @@ def test_self_contrast_does_not_know_the_text(telepathy, problems):
         ({"first_tokens": {"k": 0}}, "model.objectives.first_tokens.k must be at least 1, not 0"),
         ({"separation": {"margin": "far"}}, "model.objectives.separation.margin must be a number of type float"),
         ({"lm": 1.0, "code_entropy": 0.1}, "model.objectives.code_entropy needs codes: set model.bottleneck to vq or"),
+        ({"lm": 1.0, "commitment": 0.1}, "model.objectives.commitment needs a codebook: set model.bottleneck to vq"),
+        ({"first_tokens": {"factor": 0}}, "model.objectives.first_tokens.factor must be at least 1e-06, not 0"),
         ({"flow": 1.0}, "model.objectives.flow needs a FlowBridge as model.bridge, not a TokenBridge"),
     ],
 )
@@ -376,3 +378,16 @@ def test_objectives_that_cannot_be(telepathy, objectives, message):
 def test_a_flaw_of_a_part_that_is_not_there(telepathy, flaw, options, needed):
     with pytest.raises(ValueError, match=f"model.reproduce_flaws: {flaw} needs {needed}"):
         telepathy(reproduce_flaws=[flaw], **options)
+
+
+def test_a_variance_over_one_input_is_nothing():
+    soft_BKD = torch.randn(1, 5, 4, requires_grad=True)
+    value = objective.position_variance(soft_BKD, torch.ones(1, 5, dtype=torch.bool))
+    value.backward()
+    assert value == 0
+    assert (soft_BKD.grad == 0).all()
+
+
+def test_a_flaw_that_leaves_no_gradient_is_refused(telepathy):
+    with pytest.raises(ValueError, match="dead_diversity leaves position_variance no gradient: add an objective"):
+        telepathy(objectives={"position_variance": 1.0, "lm": 0.0}, reproduce_flaws=["dead_diversity"])

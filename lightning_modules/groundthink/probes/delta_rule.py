@@ -77,9 +77,14 @@ def capacity_curve(writes_N: Writes) -> Curve:
 
 
 def capacity(curve: Curve, share: float = 0.95) -> Tensor:
-    """Return the largest n up to which each head finds at least `share` of the values, [H]; 0 if there is none."""
-    held_NH = torch.stack([(hits_H >= share * count) for hits_H, count in curve.values()]).cumprod(0)
-    return (held_NH * torch.tensor(list(curve))[:, None]).amax(0)
+    """Return the largest n up to which each head finds at least `share` of the values, [H]; 0 if there is none.
+
+    It is NaN for a head whose reads are not finite.
+    """
+    found_NH = torch.stack([hits_H / count for hits_H, count in curve.values()])
+    held_NH = (found_NH >= share).cumprod(0)
+    most_H = (held_NH * torch.tensor(list(curve))[:, None]).amax(0).double()
+    return most_H.masked_fill(found_NH.isnan().any(0), torch.nan)
 
 
 def _ratio(x_NHV: Tensor, y_NHV: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ def cosines(read_BNHV: Tensor, v_BNHV: Tensor) -> Tensor:
 
 
 def nearest(score_BMHN: Tensor, own_BM: Tensor, present_BN: Tensor) -> Tensor:
-    """Return whether each read has its strictly highest score with the needle that it should find, bool [B, M, H].
+    """Return 1 where a read has its strictly highest score with the needle that it should find, else 0, [B, M, H].
+
+    It is NaN where a score is NaN.
 
     Args:
         score_BMHN: Scores of M reads per row with the N values of the row, such as cosines.
@@ -42,7 +44,8 @@ def nearest(score_BMHN: Tensor, own_BM: Tensor, present_BN: Tensor) -> Tensor:
     own_BMHN = torch.zeros_like(score_BMHN, dtype=torch.bool)
     own_BMHN.scatter_(3, own_BM[..., None, None].expand(*score_BMHN.shape[:3], 1), True)
     best_BMH = score_BMHN.masked_fill(own_BMHN, -torch.inf).amax(3)
-    return score_BMHN.masked_fill(~own_BMHN, -torch.inf).amax(3) > best_BMH
+    own_BMH = score_BMHN.masked_fill(~own_BMHN, -torch.inf).amax(3)
+    return (own_BMH > best_BMH).double().masked_fill((own_BMH + best_BMH).isnan(), torch.nan)
 
 
 def scores(read_BMHV: Tensor, v_BNHV: Tensor) -> Tensor:

@@ -161,8 +161,8 @@ def _retrieval(writes: Writes, q_BTHK: Tensor, queries: Queries, needles: _Needl
     answered_BTH = nearest(scores(writes.read(q_BTHK), v_BNHV), own_BT, present_BN)
     by_head = {
         "self_retrieval_cosine": cosines(read_BNHV, v_BNHV)[present_BN].mean(0),
-        "self_retrieval": found_BNH[present_BN].double().mean(0),
-        "query_retrieval": answered_BTH[queries.row_Q, queries.time_Q].double().mean(0),
+        "self_retrieval": found_BNH[present_BN].mean(0),
+        "query_retrieval": answered_BTH[queries.row_Q, queries.time_Q].mean(0),
     }
     for later in [0, *(2**power for power in range((count - 1).bit_length()))]:  # 0, 1, 2, 4, ..., below N
         cosine_BMH = cosines(read_later(writes, place_BN, later), v_BNHV[:, : count - later])

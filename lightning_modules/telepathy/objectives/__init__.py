@@ -143,9 +143,13 @@ def check_parts(
     Raises:
         UserError: An objective needs a bottleneck, a `FlowBridge` or embeddings, or a flaw would do nothing.
     """
-    for name in ("commitment", "code_entropy"):
-        if name in objectives and not bottleneck.size:
-            raise UserError(f"model.objectives.{name} needs codes: set model.bottleneck to vq or fsq")
+    if "code_entropy" in objectives and not bottleneck.size:
+        raise UserError("model.objectives.code_entropy needs codes: set model.bottleneck to vq or fsq")
+    if "commitment" in objectives and not isinstance(bottleneck, VectorBottleneck):
+        raise UserError("model.objectives.commitment needs a codebook: set model.bottleneck to vq")
+    weighted_ones = {name for name, objective in objectives.items() if objective.weight}
+    if "dead_diversity" in flaws and weighted_ones == {"position_variance"}:
+        raise UserError("model.reproduce_flaws: dead_diversity leaves position_variance no gradient: add an objective")
     if "flow" in objectives and not isinstance(bridge, FlowBridge):
         raise UserError(f"model.objectives.flow needs a FlowBridge as model.bridge, not a {type(bridge).__name__}")
     if "bag_of_words" in objectives and not bridge.embeds:

@@ -66,7 +66,7 @@ def make_first_tokens(k: int = 10, factor: float = 100.0, text: Literal["answer"
         text: What the target writes: the answer, or the question and the answer as in `autoencode`.
     """
     check_numbers("model.objectives.first_tokens", 1, SIZE, k=k)
-    check_numbers("model.objectives.first_tokens", 0, factor=factor)
+    check_numbers("model.objectives.first_tokens", 1e-6, factor=factor)
     rows: RowsOf = "soft" if text == "answer" else "autoencode"
 
     def weight_N(step: BridgeStep) -> Tensor:

@@ -59,7 +59,8 @@ def position_variance(soft_BKD: Tensor, mask_BK: Tensor, pooled: bool = False) -
     """Return -ln(v / m), with v the variance over inputs and m the mean square of the soft tokens.
 
     v is the mean over positions k and features of the variance over the inputs that have a soft token k; positions with
-    fewer than two such inputs do not count. If inputs are equal, v is 0 however much their positions differ.
+    fewer than two such inputs do not count, and without others the result is 0. If inputs are equal, v is 0 however
+    much their positions differ.
 
     Args:
         soft_BKD: The soft tokens.
@@ -75,7 +76,9 @@ def position_variance(soft_BKD: Tensor, mask_BK: Tensor, pooled: bool = False) -
     variance_KD = ((soft_BKD - mean_KD).square() * real_BK1).sum(0) / count_K1.clamp_min(1)
     counts_K1 = (count_K1 > 1).float()
     variance = (variance_KD * counts_K1).sum() / (counts_K1.sum().clamp_min(1) * soft_BKD.shape[-1])
-    return (square + 1e-12).log() - (variance + 1e-6 * square.detach() + 1e-12).log()
+    loss = (square + 1e-12).log() - (variance + 1e-6 * square.detach() + 1e-12).log()
+    # Without two inputs there is no variance, and the mean square alone would have a gradient
+    return torch.where(counts_K1.any(), loss, 0 * soft_BKD.sum())
 
 
 def make_batch_diversity() -> Objective:
