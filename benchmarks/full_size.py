@@ -236,6 +236,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="narrow layers, to try this script on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     options = parser.parse_args()
+    if not options.data.is_file():
+        parser.error(f"--data: there is no file {options.data}; GSM8K's train.jsonl is one")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     seed_everything(0, verbose=False)
     rank = int(os.environ.get("LOCAL_RANK", 0))

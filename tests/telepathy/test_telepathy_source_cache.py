@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from datamodules import WordProblems
+from datamodules.errors import UserError
 from datamodules.problems import generate
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.telepathy import PerceiverBridge
-from lightning_modules.telepathy.source_cache import SourceCache
+from lightning_modules.telepathy.source_cache import FOLDER, SourceCache
 
 SIZES = {name: size for name, size in SMALL.items() if name != "epoch_size"}
 
@@ -256,3 +257,10 @@ def test_ddp_leaves_the_frozen_models_alone(telepathy):
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     assert frozen <= ignored
     assert all(name.startswith(("source.", "target.")) for name in ignored)
+
+
+def test_a_folder_that_cannot_be_made_is_told(place, telepathy, fit):
+    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    FOLDER.write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"model.cache_source: cannot write .*: (Not a directory|File exists)"):
+        fit(telepathy(cache_source=True), 1, data())
