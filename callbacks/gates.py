@@ -3,7 +3,7 @@
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.base import check_positive, refuse_second
@@ -33,7 +33,7 @@ class Gates(Callback):
 
     Raises:
         UserError: A number is out of range; at `setup`, there are two of these callbacks, the command is not
-            `validate`, there is nothing to validate, or the module has no gates.
+            `validate`, or the module has no gates.
     """
 
     def __init__(self, n_samples: int = 200, least_accuracy: float = 0.45, steps: int = 300) -> None:
@@ -46,10 +46,10 @@ class Gates(Callback):
         refuse_second(trainer, self)
         if trainer.state.fn != TrainerFn.VALIDATING:
             raise UserError("Gates belong to the command validate: leave them out of the others.")
-        if not trainer.limit_val_batches:
-            raise UserError("trainer.limit_val_batches is 0: without a validation the gates do not run")
         if not isinstance(pl_module, SupportsGates):
             raise UserError(f"Gates needs `gates(...)`, which {type(pl_module).__name__} does not have.")
+        if not trainer.limit_val_batches:
+            rank_zero_warn("trainer.limit_val_batches is 0: without a validation the gates do not run")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the gates."""

@@ -42,6 +42,7 @@ def test_batches_for_a_gpu_lie_in_pinned_memory(device, pinned):
         global_rank=0,
         world_size=1,
         overfit_batches=0,
+        limit_train_batches=1.0,
         lightning_module=None,
     )
     assert data.train_dataloader().pin_memory is pinned
