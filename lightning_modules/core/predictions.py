@@ -13,13 +13,44 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from datamodules.batch import IGNORE, TokenBatch
-from lightning_modules.core.reporting import add_figure, is_dry_run
+from lightning_modules.core.reporting import add_figure, is_dry_run, run_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lightning_modules.core.ensemble_module import EnsembleModule
+
 TOP = 5  # most likely tokens listed for each position
 MOST_LABELS = 24  # more tick labels than this cannot be read
+
+
+def predict(
+    module: "EnsembleModule", batch: TokenBatch, number: int, token_text: Callable[[int], str]
+) -> dict[str, Tensor]:
+    """Write logits, probabilities and attention of inputs to `predictions/` of the run's folder; return logits and losses.
+
+    Args:
+        module: The model.
+        batch: The inputs, [B, T].
+        number: Number of the batch.
+        token_text: Gives a token as text.
+    """
+    trainer, folder = module.trainer, run_folder(module.trainer) / "predictions"
+    if trainer.world_size > 1:
+        folder = folder / f"rank-{trainer.global_rank}"
+    logits_SBTV, patterns = module.activations(batch["tokens"], pattern_sites(module.network))
+    predictions = write_predictions(folder, number, batch, logits_SBTV, token_text)
+    inputs = [row_T[:length] for row_T, length in zip(batch["tokens"], input_lengths(batch), strict=True)]
+    name = f"attention-{number}"
+    show_attention(trainer, f"predict/{name}", patterns, inputs, token_text, folder / name)
+    return predictions
+
+
+def draw_attention(module: "EnsembleModule", tokens_1T: Tensor, token_text: Callable[[int], str]) -> None:
+    """Draw the attention of one test input, if the model has any."""
+    if sites := pattern_sites(module.network):
+        _, patterns = module.activations(tokens_1T, sites)
+        show_attention(module.trainer, "test/attention", patterns, list(tokens_1T), token_text)
 
 
 def write_predictions(

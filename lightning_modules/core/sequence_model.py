@@ -36,7 +36,7 @@ from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.core.losses import member_losses
 from lightning_modules.core.metrics import LastStep, TokenMeasures
 from lightning_modules.core.precision import check_precision
-from lightning_modules.core.predictions import input_lengths, pattern_sites, show_attention, write_predictions
+from lightning_modules.core.predictions import draw_attention, predict
 from lightning_modules.core.reporting import is_dry_run, mean_over_ranks, record_proportion, run_folder
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.core.sizes import check_sizes
@@ -238,11 +238,9 @@ class SequenceModel(EnsembleModule, ABC):
 
     def on_test_epoch_end(self) -> None:
         """Log the measures and the bounds of the task, and draw the attention of one input."""
-        sites = pattern_sites(self.network)
-        # Here and not in a step, in which a clamp has the labels of a whole batch
-        if self._shown is not None and sites and self.trainer.loggers and not is_dry_run(self.trainer):
-            _, patterns = self.activations(self._shown, sites)
-            show_attention(self.trainer, "test/attention", patterns, list(self._shown), self._token_text)
+        if self._shown is not None and self.trainer.loggers and not is_dry_run(self.trainer):
+            # Here and not in a step, in which a clamp has the labels of a whole batch
+            draw_attention(self, self._shown, self._token_text)
         self._log_measures("test")
         self.log_members({f"test/{name}": values_S for name, values_S in self.test_measures().items()})
         if isinstance(data := self._data, HasBounds):
@@ -252,15 +250,7 @@ class SequenceModel(EnsembleModule, ABC):
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor]:
         """Write logits, probabilities and attention of the inputs into `predictions/` of the run's folder."""
-        folder = run_folder(self.trainer) / "predictions"
-        if self.trainer.world_size > 1:
-            folder = folder / f"rank-{self.trainer.global_rank}"
-        logits_SBTV, patterns = self.activations(batch["tokens"], pattern_sites(self.network))
-        name = f"attention-{batch_idx}"
-        predictions = write_predictions(folder, batch_idx, batch, logits_SBTV, self._token_text)
-        inputs = [row_T[:length] for row_T, length in zip(batch["tokens"], input_lengths(batch), strict=True)]
-        show_attention(self.trainer, f"predict/{name}", patterns, inputs, self._token_text, folder / name)
-        return predictions
+        return predict(self, batch, batch_idx, self._token_text)
 
     def _log_measures(self, stage: Split) -> None:
         values, hits, count = self.measures.compute()
