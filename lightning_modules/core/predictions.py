@@ -27,7 +27,7 @@ MOST_LABELS = 24  # more tick labels than this cannot be read
 def predict(
     module: "EnsembleModule", batch: TokenBatch, number: int, token_text: Callable[[int], str]
 ) -> dict[str, Tensor]:
-    """Write logits, probabilities and attention of inputs to `predictions/` of the run's folder; return logits and losses.
+    """Write logits, probabilities and attention of inputs to `predictions/` of the run; return logits and losses.
 
     Args:
         module: The model.
