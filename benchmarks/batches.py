@@ -37,7 +37,8 @@ def bridge(source: Source, target: Target, key_norm: bool) -> Bridge:
 def measure(module: Telepathy, world: int, **settings: Any) -> str:
     """Return a row of the table: the batches of rank zero in one epoch."""
     data = WordProblems(epoch_size=8000, validation_size=100, test_sets={"test": 1}, **settings)
-    trainer = SimpleNamespace(overfit_batches=0, global_rank=0, world_size=world, lightning_module=module)
+    limits = {"overfit_batches": 0, "limit_train_batches": 1.0}
+    trainer = SimpleNamespace(**limits, global_rank=0, world_size=world, lightning_module=module)
     cast(Any, data).trainer = trainer
     data.setup("fit")
     rows, tokens, padding, answers, shapes = [], [], 0, [], set()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datamodules.errors import UserError
 from lightning_modules.core.checkpoints import AVERAGED
-from lightning_modules.core.ensemble import torn_tie
+from lightning_modules.core.ensemble import tied_mismatch
 
 # Hooks with which a module of the user's may change its parameters or the checkpoint before it is restored
 HOOKS = ("configure_model", "on_load_checkpoint", "setup")
@@ -46,7 +46,7 @@ def _misfit_of_state(state: Mapping[str, Any], expected: Mapping[str, Any], by_n
             return f"{name} is {list(saved.shape)} there and {list(value.shape)} in the model"
         if (saved.is_floating_point(), saved.is_complex()) != (value.is_floating_point(), value.is_complex()):
             return f"{name} is of {saved.dtype} there and of {value.dtype} in the model"
-    return torn_tie(state, expected) if by_name else None
+    return tied_mismatch(state, expected) if by_name else None
 
 
 def check_loops(content: Mapping[str, Any], command: str, trainer: Trainer, option: str) -> None:

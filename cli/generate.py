@@ -67,6 +67,8 @@ def generated(options: Namespace) -> Iterator[str]:
     questions = [options.prompt] if options.file is None else _lines(options.file)
     model, data = load(options.ckpt_path, options.config)
     if isinstance(model, SupportsQuestions):
+        if options.member is not None:
+            raise UserError(f"--member: {options.ckpt_path} holds one model, and no ensemble")
         yield from _answers(model, questions, options)
         return
     if options.prompt is None:

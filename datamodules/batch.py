@@ -144,7 +144,7 @@ class TaskDataModule(LightningDataModule, ABC):
         loader = self._loader(self._overfit(batches), collate, self.num_workers)
         if self.trainer:
             limit = cast(_Limited, self.trainer).limit_train_batches
-            loader.taken = min(len(loader), limit if isinstance(limit, int) else int(limit * len(loader)))
+            loader.batches_per_epoch = min(len(loader), limit if isinstance(limit, int) else int(limit * len(loader)))
         return loader
 
     def _loader(

@@ -66,7 +66,7 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
         **options: Options of DataLoader, such as `num_workers`.
 
     Attributes:
-        taken: Batches of an epoch that are taken; all of them, unless a trainer takes fewer.
+        batches_per_epoch: Batches of an epoch that are taken; all of them, unless a trainer takes fewer.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
             generator=torch.Generator(),  # an iterator takes no random number from the training, also after a resume
             **options,
         )
-        self.numbers, self.done, self.taken = numbers, 0, len(share)
+        self.numbers, self.done, self.batches_per_epoch = numbers, 0, len(share)
 
     def __iter__(self) -> Iterator[BatchT]:  # type: ignore[override]  # torch's annotation is a private class
         """Iterate over the rest of the epoch and count the batches."""
@@ -104,7 +104,7 @@ class BatchLoader(DataLoader[Any], Generic[BatchT]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Make the next iteration start after the batches that `state` counts."""
-        self.numbers.start = state["done"] % self.taken
+        self.numbers.start = state["done"] % self.batches_per_epoch
 
 
 def start_worker(worker: int) -> None:

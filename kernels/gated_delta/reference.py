@@ -114,7 +114,7 @@ def step_gated_delta_rule(
         The output [B, J, V], and the state after the position.
 
     Raises:
-        ValueError: A shape, type or size is wrong.
+        ValueError: A shape, or the name of the rule, is wrong.
     """
     check_step(q, k, v, g, beta, state)
     scale = default_scale(scale, k.shape[-1], rule)

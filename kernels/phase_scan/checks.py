@@ -80,7 +80,7 @@ def check_window(window: int | None) -> None:
     Raises:
         ValueError: It is not.
     """
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (isinstance(window, bool) or not hasattr(window, "__index__") or window < 1):
         raise ValueError(f"window must be a whole number from 1 on, the position itself, not {window}")
 
 

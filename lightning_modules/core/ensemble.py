@@ -64,7 +64,8 @@ def stack_members(make: Callable[[], nn.Module], seeds: Sequence[int]) -> nn.Mod
     if len(networks) > 1:
         stacked, _ = stack_module_state(networks)
         own = {parameter: name for name, parameter in networks[0].named_parameters()}
-        members = {name: nn.Parameter(value.detach()) for name, value in stacked.items()}
+        trains = {name: parameter.requires_grad for name, parameter in networks[0].named_parameters()}
+        members = {name: nn.Parameter(value.detach(), trains[name]) for name, value in stacked.items()}
         for name, parameter in list(networks[0].named_parameters(remove_duplicate=False)):  # tied ones stay tied
             owner, _, leaf = name.rpartition(".")
             setattr(networks[0].get_submodule(owner), leaf, members[own[parameter]])
@@ -146,18 +147,25 @@ def fit_state(state: dict[str, Tensor], target: dict[str, Tensor], members: int,
             shapes = f"{tuple(state[name].shape)} there and {tuple(value.shape)} in the model"
             raise UserError(f"{source} does not fit the model: {name} is {shapes}")
         fitted[name] = donor
-    if torn := torn_tie(fitted, target):
-        raise UserError(f"{source} does not fit the model: {torn}")
+    if mismatch := tied_mismatch(fitted, target):
+        raise UserError(f"{source} does not fit the model: {mismatch}")
     return fitted
 
 
-def torn_tie(state: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
+def tied_mismatch(state: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
     """Return which names share a parameter in `target` and have different values in `state`; None if none have."""
     first: dict[tuple[Any, ...], str] = {}
     for name, value in target.items():
         if not isinstance(value, Tensor) or value.data_ptr() == 0:  # no values, as on the meta device
             continue
         other = first.setdefault((value.device, value.data_ptr(), value.shape, value.stride()), name)
-        if other != name and not torch.equal(state[other], state[name]):
+        if other != name and not _same(state[other], state[name]):
             return f"{other} and {name} are one parameter in the model, and differ there"
     return None
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Return whether two tensors are the same, with NaN at the same places; true for what are no tensors."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return True
+    return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())

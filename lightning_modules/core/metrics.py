@@ -59,7 +59,7 @@ class TokenScores(NamedTuple):
     @property
     def hits_SN(self) -> Tensor:
         """1 where the label has the strictly largest logit, else 0; NaN where a logit is NaN."""
-        return (self.own_SN > self.best_SN).double().masked_fill((self.own_SN + self.best_SN).isnan(), torch.nan)
+        return (self.own_SN > self.best_SN).double().masked_fill(self.own_SN.isnan() | self.best_SN.isnan(), torch.nan)
 
 
 class TokenMeasures(Metric):

@@ -50,13 +50,19 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """Return the mean of a tensor over the processes of a run; the program does not wait for it on a GPU."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return x
-    total = x.clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+def training_means(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `train/<name>` -> the mean of a loss over the processes of a run; a program on a GPU does not wait for it.
+
+    All processes call it in the same steps.
+
+    Args:
+        losses: Name -> a loss of this process, a scalar.
+    """
+    mean_N = torch.stack([loss.detach().to(torch.get_default_dtype()) for loss in losses.values()])
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(mean_N)
+        mean_N = mean_N / distributed.get_world_size()
+    return {f"train/{name}": mean for name, mean in zip(losses, mean_N.unbind(), strict=True)}
 
 
 def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:

@@ -37,7 +37,7 @@ from lightning_modules.core.losses import member_losses
 from lightning_modules.core.metrics import LastStep, TokenMeasures
 from lightning_modules.core.precision import check_precision
 from lightning_modules.core.predictions import draw_attention, predict
-from lightning_modules.core.reporting import is_dry_run, mean_over_ranks, record_proportion, run_folder
+from lightning_modules.core.reporting import is_dry_run, record_proportion, run_folder, training_means
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.core.sizes import check_sizes
 
@@ -180,8 +180,7 @@ class SequenceModel(EnsembleModule, ABC):
         logged = {"loss": loss_S}
         for name, (weight, value_S) in self.penalties(outputs, batch).items():
             logged[name], loss_S = value_S, loss_S + weight * value_S
-        means = mean_over_ranks(torch.stack([value_S.detach().float().mean() for value_S in logged.values()])).unbind()
-        self.log_dict({f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}, batch_size=1)
+        self.log_dict(training_means({name: value_S.mean() for name, value_S in logged.items()}), batch_size=1)
         self.last_step.outcome = outputs[0].detach(), batch["labels"], self.members["train/loss"]
         return loss_S.sum()
 

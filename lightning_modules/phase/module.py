@@ -119,12 +119,15 @@ class Phase(SequenceModel):
     def setup(self, stage: str) -> None:
         """Check that scheduled sampling knows the end of training, and what every sequence model checks."""
         super().setup(stage)
-        if stage == "fit" and self.scheduled_sampling and self.trainer.max_steps < 1:
+        if stage != "fit" or not self.scheduled_sampling:
+            return
+        if self.trainer.max_steps < 1:
             raise UserError("trainer.max_steps must be set: model.scheduled_sampling rises up to that step")
-        data = self._data
-        if self.scheduled_sampling and isinstance(data, SequenceTask) and not data.predicts_next:
+        if isinstance(data := self._data, SequenceTask) and not data.predicts_next:
             kind = type(data).__name__
-            raise UserError(f"model.scheduled_sampling needs labels that are the next tokens: {kind} has others")
+            raise UserError(
+                f"model.scheduled_sampling needs labels that are the next tokens; `predicts_next` of {kind} is false"
+            )
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the loss; with `scheduled_sampling`, the model reads some of its own predictions."""

@@ -166,7 +166,7 @@ class VectorBottleneck(Bottleneck):
     @torch.no_grad()
     def _renew(self, soft_ND: Tensor, real_N: Tensor) -> None:
         """Put the real soft tokens that lie farthest from their codes in the place of the oldest codes."""
-        far_N = torch.cdist(soft_ND, self.quantizer.codebook).amin(1).where(real_N, -1.0)
+        far_N = torch.cdist(soft_ND, self.quantizer.codebook).amin(1).where(real_N, -1.0).nan_to_num(-1.0)
         far_R, chosen_R = far_N.topk(min(RENEWED, len(far_N)))
         place_R = (self.oldest + torch.arange(len(chosen_R), device=soft_ND.device)) % CODES
         codes, new_RD = self.quantizer.frozen_codebook, soft_ND[chosen_R] @ self.quantizer.code_transform.base_DD

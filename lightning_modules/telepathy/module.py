@@ -20,7 +20,7 @@ from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import Gate, OnNonfinite, Workload, connected
 from lightning_modules.core.precision import check_precision
-from lightning_modules.core.reporting import is_dry_run, mean_over_ranks
+from lightning_modules.core.reporting import is_dry_run, training_means
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.pretrained.loading import Pretrained, loading_to
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
@@ -209,8 +209,7 @@ class Telepathy(BridgeEvaluation):
             logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(size))
             logged["text_prefix"] = weight(len(logits_NV)) * lm(logits_NV, batch["prefixed"].labels_N)
             total = total + logged["text_prefix"]
-        means = mean_over_ranks(torch.stack([loss.detach().float() for loss in logged.values()])).unbind()
-        self.log_dict({f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}, batch_size=size)
+        self.log_dict(training_means(logged), batch_size=size)
         return total
 
     def on_fit_start(self) -> None:
@@ -222,7 +221,9 @@ class Telepathy(BridgeEvaluation):
         """
         self.target.check(trains=True)
         if self.bottleneck.is_late and self.trainer.estimated_stepping_batches == math.inf:
-            raise UserError("trainer.max_steps must be set: model.bottleneck vq makes codes in the last part of them")
+            raise UserError(
+                "trainer.max_steps must be set: model.bottleneck vq makes codes in the last fifth of the steps"
+            )
         calibrate(self, self.normalizer, self.read)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

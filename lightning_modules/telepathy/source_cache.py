@@ -136,25 +136,28 @@ class SourceCache:
             The number of files that this rank has written.
 
         Raises:
-            UserError: Another rank does not see the files of this one.
+            UserError: A rank cannot write a file, or another one does not see it.
         """
-        written = 0
+        written, failure = 0, ""
         for file in self._files[rank::world]:
             fault = self._fault(file)
             if fault is None:
                 continue
             if fault:
                 rank_zero_warn(f"model.cache_source: {file.path} is damaged, {fault}; it is written again")
-            self._write(file, states)
+            if failure := self._write(file, states):
+                break
             written += 1
-        gather_objects(None)  # wait for the other ranks
+        if failures := [text for text in gather_objects(failure) if text]:  # this also waits for the other ranks
+            raise UserError(f"model.cache_source: cannot write {failures[0]}")
         missing = [file.path for file in self._files if not file.path.is_file()]
         if any(gather_objects(bool(missing))):
             where = f": this one lacks {missing[0]}" if missing else ""
             raise UserError(f"model.cache_source: {FOLDER} must lie on a file system that all machines share{where}")
         return written
 
-    def _write(self, file: _File, states: States) -> None:
+    def _write(self, file: _File, states: States) -> str:
+        """Write a file; return what hinders it, or an empty text."""
         parts = [
             part for start in range(0, len(file.questions), ROWS) for part in states(file.questions[start:][:ROWS])
         ]
@@ -165,7 +168,8 @@ class SourceCache:
             with replacing(file.path) as draft:
                 draft.write_bytes(save(tensors, {"key": self.key, "sha256": _checksum(tensors["states"])}))
         except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-            raise UserError(f"model.cache_source: cannot write {file.path}: {error.strerror}") from error
+            return f"{file.path}: {error.strerror}"
+        return ""
 
     def _fault(self, file: _File) -> str | None:
         """Return what is wrong with a file; an empty text if it does not exist, None if nothing is wrong."""

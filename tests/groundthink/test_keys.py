@@ -39,6 +39,17 @@ def test_rotary_keys_compare_with_queries_by_distance_and_tokens():
     assert (products_HTT[:, 5, 5] - products_HTT[:, 5, 0]).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_what_keys_of_positions_leave_unread_is_not_trained(ensemble: int):
+    """DDP waits for the gradient of every parameter that is trained."""
+    module = GroundThink(11, 8, width=16, heads=2, seed=0, keys="position", ensemble=ensemble)
+    tokens_BT = torch.randint(11, (2, 8))
+    module.call(tokens_BT)[0].square().sum().backward()
+    names = {name for name, x in module.network.named_parameters() if x.requires_grad and x.grad is None}
+    assert not names
+    assert not module.network.get_parameter("blocks.0.gated_delta.k_proj.weight").requires_grad
+
+
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("options", [{}, {"keys": "both", "rotary_keys": True}, {"keys": "position"}])
 def test_the_markers_of_a_row_have_orthonormal_keys_in_turn_and_other_tokens_keep_theirs(learned, options):

@@ -300,8 +300,9 @@ def test_a_mistake_is_told_in_a_sentence(options, message):
 def test_scheduled_sampling_needs_labels_that_are_the_next_tokens(tmp_path):
     trainer = Trainer(**QUIET | {"accelerator": "cpu", "max_steps": 2, "default_root_dir": tmp_path})
     module = Phase(6, 8, 16, 2, "P", scheduled_sampling=0.5, seed=0)
-    with pytest.raises(UserError, match=r"needs labels that are the next tokens: StateTracking has others"):
+    with pytest.raises(UserError, match=r"needs labels that are the next tokens; `predicts_next` of State"):
         trainer.fit(module, datamodule=StateTracking("S3", train_len=5, test_len=8))
+    trainer.test(module, datamodule=StateTracking("S3", train_len=5, test_len=8, test_size=4), verbose=False)
     assert Mixture([TextCorpus(), TextCorpus()]).predicts_next
     assert not Mixture([TextCorpus(), StateTracking()]).predicts_next
 

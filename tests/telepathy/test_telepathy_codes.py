@@ -239,5 +239,7 @@ def test_padding_becomes_no_code():
 
 def test_codes_that_come_late_need_the_last_step(telepathy, fit):
     module = telepathy(PERCEIVER, bottleneck="vq", schedule="constant")
-    with pytest.raises(UserError, match=r"trainer.max_steps must be set: model.bottleneck vq makes codes in the last"):
+    with pytest.raises(
+        UserError, match=r"trainer.max_steps must be set: model.bottleneck vq makes codes in the last fifth"
+    ):
         fit(module, -1, WordProblems(**SMALL), max_epochs=-1)

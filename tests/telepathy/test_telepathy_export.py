@@ -134,6 +134,9 @@ def test_mistakes_end_in_one_sentence(place, capsys):
     assert "is exported already" in fails(
         ["export", "--ckpt_path", "bridge.safetensors", "--output", "b.safetensors"], capsys
     )
+    assert "--member: bridge.safetensors holds one model" in fails(
+        [*generate, "bridge.safetensors", "--member", "0"], capsys
+    )
     lines = ["generate", "--ckpt_path", CKPT, "--file"]
     assert "--file: none.txt cannot be read: No such file" in fails([*lines, "none.txt"], capsys)
     Path("empty.txt").write_text("\n")

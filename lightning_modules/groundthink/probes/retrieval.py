@@ -45,7 +45,7 @@ def nearest(score_BMHN: Tensor, own_BM: Tensor, present_BN: Tensor) -> Tensor:
     own_BMHN.scatter_(3, own_BM[..., None, None].expand(*score_BMHN.shape[:3], 1), True)
     best_BMH = score_BMHN.masked_fill(own_BMHN, -torch.inf).amax(3)
     own_BMH = score_BMHN.masked_fill(~own_BMHN, -torch.inf).amax(3)
-    return (own_BMH > best_BMH).double().masked_fill((own_BMH + best_BMH).isnan(), torch.nan)
+    return (own_BMH > best_BMH).double().masked_fill(own_BMH.isnan() | best_BMH.isnan(), torch.nan)
 
 
 def scores(read_BMHV: Tensor, v_BNHV: Tensor) -> Tensor:
