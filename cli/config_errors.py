@@ -152,8 +152,9 @@ def _unknown_class(problem: Problem, name: str) -> Explanation:
     found = problem.finding
     accepted = " ".join(found.union)
     if not accepted and found.owner:  # a callable that returns, say, an optimizer
-        accepted = str(getattr(inspect.signature(found.owner).parameters.get(found.keys[-1]), "annotation", ""))
-    accepted = accepted.rpartition("], ")[2]  # of `Callable[[Source], Bridge]` what it returns
+        signatures = (inspect.signature(base.__init__).parameters for base in inspect.getmro(found.owner))
+        accepted = next((str(own[found.keys[-1]].annotation) for own in signatures if found.keys[-1] in own), "")
+    accepted = re.sub(r"Callable\[\[[^]]*\], ", "", accepted)  # of `Callable[[Source], Bridge]` what it returns
     # `list[Callback]` and `Callback` name the same base.
     choices = {base: subclasses(base) for base in re.findall(r"\b[A-Z]\w+", accepted)}
     kind = next((base for base in choices if choices[base]), "class")
