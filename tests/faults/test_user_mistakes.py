@@ -219,7 +219,12 @@ add("bytes on the command line", "mod", "--model.start=\udcff", "is not a text i
 # Optimizers, loggers, callbacks
 
 add("optimizer of another kind", "mod", "--model.optimizer=torch.nn.Linear", "model.optimizer: ")
-add("optimizer misspelt", "mod", "--model.optimizer=AdmW", "model.optimizer: there is no class 'AdmW'")
+add(
+    "optimizer misspelt",
+    "mod",
+    "--model.optimizer=AdmW",
+    "model.optimizer: there is no Optimizer 'AdmW'; did you mean 'AdamW'",
+)
 add("sparse optimizer", "mod", "--model.optimizer=SparseAdam", "SparseAdam takes sparse gradients only")
 add("optimizer of matrices", "mod", "--model.optimizer=Muon", "model.optimizer: ")
 add("logger misspelt", "mod", "--trainer.logger=CSVLoger", "there is no Logger 'CSVLoger'")
@@ -336,6 +341,10 @@ add(
     "--model.source.path=https://host/m",
     "model.source.path: https://host/m is an address",
 )
+add(
+    "bridge misspelt", "tel", "--model.bridge=TokenBridg", "there is no Bridge 'TokenBridg'; did you mean 'TokenBridge'"
+)
+add("bridge abstract", "tel", "--model.bridge=Bridge", "Bridge is an abstract class: name one of its subclasses")
 add("model folder misspelt", "tel", "--model.target.path=assets/pair/targt", "there is no such folder")
 add("model of no name", "tel", "--model.target.path=a b", "neither a folder nor a name on the hub")
 
