@@ -152,8 +152,7 @@ def _unknown_class(problem: Problem, name: str) -> Explanation:
     found = problem.finding
     accepted = " ".join(found.union)
     if not accepted and found.owner:  # a callable that returns, say, an optimizer
-        signatures = (inspect.signature(base.__init__).parameters for base in inspect.getmro(found.owner))
-        accepted = next((str(own[found.keys[-1]].annotation) for own in signatures if found.keys[-1] in own), "")
+        accepted = _annotation(found.owner, found.keys[-1])
     accepted = re.sub(r"Callable\[\[[^]]*\], ", "", accepted)  # of `Callable[[Source], Bridge]` what it returns
     # `list[Callback]` and `Callback` name the same base.
     choices = {base: subclasses(base) for base in re.findall(r"\b[A-Z]\w+", accepted)}
@@ -161,6 +160,13 @@ def _unknown_class(problem: Problem, name: str) -> Explanation:
     known = set().union(*choices.values())
     hint = f"Choices: {listed(known)}" if 0 < len(known) <= 15 else problem._replace(finding=Finding("")).hint
     return f"{found.path or 'help'}: there is no {kind} '{name}'{near(name.rpartition('.')[2], known)}", hint
+
+
+def _annotation(owner: type, name: str) -> str:
+    """Return the annotation of an argument of a class or of one of its bases, as text; empty if there is none."""
+    makers = [vars(base).get("__init__") for base in inspect.getmro(owner)]
+    signatures = [inspect.signature(make).parameters for make in makers if inspect.isfunction(make)]
+    return next((str(own[name].annotation) for own in signatures if name in own), "")
 
 
 def _wrong_value(problem: Problem) -> Explanation | None:

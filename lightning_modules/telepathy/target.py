@@ -42,6 +42,7 @@ from lightning_modules.telepathy.layout import Packing, Row, pack, real_vectors
 if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
 
+PROMPT_FLAWS: set[Flaw] = {"bos_behind", "primer_mismatch", "missing_bos"}
 REPEAT = "\nRepeat:"  # asks for a repetition of the question, as the embedded target was trained
 
 
@@ -61,7 +62,8 @@ class Target(Frozen):
         positions: The most positions of a row that the model reads; None if it has no limit.
 
     Raises:
-        UserError: The model cannot be used: it has no token that ends a text, or its prompt cannot be made.
+        UserError: The model cannot be used: it has no token that ends a text, or its prompt cannot be made; or a flaw
+            would change nothing.
     """
 
     model: "CausalLM"
@@ -78,11 +80,17 @@ class Target(Frozen):
         self._end: int = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
         self._added = [] if self.prompt.has_special_tokens else added_tokens(tokenizer)[0]
         self._filler = filler_token(self.model, tokenizer)
+        self._trained, self._asked = self._prompts(flaws)
+        self._repeat = self._around_vectors(self.prompt.before, REPEAT, ())
+        for flaw in sorted(PROMPT_FLAWS.intersection(flaws)):
+            if self._prompts(set(flaws) - {flaw}) == (self._trained, self._asked):
+                raise UserError(f"model.reproduce_flaws: {flaw} would change nothing in the prompt of this target")
+
+    def _prompts(self, flaws: Collection[Flaw]) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
+        """Return the prompts without the question of training, and of asking; each with the place of the vectors."""
         before, after = self.prompt.before, self.prompt.after
-        self._trained = self._around_vectors(before, after, flaws)
-        self._repeat = self._around_vectors(before, REPEAT, ())
-        asked = flaws if "missing_bos" in flaws else set(flaws) - {"missing_bos"}
-        self._asked = self._around_vectors(PRIMER if "primer_mismatch" in flaws else before, after, asked, asks=True)
+        asked = PRIMER if "primer_mismatch" in flaws else before
+        return self._around_vectors(before, after, flaws), self._around_vectors(asked, after, flaws, asks=True)
 
     def _around_vectors(
         self, before: str, after: str, flaws: Collection[Flaw], asks: bool = False

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from datamodules.errors import UserError
 from lightning_modules.telepathy.flaws import LOUD, PRIMER
 
 
@@ -53,3 +54,8 @@ def test_output_that_is_loud_or_bounded(telepathy):
     for module, is_saturated in ((sound, False), (bounded, True)):
         (grad_BKD,) = torch.autograd.grad(module.soft_tokens(x_BKD, mask_BK)[..., 0].sum(), x_BKD)
         assert ((grad_BKD == 0).float().mean() > 0.9) == is_saturated
+
+
+def test_a_flaw_that_changes_no_prompt_is_refused(telepathy):
+    with pytest.raises(UserError, match="primer_mismatch would change nothing in the prompt of this target"):
+        telepathy(reproduce_flaws=["bos_behind", "primer_mismatch"])
