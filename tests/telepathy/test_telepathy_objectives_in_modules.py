@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_modules.telepathy import PerceiverBridge, TokenBridge
+from lightning_modules.telepathy import FlowBridge, PerceiverBridge, TokenBridge
 from lightning_modules.telepathy import objectives as objective
 
 FLOW = partial(FlowBridge, width=16, heads=2, steps=2)
