@@ -77,12 +77,12 @@ def checkpoint(path: str, configs: Sequence[str] | None) -> tuple[dict[str, Any]
     """
     content = read_checkpoint(path, CKPT)
     check_finite(content, CKPT, path)
-    config = saved_config(content)
+    config = saved = saved_config(content)
     if configs:
         config = _resolved(configs)
         if origin := made_with("predict", content, config):
             rank_zero_warn(f"{CKPT}: the checkpoint was {origin}")
-        if not saved_config(content) and setting(config, "model.ensemble"):
+        if not saved and setting(config, "model.ensemble"):
             config["model"]["init_args"]["ensemble"] = 1  # members/<seed>.ckpt, whose run has several members
     if not {"model", "data"} <= config.keys():
         raise UserError(f"{CKPT}: {path} holds no config of a run: name it with --config")

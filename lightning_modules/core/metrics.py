@@ -59,7 +59,12 @@ class TokenScores(NamedTuple):
     @property
     def hits_SN(self) -> Tensor:
         """1 where the label has the strictly largest logit, else 0; NaN where a logit is NaN."""
-        return (self.own_SN > self.best_SN).double().masked_fill(self.own_SN.isnan() | self.best_SN.isnan(), torch.nan)
+        return strictly_above(self.own_SN, self.best_SN)
+
+
+def strictly_above(own: Tensor, best: Tensor) -> Tensor:
+    """Return 1 where `own` is larger than the best of the others, else 0, in fp64; NaN where one of the two is NaN."""
+    return (own > best).double().masked_fill(own.isnan() | best.isnan(), torch.nan)
 
 
 class TokenMeasures(Metric):

@@ -7,6 +7,7 @@ of length 2 holds outside and inside of the window.
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.core.metrics import strictly_above
 from lightning_modules.groundthink.probes.needles import Queries
 from lightning_modules.mixers.window_attention import WindowAttention
 
@@ -21,8 +22,7 @@ def hits(logits_SQV: Tensor, label_Q: Tensor) -> Tensor:
     """Return 1 where the label has the strictly largest logit, else 0, [S, Q]; NaN where a logit is NaN."""
     label_SQ1 = label_Q.expand(len(logits_SQV), -1)[..., None]
     own_SQ = logits_SQV.gather(2, label_SQ1)[..., 0]
-    best_SQ = logits_SQV.scatter(2, label_SQ1, -torch.inf).amax(2)
-    return (own_SQ > best_SQ).double().masked_fill(logits_SQV.isnan().any(2), torch.nan)
+    return strictly_above(own_SQ, logits_SQV.scatter(2, label_SQ1, -torch.inf).amax(2))  # amax keeps NaN
 
 
 def found(logits_SQV: Tensor, answer_QR: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightning_modules.core.metrics import strictly_above
 from lightning_modules.groundthink.probes.writes import Writes
 
 
@@ -45,7 +46,7 @@ def nearest(score_BMHN: Tensor, own_BM: Tensor, present_BN: Tensor) -> Tensor:
     own_BMHN.scatter_(3, own_BM[..., None, None].expand(*score_BMHN.shape[:3], 1), True)
     best_BMH = score_BMHN.masked_fill(own_BMHN, -torch.inf).amax(3)
     own_BMH = score_BMHN.masked_fill(~own_BMHN, -torch.inf).amax(3)
-    return (own_BMH > best_BMH).double().masked_fill(own_BMH.isnan() | best_BMH.isnan(), torch.nan)
+    return strictly_above(own_BMH, best_BMH)
 
 
 def scores(read_BMHV: Tensor, v_BNHV: Tensor) -> Tensor:
