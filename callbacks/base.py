@@ -46,23 +46,26 @@ class EveryNSteps:
 
     Args:
         n: Optimizer steps; 0 for never.
+
+    Attributes:
+        last: The step up to which steps were counted.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self._last = 0
+        self.last = 0
 
     def start(self, step: int) -> None:
         """Count from `step`, at which a fit starts or resumes."""
-        self._last = step
+        self.last = step
 
     def due(self, step: int) -> bool:
         """Return whether a multiple of n is above the last step and at most `step`."""
-        return self.n > 0 and step // self.n > self._last // self.n
+        return self.n > 0 and step // self.n > self.last // self.n
 
     def advance(self, step: int) -> bool:
         """Make `step` the last step, and return whether it was due."""
-        due, self._last = self.due(step), step
+        due, self.last = self.due(step), step
         return due
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import QUIET
 from lightning import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import nn
 
-from callbacks import RecallGrid, RunRecord, recall_grid
+from callbacks import LastCheckpoint, RecallGrid, RunRecord, recall_grid
 from datamodules import Mixture, ModularArithmetic, NeedleGym
 from datamodules.batch import IGNORE
 from datamodules.errors import UserError
@@ -154,7 +155,8 @@ def test_the_counts_depend_neither_on_batches_nor_on_ranks(monkeypatch):
 
 
 def fit(folder, *callbacks, steps=8, ckpt_path=None):
-    options = QUIET | {"val_check_interval": 2, "check_val_every_n_epoch": None, "enable_checkpointing": False}
+    options = QUIET | {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    options["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
     module = GroundThink(**SIZES, warmup_steps=2)
     trainer = Trainer(accelerator="cpu", default_root_dir=folder, callbacks=[*callbacks], max_steps=steps, **options)
     trainer.fit(module, datamodule=make_data(), ckpt_path=ckpt_path, weights_only=True)
@@ -183,6 +185,25 @@ def test_some_validations_of_a_fit_and_the_same_training(tmp_path):
     never = Grid([2], [20])
     fit(tmp_path / "d", never)
     assert steps == [8, 14]
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_resumed_run_measures_at_the_same_validations(step, tmp_path):
+    steps = []
+
+    class Grid(RecallGrid):
+        def measure(self, trainer, module, split):
+            steps.append(trainer.global_step)
+
+    # Validations at 2, 4 and 6. A checkpoint of step 4 resumes at the validation of step 4; after a checkpoint of step
+    # 5 with 5 steps between two measures, the validation at 6 is due.
+    every = {4: 4, 5: 5}[step]
+    saver = ModelCheckpoint(tmp_path / "all", "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(tmp_path / "a", Grid(every_n_steps=every), LastCheckpoint(), saver, steps=7)
+    whole, steps[:] = [*steps], []
+    path = tmp_path / "all" / f"step={step}.ckpt"
+    fit(tmp_path / "b", Grid(every_n_steps=every), LastCheckpoint(), steps=7, ckpt_path=path)
+    assert steps == whole == [step + step % 2]
 
 
 def test_a_dry_run_tries_two_rows_and_writes_nothing(tmp_path):
