@@ -4,7 +4,7 @@ Shapes: B inputs, K positions, D width, F features.
 """
 
 import math
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from callbacks.base import EveryNSteps, check_positive
+from callbacks.base import EveryNSteps, check_positive, refuse_second
 from callbacks.hooks import HookedCallback, eager, first_tensor
 from callbacks.throughput import off_the_clock
 from datamodules.errors import UserError, check_numbers
@@ -37,7 +37,8 @@ class DiversityMonitor(HookedCallback):
 
     `lightning_modules.core.diversity` has the formulas. Under DDP each rank measures its own batch, and the numbers are
     means over ranks. Outputs have collapsed when the cosine is above `max_cosine` or the variance below `min_variance`
-    at `patience` checks in a row. The monitor does not slow other steps: it keeps and synchronises nothing there.
+    at `patience` checks in a row; checkpoints hold the number so far. The monitor does not slow other steps: it keeps
+    and synchronises nothing there.
 
     Example::
 
@@ -56,8 +57,8 @@ class DiversityMonitor(HookedCallback):
         patience: Number of checks in a row that make a collapse.
 
     Raises:
-        UserError: A number is out of range; at `setup` for fit, the site is not one module; in a step, the module
-            returns no tensor.
+        UserError: A number is out of range; at `setup`, there are two of these callbacks, or for fit the site is not
+            one module; in a step, the module returns no tensor.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class DiversityMonitor(HookedCallback):
         self.min_variance = min_variance
         self.patience = patience
         self._checks = EveryNSteps(every_n_steps)
+        self._resumed_streak = 0  # that of a checkpoint
         self._reset(0)
 
     def _reset(self, step: int) -> None:
@@ -89,11 +91,12 @@ class DiversityMonitor(HookedCallback):
         self._training_in_step: bool | None = None
         self._captured: tuple[Tensor, Tensor | None] | None = None
         self._matrix: tuple[int, Tensor] | None = None  # the step, and the cosine matrix
-        self._streak = 0
+        self._streak = self._resumed_streak = 0  # checks in a row that found a collapse
         self._has_warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Add a hook to the module."""
+        """Refuse a second callback of the class, and add a hook to the module."""
+        refuse_second(trainer, self)
         if stage != "fit":
             return
         modules = match_modules(pl_module, self.site)
@@ -112,7 +115,9 @@ class DiversityMonitor(HookedCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the step at which the fit starts or resumes."""
+        streak = self._resumed_streak
         self._reset(trainer.global_step)
+        self._streak = streak
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Decide whether to keep the outputs of this step."""
@@ -186,6 +191,14 @@ class DiversityMonitor(HookedCallback):
             step, matrix = last
             with off_the_clock(trainer):
                 add_figure(trainer, "diversity/cosine_matrix", figure(matrix.cpu()), step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of checks in a row that found a collapse."""
+        return {"streak": self._streak}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep that number until training starts."""
+        self._resumed_streak = int(state_dict["streak"])
 
     def _release(self) -> None:
         super()._release()

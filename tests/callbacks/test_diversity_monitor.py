@@ -188,6 +188,21 @@ def test_stops_the_run(tmp_path):
     assert len(warned) == 1
 
 
+def test_a_resumed_run_stops_where_the_uninterrupted_run_does(tmp_path):
+    path = tmp_path / "three.ckpt"
+
+    class Saving(Sender):
+        def on_train_batch_end(self, *_):
+            if self.trainer.global_step == 3 and not path.exists():
+                self.trainer.save_checkpoint(path)
+
+    for ckpt_path in (None, path):
+        monitor = DiversityMonitor(every_n_steps=1, on_collapse="stop", patience=4)
+        trainer, _, warned = fit(tmp_path, monitor, Saving(lambda step: 1e-3), max_steps=9, ckpt_path=ckpt_path)
+        assert trainer.global_step == 4
+        assert len(warned) == 1
+
+
 @pytest.mark.parametrize(("min_variance", "stops_at"), [(0.4, 2), (0.1, 6)])
 def test_two_processes_decide_by_their_mean(tmp_path, min_variance, stops_at):
     # The variances are 0 and about 1/2. If each rank decided by itself, one would stop and the other wait for ever.
