@@ -243,6 +243,10 @@ def callback(kind: str, arguments: str = "") -> str:
 
 for kind in ("RoutingMonitor", "StabilityMonitor", "Throughput", "ModelCheckpoint"):
     add_callbacks(f"two {kind}", f"{callback(kind)}, {callback(kind)}", kind)
+TWO_MONITORS = f"{callback('StabilityMonitor', 'settle: 1')}, {callback('StabilityMonitor')}"
+add_callbacks("two states", TWO_MONITORS, "two StabilityMonitor that a checkpoint cannot tell apart, keep one")
+TWO_SITES = ", ".join(callback("DiversityMonitor", f"site: {site}") for site in ("final_residual", "final_norm"))
+add_callbacks("two sites", TWO_SITES, "DiversityMonitor")
 GROUPS = "groups: {q: ['*.q_proj.*']}"
 SITE = "site: final_residual"
 CALLBACKS = {
