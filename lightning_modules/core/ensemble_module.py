@@ -108,6 +108,8 @@ class EnsembleModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        if not gradients:
+            return  # all parameters are frozen
         squares_S = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
         factor_S = (gradient_clip_val / (squares_S.sqrt() + 1e-6)).clamp(max=1)  # the formula of clip_grad_norm_
         for gradient in gradients:

@@ -5,11 +5,14 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.parameter_freeze import ParameterFreeze
+from datamodules import StateTracking
+from lightning_modules.groundthink import GroundThink
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 OPTIMIZERS = {
@@ -165,6 +168,14 @@ def test_parameters_require_gradients_after_a_failed_run(tmp_path):
     with pytest.raises(RuntimeError, match="fails"):
         fit(module, tmp_path, [ParameterFreeze(FROZEN)], max_steps=2)
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_an_ensemble_of_which_everything_is_frozen_is_not_clipped(tmp_path):
+    data = StateTracking(train_len=8, test_len=8, batch_size=2, validation_size=2, test_size=2)
+    module = GroundThink(6, 8, width=16, pattern="G", ensemble=2)
+    flags = {"accelerator": "cpu", "max_steps": 3, "default_root_dir": tmp_path, "gradient_clip_val": 1.0}
+    Trainer(callbacks=[ParameterFreeze(["*"], at_step=1)], **QUIET | flags).fit(module, datamodule=data)
+    assert module.trainer.global_step == 3
 
 
 def test_user_errors(tmp_path):
