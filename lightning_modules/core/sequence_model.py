@@ -265,4 +265,7 @@ class SequenceModel(EnsembleModule, ABC):
         return connected(self.trainer).datamodule
 
     def _token_text(self, token: int) -> str:
+        task = main_task(self._data)
+        if isinstance(task, HasVocabulary) and token >= task.vocab_size:
+            return f"<{token}>"  # a model may have more tokens than its data
         return self._data.token_text(token) if isinstance(self._data, SupportsTokenText) else str(token)

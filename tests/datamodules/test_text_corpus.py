@@ -1,5 +1,6 @@
 """TextCorpus: sources, levels, the parts of the text, windows, user errors."""
 
+import json
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -7,10 +8,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET
+from lightning import Trainer
 
 from datamodules import TextCorpus
 from datamodules.batch import IGNORE
 from datamodules.errors import UserError
+from lightning_modules.phase import Phase
 
 SMALL = {"seq_len": 8, "batch_size": 4, "epoch_size": 40, "validation_size": 6, "test_size": 6, "seed": 1}
 
@@ -216,3 +220,15 @@ def test_a_missing_file(tmp_path):
 def test_user_errors(options, reason):
     with pytest.raises(ValueError, match=reason):
         TextCorpus(**options)
+
+
+def test_predictions_of_a_model_with_more_tokens_than_the_text(file, tmp_path):
+    data = TextCorpus(source="file", path=file, level="char", inputs=["0001"], **SMALL)  # 11 characters, one unknown
+    model = Phase(20, 8, width=8, heads=2, pattern="P", seed=0)
+    with torch.no_grad():
+        model.network.unembed.weight[12:] = 0  # the others get logits of both signs
+    Trainer(**QUIET, accelerator="cpu", default_root_dir=tmp_path).predict(model, datamodule=data)
+    lines = map(json.loads, (tmp_path / "predictions/positions-0.jsonl").read_text().splitlines())
+    likeliest = {token for line in lines for token in line["likeliest"]}
+    assert {token for token in likeliest if token.startswith("<")} & {f"<{token}>" for token in range(12, 20)}
+    assert likeliest & set("0123456789,")
