@@ -9,6 +9,7 @@ from torch import Tensor
 from callbacks.base import ReleasingCallback
 from datamodules.errors import UserError
 from lightning_modules.core.checkpoints import check_finite, read_checkpoint
+from lightning_modules.core.contracts import connected
 from lightning_modules.core.reporting import ensemble_size
 from lightning_modules.core.seeding import check_seed
 from lightning_modules.core.sites import match_parameters
@@ -21,8 +22,9 @@ class ParameterSwap(ReleasingCallback):
     """Runs validate, test and predict with parameters of a donor run in place of the model's parameters.
 
     The values are those of `lightning_modules.core.swapping.swap_parameters`. They are in place from the start of an
-    evaluation to its end. Then the model has its own parameters again, also if the evaluation fails. The default is to
-    swap the routing: queries and keys of all heads. Two swaps of one trainer must not share a parameter.
+    evaluation to its end, whatever the order of the callbacks: probes that measure at the end of a test measure them
+    too. Then the model has its own parameters again, also if the evaluation fails. The default is to swap the routing:
+    queries and keys of all heads. Two swaps of one trainer must not share a parameter.
 
     Example::
 
@@ -68,10 +70,13 @@ class ParameterSwap(ReleasingCallback):
         self._swap = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse training, patterns that match nothing, and a donor that cannot be read."""
+        """Refuse training, patterns that match nothing, and a donor that cannot be read; become the last callback."""
         if stage == "fit":
             raise UserError("ParameterSwap acts on validate, test and predict; take it out of the callbacks of fit.")
         match_parameters(pl_module, self.parameters)
+        # Behind those that put other parameters in place at the start, or that measure at the end
+        others = [callback for callback in connected(trainer).callbacks if callback is not self]
+        connected(trainer).callbacks = [*others, self]
         # The donor is read early to find mistakes, and used later: Lightning restores `--ckpt_path` after `setup`.
         if self.donor is not None:
             content = read_checkpoint(self.donor, DONOR)

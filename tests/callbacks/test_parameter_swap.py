@@ -3,12 +3,13 @@
 import pytest
 import torch
 from conftest import QUIET
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 from toy_attention import QK, TOKENS, Failing, Model, Sequences, assert_equal, state_of
 
 from callbacks.parameter_swap import ParameterSwap
 from datamodules.errors import UserError
+from lightning_modules.core.sites import match_parameters
 from lightning_modules.core.swapping import swap_parameters
 
 
@@ -68,6 +69,31 @@ def test_parameters_are_restored_when_the_evaluation_fails(stage, tmp_path):
     with pytest.raises(RuntimeError, match="lost"):
         getattr(trainer_of(tmp_path, callback), stage)(module, loader())
     assert_equal(state_of(module), before)
+
+
+class Watching(Callback):
+    """Puts parameters of 1 in place at the start of a test, and keeps those that it finds at the end."""
+
+    def on_test_start(self, trainer, pl_module):
+        for parameter in pl_module.parameters():
+            parameter.data.fill_(1.0)
+
+    def on_test_end(self, trainer, pl_module):
+        self.found = state_of(pl_module)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_callbacks_see_the_values_at_start_and_end_whatever_their_order(first, tmp_path):
+    donor, watching = Model(1), Watching()
+    swap = ParameterSwap(checkpoint(donor, tmp_path / "donor.ckpt"))
+    model = Model(0)
+    trainer_of(tmp_path, *((swap, watching) if first else (watching, swap))).test(model, loader(), verbose=False)
+    names = match_parameters(model, QK)
+    assert names
+    for name, value in watching.found.items():
+        expected = donor.state_dict()[name] if name in names else torch.ones_like(value)
+        assert torch.equal(value, expected), name
+    assert all((value == 1).all() for value in model.state_dict().values())
 
 
 def test_user_errors(tmp_path):
