@@ -54,8 +54,9 @@ class Curriculum(Callback):
 
     Raises:
         UserError: There is no phase, or the threshold is not in [0, 1]; at `setup`, the data has no knobs, a knob does
-            not fit, there are two curricula, or `trainer.overfit_batches` is set; at the end of a validation, the
-            module logs no accuracy; on resuming, the phases so far are not those of the checkpoint.
+            not fit, there are two curricula, `trainer.overfit_batches` is set or `trainer.limit_val_batches` is 0; at
+            the end of a validation, the module logs no accuracy; on resuming, the phases so far are not those of the
+            checkpoint.
     """
 
     def __init__(self, phases: list[dict[str, Any]], threshold: float = 0.95) -> None:
@@ -72,6 +73,8 @@ class Curriculum(Callback):
         refuse_second(trainer, self)
         if cast(OverfitsBatches, trainer).overfit_batches:
             raise UserError("Curriculum: trainer.overfit_batches repeats the first batches, so no phase could follow")
+        if not trainer.limit_val_batches:
+            raise UserError("Curriculum: trainer.limit_val_batches is 0, and without validations no phase could follow")
         self._state = {"starts": [0], "steps": [0], "phases": self.phases}
         self._task(trainer).plan(self.phases)
 

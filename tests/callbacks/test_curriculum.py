@@ -109,6 +109,8 @@ def test_other_mistakes(tmp_path):
         fit(tmp_path, module=Learner("validation/loss"))
     with pytest.raises(ValueError, match=r"overfit_batches repeats the first batches"):
         fit(tmp_path, overfit_batches=1)
+    with pytest.raises(ValueError, match=r"limit_val_batches is 0, and without validations no phase could follow"):
+        fit(tmp_path, limit_val_batches=0)
     fit(tmp_path, steps=12, callbacks=[ModelCheckpoint(tmp_path, filename="last")])
     with pytest.raises(ValueError, match=r"the checkpoint is in phase 1, after .*, and the config begins with"):
         fit(tmp_path, phases=[PHASES[0], {}], ckpt_path=tmp_path / "last.ckpt")
