@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from callbacks.probe import Probe
+from callbacks.probe import Probe, naming
 from datamodules.errors import check_numbers
 from datamodules.sequence_task import Split
 from lightning_modules.core.ensemble_module import EnsembleModule
@@ -73,7 +73,8 @@ class BitsByPosition(Probe):
         texts = self.text(trainer)
         length = self.times * texts.seq_len
         self.check_length(pl_module, length)
-        texts.text_rows("test" if stage == "test" else "validation", 1, length)
+        with naming(self):
+            texts.text_rows("test" if stage == "test" else "validation", 1, length)
 
     def measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
         """Measure and report."""

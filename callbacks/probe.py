@@ -1,9 +1,11 @@
 """What callbacks share that measure on held-out rows of tokens: when they measure, and whose rows they take."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.at_validations import AtValidations
 from callbacks.base import check_positive, refuse_second
@@ -100,6 +102,15 @@ class Probe(AtValidations):
         if positions is not None and (longest := positions.weight.shape[-2]) < length:
             name = type(self).__name__
             raise UserError(f"{name} reads rows of {length} tokens, and the model has positions for {longest}")
+
+
+@contextmanager
+def naming(callback: Callback) -> Iterator[None]:
+    """Begin what a mistake of the user raises inside with the name of the callback."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{type(callback).__name__}: {error}") from error
 
 
 def batch_on(module: LightningModule, rows_B2T: Integers) -> TokenBatch:

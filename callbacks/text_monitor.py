@@ -2,7 +2,7 @@
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.probe import Probe
+from callbacks.probe import Probe, naming
 from datamodules import TextCorpus
 from datamodules.errors import UserError, check_numbers
 from datamodules.sequence_task import Split
@@ -57,7 +57,8 @@ class TextMonitor(Probe):
 
     Raises:
         UserError: A number is out of range; at `setup`, there are two of these callbacks, the data is no text, the
-            held-out text is too short, or the model cannot generate as many tokens.
+            held-out text is too short, or the model cannot generate as many tokens; at the start, another callback has
+            a hook on the network, which expects whole rows.
     """
 
     def __init__(
@@ -86,7 +87,27 @@ class TextMonitor(Probe):
             raise UserError("TextMonitor generates with a single network that has `step`: set model.ensemble to 1")
         length = self.prompt + self._length(texts)
         self.check_length(pl_module, length - 1)  # the last token is not read
-        texts.text_rows("test" if stage == "test" else "validation", 1, length)
+        with naming(self):
+            texts.text_rows("test" if stage == "test" else "validation", 1, length)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse hooks on the network, which other callbacks have added by now."""
+        self._check_steps(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Likewise."""
+        self._check_steps(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Likewise."""
+        self._check_steps(pl_module)
+
+    def _check_steps(self, module: LightningModule) -> None:
+        """Check that the network can run one position at a time, before it trains for hours."""
+        assert isinstance(module, EnsembleModule)  # see `setup`
+        assert isinstance(module.network, StatefulNetwork)
+        with naming(self):
+            module.network.init_state(1)
 
     def _length(self, texts: TextCorpus) -> int:
         return self.length or 4 * texts.seq_len

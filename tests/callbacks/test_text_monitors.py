@@ -9,7 +9,7 @@ import torch
 from conftest import QUIET
 from lightning import Trainer
 
-from callbacks import BitsByPosition, GradientRatio, PhaseMonitor, TextMonitor
+from callbacks import ActivationNoise, BitsByPosition, GradientRatio, PhaseMonitor, TextMonitor
 from callbacks.bits_by_position import bits_by_position
 from callbacks.gradient_ratio import mean_square
 from datamodules import NeedleGym, TextCorpus
@@ -164,10 +164,15 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
         fit(tmp_path, TextMonitor(), module=transformer)
     with pytest.raises(UserError, match=r"set model\.ensemble to 1"):
         fit(tmp_path, TextMonitor(), ensemble=2)
-    with pytest.raises(UserError, match="the validation part of the text has 450 tokens, and a row of 640 needs 641"):
+    with pytest.raises(UserError, match=r"BitsByPosition: the validation part .* 450 tokens, and a row of 640 needs"):
         fit(tmp_path, BitsByPosition(times=40))  # before training, not at the first measure
-    with pytest.raises(UserError, match="the validation part of the text has 450 tokens, and a row of 616 needs 617"):
+    with pytest.raises(UserError, match=r"TextMonitor: the validation part .* 450 tokens, and a row of 616 needs"):
         fit(tmp_path, TextMonitor(length=600))
+    noise = ActivationNoise("final_residual", 0.1, during=["test"])
+    module = Phase(**SIZES)
+    with pytest.raises(UserError, match="TextMonitor: generation runs one position at a time, without the hook"):
+        fit(tmp_path, TextMonitor(length=8), noise, module=module)
+    assert module.global_step == 0  # not at the first measure
     with pytest.raises(UserError, match="No parameter matches"):
         fit(tmp_path, ratio(["*.nothing"]))
     with pytest.raises(UserError, match=r"TextMonitor\.prompt must be at least 1"):
