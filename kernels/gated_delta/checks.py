@@ -30,24 +30,19 @@ def check_inputs(
     for name, x in (("g", g), ("beta", beta)):
         if x.shape != (B, T, J):
             raise ValueError(f"{name} must be [{B}, {T}, {J}], one number per position and value head, not {_shape(x)}")
-        if x.dtype not in TYPES:
-            raise ValueError(f"{name} must be a float tensor, not {x.dtype}")
     for name, width in (("K", K), ("V", V)):
         if width % ALIGNMENT or not 0 < width <= WIDEST:
             raise ValueError(f"{name} must be a multiple of {ALIGNMENT} from {ALIGNMENT} to {WIDEST}, not {width}")
-    if v.dtype not in TYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must all be fp32, bf16, fp16 or fp64, not {q.dtype}, {k.dtype} and {v.dtype}")
+    _check_types(q, k, v, g, beta)
     N = B if cu_seqlens is None else check_bounds(cu_seqlens, B, T)
     if initial_state is not None:
-        wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
         if initial_state.shape != (N, J, K, V):
             raise ValueError(f"initial_state must be [{N}, {J}, {K}, {V}], not {_shape(initial_state)}")
-        if initial_state.dtype != wanted:
-            raise ValueError(f"initial_state must be {wanted} beside {v.dtype} values, not {initial_state.dtype}")
+        _check_state_type("initial_state", initial_state, v)
 
 
 def check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> None:
-    """Check the shapes of one position; see `step_gated_delta_rule`.
+    """Check shapes and types of one position; see `step_gated_delta_rule`.
 
     Raises:
         ValueError: One of them is wrong.
@@ -63,6 +58,8 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
             raise ValueError(f"{name} must be [{B}, {J}], one number per value head, not {_shape(x)}")
     if state.shape != (B, J, K, V):
         raise ValueError(f"state must be [{B}, {J}, {K}, {V}], not {_shape(state)}")
+    _check_types(q, k, v, g, beta)
+    _check_state_type("state", state, v)
 
 
 def check_bounds(cu_seqlens: Tensor, B: int, T: int) -> int:
@@ -95,6 +92,20 @@ def check_backend(backend: Backend | None, v: Tensor) -> Backend:
     if backend == "triton" and not v.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"backend triton needs tensors on a GPU, not on {v.device}")
     return backend
+
+
+def _check_types(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
+    for name, x in (("g", g), ("beta", beta)):
+        if x.dtype not in TYPES:
+            raise ValueError(f"{name} must be a float tensor, not {x.dtype}")
+    if v.dtype not in TYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must all be fp32, bf16, fp16 or fp64, not {q.dtype}, {k.dtype} and {v.dtype}")
+
+
+def _check_state_type(name: str, state: Tensor, v: Tensor) -> None:
+    wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if state.dtype != wanted:
+        raise ValueError(f"{name} must be {wanted} beside {v.dtype} values, not {state.dtype}")
 
 
 def _shape(x: Tensor) -> list[int]:

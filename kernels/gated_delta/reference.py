@@ -105,7 +105,7 @@ def step_gated_delta_rule(
         v: Values [B, J, V].
         g: Log-decays [B, J].
         beta: Writing strengths [B, J].
-        state: The state before the position [B, J, K, V], fp32 or fp64.
+        state: The state before the position [B, J, K, V] in fp32 (fp64 beside fp64 values).
         scale: Factor of the output; 1 / sqrt(K) by default.
         use_qk_l2norm_in_kernel: Normalise queries and keys.
         rule: `seed` computes the rule of the seed document instead.
@@ -114,7 +114,7 @@ def step_gated_delta_rule(
         The output [B, J, V], and the state after the position.
 
     Raises:
-        ValueError: A shape, or the name of the rule, is wrong.
+        ValueError: A shape or type, or the name of the rule, is wrong.
     """
     check_step(q, k, v, g, beta, state)
     scale = default_scale(scale, k.shape[-1], rule)

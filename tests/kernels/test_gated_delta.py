@@ -161,3 +161,19 @@ def test_wrong_arguments_are_refused(change: dict, message: str):
     arguments = dict(zip(("q", "k", "v", "g", "beta"), Toy(**sizes).inputs(), strict=False)) | change
     with pytest.raises(ValueError, match=message):
         chunk_gated_delta_rule(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("types", "message"),
+    [
+        ({"q": torch.int64, "k": torch.int64, "v": torch.int64}, "q, k and v must all be fp32, bf16, fp16 or fp64"),
+        ({"k": torch.bfloat16}, "q, k and v must all be fp32, bf16, fp16 or fp64"),
+        ({"beta": torch.int64}, "beta must be a float tensor"),
+        ({"state": torch.float16}, "state must be torch.float32 beside torch.float32 values"),
+    ],
+)
+def test_wrong_types_of_a_step_are_refused(types: dict, message: str):
+    shapes = {"q": (1, 2, 4), "k": (1, 2, 4), "v": (1, 2, 4), "g": (1, 2), "beta": (1, 2), "state": (1, 2, 4, 4)}
+    tensors = {name: torch.zeros(shape, dtype=types.get(name, torch.float32)) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        step_gated_delta_rule(**tensors)
