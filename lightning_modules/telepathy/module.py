@@ -39,11 +39,11 @@ from lightning_modules.telepathy.objectives import (
     ObjectiveName,
     Setting,
     Sizes,
-    check_parts,
     lm,
     make_objectives,
     weighted,
 )
+from lightning_modules.telepathy.objectives.parts import check_parts
 from lightning_modules.telepathy.output_scale import OutputName
 from lightning_modules.telepathy.ranks import all_rows, shard_over, token_weight
 from lightning_modules.telepathy.source import Source
