@@ -54,7 +54,7 @@ def run() -> None:
     print("| rows | cache | rows that have ended | seconds | rows/s | same answers |\n|---|---|---|---|---|---|")
     for count in options.rows:
         problems = [generate(0, "test", index) for index in range(count)]
-        rows = target.text_rows([problem.question for problem in problems], [problem.answer for problem in problems])
+        rows = target.rows.text([problem.question for problem in problems], [problem.answer for problem in problems])
         limit = max(len(row.answer) for row in rows)
         share = decoding.SHARE
         expected: list[str] = []

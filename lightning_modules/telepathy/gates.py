@@ -91,7 +91,7 @@ def gates(module: Gated, count: int, least_accuracy: float, steps: int) -> Itera
 def question_embeddings(module: Gated, batch: EvaluationBatch) -> tuple[Tensor, Tensor]:
     """Return vectors_BKD that the target makes of the questions, and mask_BK, in the form of soft tokens."""
     questions = [problem.question for problem in batch["problems"]]
-    tokens_BK, mask_BK = pad(module.target.question_tokens(questions), 0)
+    tokens_BK, mask_BK = pad(module.target.rows.question_tokens(questions), 0)
     return module.target.vectors(tokens_BK.to(module.target.model.device)), mask_BK
 
 
