@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from datamodules.problems import Problem
 from lightning_modules.core.samples import gather_objects
-from lightning_modules.pretrained.generation import Answer
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy.batch import EvaluationBatch
 from lightning_modules.telepathy.contracts import Examined
 from lightning_modules.telepathy.draw import DRAWN, Draw

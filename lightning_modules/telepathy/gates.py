@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_modules.core.contracts import Figure, Gate
 from lightning_modules.core.held_out import held_out_batches
 from lightning_modules.core.samples import gather_objects
-from lightning_modules.pretrained.generation import Answer
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.pretrained.prompts import pad
 from lightning_modules.telepathy.batch import EvaluationBatch, TrainingBatch
 from lightning_modules.telepathy.by_heart import overfitted, prompted

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.errors import UserError
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.pretrained.causal_lm import (
     CHUNK,
     embedding_of,
@@ -22,7 +23,7 @@ from lightning_modules.pretrained.causal_lm import (
     recorded,
     vocabulary,
 )
-from lightning_modules.pretrained.generation import Answer, end_tokens, filler_token, generate
+from lightning_modules.pretrained.generation import end_tokens, filler_token, generate
 from lightning_modules.pretrained.key_values import key_values_of
 from lightning_modules.pretrained.loading import Pretrained, positions
 from lightning_modules.pretrained.prompts import CHAT, Prompt

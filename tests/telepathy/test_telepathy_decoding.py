@@ -69,7 +69,7 @@ def test_each_row_is_what_it_is_alone(monkeypatch, name, cache):
         return own(**options)
 
     monkeypatch.setattr(model, "generate", watched)
-    monkeypatch.setattr(generation, "_answers", lambda tokenizer, made, *_: [cut(row, ends) for row in made])
+    monkeypatch.setattr(generation, "answers_of", lambda tokenizer, made, *_: [cut(row, ends) for row in made])
     found = generation.generate(
         model, tokenizer, prompts, LIMIT, None, vectors_BKD, columns, static_cache=cache == "static"
     )
