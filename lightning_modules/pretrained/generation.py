@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_modules.pretrained.answers import Answer, answers_of, have_ended
 from lightning_modules.pretrained.causal_lm import Sites, embedding_of, inserted, vocabulary
 from lightning_modules.pretrained.decoding import cache_of, decode
-from lightning_modules.pretrained.loading import first_position
+from lightning_modules.pretrained.positions import first_position
 from lightning_modules.pretrained.sharding import is_sharded
 
 if TYPE_CHECKING:

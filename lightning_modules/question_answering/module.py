@@ -24,8 +24,9 @@ from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run, record_proportion, training_means
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
+from lightning_modules.pretrained.from_pretrained import quiet
 from lightning_modules.pretrained.generation import end_tokens, generate
-from lightning_modules.pretrained.loading import Pretrained, quiet
+from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.pretrained.prompts import LONGEST, Prompt, added_tokens, encode, with_added
 from lightning_modules.question_answering.collation import Collation, EvaluationBatch
 from lightning_modules.question_answering.start_model import start_model

@@ -25,7 +25,8 @@ from lightning_modules.pretrained.causal_lm import (
 )
 from lightning_modules.pretrained.generation import end_tokens, filler_token, generate
 from lightning_modules.pretrained.key_values import key_values_of
-from lightning_modules.pretrained.loading import Pretrained, positions
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.positions import positions
 from lightning_modules.pretrained.prompts import CHAT, Prompt
 from lightning_modules.telepathy.flaws import Flaw
 from lightning_modules.telepathy.frozen import Frozen
