@@ -15,7 +15,8 @@ import torch
 
 from datamodules.problems import generate
 from lightning_modules.pretrained import decoding
-from lightning_modules.pretrained.loading import Pretrained, loading_to
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.loading_device import loading_to
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.target import Target
 

@@ -1,9 +1,7 @@
 """Language models and tokenizers from a folder, from the Hugging Face hub, or from a configuration alone."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +14,7 @@ from datamodules.errors import UserError
 from lightning_modules.core.attention import leave_out_cudnn_attention
 from lightning_modules.pretrained.first_layers import FirstLayers, layer_stack, with_first_layers
 from lightning_modules.pretrained.from_pretrained import load
+from lightning_modules.pretrained.loading_device import loading_device
 from lightning_modules.pretrained.norms import fuse_norms
 
 if TYPE_CHECKING:
@@ -43,24 +42,6 @@ if TYPE_CHECKING:
 
         def save_pretrained(self, path: str) -> None:
             """Write the weights and the configuration to a folder."""
-
-
-_device: ContextVar[torch.device | None] = ContextVar("device", default=None)  # None for the CPU
-
-
-@contextmanager
-def loading_to(device: torch.device) -> Iterator[None]:
-    """Put the models that are loaded inside the block on a device, without a copy in the memory of the CPU."""
-    token = _device.set(None if device.type == "cpu" else device)
-    try:
-        yield
-    finally:
-        _device.reset(token)
-
-
-def loading_device() -> torch.device:
-    """Return the device of `loading_to`; the CPU outside of it."""
-    return _device.get() or torch.device("cpu")
 
 
 @dataclass
@@ -170,7 +151,7 @@ class Pretrained:
         options |= {"dtype": {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
-        if (device := _device.get()) is not None:
+        if (device := loading_device()).type != "cpu":
             options["device_map"] = {"": device}
         # transformers only logs weights that do not fit; it has to return them, so that they can be an error here
         options |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}

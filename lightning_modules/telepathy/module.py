@@ -15,7 +15,8 @@ from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import Gate, OnNonfinite
 from lightning_modules.core.schedule import Schedule
-from lightning_modules.pretrained.loading import Pretrained, loading_to
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.loading_device import loading_to
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bottleneck import BottleneckName, make_bottleneck
 from lightning_modules.telepathy.bridges import BridgeFactory
