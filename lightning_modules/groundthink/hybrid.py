@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
-from lightning_modules.core.decoder import Decoder, DecoderState, Factory
+from lightning_modules.core.block import Factory
+from lightning_modules.core.decoder import Decoder, DecoderState
 from lightning_modules.mixers.gated_delta import GatedDelta
 from lightning_modules.mixers.key_bank import Bank, KeyBank, RowTokens
 from lightning_modules.mixers.keys import KeyPlaces, Keys

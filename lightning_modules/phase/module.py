@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from datamodules.batch import TokenBatch
 from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.sequence_task import SequenceTask
+from lightning_modules.core.block import Factory
 from lightning_modules.core.contracts import HasVocabulary
-from lightning_modules.core.decoder import Decoder, Factory
+from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.sequence_model import SequenceModel
 from lightning_modules.core.sizes import check_convolutions, check_sizes
 from lightning_modules.mixers.gated_delta import GatedDelta

@@ -3,10 +3,8 @@
 Shapes: B batch, T positions, K vectors, D model width, V vocabulary.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -14,9 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lightning_modules.pretrained.answers import Answer, answers_of, have_ended
 from lightning_modules.pretrained.causal_lm import Sites, embedding_of, inserted, vocabulary
 from lightning_modules.pretrained.decoding import cache_of, decode
-from lightning_modules.pretrained.loading import first_position
+from lightning_modules.pretrained.positions import first_position
 from lightning_modules.pretrained.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -27,19 +26,6 @@ if TYPE_CHECKING:
 ROUND = 64  # positions: static caches have a multiple of these, so that few lengths have to be compiled
 _reads_padding: "WeakKeyDictionary[CausalLM, bool]" = WeakKeyDictionary()  # what is known of each model
 _gives_cache: "WeakKeyDictionary[CausalLM, bool]" = WeakKeyDictionary()
-
-
-@dataclass
-class Answer:
-    """A generated answer.
-
-    Attributes:
-        text: The text, without special tokens, and without the stop text and what follows it.
-        is_cut: It ended at the length limit, with neither an end token nor the stop text.
-    """
-
-    text: str
-    is_cut: bool
 
 
 def end_tokens(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -97,14 +83,14 @@ def generate(
     ends, filler = end_tokens(model, tokenizer), filler_token(model, tokenizer)
     tokens_BT, mask_BT = _padded(prompts, filler, model.device)
     column_BT, _ = _padded(columns, -1, model.device)
-    has_ended = partial(_have_ended, tokenizer, ends, stop)
+    has_ended = partial(have_ended, tokenizer, ends, stop)
     # The processes that share a sharded model have to call it equally often
     drops = not (static_cache or is_sharded(model)) and gives_cache(model, tokenizer)
     positions = -(-(tokens_BT.shape[1] + limit) // ROUND) * ROUND if static_cache else None
     vectors = inserted(sites or embedding_of(model), vectors_BKD, column_BT)
     with _greedy(model, ends, filler, positions) as settings, vectors:
         made = decode(model, tokens_BT, mask_BT, settings, limit, has_ended, drops)
-    return _answers(tokenizer, made, ends, stop, limit)
+    return answers_of(tokenizer, made, ends, stop, limit)
 
 
 @torch.no_grad()
@@ -157,42 +143,6 @@ def _padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) ->
     tokens_BT = torch.tensor([[*[filler] * (width - len(row)), *row] for row in rows], dtype=torch.long, device=device)
     lengths_B = torch.tensor([len(row) for row in rows], device=device)
     return tokens_BT, (torch.arange(width, device=device) >= width - lengths_B[:, None]).long()
-
-
-def _answers(
-    tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]], ends: list[int], stop: str | None, limit: int
-) -> list[Answer]:
-    lengths = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
-    texts = _texts(tokenizer, [row[:length] for row, length in zip(rows, lengths, strict=True)])
-    answers = []
-    for text, length in zip(texts, lengths, strict=True):
-        end = _place(stop, text)
-        answers.append(Answer(text[:end].strip(), length == limit and end is None))
-    return answers
-
-
-def _texts(tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]]) -> list[str]:
-    """Return rows as texts, without special tokens and without those that only the model has."""
-    size = len(tokenizer)
-    texts: list[str] = tokenizer.batch_decode(
-        [[token for token in row if token < size] for row in rows], skip_special_tokens=True
-    )
-    return texts
-
-
-def _place(stop: str | None, text: str) -> int | None:
-    """Return where the stop text begins, which is not within a word; None if nowhere."""
-    found = re.search(rf"(?<!\w){re.escape(stop)}", text) if stop else None
-    return found.start() if found else None
-
-
-def _have_ended(tokenizer: "PreTrainedTokenizerBase", ends: list[int], stop: str | None, tokens_BN: Tensor) -> Tensor:
-    """Return ended_B, True at rows whose new tokens have an end token or the stop text."""
-    ended_B = torch.isin(tokens_BN, torch.tensor(ends, dtype=torch.long, device=tokens_BN.device)).any(1)
-    if stop:
-        found = [_place(stop, text) is not None for text in _texts(tokenizer, tokens_BN.tolist())]
-        ended_B |= torch.tensor(found, device=tokens_BN.device)
-    return ended_B
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """Language models and tokenizers from a folder, from the Hugging Face hub, or from a configuration alone."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,14 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from datamodules.errors import UserError
-from datamodules.hub import offline_without_hub, reason_of
-from datamodules.sources import check_path
 from lightning_modules.core.attention import leave_out_cudnn_attention
 from lightning_modules.pretrained.first_layers import FirstLayers, layer_stack, with_first_layers
+from lightning_modules.pretrained.from_pretrained import load
+from lightning_modules.pretrained.loading_device import loading_device
 from lightning_modules.pretrained.norms import fuse_norms
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
     class CausalLM(nn.Module):
         """The part of a transformers model with an LM head that is used here; transformers has no such type."""
@@ -44,34 +42,6 @@ if TYPE_CHECKING:
 
         def save_pretrained(self, path: str) -> None:
             """Write the weights and the configuration to a folder."""
-
-
-_device: ContextVar[torch.device | None] = ContextVar("device", default=None)  # None for the CPU
-
-
-@contextmanager
-def loading_to(device: torch.device) -> Iterator[None]:
-    """Put the models that are loaded inside the block on a device, without a copy in the memory of the CPU."""
-    token = _device.set(None if device.type == "cpu" else device)
-    try:
-        yield
-    finally:
-        _device.reset(token)
-
-
-def loading_device() -> torch.device:
-    """Return the device of `loading_to`; the CPU outside of it."""
-    return _device.get() or torch.device("cpu")
-
-
-def quiet() -> None:
-    """Keep progress bars and warnings of transformers off the terminal; problems are raised as errors instead."""
-    from huggingface_hub.utils.logging import set_verbosity_error as quiet_hub
-    from transformers.utils import logging
-
-    silence: list[Callable[[], None]] = [logging.set_verbosity_error, logging.disable_progress_bar, quiet_hub]
-    for call in silence:
-        call()
 
 
 @dataclass
@@ -107,7 +77,7 @@ class Pretrained:
         """
         from transformers import AutoConfig
 
-        config: PreTrainedConfig = _load(AutoConfig.from_pretrained, "a model configuration", self.path)
+        config: PreTrainedConfig = load(AutoConfig.from_pretrained, "a model configuration", self.path)
         return config
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -121,7 +91,7 @@ class Pretrained:
         # In batches of few short texts, its threads cost more time than they save, and a forked worker warns of them
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         path = self.tokenizer or self.path
-        tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, "a tokenizer", path)
+        tokenizer: PreTrainedTokenizerBase = load(AutoTokenizer.from_pretrained, "a tokenizer", path)
         return tokenizer
 
     def load_causal_lm(self) -> "CausalLM":
@@ -181,15 +151,15 @@ class Pretrained:
         options |= {"dtype": {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
-        if (device := _device.get()) is not None:
+        if (device := loading_device()).type != "cpu":
             options["device_map"] = {"": device}
         # transformers only logs weights that do not fit; it has to return them, so that they can be an error here
         options |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
         if self.random_init:
             # Of no weights, all are missing: transformers makes them on the meta device, then draws them in place
-            model, _ = _load(lambda _, **named: loader.from_pretrained(None, **named), *what, **options, state_dict={})
+            model, _ = load(lambda _, **named: loader.from_pretrained(None, **named), *what, **options, state_dict={})
         else:
-            model, info = _load(loader.from_pretrained, *what, **options, use_safetensors=True)
+            model, info = load(loader.from_pretrained, *what, **options, use_safetensors=True)
             wrong = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
             if wrong:
                 problem = f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}"
@@ -208,53 +178,3 @@ class Pretrained:
             raise UserError(f"compile: '{self.path}' ({config.model_type}) has no single list of layers: leave it out")
         for layer in layers:
             layer.compile(dynamic=True)
-
-
-def positions(model: "CausalLM | PreTrainedModel") -> int | None:
-    """Return the largest number of positions of a row that a model reads; None without a limit."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or limit <= 0:  # -1 is written for no limit
-        return None
-    return limit - (first_position(model) or 0)
-
-
-def first_position(model: "CausalLM | PreTrainedModel") -> int | None:
-    """Return the first position of a row in models of RoBERTa's kind; None for others.
-
-    These models count positions behind that of the padding, and so read fewer than their configuration says. They do
-    not count tokens that are padding.
-    """
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = model.get_input_embeddings()
-    for table in model.modules():
-        is_table = isinstance(table, nn.Embedding) and table is not tokens and table.num_embeddings == limit
-        if is_table and isinstance(table.padding_idx, int):
-            return table.padding_idx + 1
-    return None
-
-
-def _load(from_pretrained: Callable[..., Any], what: str, path: str, **options: Any) -> Any:
-    """Call a `from_pretrained` with safe settings.
-
-    Raises:
-        UserError: It fails; the sentence says what is missing and where.
-    """
-    quiet()
-    where = f"cannot load {what} from '{path}'"
-    check_path(path, where)
-    if os.path.isfile(path):
-        raise UserError(f"{where}: it is a file, name the folder that save_pretrained wrote")
-    if os.path.isdir(path):
-        context: AbstractContextManager[None] = nullcontext()
-    elif os.path.isdir(os.path.dirname(path)) or path.count("/") > 1 or path.startswith((".", "/")):
-        raise UserError(f"{where}: there is no such folder")
-    else:
-        context = offline_without_hub()
-    try:
-        with context:
-            return from_pretrained(path, trust_remote_code=False, **options)
-    except Exception as error:  # transformers, safetensors and tokenizers have no common class of errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not os.path.isdir(path):
-            reason = f"there is no such folder, and {reason_of(error, path) or reason}"
-        raise UserError(f"{where}: {reason}") from error

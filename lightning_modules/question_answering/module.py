@@ -5,8 +5,7 @@ Shapes: B batch, T positions, N all positions of the batch, V vocabulary.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
-from zlib import crc32
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import LightningModule
@@ -16,7 +15,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from datamodules.batch import IGNORE, TokenBatch
-from datamodules.errors import UserError, check_numbers
+from datamodules.errors import check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import OnNonfinite, Workload, connected
 from lightning_modules.core.files import replacing_files
@@ -25,36 +24,16 @@ from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run, record_proportion, training_means
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
+from lightning_modules.pretrained.from_pretrained import quiet
 from lightning_modules.pretrained.generation import end_tokens, generate
-from lightning_modules.pretrained.loading import Pretrained, quiet
-from lightning_modules.pretrained.prompts import LONGEST, Prompt, added_tokens, continued, encode, pad, with_added
-from lightning_modules.question_answering.new_model import new_model
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.prompts import LONGEST, Prompt, added_tokens, encode, with_added
+from lightning_modules.question_answering.collation import Collation, EvaluationBatch
+from lightning_modules.question_answering.start_model import start_model
 from lightning_modules.question_answering.tokenizer import ByteLevelBPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from lightning_modules.pretrained.loading import CausalLM
-
-
-class EvaluationBatch(TokenBatch):
-    """A batch with what generation needs.
-
-    Attributes:
-        prompts: Tokens of the prompts alone, BOS first.
-        problems: The problems, one per row.
-    """
-
-    prompts: list[list[int]]
-    problems: Sequence[Problem]
-
-
-@runtime_checkable
-class HasTexts(Protocol):
-    """A datamodule with texts to train a tokenizer on."""
-
-    def texts(self, count: int) -> list[str]:
-        """Return the first `count` training texts, the same on every rank."""
 
 
 class QuestionAnswering(LightningModule):
@@ -104,32 +83,16 @@ class QuestionAnswering(LightningModule):
         check_numbers("model", 1, LONGEST, max_new_tokens=max_new_tokens)
         self.optimizer, self.warmup_steps, self.save_to = optimizer, warmup_steps, save_to
         self.on_nonfinite = on_nonfinite
-        self.prompt, self.repeat_prompt = Prompt(prompt), Prompt(repeat_prompt)
-        self.repeat_fraction, self.answer_only, self.max_new_tokens = repeat_fraction, answer_only, max_new_tokens
+        self.prompt, self.max_new_tokens = Prompt(prompt), max_new_tokens
+        self.collation = Collation(self.prompt, Prompt(repeat_prompt), repeat_fraction, answer_only)
         self.bpe = tokenizer if isinstance(tokenizer, ByteLevelBPE) else None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        if pretrained is not None and config is None:
-            self._tokenizer, self.model = pretrained.load_tokenizer(), pretrained.load_causal_lm()
-        elif config is not None and pretrained is None:
-            if tokenizer is None:
-                raise UserError("model.config needs model.tokenizer: a folder, or the size of a tokenizer to train")
-            if isinstance(tokenizer, str):
-                self._tokenizer = Pretrained(tokenizer).load_tokenizer()
-            self.model = self._new_model(config)
-        else:
-            raise UserError("model needs either 'pretrained' or 'config', not both and not neither")
+        self.model, self._tokenizer = start_model(pretrained, config, tokenizer)
         self.validation_loss = MeanMetric()  # over the labelled tokens of all ranks
         self.proportions: dict[str, Proportion] = {}
         self.blind_output, self.diverged = "", False  # of the current test
         self.intervals: dict[str, tuple[float, float]] = {}
         self.counts: dict[str, int] = {}
         self.hits: dict[str, list[int]] = {}
-
-    def _new_model(self, config: dict[str, Any]) -> "CausalLM":
-        """Build a model with random weights; the tokenizer sets vocabulary and special tokens."""
-        names = ("pad_token_id", "bos_token_id", "eos_token_id")  # tokens 0, 1 and 2 of a new tokenizer
-        special = {name: getattr(self._tokenizer, name, index) for index, name in enumerate(names)}
-        return new_model(config, self.bpe.vocab_size if self.bpe else len(self.tokenizer), special)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -147,39 +110,16 @@ class QuestionAnswering(LightningModule):
         if stage == "fit":
             check_precision(self.trainer)
         if self._tokenizer is None and self.bpe is not None:
-            data: object = connected(self.trainer).datamodule
-            if not isinstance(data, HasTexts):
-                raise UserError(f"model.tokenizer: {type(data).__name__} has no texts to train on; name a folder")
-            self._tokenizer = self.bpe.train(data.texts(self.bpe.texts))
+            self._tokenizer = self.bpe.train_on(connected(self.trainer).datamodule)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return logits_BTV."""
         return cast(Tensor, self.model(input_ids=tokens_BT).logits)
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TokenBatch | EvaluationBatch:
-        """Make a batch; the label of a position is the next token, and a batch for evaluation also has the prompts."""
-        tokenizer = self.tokenizer
-        before, end = added_tokens(tokenizer)[0], end_tokens(self.model, tokenizer)[:1]
-        filler = tokenizer.pad_token_id or 0
-        questions, outputs = [], []
-        for problem in problems:
-            # By hash, so that it is the same on every rank, in every worker and after a resume
-            repeat = training and crc32(b"repeat" + problem.question.encode()) / 2**32 < self.repeat_fraction
-            around = self.repeat_prompt if repeat else self.prompt
-            questions.append(around.fill(problem.question))
-            outputs.append(around.separator + (problem.question if repeat else problem.answer))
-        rows = continued(tokenizer, questions, outputs)
-        prompts, answers = [with_added(first, before) for first, _ in rows], [second + end for _, second in rows]
-        tokens_BT, mask_BT = pad([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], filler)
-        labels_BT = tokens_BT.masked_fill(~mask_BT, IGNORE).roll(-1, dims=1)
-        labels_BT[:, -1] = IGNORE
-        if self.answer_only:
-            for label_T, prompt in zip(labels_BT, prompts, strict=True):
-                label_T[: len(prompt) - 1] = IGNORE  # the prompt's last token predicts the answer's first
-        batch = TokenBatch(tokens=tokens_BT, labels=labels_BT)
-        if training:
-            return batch
-        return EvaluationBatch(**batch, prompts=prompts, problems=problems)
+        """Make a batch; a batch for evaluation also has the prompts."""
+        end = end_tokens(self.model, self.tokenizer)[:1]
+        return self.collation.batch(problems, self.tokenizer, end, training)
 
     def loss(self, batch: TokenBatch) -> Tensor:
         """Return the mean cross-entropy over the labelled positions, in nats."""

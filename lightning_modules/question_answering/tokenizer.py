@@ -2,15 +2,23 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from datamodules.errors import SIZE, check_numbers
+from datamodules.errors import SIZE, UserError, check_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 SMALLEST = len(SPECIAL) + 256
+
+
+@runtime_checkable
+class HasTexts(Protocol):
+    """A datamodule with texts to train a tokenizer on."""
+
+    def texts(self, count: int) -> list[str]:
+        """Return the first `count` training texts, the same on every rank."""
 
 
 @dataclass
@@ -34,6 +42,16 @@ class ByteLevelBPE:
     def __post_init__(self) -> None:
         check_numbers("model.tokenizer", SMALLEST, SIZE, vocab_size=self.vocab_size)
         check_numbers("model.tokenizer", 1, SIZE, texts=self.texts)
+
+    def train_on(self, data: object) -> "PreTrainedTokenizerBase":
+        """Learn the merges from the training texts of a datamodule.
+
+        Raises:
+            UserError: The data has no texts.
+        """
+        if not isinstance(data, HasTexts):
+            raise UserError(f"model.tokenizer: {type(data).__name__} has no texts to train on; name a folder")
+        return self.train(data.texts(self.texts))
 
     def train(self, texts: Iterable[str]) -> "PreTrainedTokenizerBase":
         """Learn the merges. `<pad>`, `<s>` and `</s>` are tokens 0, 1 and 2."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.batch import TokenBatch
-from lightning_modules.core.decoder import MLP, Decoder
+from lightning_modules.core.block import MLP
+from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.sequence_model import Penalties, SequenceModel
 from lightning_modules.core.sizes import check_heads, check_sizes
 from lightning_modules.separability.anchor import Orthogonality

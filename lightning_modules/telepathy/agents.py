@@ -99,7 +99,7 @@ def pass_on(module: Receiver, writer: Writer, problems: Sequence[Problem], limit
     """
 
     def reply(message: str, length: int) -> str:
-        return module.target.answers(module.target.text_rows([message], [""]), length)[0].text
+        return module.target.answers(module.target.rows.text([message], [""]), length)[0].text
 
     def passage(problem: Problem) -> Passage:
         write, message = _timed(lambda: writer.write(problem.question))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import SIZE, UserError, check_numbers
-from lightning_modules.telepathy.orthogonal import orthogonal_
+from lightning_modules.telepathy.bridge_layers import ReadLayer, shared_memory, start_equal
 from lightning_modules.telepathy.places import SLOPE, place_bias, places
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
@@ -59,62 +59,6 @@ class Bridge(nn.Module, ABC):
 
 
 BridgeFactory = Callable[[Source, Target, bool], Bridge]  # the last: LayerNorm on the source states
-
-
-def start_equal(linear: nn.Linear, parts: int) -> None:
-    """Give the `parts` equal parts of a map's output the same parameters at the start.
-
-    Parts that start at random divide their work by chance: often two digits of a number fall to one soft token and
-    another one carries nothing, which training does not undo. From an equal start the target decides.
-    """
-    for parameter in (linear.weight, linear.bias):
-        parts_PF = parameter.data.view(parts, -1)
-        parts_PF.copy_(parts_PF[:1].clone().expand_as(parts_PF))
-
-
-def shared_memory(memory_BSC: Tensor) -> Tensor:
-    """Return states that all maps of keys and values read as they are, position by position in memory.
-
-    `MultiheadAttention` puts positions first, and autocast rounds. Each map would make a copy and keep it for backward.
-    """
-    kind = memory_BSC.device.type
-    if torch.is_autocast_enabled(kind):
-        memory_BSC = memory_BSC.to(torch.get_autocast_dtype(kind))
-    return memory_BSC.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-class ReadLayer(nn.Module):
-    """Cross-attention of queries to the source and an MLP, each with a LayerNorm before it and a residual around it.
-
-    Args:
-        width: Width of the queries.
-        source_dim: Width of the source states.
-        heads: Number of attention heads.
-        sound: Start with orthogonal maps between what is read and the queries, and with an MLP that adds nothing. A
-            product of random square matrices loses most directions of a narrow state; a product of orthogonal ones
-            loses none (Saxe et al. 2014).
-    """
-
-    def __init__(self, width: int, source_dim: int, heads: int, sound: bool):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, kdim=source_dim, vdim=source_dim, batch_first=True)
-        last = nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), last)
-        if sound:
-            together = self.attention.in_proj_weight  # of queries, keys and values; None where the widths differ
-            orthogonal_(self.attention.v_proj_weight if together is None else together.data[2 * width :])
-            orthogonal_(self.attention.out_proj.weight)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-
-    def forward(self, read_BQC: Tensor, memory_BSC: Tensor, bias_NQS: Tensor) -> Tensor:
-        """Return the queries read_BQC with what they read; N = B * heads."""
-        query_BQC = self.norm(read_BQC)
-        added_BQC, _ = self.attention(query_BQC, memory_BSC, memory_BSC, attn_mask=bias_NQS, need_weights=False)
-        read_BQC = read_BQC + added_BQC
-        mixed_BQC: Tensor = read_BQC + self.mlp(read_BQC)
-        return mixed_BQC
 
 
 class PerceiverBridge(Bridge):

@@ -47,7 +47,7 @@ def training_batch(
     rows = _target_rows(questions, answers, target, needs, prefix)
     made = cast(TrainingBatch, {**batch})
     if "question" in needs:
-        made["question"], made["question_mask"] = pad(target.question_tokens(questions), 0)
+        made["question"], made["question_mask"] = pad(target.rows.question_tokens(questions), 0)
     if "aligned" in needs:
         assert isinstance(bridge, FlowBridge)  # the module has checked it
         made["aligned"], made["aligned_mask"] = aligned(questions, source, target, bridge.positions())
@@ -97,13 +97,13 @@ def _target_rows(
     questions: Sequence[str], answers: Sequence[str], target: Target, needs: Collection[str], prefix: TextPrefix | None
 ) -> dict[RowsName, list[Row]]:
     """Return all rows of the target by their names in a training batch."""
-    rows: dict[RowsName, list[Row]] = {"soft": target.soft_rows(questions, answers)}
+    rows: dict[RowsName, list[Row]] = {"soft": target.rows.soft(questions, answers)}
     if "autoencode" in needs:
-        rows["autoencode"] = target.autoencode_rows(questions, answers)
+        rows["autoencode"] = target.rows.autoencode(questions, answers)
     if "readback" in needs:
-        rows["readback"] = target.readback_rows(questions)
+        rows["readback"] = target.rows.readback(questions)
     if "text" in needs or prefix is not None:
-        text_rows = target.text_rows(questions, answers)
+        text_rows = target.rows.text(questions, answers)
         rows |= {"text": text_rows} if "text" in needs else {}
         rows |= {"prefixed": text_rows} if prefix is not None else {}
     return rows
@@ -115,8 +115,8 @@ def evaluation_batch(problems: Sequence[Problem], source: Source, target: Target
     return EvaluationBatch(
         **_source_batch(questions, source, bridge),
         problems=problems,
-        soft_rows=target.soft_rows(questions, answers, training=False),
-        text_rows=target.text_rows(questions, answers),
+        soft_rows=target.rows.soft(questions, answers, training=False),
+        text_rows=target.rows.text(questions, answers),
     )
 
 

@@ -6,7 +6,7 @@ Shapes: B rows, K soft tokens, D target width, G candidates per group.
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,83 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import HasCounts
 from lightning_modules.core.samples import gather_objects
-from lightning_modules.pretrained.generation import Answer
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy.batch import EvaluationBatch
+from lightning_modules.telepathy.contracts import Examined
 from lightning_modules.telepathy.draw import DRAWN, Draw
-from lightning_modules.telepathy.encoding import Encoding
 from lightning_modules.telepathy.results import Array, ProblemResult
-from lightning_modules.telepathy.target import Target
 
 T = TypeVar("T")
-
-
-class HasVectors(Protocol):
-    """A learned prefix."""
-
-    def vectors(self, size: int) -> Tensor:
-        """Return vectors_BKD, the same for each of `size` rows."""
-        ...
-
-
-class HasSize(Protocol):
-    """A bottleneck."""
-
-    @property
-    def size(self) -> int:
-        """Number of codes; 0 without codes."""
-        ...
-
-
-class Examined(HasCounts, Protocol):
-    """A module with a bridge and a target, as far as an examination needs it."""
-
-    @property
-    def answer_limit(self) -> int:
-        """Length limit of generated answers, in tokens."""
-        ...
-
-    @property
-    def target(self) -> Target:
-        """The frozen target."""
-        ...
-
-    @property
-    def bottleneck(self) -> HasSize:
-        """What makes codes of soft tokens."""
-        ...
-
-    @property
-    def text_prefix(self) -> HasVectors | None:
-        """The learned prefix of the text baseline, if there is one."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the module."""
-        ...
-
-    @property
-    def trainer(self) -> Trainer:
-        """The trainer."""
-        ...
-
-    def __call__(self, batch: EvaluationBatch) -> Tensor:
-        """Return soft_BKD."""
-        ...
-
-    def encode(self, batch: EvaluationBatch) -> Encoding:
-        """Return soft_BKD with its codes."""
-        ...
-
-    def collate(self, problems: Sequence[Problem], training: bool) -> object:
-        """Return a batch of problems, an `EvaluationBatch` unless it is for training."""
-        ...
-
-    def log(self, name: str, value: float) -> None:
-        """Log a value."""
-        ...
 
 
 @dataclass

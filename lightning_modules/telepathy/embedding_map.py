@@ -50,7 +50,7 @@ class EmbeddingSpace:
         self.target, device = target, target.embedding.weight.device
         tokens = torch.arange(vocabulary(target.model), device=device)
         vectors_VD = torch.cat([target.embedding(part).float() for part in tokens.split(CHUNK)])  # type: ignore[no-untyped-call]
-        self.scale = target.embedding_scale()
+        self.scale = target.scale()
         self.mean_D = vectors_VD.mean(0)
         centred_VD = vectors_VD - self.mean_D
         _, axes_DD = torch.linalg.eigh(centred_VD.T @ centred_VD)  # the largest ones last
@@ -82,7 +82,7 @@ def placed(space: EmbeddingSpace, batch: EvaluationBatch, soft_BKD: Tensor) -> l
     target, questions = space.target, [problem.question for problem in batch["problems"]]
     found = []
     for question, own, soft_KD, mask_K in zip(
-        questions, target.question_tokens(questions), soft_BKD, batch["soft_mask"], strict=True
+        questions, target.rows.question_tokens(questions), soft_BKD, batch["soft_mask"], strict=True
     ):
         vectors_KD = soft_KD[mask_K].float()
         token_K, cosine_K = space.nearest(vectors_KD)

@@ -15,7 +15,8 @@ from lightning import Trainer
 from lightning_modules.core.reporting import add_figure, add_text, is_dry_run, run_folder
 from lightning_modules.core.samples import EvalSample, gather_objects, text_table, write_jsonl
 from lightning_modules.telepathy.batch import EvaluationBatch
-from lightning_modules.telepathy.controls import Examined, add_controls
+from lightning_modules.telepathy.contracts import Examined
+from lightning_modules.telepathy.controls import add_controls
 from lightning_modules.telepathy.figures import cosine_map, loss_by_position, soft_token_map
 from lightning_modules.telepathy.measures import measure, stack_soft
 from lightning_modules.telepathy.message import add_message_sizes

@@ -53,7 +53,7 @@ def export(module: Telepathy, config: Mapping[str, Any], path: Path) -> None:
     """
     source, target = module.source, module.target
     batch = move_data_to_device(source.tokenize([PROBE]), module.device)
-    (row,) = target.soft_rows([""], [""], training=False)
+    (row,) = target.rows.soft([""], [""], training=False)
     about = {
         "config": dict(config),
         "probe": PROBE,

@@ -12,57 +12,14 @@ from torch import Tensor, nn
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from lightning_modules.telepathy.averages import masked_mean, row_mean
-from lightning_modules.telepathy.bridges import Bridge, HasWidth, start_equal
+from lightning_modules.telepathy.bridge_layers import FlowLayer, start_equal
+from lightning_modules.telepathy.bridges import Bridge, HasWidth
 from lightning_modules.telepathy.noise import gaussian, mixed, uniform
 from lightning_modules.telepathy.orthogonal import orthogonal_
 from lightning_modules.telepathy.places import SLOPE, place_bias, places
 
 Conditioning = Literal["pooled", "cross", "hybrid"]
 SLOWEST, RATES = 0.1, 4.0  # waves of the time: periods from about 60 down by a factor of e^4 and more
-
-
-class FlowLayer(nn.Module):
-    """A layer of a diffusion transformer (Peebles and Xie 2023), with cross-attention to the source if it has any.
-
-    Self-attention and MLP are scaled and gated by the condition; their gates start at 0, so the layer starts as its
-    cross-attention alone.
-
-    Args:
-        width: W.
-        heads: Number of attention heads.
-        crosses: Whether it has cross-attention.
-        sound: Start cross-attention with orthogonal maps between what is read and the queries, see `ReadLayer`.
-    """
-
-    def __init__(self, width: int, heads: int, crosses: bool, sound: bool):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
-        self.own = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.cross = nn.MultiheadAttention(width, heads, batch_first=True) if crosses else None
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        last = nn.Linear(width, 6 * width)
-        self.condition = nn.Sequential(nn.SiLU(), last)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        if self.cross is not None and sound:
-            orthogonal_(self.cross.in_proj_weight.data[2 * width :])
-            orthogonal_(self.cross.out_proj.weight)
-
-    def forward(
-        self, x_BQW: Tensor, condition_BW: Tensor, memory_BSW: Tensor, bias_NQS: Tensor, hole_BQ: Tensor
-    ) -> Tensor:
-        """Return x_BQW; queries at holes are read by no other one."""
-        shift_B1W, scale_B1W, gate_B1W, *of_mlp = self.condition(condition_BW)[:, None].chunk(6, dim=-1)
-        read_BQW = self.norms[0](x_BQW) * (1 + scale_B1W) + shift_B1W
-        x_BQW = (
-            x_BQW + gate_B1W * self.own(read_BQW, read_BQW, read_BQW, key_padding_mask=hole_BQ, need_weights=False)[0]
-        )
-        if self.cross is not None:
-            read_BQW = self.norms[1](x_BQW)
-            x_BQW = x_BQW + self.cross(read_BQW, memory_BSW, memory_BSW, attn_mask=bias_NQS, need_weights=False)[0]
-        shift_B1W, scale_B1W, gate_B1W = of_mlp
-        mixed_BQW: Tensor = x_BQW + gate_B1W * self.mlp(self.norms[2](x_BQW) * (1 + scale_B1W) + shift_B1W)
-        return mixed_BQW
 
 
 class FlowBridge(Bridge):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import SIZE, check_numbers
-from lightning_modules.telepathy.bridges import Bridge, start_equal
+from lightning_modules.telepathy.bridge_layers import start_equal
+from lightning_modules.telepathy.bridges import Bridge
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 

@@ -5,7 +5,6 @@ Shapes: B problems, K soft tokens, D target width, G candidates per group.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,9 +20,9 @@ from lightning_modules.core.diversity import (
 )
 from lightning_modules.telepathy.code_use import perplexity
 from lightning_modules.telepathy.draw import Draw
-from lightning_modules.telepathy.results import CONDITIONS, Array, Indices, Measures, ProblemResult, bootstrap
+from lightning_modules.telepathy.entity_transfer import add_entity_transfer
+from lightning_modules.telepathy.results import CONDITIONS, Array, Measures, ProblemResult, bootstrap
 
-SHIFTS = 8  # derangements over which the chance level of entity transfer is averaged
 TIE = 1e-3  # nats: candidates closer than this are equal, for rounding depends on the rows beside
 NEAR_ZERO = 0.05  # share of the problems, and of ce_none
 # Measures that do not depend on the bridge, and those that depend on the learned prefix
@@ -120,47 +119,6 @@ def scores(problem: Problem, output: str) -> dict[str, float]:
     found = {kind: hits for kind, hits in problem.entity_hits(output).items() if hits}
     shares = {f"entity_{kind}": sum(hits) / len(hits) for kind, hits in found.items()}
     return {"accuracy": float(problem.is_correct(output)), **shares}
-
-
-def add_entity_transfer(results: list[ProblemResult], draw: Draw, measures: Measures) -> None:
-    """Add e* = (e - e0) / (1 - e0), where e is the share of an answer's names, objects and numbers that the output has.
-
-    An entity counts if the output has it as a whole word. e0 is the chance level: the same share in the outputs for
-    other questions. The measures are `entity_recall` (e), `entity_chance` (e0) and `entity_transfer` (e*), over all
-    entities and, with a suffix, for each type.
-    """
-    count, questions = len(results), len(draw.order_Q)
-    if questions < 2:
-        return
-
-    def tally(output_of: Sequence[int]) -> dict[str, Array]:
-        """Return type -> (entities found, entities) of each problem, in the output of another problem."""
-        tallies: dict[str, Array] = {}
-        for i, j in enumerate(output_of):
-            for kind, found in results[i].problem.entity_hits(results[j].answers["bridge"].text).items():
-                if found:
-                    tallies.setdefault(kind, np.zeros((count, 2)))[i] = sum(found), len(found)
-        return tallies
-
-    recalled = tally(range(count))
-    others = [tally(draw.others_B(shift).tolist()) for shift in range(1, min(SHIFTS, questions - 1) + 1)]
-    chance = {kind: np.sum([other[kind] for other in others], axis=0) / len(others) for kind in recalled}
-    if not recalled:
-        return
-    recalled["all"], chance["all"] = (np.sum(list(table.values()), axis=0) for table in (recalled, chance))
-    for kind, found_B2 in recalled.items():
-        suffix = "" if kind == "all" else f"_{kind}"
-        entities, answers = found_B2[:, 1].sum(), int((found_B2[:, 1] > 0).sum())
-        e_star = partial(_chance_corrected, found_B2, chance[kind])
-        measures.add(f"entity_recall{suffix}", found_B2[:, 0].sum() / entities, answers)
-        measures.add(f"entity_chance{suffix}", chance[kind][:, 0].sum() / entities, answers)
-        measures.add(f"entity_transfer{suffix}", e_star(np.arange(count)), answers, bootstrap(count, e_star))
-
-
-def _chance_corrected(found_B2: Array, chance_B2: Array, indices: Indices) -> float:
-    total = max(found_B2[indices, 1].sum(), 1)
-    e, e0 = found_B2[indices, 0].sum() / total, chance_B2[indices, 0].sum() / total
-    return float((e - e0) / (1 - e0)) if e0 < 1 else 0.0
 
 
 def add_retrieval(results: list[ProblemResult], measures: Measures) -> None:

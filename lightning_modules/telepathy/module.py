@@ -1,59 +1,42 @@
 """Telepathy: soft tokens from one frozen language model to another that shares no vocabulary with it.
 
-Shapes: B batch, S source positions of the question, C source width, K soft tokens, D target width, F features, N answer
-tokens of the whole batch, V target vocabulary.
+Shapes: B batch, S source positions of the question, C source width, K soft tokens, D target width.
 """
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.problems import Problem
-from lightning_modules.core.contracts import Gate, OnNonfinite, Workload, connected
-from lightning_modules.core.precision import check_precision
-from lightning_modules.core.reporting import is_dry_run, training_means
-from lightning_modules.core.schedule import Schedule, with_schedule
-from lightning_modules.pretrained.loading import Pretrained, loading_to
+from lightning_modules.core.contracts import Gate, OnNonfinite
+from lightning_modules.core.schedule import Schedule
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.loading_device import loading_to
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bottleneck import BottleneckName, make_bottleneck
 from lightning_modules.telepathy.bridges import BridgeFactory
 from lightning_modules.telepathy.collation import evaluation_batch, row_lengths, training_batch
 from lightning_modules.telepathy.encoding import Encoding
-from lightning_modules.telepathy.evaluation import BridgeEvaluation
 from lightning_modules.telepathy.flaws import NOTES_SCALE, Flaw, chosen, make_output
 from lightning_modules.telepathy.frozen import frozen_names
 from lightning_modules.telepathy.gates import gates
 from lightning_modules.telepathy.noise import row_seeds
 from lightning_modules.telepathy.normalizer import NormalizerName, calibrate, make_normalizer
-from lightning_modules.telepathy.objectives import (
-    BridgeStep,
-    ObjectiveName,
-    Setting,
-    Sizes,
-    check_parts,
-    lm,
-    make_objectives,
-    weighted,
-)
+from lightning_modules.telepathy.objectives import ObjectiveName, Setting, Sizes, make_objectives
+from lightning_modules.telepathy.objectives.parts import check_parts
 from lightning_modules.telepathy.output_scale import OutputName
-from lightning_modules.telepathy.ranks import all_rows, shard_over, token_weight
 from lightning_modules.telepathy.source import Source
-from lightning_modules.telepathy.source_cache import fixed_questions
 from lightning_modules.telepathy.target import Target
-from lightning_modules.telepathy.text_prefix import TextPrefix, clip_apart
-from lightning_modules.telepathy.workload import workload
+from lightning_modules.telepathy.text_prefix import TextPrefix
+from lightning_modules.telepathy.training import BridgeTraining
 
 
-class Telepathy(BridgeEvaluation):
+class Telepathy(BridgeTraining):
     """A frozen source reads a question, a bridge turns its hidden states into soft tokens, a frozen target answers.
 
     The target's prompt is `before {question} after`, and it sees `<bos> before [soft tokens] after`: the soft tokens
@@ -142,16 +125,6 @@ class Telepathy(BridgeEvaluation):
         # Each rank loads them by itself: DDP neither sends them from rank 0 nor keeps what is freed
         self._ddp_params_and_buffers_to_ignore = frozen_names(self)
 
-    def setup(self, stage: str) -> None:
-        """Check the precision; before a fit, free the source or split the frozen models where that is asked for."""
-        check_precision(self.trainer, double=False)
-        if stage == "fit" and self.cache_source:
-            questions = fixed_questions(connected(self.trainer).datamodule)
-            if not is_dry_run(self.trainer):
-                self.source.move_to_files(questions, self.trainer)
-        if stage == "fit" and self.shard_frozen:
-            shard_over(self.trainer, self.source.model, self.target.model)
-
     def collate(self, problems: Sequence[Problem], training: bool) -> TrainingBatch | EvaluationBatch:
         """Make a batch of problems, for training with packed rows, for evaluation with the problems."""
         parts = problems, self.source, self.target, self.bridge
@@ -195,37 +168,6 @@ class Telepathy(BridgeEvaluation):
         calibrate(self, self.normalizer, self.read)
         return gates(self, count, least_accuracy, steps)
 
-    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """Log each weighted objective and return their sum."""
-        self.bottleneck.progress = self.global_step / self.trainer.estimated_stepping_batches
-        encoding, gather, weight = self.encode(batch), partial(all_rows, self), partial(token_weight, self)
-        logits_NV = self.target.logits(batch["soft"], encoding.soft_BKD)
-        parts = self.target, self.bridge, self.bottleneck
-        step = BridgeStep(batch, *parts, encoding, logits_NV, self.scale, gather, self.heads, self.flaws)
-        losses = weighted(self.objectives, step, weight)
-        total = torch.stack(list(losses.values())).sum()
-        logged, size = losses | {"loss": total}, len(batch["source"])
-        if self.text_prefix is not None:
-            logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(size))
-            logged["text_prefix"] = weight(len(logits_NV)) * lm(logits_NV, batch["prefixed"].labels_N)
-            total = total + logged["text_prefix"]
-        self.log_dict(training_means(logged), batch_size=size)
-        return total
-
-    def on_fit_start(self) -> None:
-        """Check the target and the number of steps, and measure the normalizer's statistics.
-
-        Raises:
-            UserError: The target does not answer soft tokens, codes that come late have no end of the training to
-                wait for, or the data gives no held-out questions.
-        """
-        self.target.check(trains=True)
-        if self.bottleneck.is_late and self.trainer.estimated_stepping_batches == math.inf:
-            raise UserError(
-                "trainer.max_steps must be set: model.bottleneck vq makes codes in the last fifth of the steps"
-            )
-        calibrate(self, self.normalizer, self.read)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another kind of bridge, which a load that is not strict would accept.
 
@@ -236,21 +178,3 @@ class Telepathy(BridgeEvaluation):
         for name in sorted(saved ^ expected):
             verb = "does not have" if name in expected else "has"
             raise UserError(f"the checkpoint {verb} '{name}': it holds another kind of bridge, use its run's config")
-
-    def workload(self, batch: TrainingBatch) -> Workload:
-        """Return samples, target positions and flops of a training step."""
-        return workload(batch, self._sizes)
-
-    @cached_property
-    def _sizes(self) -> list[int]:
-        return [sum(p.numel() for p in part.parameters()) for part in (self.source, self.target, self.bridge)]
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip the gradient of the bridge, and apart from it that of the text prefix, which must not change it."""
-        clip_apart(self, self.text_prefix, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimizer and its schedule."""
-        return with_schedule(self, self.optimizer, self.warmup_steps, self.schedule)

@@ -6,7 +6,7 @@ Shapes: R rows, C columns.
 import torch
 from torch import Tensor
 
-from lightning_modules.pretrained.loading import loading_device
+from lightning_modules.pretrained.loading_device import loading_device
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from datamodules.problems import Problem
 from lightning_modules.core.intervals import wilson_interval
-from lightning_modules.pretrained.generation import Answer
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy.layout import Row
 
 CONDITIONS = ("bridge", "shuffled", "zero", "text", "text_prefix", "none")

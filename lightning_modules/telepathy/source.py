@@ -15,7 +15,8 @@ from datamodules.errors import UserError
 from lightning_modules.pretrained.fingerprint import fingerprint
 from lightning_modules.pretrained.first_layers import FirstLayers
 from lightning_modules.pretrained.key_values import FirstKeyValues
-from lightning_modules.pretrained.loading import Pretrained, positions
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.positions import positions
 from lightning_modules.pretrained.prompts import (
     CHAT,
     QUESTION,

@@ -1,41 +1,25 @@
 """The states of a frozen source at the questions of a data set: written once to files, and read from them in training.
 
-Shapes: N source positions of all questions of a file, C source width, S source positions of a question, B batch.
+Shapes: B batch, S source positions of a question, C source width.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from datamodules.errors import UserError
-from lightning_modules.core.files import replacing
 from lightning_modules.core.samples import gather_objects
+from lightning_modules.telepathy.state_file import StateFile, States
 
 FOLDER = Path("runs", "source_states")
 FORMAT = "1"  # of the files; another one is another key
 FILE_BYTES = 2**28  # of the states in a file, about
 LONGEST_STATE = 4  # bytes of a feature at most
-ROWS = 32  # questions that the source reads at a time
-
-States = Callable[[Sequence[str]], list[Tensor]]  # of some questions, states_SC each
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file of the cache and the questions whose states it holds, in their order."""
-
-    path: Path
-    questions: tuple[str, ...]
-    lengths: tuple[int, ...]
 
 
 @runtime_checkable
@@ -111,14 +95,14 @@ class SourceCache:
                 end += length
         self._opened: dict[int, Any] = {}
 
-    def _cut(self, ordered: Sequence[tuple[str, int]], width: int) -> Iterator[_File]:
+    def _cut(self, ordered: Sequence[tuple[str, int]], width: int) -> Iterator[StateFile]:
         """Yield files of questions; a file ends with the question that fills it."""
         most, start, total = max(FILE_BYTES // (LONGEST_STATE * width), 1), 0, 0
         for end, (_, length) in enumerate(ordered, 1):
             total += length
             if total >= most or end == len(ordered):
                 texts, lengths = zip(*ordered[start:end], strict=True)
-                yield _File(self.folder / f"states-{start:08}.safetensors", texts, lengths)
+                yield StateFile(self.folder / f"states-{start:08}.safetensors", self.key, texts, lengths)
                 start, total = end, 0
 
     def __contains__(self, question: str) -> bool:
@@ -140,12 +124,12 @@ class SourceCache:
         """
         written, failure = 0, ""
         for file in self._files[rank::world]:
-            fault = self._fault(file)
+            fault = file.fault()
             if fault is None:
                 continue
             if fault:
                 rank_zero_warn(f"model.cache_source: {file.path} is damaged, {fault}; it is written again")
-            if failure := self._write(file, states):
+            if failure := file.write(states):
                 break
             written += 1
         if failures := [text for text in gather_objects(failure) if text]:  # this also waits for the other ranks
@@ -155,34 +139,6 @@ class SourceCache:
             where = f": this one lacks {missing[0]}" if missing else ""
             raise UserError(f"model.cache_source: {FOLDER} must lie on a file system that all machines share{where}")
         return written
-
-    def _write(self, file: _File, states: States) -> str:
-        """Write a file; return what hinders it, or an empty text."""
-        parts = [
-            part for start in range(0, len(file.questions), ROWS) for part in states(file.questions[start:][:ROWS])
-        ]
-        lengths = tuple(len(part) for part in parts)
-        assert lengths == file.lengths, "the source gives other states than its tokens tell"
-        tensors = {"states": torch.cat([part.cpu() for part in parts])}
-        try:
-            with replacing(file.path) as draft:
-                draft.write_bytes(save(tensors, {"key": self.key, "sha256": _checksum(tensors["states"])}))
-        except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-            return f"{file.path}: {error.strerror}"
-        return ""
-
-    def _fault(self, file: _File) -> str | None:
-        """Return what is wrong with a file; an empty text if it does not exist, None if nothing is wrong."""
-        if not file.path.is_file():
-            return ""
-        try:
-            with safe_open(file.path, "pt") as opened:
-                metadata, states_NC = opened.metadata() or {}, opened.get_tensor("states")
-        except (SafetensorError, OSError) as error:
-            return f"it cannot be read ({str(error).splitlines()[0]})"
-        if metadata.get("key") != self.key or len(states_NC) != sum(file.lengths):
-            return "it belongs to another cache"
-        return None if metadata.get("sha256") == _checksum(states_NC) else "its checksum is wrong"
 
     def read(self, questions: Sequence[str]) -> Tensor:
         """Return states_BSC of questions, zero behind the end of a question.
@@ -201,15 +157,6 @@ class SourceCache:
             raise UserError(f"model.cache_source: the source has not read {question[:40]!r}..., and is not in memory")
         number, start, end = self._place[question]
         if number not in self._opened:
-            try:
-                opened: Any = safe_open(self._files[number].path, "pt")
-                self._opened[number] = opened.__enter__().get_slice("states")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"model.cache_source: {self._files[number].path} cannot be read: {error}") from error
+            self._opened[number] = self._files[number].open()
         states_SC: Tensor = self._opened[number][start:end]
         return states_SC
-
-
-def _checksum(tensor: Tensor) -> str:
-    content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(content).hexdigest()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.errors import UserError
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.pretrained.causal_lm import (
     CHUNK,
     embedding_of,
@@ -22,28 +23,18 @@ from lightning_modules.pretrained.causal_lm import (
     recorded,
     vocabulary,
 )
-from lightning_modules.pretrained.generation import Answer, end_tokens, filler_token, generate
+from lightning_modules.pretrained.generation import end_tokens, filler_token, generate
 from lightning_modules.pretrained.key_values import key_values_of
-from lightning_modules.pretrained.loading import Pretrained, positions
-from lightning_modules.pretrained.prompts import (
-    CHAT,
-    Prompt,
-    added_tokens,
-    behind,
-    check_tokens,
-    continued,
-    encode,
-    with_added,
-)
-from lightning_modules.telepathy.flaws import PRIMER, Flaw
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.positions import positions
+from lightning_modules.pretrained.prompts import CHAT, Prompt
+from lightning_modules.telepathy.flaws import Flaw
 from lightning_modules.telepathy.frozen import Frozen
 from lightning_modules.telepathy.layout import Packing, Row, pack, real_vectors
+from lightning_modules.telepathy.target_rows import TargetRows
 
 if TYPE_CHECKING:
     from lightning_modules.pretrained.loading import CausalLM
-
-PROMPT_FLAWS: set[Flaw] = {"bos_behind", "primer_mismatch", "missing_bos"}
-REPEAT = "\nRepeat:"  # asks for a repetition of the question, as the embedded target was trained
 
 
 class Target(Frozen):
@@ -58,6 +49,7 @@ class Target(Frozen):
         model: The model.
         tokenizer: Its tokenizer.
         prompt: The text around the question.
+        rows: Makes the rows that it reads.
         sites: Where vectors go in: the embedding, or the keys and values of all layers.
         positions: The most positions of a row that the model reads; None if it has no limit.
 
@@ -77,32 +69,9 @@ class Target(Frozen):
         ends = [end for end in end_tokens(self.model, tokenizer) if end < vocabulary(self.model)]
         if not ends:
             raise UserError(f"model.target: '{self.path}' has no token that ends a text: choose another model")
-        self._end: int = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-        self._added = [] if self.prompt.has_special_tokens else added_tokens(tokenizer)[0]
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
         self._filler = filler_token(self.model, tokenizer)
-        self._trained, self._asked = self._prompts(flaws)
-        self._repeat = self._around_vectors(self.prompt.before, REPEAT, ())
-        for flaw in sorted(PROMPT_FLAWS.intersection(flaws)):
-            if self._prompts(set(flaws) - {flaw}) == (self._trained, self._asked):
-                raise UserError(f"model.reproduce_flaws: {flaw} would change nothing in the prompt of this target")
-
-    def _prompts(self, flaws: Collection[Flaw]) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
-        """Return the prompts without the question of training, and of asking; each with the place of the vectors."""
-        before, after = self.prompt.before, self.prompt.after
-        asked = PRIMER if "primer_mismatch" in flaws else before
-        return self._around_vectors(before, after, flaws), self._around_vectors(asked, after, flaws, asks=True)
-
-    def _around_vectors(
-        self, before: str, after: str, flaws: Collection[Flaw], asks: bool = False
-    ) -> tuple[list[int], int]:
-        """Return the prompt without the question, and the place of the vectors in it."""
-        before, added = before.rstrip(" "), [] if asks and "missing_bos" in flaws else self._added
-        _, tail = continued(self.tokenizer, [before + "x"], [after])[0]
-        head = with_added(encode(self.tokenizer, [before])[0] if before else [], added)
-        if "bos_behind" in flaws:
-            head, tail = [], added or [self._end]
-        # A model without BOS and with an empty prompt still needs a token before an answer without a question
-        return (head + tail, len(head)) if head + tail else ([self._end], 1)
+        self.rows = TargetRows(tokenizer, self.prompt, end, vocabulary(self.model), self.path, flaws)
 
     @property
     def width(self) -> int:
@@ -113,10 +82,6 @@ class Target(Frozen):
     def embedding(self) -> torch.nn.Embedding:
         """The input embedding."""
         return self.model.get_input_embeddings()
-
-    def embedding_scale(self) -> float:
-        """Return the root mean square of the embedding's output over the vocabulary."""
-        return embedding_scale(self.model)
 
     def take_key_values(self) -> list[int]:
         """Let vectors be keys and values of all layers from now on, and return each layer's number of features.
@@ -129,7 +94,7 @@ class Target(Frozen):
 
     def scale(self) -> float:
         """Return the root mean square of the vectors of a text: of its embeddings, or of its standardised keys."""
-        return 1.0 if self.takes_key_values else self.embedding_scale()
+        return 1.0 if self.takes_key_values else embedding_scale(self.model)
 
     @property
     def takes_key_values(self) -> bool:
@@ -142,7 +107,7 @@ class Target(Frozen):
         if not self.takes_key_values:
             embeds_BQD: Tensor = self.embedding(tokens_BQ)
             return embeds_BQD
-        head = self._trained[0][: self._trained[1]]
+        head = self.rows.head
         head_BT = torch.tensor(head, dtype=torch.long, device=tokens_BQ.device).expand(len(tokens_BQ), -1)
         with recorded(self.sites) as found:
             self.model(input_ids=torch.cat([head_BT, tokens_BQ], dim=1), use_cache=False)
@@ -157,7 +122,7 @@ class Target(Frozen):
         Raises:
             UserError: It is not, or does not.
         """
-        rows = self.soft_rows(["x", "x y"], ["x", "y"])
+        rows = self.rows.soft(["x", "x y"], ["x", "y"])
         vectors_BKD = torch.full((2, 2, self.width), 0.01, device=self.model.device, requires_grad=trains)
         mask_BK = torch.tensor([[True, True], [True, False]])
         try:
@@ -175,42 +140,6 @@ class Target(Frozen):
             raise UserError(f"model.target: '{self.path}' reads the tokens that it predicts: choose a causal model")
         if not has_gradient:
             raise UserError(f"model.target: no gradient reaches soft tokens of '{self.path}': choose another model")
-
-    def soft_rows(self, questions: Sequence[str], answers: Sequence[str], training: bool = True) -> list[Row]:
-        """Return the rows for soft tokens; their place is that of the question."""
-        around = self._trained if training else self._asked
-        return [Row(*around, reply) for _, reply in self._tokens(questions, answers)]
-
-    def autoencode_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
-        """Return the rows for soft tokens in which the question is to be repeated and then to be answered."""
-        between = self.prompt.after + self.prompt.separator
-        return self.readback_rows([question + between + a for question, a in zip(questions, answers, strict=True)])
-
-    def readback_rows(self, questions: Sequence[str]) -> list[Row]:
-        """Return the rows for soft tokens in which the question is to be repeated."""
-        return [Row(*self._repeat, reply) for _, reply in self._tokens([""] * len(questions), questions)]
-
-    def text_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Row]:
-        """Return the rows with the text of the questions; the place for vectors is right before the question."""
-        _, places = behind(self.tokenizer, self.prompt.before, questions)
-        rows = []
-        for (tokens, reply), place in zip(self._tokens(questions, answers), places, strict=True):
-            prompt = with_added(tokens, self._added)
-            rows.append(Row(prompt, len(prompt) - len(tokens) + place, reply))
-        return rows
-
-    def _tokens(self, questions: Sequence[str], answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Return the tokens of each prompt with its question, and of the answer behind it, the end token last."""
-        prompts = [self.prompt.fill(question) for question in questions]
-        replies = [self.prompt.separator + answer for answer in answers]
-        rows = continued(self.tokenizer, prompts, replies)
-        check_tokens([part for row in rows for part in row], vocabulary(self.model), "model.target", self.path)
-        return [(prompt, [*reply, self._end]) for prompt, reply in rows]
-
-    def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
-        """Return the tokens that hold the characters of each question."""
-        wholes, places = behind(self.tokenizer, self.prompt.before, questions)
-        return [whole[place:] for whole, place in zip(wholes, places, strict=True)]
 
     def pack(self, rows: Sequence[Row], mask_BK: Tensor | None = None) -> Packing:
         """Pack rows with the real vectors of a mask.

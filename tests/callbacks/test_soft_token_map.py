@@ -29,7 +29,7 @@ def target(telepathy):
 
 def of_words(target, factor: float):
     """Return a batch whose soft tokens are the embeddings of its questions' own tokens, times a factor."""
-    rows = target.question_tokens([problem.question for problem in PROBLEMS])
+    rows = target.rows.question_tokens([problem.question for problem in PROBLEMS])
     soft_BKD = torch.zeros(3, max(map(len, rows)), target.width)
     mask_BK = torch.zeros(soft_BKD.shape[:2], dtype=torch.bool)
     for number, row in enumerate(rows):
@@ -48,7 +48,7 @@ def test_embeddings_are_their_own_nearest_words(target, factor):
     assert found["nearest_cosine"] == pytest.approx(1, abs=1e-5)
     assert found["in_question"] == 1
     sizes = [target.embedding.weight[row].square().mean(-1).sqrt() for row in rows]
-    assert found["size"] == pytest.approx(factor * torch.cat(sizes).mean().item() / target.embedding_scale(), rel=1e-4)
+    assert found["size"] == pytest.approx(factor * torch.cat(sizes).mean().item() / target.scale(), rel=1e-4)
 
 
 def test_words_of_another_question_are_not_in_the_question(target):

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 import main as cli
 from cli.app import CrosstalkCLI
 from lightning_modules.telepathy.flaws import Flaw
-from lightning_modules.telepathy.objectives import FLAW_OF
+from lightning_modules.telepathy.objectives.parts import FLAW_OF
 from studies.engine.resolver import resolve
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))

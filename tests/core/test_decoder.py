@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from datamodules.errors import UserError
-from lightning_modules.core.decoder import MLP, Decoder
+from lightning_modules.core.block import MLP
+from lightning_modules.core.decoder import Decoder
 from lightning_modules.separability.attention import Attention
 
 VOCAB, LENGTH, WIDTH, HEADS = 17, 9, 12, 3

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.core.decoder import MLP, Decoder
+from lightning_modules.core.block import MLP
+from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.ensemble import call_members, fit_state, member_call, member_state, observe, stack_members
 from lightning_modules.separability.attention import Attention
 

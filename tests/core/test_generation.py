@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from datamodules.errors import UserError
-from lightning_modules.core.decoder import MLP, Decoder
+from lightning_modules.core.block import MLP
+from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.generation import Sampling, generate, stream_tokens
 from lightning_modules.separability import Separability
 from lightning_modules.separability.attention import Attention

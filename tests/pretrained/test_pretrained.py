@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, ViTConfig, core_model_loading
 
-from lightning_modules.pretrained.loading import Pretrained, loading_to
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.loading_device import loading_to
 
 PAIR = Path(__file__).parents[2] / "assets" / "pair"
 

@@ -157,7 +157,7 @@ def test_soft_tokens_start_at_the_scale_of_the_embeddings(telepathy, problems):
     batch = module.collate(problems, False)
     rms = module(batch)[batch["soft_mask"]].square().mean(-1).sqrt()
     scale = module.target.embedding.weight.square().mean().sqrt()
-    assert module.target.embedding_scale() == pytest.approx(scale.item(), rel=1e-5)
+    assert module.target.scale() == pytest.approx(scale.item(), rel=1e-5)
     torch.testing.assert_close(rms, scale.expand_as(rms))
 
 

@@ -45,7 +45,7 @@ def test_the_source_writes_the_question_out(writer):
 def test_by_text_the_target_answers_the_message_and_not_the_question(writer, telepathy):
     module = telepathy().eval()
     passages = pass_on(module, writer, PROBLEMS, 100)
-    rows = module.target.text_rows([p.message for p in passages], [""] * 8)
+    rows = module.target.rows.text([p.message for p in passages], [""] * 8)
     assert [p.text_answer for p in passages] == [a.text for a in module.target.answers(rows, 100)]
     assert [p.soft_answer for p in passages] == module.answer([p.question for p in PROBLEMS], 100)
     assert all(0 < p.first_written < p.write and 0 < p.first_replied < p.reply and p.soft > 0 for p in passages)

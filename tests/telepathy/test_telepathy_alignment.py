@@ -50,7 +50,7 @@ def test_the_flow_takes_each_soft_token_to_a_token_of_its_source_token(telepathy
             following = "".join(pieces(source[positions[k] : positions[k] + 2])).replace("\u0120", " ")
             assert token in following, (problem.question, token, following)
     kept = batch["aligned_mask"].sum(1) / torch.tensor(
-        [len(t) for t in module.target.question_tokens([p.question for p in problems[:8]])]
+        [len(t) for t in module.target.rows.question_tokens([p.question for p in problems[:8]])]
     )
     assert kept.min() > 0.7
 

@@ -13,7 +13,7 @@ from lightning import Trainer
 
 from datamodules import WordProblems
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
-from lightning_modules.pretrained.generation import Answer
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy import TokenBridge, controls
 from lightning_modules.telepathy.draw import DRAWN, GROUP, Draw
 from lightning_modules.telepathy.layout import Row

@@ -69,7 +69,7 @@ def test_each_row_is_what_it_is_alone(monkeypatch, name, cache):
         return own(**options)
 
     monkeypatch.setattr(model, "generate", watched)
-    monkeypatch.setattr(generation, "_answers", lambda tokenizer, made, *_: [cut(row, ends) for row in made])
+    monkeypatch.setattr(generation, "answers_of", lambda tokenizer, made, *_: [cut(row, ends) for row in made])
     found = generation.generate(
         model, tokenizer, prompts, LIMIT, None, vectors_BKD, columns, static_cache=cache == "static"
     )
@@ -93,7 +93,7 @@ def test_a_cache_of_another_kind_takes_no_rows():
 
 def test_a_stop_text_ends_a_row_like_an_end_token(telepathy, problems):
     target = telepathy().target
-    rows = target.text_rows([problem.question for problem in problems], [problem.answer for problem in problems])
+    rows = target.rows.text([problem.question for problem in problems], [problem.answer for problem in problems])
     prompts = [row.prompt for row in rows]
     plain = generation.generate(target.model, target.tokenizer, prompts, 90)
     stopped = generation.generate(target.model, target.tokenizer, prompts, 90, "####")
@@ -113,7 +113,7 @@ def test_a_target_generates_with_a_static_cache(telepathy, problems, monkeypatch
         return output
 
     monkeypatch.setattr(static.model, "generate", watched)
-    rows = plain.text_rows([problem.question for problem in problems], [problem.answer for problem in problems])
+    rows = plain.rows.text([problem.question for problem in problems], [problem.answer for problem in problems])
     assert static.answers(rows, 90) == plain.answers(rows, 90)
     assert seen[-1] == "StaticCache"
     assert not any(answer.is_cut for answer in static.answers(rows, 90))

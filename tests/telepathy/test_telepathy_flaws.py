@@ -13,7 +13,7 @@ def text_of(module, row) -> str:
 
 def rows_of(module, problems, training: bool):
     texts = [problem.question for problem in problems], [problem.answer for problem in problems]
-    return module.target.soft_rows(*texts, training=training)
+    return module.target.rows.soft(*texts, training=training)
 
 
 def test_a_sound_target_is_asked_as_it_was_trained(telepathy, problems):

@@ -70,9 +70,9 @@ def test_a_model_that_gets_its_own_keys_and_values_answers_as_from_the_text(tmp_
     source, target = Source(Pretrained(path), [1, 2, 3], PROMPT), Target(Pretrained(path), PROMPT)
     assert source.read_key_values() == target.take_key_values()
     assert source.width == target.width == sum(target.sites.widths)
-    batch, rows = source.tokenize(QUESTIONS), target.soft_rows(QUESTIONS, ANSWERS)
+    batch, rows = source.tokenize(QUESTIONS), target.rows.soft(QUESTIONS, ANSWERS)
     own_BKD, mask_BK = source.read(batch), batch["source_mask"]
-    text_rows = target.text_rows(QUESTIONS, ANSWERS)
+    text_rows = target.rows.text(QUESTIONS, ANSWERS)
     own, zero = (target.losses(rows, vectors_BKD, mask_BK) for vectors_BKD in (own_BKD, 0 * own_BKD))
     for own_A, zero_A, text_A in zip(own, zero, target.losses(text_rows), strict=True):
         assert abs(own_A - text_A).max() < min(1e-4, 0.02 * abs(zero_A - text_A).max())

@@ -43,8 +43,8 @@ def test_a_bridge_from_a_model_to_itself_gives_that_models_own_loss(problems, wh
     for rows, text_rows in (
         (batch["soft_rows"], batch["text_rows"]),
         (
-            module.target.soft_rows([""] * 16, ["7 cups"] * 16),
-            module.target.text_rows([p.question for p in problems], ["7 cups"] * 16),
+            module.target.rows.soft([""] * 16, ["7 cups"] * 16),
+            module.target.rows.text([p.question for p in problems], ["7 cups"] * 16),
         ),
     ):
         losses, text = module.target.losses(rows, soft_BKD, mask_BK), module.target.losses(text_rows)
@@ -149,7 +149,7 @@ def test_the_vectors_of_a_text_are_its_keys_and_values(telepathy, problems):
     """What the gate `embeddings` puts in and the objective `anchor` compares with answers as the text does."""
     module = telepathy(SMALL_KV, ALL)
     assert module.scale == 1.0
-    tokens = module.target.question_tokens([problem.question for problem in problems])
+    tokens = module.target.rows.question_tokens([problem.question for problem in problems])
     mask_BK = torch.arange(max(map(len, tokens))) < torch.tensor([*map(len, tokens)])[:, None]
     tokens_BK = torch.tensor([row + [0] * (mask_BK.shape[1] - len(row)) for row in tokens])
     evaluated = module.collate(problems, False)

@@ -50,7 +50,7 @@ def test_a_row_of_the_target_is_the_tokenizers_whole_text(folder, problems, prom
         return
     target = Target(target_model, prompt)
     end = 2 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # the model's, where the tokenizer has none
-    soft_rows, text_rows = target.soft_rows(questions, answers), target.text_rows(questions, answers)
+    soft_rows, text_rows = target.rows.soft(questions, answers), target.rows.text(questions, answers)
     for question, answer, row, soft in zip(questions, answers, text_rows, soft_rows, strict=True):
         if prompt == "chat":
             filled, first = target.prompt.fill(question), []
@@ -118,10 +118,10 @@ def test_a_row_beyond_the_models_positions_is_refused(telepathy, problems):
     module, long = telepathy(), Problem("How many? " * 2000, "1\n#### 1")
     with pytest.raises(UserError, match=r"takes \d+ positions with its prompt, and '.*source' has \d+$"):
         module.collate([long], False)
-    rows = module.target.text_rows([long.question], [long.answer])
+    rows = module.target.rows.text([long.question], [long.answer])
     with pytest.raises(UserError, match=r"a row takes \d+ positions, and '.*target' has \d+$"):
         module.target.losses(rows)
-    rows = module.target.text_rows([problems[0].question], [problems[0].answer])
+    rows = module.target.rows.text([problems[0].question], [problems[0].answer])
     with pytest.raises(UserError, match=r"60000 of them for the answer \(model.max_new_tokens\), and '.*target' has"):
         module.target.answers(rows, 60000)
 
@@ -129,7 +129,7 @@ def test_a_row_beyond_the_models_positions_is_refused(telepathy, problems):
 def test_the_bos_is_first_and_once_but_in_the_notes(telepathy, problems):
     def rows(**options) -> tuple[Row, Row]:
         target, texts = telepathy(**options).target, ([problems[0].question], [problems[0].answer])
-        return target.soft_rows(*texts)[0], target.text_rows(*texts)[0]
+        return target.rows.soft(*texts)[0], target.rows.text(*texts)[0]
 
     row, text_row = rows()
     assert (row.prompt[0], row.prompt.count(1), text_row.prompt.count(1)) == (1, 1, 1)

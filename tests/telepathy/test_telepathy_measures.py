@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 from lightning_modules.core.diversity import distinct
 from lightning_modules.core.intervals import wilson_interval
-from lightning_modules.pretrained.generation import Answer
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy.draw import GROUP
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.measures import FROM_TARGET, measure, stack_soft

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from datamodules.problems import generate
-from lightning_modules.pretrained.generation import Answer
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy.figures import cosine_map, principal_components, soft_token_map
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.measures import measure

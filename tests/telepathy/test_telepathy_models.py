@@ -61,7 +61,7 @@ def folder(path: Path, name: str, kind: type) -> str:
 def test_losses_answers_and_states_are_the_models_own(tmp_path, name):
     path = folder(tmp_path, name, AutoModelForCausalLM)
     target, own = Target(Pretrained(path), "Question: {question}\nAnswer:"), AutoModelForCausalLM.from_pretrained(path)
-    soft_rows, rows = target.soft_rows(QUESTIONS, ANSWERS), target.text_rows(QUESTIONS, ANSWERS)
+    soft_rows, rows = target.rows.soft(QUESTIONS, ANSWERS), target.rows.text(QUESTIONS, ANSWERS)
     greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     losses, answers = target.losses(rows), target.answers(rows, 8)
     assert own.generation_config.to_dict() == target.model.generation_config.to_dict()
@@ -79,7 +79,7 @@ def test_losses_answers_and_states_are_the_models_own(tmp_path, name):
         assert answer.is_cut == (length == 8)
 
     scale = own.get_input_embeddings()(torch.arange(512)).square().mean().sqrt().item()
-    assert target.embedding_scale() == pytest.approx(scale, rel=1e-4)
+    assert target.scale() == pytest.approx(scale, rel=1e-4)
     vectors_BKD = (scale * torch.randn(4, 5, target.width)).requires_grad_()
     mask_BK = torch.arange(5) < torch.tensor([5, 2, 3, 1])[:, None]
     target.logits(target.pack(soft_rows, mask_BK), vectors_BKD).square().mean().backward()

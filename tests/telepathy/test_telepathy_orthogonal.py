@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.pretrained.loading import loading_to
+from lightning_modules.pretrained.loading_device import loading_to
 from lightning_modules.telepathy import PerceiverBridge
 from lightning_modules.telepathy.orthogonal import orthogonal_
 

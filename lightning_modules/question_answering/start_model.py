@@ -1,4 +1,4 @@
-"""A new language model from the fields of its configuration."""
+"""The language model that training starts from: a pretrained one, or a new one from the fields of a configuration."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -6,9 +6,42 @@ from typing import TYPE_CHECKING, Any, cast
 
 from datamodules.errors import UserError
 from lightning_modules.core.attention import leave_out_cudnn_attention
+from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.question_answering.tokenizer import ByteLevelBPE
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lightning_modules.pretrained.loading import CausalLM
+
+SPECIAL_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id")  # tokens 0, 1 and 2 of a new tokenizer
+
+
+def start_model(
+    pretrained: Pretrained | None, config: Mapping[str, Any] | None, tokenizer: ByteLevelBPE | str | None
+) -> tuple["CausalLM", "PreTrainedTokenizerBase | None"]:
+    """Return a causal language model, and its tokenizer if that is not one to train.
+
+    Args:
+        pretrained: The model to fine-tune, with its tokenizer. Alternative to `config`.
+        config: Fields of the configuration of a new model. Its tokenizer sets vocabulary and special tokens.
+        tokenizer: With `config`: the settings of a tokenizer to train, or a folder with a tokenizer.
+
+    Raises:
+        UserError: Both models are given or neither, a new one has no tokenizer, or a model cannot be made.
+    """
+    if pretrained is not None and config is None:
+        known = pretrained.load_tokenizer()
+        return pretrained.load_causal_lm(), known
+    if config is None or pretrained is not None:
+        raise UserError("model needs either 'pretrained' or 'config', not both and not neither")
+    if tokenizer is None:
+        raise UserError("model.config needs model.tokenizer: a folder, or the size of a tokenizer to train")
+    if isinstance(tokenizer, ByteLevelBPE):
+        special = {name: index for index, name in enumerate(SPECIAL_FIELDS)}
+        return new_model(config, tokenizer.vocab_size, special), None
+    known = Pretrained(tokenizer).load_tokenizer()
+    return new_model(config, len(known), {name: getattr(known, name) for name in SPECIAL_FIELDS}), known
 
 
 def new_model(config: Mapping[str, Any], tokens: int, special: Mapping[str, Any]) -> "CausalLM":
