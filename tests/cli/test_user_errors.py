@@ -74,7 +74,8 @@ VALUES = {
     "no data file": (["--data.source", "jsonl"], "data.source 'file' needs data.path"),
     "test set": (["--data.test_sets", "{tests: 8}"], "data.test_sets has no set 'tests'"),
     "max_steps": (["--trainer.max_steps", "-1"], "trainer.max_steps must be set"),
-    "monitor": (["--trainer.callbacks+", "DiversityMonitor", "--trainer.callbacks.site", "soft_tokn"], "soft_tokn"),
+    "monitor": (["--trainer.callbacks", "[{class_path: DiversityMonitor, init_args: {site: soft_tokn}}]"], "soft_tokn"),
+    "two monitors": (["--trainer.callbacks+", "DiversityMonitor"], "there are two DiversityMonitor"),
 }
 
 
