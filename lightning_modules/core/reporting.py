@@ -50,19 +50,30 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def training_means(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `train/<name>` -> the mean of a loss over the processes of a run; a program on a GPU does not wait for it.
+def log_losses(module: LightningModule, losses: Mapping[str, Tensor]) -> None:
+    """Record the losses of a training step as `train/<name>`, each a mean over the processes of the run.
 
-    All processes call it in the same steps.
+    `trainer.callback_metrics` has them after every step, as tensors: a program on a GPU does not wait for them. The
+    loggers get them every `log_every_n_steps` steps. `LightningModule.log` does the same and takes a tenth of a small
+    model's step, since it moves each field of each value's record to the device again.
+
+    All processes call it in the same steps. Without a Trainer it does nothing.
 
     Args:
+        module: The module, in its `training_step`.
         losses: Name -> a loss of this process, a scalar.
     """
+    trainer = module._trainer
+    if trainer is None:
+        return
     mean_N = torch.stack([loss.detach().to(torch.get_default_dtype()) for loss in losses.values()])
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(mean_N)
         mean_N = mean_N / distributed.get_world_size()
-    return {f"train/{name}": mean for name, mean in zip(losses, mean_N.unbind(), strict=True)}
+    means = {f"train/{name}": mean for name, mean in zip(losses, mean_N.unbind(), strict=True)}
+    trainer.callback_metrics.update(means)
+    if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+        log_scalars(trainer, {name: mean.item() for name, mean in means.items()})
 
 
 def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:

@@ -22,7 +22,7 @@ from lightning_modules.core.decoder import count_weights
 from lightning_modules.core.ensemble import member_state
 from lightning_modules.core.losses import member_losses
 from lightning_modules.core.precision import check_precision
-from lightning_modules.core.reporting import is_dry_run, run_folder, training_means
+from lightning_modules.core.reporting import is_dry_run, log_losses, run_folder
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.core.sequence_evaluation import SequenceEvaluation
 from lightning_modules.core.sizes import check_sizes
@@ -151,7 +151,7 @@ class SequenceModel(SequenceEvaluation, ABC):
         logged = {"loss": loss_S}
         for name, (weight, value_S) in self.penalties(outputs, batch).items():
             logged[name], loss_S = value_S, loss_S + weight * value_S
-        self.log_dict(training_means({name: value_S.mean() for name, value_S in logged.items()}), batch_size=1)
+        log_losses(self, {name: value_S.mean() for name, value_S in logged.items()})
         self.last_step.outcome = outputs[0].detach(), batch["labels"], self.members["train/loss"]
         return loss_S.sum()
 

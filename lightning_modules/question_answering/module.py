@@ -21,7 +21,7 @@ from lightning_modules.core.contracts import OnNonfinite, Workload, connected
 from lightning_modules.core.files import replacing_files
 from lightning_modules.core.metrics import Proportion
 from lightning_modules.core.precision import check_precision
-from lightning_modules.core.reporting import is_dry_run, record_proportion, training_means
+from lightning_modules.core.reporting import is_dry_run, log_losses, record_proportion
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
 from lightning_modules.pretrained.from_pretrained import quiet
@@ -129,7 +129,7 @@ class QuestionAnswering(LightningModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Log and return the loss."""
         loss = self.loss(batch)
-        self.log_dict(training_means({"loss": loss}), batch_size=len(batch["tokens"]))
+        log_losses(self, {"loss": loss})
         return loss
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:

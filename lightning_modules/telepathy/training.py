@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import Workload, connected
 from lightning_modules.core.precision import check_precision
-from lightning_modules.core.reporting import is_dry_run, training_means
+from lightning_modules.core.reporting import is_dry_run, log_losses
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.telepathy.batch import TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bridges import Bridge
@@ -101,12 +101,12 @@ class BridgeTraining(BridgeEvaluation, ABC):
         step = BridgeStep(batch, *parts, encoding, logits_NV, self.scale, gather, self.heads, self.flaws)
         losses = weighted(self.objectives, step, weight)
         total = torch.stack(list(losses.values())).sum()
-        logged, size = losses | {"loss": total}, len(batch["source"])
+        logged = losses | {"loss": total}
         if self.text_prefix is not None:
-            logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(size))
+            logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(len(batch["source"])))
             logged["text_prefix"] = weight(len(logits_NV)) * lm(logits_NV, batch["prefixed"].labels_N)
             total = total + logged["text_prefix"]
-        self.log_dict(training_means(logged), batch_size=size)
+        log_losses(self, logged)
         return total
 
     def workload(self, batch: TrainingBatch) -> Workload:

@@ -50,7 +50,7 @@ class Weights(Callback):
         step = trainer.global_step - 1  # of this batch
         weighed = pl_module.onsets.weigh(values, step)
         self.weights.append({name: weight_S.tolist() for name, (weight_S, _) in weighed.items()})
-        self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
         if self.accuracies:  # of the validation that follows
             accuracy_S, advance = torch.tensor(self.accuracies[step]), type(pl_module.onsets).advance
             pl_module.onsets.advance = lambda _: advance(pl_module.onsets, accuracy_S)

@@ -1,0 +1,81 @@
+"""Losses of training steps: in the loggers at their interval, and in `callback_metrics` after every step."""
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import Logger
+
+from lightning_modules.core.reporting import log_losses
+
+
+class Kept(Logger):
+    """Keeps the scalars that it gets."""
+
+    name, version = "kept", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, metrics))
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+class Numbered(BoringModel):
+    """Its loss in batch i is i."""
+
+    own = True
+
+    def training_step(self, batch, batch_idx):
+        loss = 0 * super().training_step(batch, batch_idx)["loss"] + batch_idx
+        if self.own:
+            log_losses(self, {"loss": loss, "half": loss / 2})
+        else:
+            self.log_dict({"train/loss": loss, "train/half": loss / 2})
+        return loss
+
+
+class Each(Callback):
+    """Notes what callbacks see after each batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, *args):
+        self.seen.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("every", [1, 2])
+def test_loggers_and_callbacks_get_what_lightning_gives_them(tmp_path, every, accumulate):
+    found = []
+    for own in (False, True):
+        model, logger, each = Numbered(), Kept(), Each()
+        model.own = own
+        Trainer(
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            logger=logger,
+            callbacks=[each],
+            max_epochs=1,
+            limit_train_batches=12,
+            limit_val_batches=0,
+            log_every_n_steps=every,
+            accumulate_grad_batches=accumulate,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(model)
+        rows = [(step, {k: v for k, v in row.items() if k != "epoch"}) for step, row in logger.rows]
+        found.append(([row for row in rows if row[1]], each.seen))
+    assert found[0] == found[1]
+    assert len(found[1][0]) == 12 // every // accumulate
+    assert found[1][1][-1] == {"train/loss": 11.0, "train/half": 5.5}
+
+
+def test_a_step_without_a_trainer_logs_nothing():
+    log_losses(BoringModel(), {"loss": torch.tensor(1.0)})
