@@ -111,7 +111,7 @@ class DiversityMonitor(HookedCallback):
                 self._captured = _values_and_mask(output, self.site)
 
         # The hook is there on every step, though most need none: a compiled module ignores hooks that come later.
-        self._handles = [module.register_forward_hook(eager(hook))]
+        self._handles = [module.register_forward_hook(eager(hook, lambda: not self._armed))]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the step at which the fit starts or resumes."""

@@ -25,12 +25,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def eager(hook: Callable[P, R]) -> Callable[P, R]:
+def eager(hook: Callable[P, R], is_idle: Callable[[], bool] | None = None) -> Callable[P, R]:
     """Exclude a hook from compilation, because it depends on the stage and the step.
 
     A compiled module leaves its graph to call the hook.
+
+    Args:
+        hook: The hook.
+        is_idle: Tells that the hook has nothing to do in this step, so that the step may be a CUDA graph.
     """
-    return cast(Callable[P, R], torch.compiler.disable(hook))  # type: ignore[no-untyped-call]  # torch has no types
+    outside: Any = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # torch has no types
+    outside.is_idle = is_idle
+    return cast(Callable[P, R], outside)
 
 
 def first_tensor(output: object, site: str) -> Tensor:

@@ -13,6 +13,7 @@ INDIFFERENT = {
     "data.num_workers",
     "model.cache_source",
     "model.compile",
+    "model.cuda_graphs",
     "model.on_nonfinite",
     "model.save_members",
     "model.save_to",

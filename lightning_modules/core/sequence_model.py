@@ -4,7 +4,6 @@ Shapes: S ensemble members, B batch, T positions, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from lightning_modules.core.checkpoints import load_network, write_members
 from lightning_modules.core.contracts import HasVocabulary, OnNonfinite, Workload
 from lightning_modules.core.decoder import count_weights
 from lightning_modules.core.ensemble import member_state
+from lightning_modules.core.graphs import GraphedStep, Step, obstacle
 from lightning_modules.core.losses import member_losses
 from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run, log_losses, run_folder
@@ -55,6 +55,8 @@ class SequenceModel(SequenceEvaluation, ABC):
         start: Checkpoint of the same line to start from, instead of random weights.
         loss_precision: Precision of the cross-entropy; fp32 rounds losses below about 1e-7 to zero.
         compile: Compile the training step. Ignored, with a warning, if a callback has a hook on the network.
+        cuda_graphs: Record the training step on a GPU as CUDA graphs, for small networks, whose steps are mostly
+            launches; see `GraphedStep`. Ignored on a CPU, and with a warning where it is not possible.
         save_members: Write the weights of each member after fit to `members/`, as checkpoints of ordinary models.
         on_nonfinite: Whether a run ends when the loss or a weight is not finite, in all members of an ensemble.
 
@@ -74,6 +76,7 @@ class SequenceModel(SequenceEvaluation, ABC):
         start: str | None = None,
         loss_precision: Literal["fp32", "fp64"] = "fp32",
         compile: bool = False,
+        cuda_graphs: bool = False,
         save_members: bool = False,
         on_nonfinite: OnNonfinite = "stop",
     ):
@@ -87,8 +90,10 @@ class SequenceModel(SequenceEvaluation, ABC):
         super().__init__(self.make_network, [first + member for member in range(ensemble)])
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         self.start, self.double_loss = start, loss_precision == "fp64"
-        self.compile_step, self.save_members, self.on_nonfinite = compile, save_members, on_nonfinite
-        self._step_losses: Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]] = self.losses
+        self.compile_step, self.cuda_graphs = compile, cuda_graphs
+        self.save_members, self.on_nonfinite = save_members, on_nonfinite
+        self._step_losses = self.losses
+        self._step: Step = self._losses_and_outputs
 
     # What a line writes
 
@@ -130,6 +135,11 @@ class SequenceModel(SequenceEvaluation, ABC):
             rank_zero_warn(f"model.compile is ignored: a callback has a hook on {hooked[0]}")
         elif self.compile_step:
             self.compile_losses()
+        if self.cuda_graphs and self.device.type == "cuda":
+            if why := obstacle(self.trainer):
+                rank_zero_warn(f"model.cuda_graphs is ignored: {why}")
+            else:
+                self._step = GraphedStep(self, self._losses_and_outputs)
 
     def compile_losses(self) -> None:
         """Compile the forward and the loss of the training step."""
@@ -143,16 +153,20 @@ class SequenceModel(SequenceEvaluation, ABC):
         outputs = self.call(tokens, labels)
         return member_losses(outputs[0], labels, self.double_loss), outputs
 
+    def _losses_and_outputs(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        loss_S, (first, *others) = self._step_losses(tokens, labels)
+        return loss_S, first.detach(), *others  # logits beside the loss are only read
+
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the sum of the members' losses, so that each member has the gradient of a separate run."""
         self.last_step.outcome = None  # frees the logits before there are new ones
-        loss_S, outputs = self._step_losses(batch["tokens"], batch["labels"])
+        loss_S, *outputs = self._step(batch["tokens"], batch["labels"])
         self.members["train/loss"] = loss_S.detach()
         logged = {"loss": loss_S}
-        for name, (weight, value_S) in self.penalties(outputs, batch).items():
+        for name, (weight, value_S) in self.penalties(tuple(outputs), batch).items():
             logged[name], loss_S = value_S, loss_S + weight * value_S
         log_losses(self, {name: value_S.mean() for name, value_S in logged.items()})
-        self.last_step.outcome = outputs[0].detach(), batch["labels"], self.members["train/loss"]
+        self.last_step.outcome = outputs[0], batch["labels"], self.members["train/loss"]
         return loss_S.sum()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -160,7 +174,8 @@ class SequenceModel(SequenceEvaluation, ABC):
         return with_schedule(self, self.optimizer, self.warmup_steps, self.schedule)
 
     def on_fit_end(self) -> None:
-        """Write the checkpoints of the members, if `save_members` is set."""
+        """Free a recorded step, and write the checkpoints of the members, if `save_members` is set."""
+        self._step = self._losses_and_outputs
         if not self.save_members or is_dry_run(self.trainer):
             return
         folder = run_folder(self.trainer) / "members"

@@ -85,7 +85,7 @@ class FirstLayers(nn.Module):
         model.config.get_text_config().use_cache = False
         stack = None if count is None else layer_stack(model, count)
         self._stack = None if stack is None else list(stack)  # not a module of its own, so that no name occurs twice
-        self.is_bidirectional, self._reads_padding = True, False
+        self.is_bidirectional, self.reads_padding = True, False
         with _without_kernels_of_gpus(model):
             self._probe()
 
@@ -108,7 +108,7 @@ class FirstLayers(nn.Module):
         self.width = short.shape[-1]
         self.is_bidirectional = not torch.equal(short[:, 0], other[:, 0])
         rounding = torch.finfo(short.dtype).eps ** 0.5 * short.abs().max()
-        self._reads_padding = bool(((short - padded[:, :3]).abs() > rounding).any())
+        self.reads_padding = bool(((short - padded[:, :3]).abs() > rounding).any())
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Return states_BTC, the features of all layers side by side.
@@ -120,7 +120,7 @@ class FirstLayers(nn.Module):
             tokens_BT: Tokens, padded on the right.
             mask_BT: True at real tokens.
         """
-        if not self._reads_padding:
+        if not self.reads_padding:
             return self._states(tokens_BT, mask_BT)
         lengths_B = mask_BT.sum(1)
         parts = []

@@ -65,6 +65,8 @@ class Telepathy(BridgeTraining):
         max_new_tokens: Length limit of generated answers, in tokens; None for the length of the longest answer of the
             data, or for 256 where the data gives bare results.
         cache_source: Let the source read all questions once before a fit, keep its states in files, and free it.
+        cuda_graphs: Record the training step on a GPU as CUDA graphs, for small models, whose steps are mostly
+            launches. Ignored on a CPU, and with a warning where it is not possible.
         shard_frozen: Split source and target over the processes of a fit.
         reproduce_flaws: Flaws of the notes to reproduce, see `lightning_modules.telepathy.flaws`; `true` for those of
             their last version, `[key_scale, bos_behind]`.
@@ -93,6 +95,7 @@ class Telepathy(BridgeTraining):
         text_prefix: int = 0,
         max_new_tokens: int | None = None,
         cache_source: bool = False,
+        cuda_graphs: bool = False,
         shard_frozen: bool = False,
         reproduce_flaws: bool | list[Flaw] = False,
         on_nonfinite: OnNonfinite = "stop",
@@ -106,7 +109,8 @@ class Telepathy(BridgeTraining):
         check_numbers("model", 0, warmup_steps=warmup_steps)
         check_numbers("model", 0, SIZE, text_prefix=text_prefix)
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
-        self.on_nonfinite, self.cache_source, self.shard_frozen = on_nonfinite, cache_source, shard_frozen
+        self.on_nonfinite, self.cuda_graphs = on_nonfinite, cuda_graphs
+        self.cache_source, self.shard_frozen = cache_source, shard_frozen
         notes_scale = "key_scale" in self.flaws
         with loading_to(torch.device("cpu")) if shard_frozen else nullcontext():
             self.source = Source(source, self.layers, prompt if source_prompt is None else source_prompt)

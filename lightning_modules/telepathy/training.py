@@ -11,6 +11,7 @@ from functools import cached_property, partial
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,9 +28,10 @@ from lightning_modules.telepathy.flaws import Flaw
 from lightning_modules.telepathy.normalizer import calibrate
 from lightning_modules.telepathy.objectives import BridgeStep, Objective, ObjectiveName, lm, weighted
 from lightning_modules.telepathy.ranks import all_rows, shard_over, token_weight
+from lightning_modules.telepathy.recording import RecordedLosses, why_not
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.source_cache import fixed_questions
-from lightning_modules.telepathy.text_prefix import clip_apart
+from lightning_modules.telepathy.text_prefix import TextPrefix, clip_apart
 from lightning_modules.telepathy.workload import workload
 
 
@@ -48,6 +50,7 @@ class BridgeTraining(BridgeEvaluation, ABC):
         warmup_steps: Steps in which the learning rate rises.
         schedule: The learning rate after the warm-up.
         cache_source: Whether the source reads all questions once before a fit.
+        cuda_graphs: Whether to record the training step on a GPU.
         shard_frozen: Whether a fit splits source and target over its processes.
     """
 
@@ -62,6 +65,8 @@ class BridgeTraining(BridgeEvaluation, ABC):
     warmup_steps: int
     schedule: Schedule
     cache_source: bool
+    cuda_graphs: bool
+    text_prefix: TextPrefix | None
     shard_frozen: bool
 
     @abstractmethod
@@ -91,23 +96,38 @@ class BridgeTraining(BridgeEvaluation, ABC):
                 "trainer.max_steps must be set: model.bottleneck vq makes codes in the last fifth of the steps"
             )
         calibrate(self, self.normalizer, self.read)
+        self._step = self.losses
+        if self.cuda_graphs and self.device.type == "cuda":
+            if why := why_not(self, self.trainer):
+                rank_zero_warn(f"model.cuda_graphs is ignored: {why}")
+            else:
+                self._step = RecordedLosses(self)
+
+    def on_fit_end(self) -> None:
+        """Free a recorded step."""
+        self._step = self.losses
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """Log each weighted objective and return their sum."""
+        """Log each weighted objective and return their sum, with the loss of the text prefix if there is one."""
         self.bottleneck.progress = self.global_step / self.trainer.estimated_stepping_batches
+        loss, losses = self._step(batch)
+        logged, total = losses | {"loss": loss}, loss
+        if self.text_prefix is not None:
+            prefixed = batch["prefixed"]
+            logits_NV = self.target.logits(prefixed, self.text_prefix.vectors(len(batch["source"])))
+            logged["text_prefix"] = token_weight(self, len(logits_NV)) * lm(logits_NV, prefixed.labels_N)
+            total = total + logged["text_prefix"]
+        log_losses(self, logged)
+        return total
+
+    def losses(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the weighted objectives, and each by name."""
         encoding, gather, weight = self.encode(batch), partial(all_rows, self), partial(token_weight, self)
         logits_NV = self.target.logits(batch["soft"], encoding.soft_BKD)
         parts = self.target, self.bridge, self.bottleneck
         step = BridgeStep(batch, *parts, encoding, logits_NV, self.scale, gather, self.heads, self.flaws)
         losses = weighted(self.objectives, step, weight)
-        total = torch.stack(list(losses.values())).sum()
-        logged = losses | {"loss": total}
-        if self.text_prefix is not None:
-            logits_NV = self.target.logits(batch["prefixed"], self.text_prefix.vectors(len(batch["source"])))
-            logged["text_prefix"] = weight(len(logits_NV)) * lm(logits_NV, batch["prefixed"].labels_N)
-            total = total + logged["text_prefix"]
-        log_losses(self, logged)
-        return total
+        return torch.stack(list(losses.values())).sum(), losses
 
     def workload(self, batch: TrainingBatch) -> Workload:
         """Return samples, target positions and flops of a training step."""

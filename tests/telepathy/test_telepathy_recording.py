@@ -1,0 +1,89 @@
+"""Batches for CUDA graphs: padding changes no loss and no gradient, and a batch is the same after taking it apart."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
+from lightning_modules.telepathy.flow import FlowBridge
+from lightning_modules.telepathy.layout import Packing
+from lightning_modules.telepathy.recording import MULTIPLE, RECORDED, padded, tensors, why_not, with_tensors
+
+PERCEIVER = partial(PerceiverBridge, soft_tokens=30, tokens_per_query=3, span=30, width=32)
+
+
+@pytest.fixture
+def module(telepathy):
+    made = telepathy(PERCEIVER, objectives=dict.fromkeys(RECORDED, 0.5))
+    made.trainer = type("T", (), {"world_size": 1, "accumulate_grad_batches": 1})
+    return made
+
+
+def gradients(module, batch):
+    loss, losses = module.losses(batch)
+    module.zero_grad()
+    loss.backward()
+    trained = {name: x.grad.clone() for name, x in module.named_parameters() if x.grad is not None}
+    return {name: value.detach() for name, value in losses.items()} | trained
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_padding_changes_no_loss_and_no_gradient(module, problems, size):
+    batch = module.collate(problems[:size], training=True)
+    wide = padded(batch, None, None)
+    assert wide["soft"].tokens_BT.shape[1] % MULTIPLE == 0
+    assert wide["source"].shape[1] > batch["source"].shape[1]
+    assert len(wide["soft"].labels_N) > len(batch["soft"].labels_N)
+    ours, expected = gradients(module, wide), gradients(module, batch)
+    assert set(RECORDED) < set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5 * value.abs().max().item() + 1e-6)
+
+
+def test_batches_of_near_lengths_get_one_shape(module, problems):
+    shapes = {
+        tuple(tuple(x.shape) for x in tensors(padded(module.collate(problems[start : start + 4], True), None, None)))
+        for start in range(0, 16, 4)
+    }
+    assert len(shapes) == 1
+
+
+def test_padding_ends_at_the_positions_of_a_model(module, problems):
+    batch = module.collate(problems, training=True)
+    source, target = batch["source"].shape[1] + 1, batch["soft"].tokens_BT.shape[1] + 2
+    wide = padded(batch, source, target)
+    assert (wide["source"].shape[1], wide["soft"].tokens_BT.shape[1]) == (source, target)
+
+
+def test_a_batch_is_put_together_again(module, problems):
+    batch = module.collate(problems, training=True)
+    parts = tensors(batch)
+    again = with_tensors(batch, [x.clone() for x in parts])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors(again), parts, strict=True))
+    assert list(again) == list(batch)
+    assert again["soft"].padding == batch["soft"].padding
+    assert sum(isinstance(x, Packing) for x in again.values()) == 1
+    other = with_tensors(batch, [x + 1 if x.dtype == torch.long else x for x in parts])
+    assert torch.equal(other["soft"].labels_N, batch["soft"].labels_N + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"objectives": {"lm": 1.0, "kl_text": 1.0}}, "model.objectives has kl_text"),
+        ({"text_prefix": 2}, "model.text_prefix"),
+        ({"bottleneck": "fsq"}, "model.bottleneck"),
+        ({"bridge": TokenBridge}, "soft tokens depends on the question"),
+        ({"bridge": partial(FlowBridge, width=32, soft_tokens=8), "objectives": {"lm": 1.0}}, "draws noise"),
+    ],
+)
+def test_what_cannot_be_recorded_is_told(telepathy, module, options, reason):
+    assert why_not(module, module.trainer) is None
+    other = telepathy(**{"bridge": PERCEIVER} | options)
+    assert reason in why_not(other, module.trainer)
+
+
+def test_on_a_cpu_the_option_changes_nothing(telepathy, fit):
+    losses = [fit(telepathy(PERCEIVER, cuda_graphs=graphs), 3).callback_metrics["train/loss"] for graphs in (0, 1)]
+    assert torch.equal(*losses)
