@@ -35,17 +35,19 @@ def is_watched(module: nn.Module) -> bool:
 class GraphedStep:
     """A training step with its gradients, recorded once for each shape of a batch and then replayed.
 
-    The kernels are those of an ordinary step, so the numbers are too. A replay overwrites the outputs of the one
-    before, except the first. The step runs without a record while a hook watches it, and for further shapes after
-    `MOST_SHAPES`. A parameter that is moved or frozen leads to a new record.
+    The kernels are those of an ordinary step, so the numbers are too. With mixed precision they differ where a weight
+    is used twice: its gradients are added in fp32, and those of an ordinary step in the lower precision. A replay
+    overwrites the outputs of the one before, except the first. The step runs without a record while a hook watches it,
+    and for further shapes after `MOST_SHAPES`. A parameter that is moved or frozen leads to a new record.
 
     Args:
         module: The module whose trained parameters get gradients.
         step: Maps the tensors of a batch to a loss, or a loss per ensemble member, and to other outputs.
+        variant: Returns what else the step depends on; there is a record for each of its values.
     """
 
-    def __init__(self, module: nn.Module, step: Step):
-        self.module, self.step = module, step
+    def __init__(self, module: nn.Module, step: Step, variant: Callable[[], Hashable] = lambda: None):
+        self.module, self.step, self.variant = module, step, variant
         self.pool = torch.cuda.graph_pool_handle()
         self.recorded: dict[Hashable, Any] = {}
 
@@ -54,7 +56,8 @@ class GraphedStep:
         if is_watched(self.module):
             return self.step(*batch)
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        key = *((x.shape, x.dtype) for x in batch), *(parameter.data_ptr() for parameter in trained)
+        shapes = ((x.shape, x.dtype) for x in batch)
+        key = self.variant(), self.module.training, *shapes, *(parameter.data_ptr() for parameter in trained)
         if key not in self.recorded:
             if len(self.recorded) == MOST_SHAPES:
                 return self.step(*batch)

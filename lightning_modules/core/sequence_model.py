@@ -4,6 +4,7 @@ Shapes: S ensemble members, B batch, T positions, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Literal
 
 import torch
@@ -139,7 +140,7 @@ class SequenceModel(SequenceEvaluation, ABC):
             if why := obstacle(self.trainer):
                 rank_zero_warn(f"model.cuda_graphs is ignored: {why}")
             else:
-                self._step = GraphedStep(self, self._losses_and_outputs)
+                self._step = GraphedStep(self, self._losses_and_outputs, self.step_variant)
 
     def compile_losses(self) -> None:
         """Compile the forward and the loss of the training step."""
@@ -152,6 +153,10 @@ class SequenceModel(SequenceEvaluation, ABC):
         """
         outputs = self.call(tokens, labels)
         return member_losses(outputs[0], labels, self.double_loss), outputs
+
+    def step_variant(self) -> Hashable:
+        """Return what `losses` depends on beside the tensors of a batch and the parameters."""
+        return None
 
     def _losses_and_outputs(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         loss_S, (first, *others) = self._step_losses(tokens, labels)

@@ -53,6 +53,10 @@ class PenalisedModel(SequenceModel):
         loss_S, predicted_SBT = linear_member_losses(x_SBTD, weight_SVD, labels, self._most_labelled, self.double_loss)
         return loss_S, (predicted_SBT, *writes)
 
+    def step_variant(self) -> int | None:
+        """Return the number of positions for which logits are made."""
+        return self._most_labelled
+
     def penalties(self, outputs: tuple[Tensor, ...], batch: TokenBatch) -> Penalties:
         """Return the penalties that are set."""
         if not self.onsets.penalties:

@@ -27,7 +27,7 @@ def graphed(monkeypatch):
 
 
 def test_a_shape_is_recorded_once_and_then_replayed(graphed):
-    module, step, shapes = graphed
+    _module, step, shapes = graphed
     for rows in (4, 4, 5, 4, 5):
         loss, x = step(torch.ones(rows, 3))
         assert (loss.item(), len(x)) == (2000, rows)
@@ -35,7 +35,7 @@ def test_a_shape_is_recorded_once_and_then_replayed(graphed):
 
 
 def test_what_a_replay_overwrites_is_not_the_loss(graphed):
-    module, step, _ = graphed
+    _module, step, _ = graphed
     step(torch.ones(4, 3))
     (key,) = step.recorded
     kept = torch.tensor(1.0)
@@ -56,7 +56,7 @@ def test_a_parameter_that_is_frozen_or_moved_leads_to_a_new_record(graphed):
 
 
 def test_further_shapes_run_without_a_record(graphed):
-    module, step, shapes = graphed
+    _module, step, shapes = graphed
     for rows in range(1, MOST_SHAPES + 4):
         loss, _ = step(torch.ones(rows, 3))
         recorded = loss.item() == 2000
@@ -65,7 +65,7 @@ def test_further_shapes_run_without_a_record(graphed):
 
 
 def test_a_watched_step_runs_without_its_record(graphed):
-    module, step, shapes = graphed
+    module, step, _shapes = graphed
     seen, armed = [], [False]
     handle = module.register_forward_hook(eager(lambda *args: seen.append(args), lambda: not armed[0]))
     assert not is_watched(module)
@@ -82,3 +82,12 @@ def test_fits_that_cannot_be_recorded_say_why():
     assert obstacle(SimpleNamespace(world_size=1, accumulate_grad_batches=1)) is None
     assert "processes" in obstacle(SimpleNamespace(world_size=2, accumulate_grad_batches=1))
     assert "accumulate_grad_batches" in obstacle(SimpleNamespace(world_size=1, accumulate_grad_batches=4))
+
+
+def test_what_else_a_step_depends_on_has_a_record_of_its_own(graphed):
+    _module, step, shapes = graphed
+    values = iter([1, 2, 1, 2])
+    step.variant = lambda: next(values)
+    for _ in range(4):
+        step(torch.ones(4, 3))
+    assert len(shapes) == 2

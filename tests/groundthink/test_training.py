@@ -11,9 +11,11 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks.activation_clamp import ActivationClamp
+from datamodules.associative_recall import AssociativeRecall
 from datamodules.batch import IGNORE
 from datamodules.needle_gym import NeedleGym
 from lightning_modules.core import losses
+from lightning_modules.core.graphs import GraphedStep
 from lightning_modules.groundthink import GroundThink, training
 from lightning_modules.groundthink.penalties import KeyPenalty, Onsets, Penalty
 from lightning_modules.mixers.key_bank import KeyBank
@@ -208,3 +210,50 @@ class Waits(TorchDispatchMode):
         if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def test_a_recorded_step_is_that_of_batches_with_as_many_labels(tmp_path, monkeypatch):
+    """Rows of one length may have few labels or many, and a record has a fixed number of logits."""
+
+    def record(step, inputs, batch):
+        recorded = module._most_labelled
+
+        def replay(*batch):
+            module._most_labelled, counted = recorded, module._most_labelled
+            outputs = inputs(*batch)
+            module._most_labelled = counted
+            return outputs
+
+        return replay
+
+    monkeypatch.setattr(GraphedStep, "_record", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    found = []
+    for graphed in (False, True):
+        module, data = (
+            GraphedThink(**SIZES | {"vocab_size": 64}),
+            AssociativeRecall(64, train_sets=[[16, 1, 8], [16, 4, 8]], test_sets=[[16, 1]], batch_size=4),
+        )
+        module.graphed = graphed
+        trainer = Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=8,
+            default_root_dir=tmp_path, enable_checkpointing=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        found.append(module.seen)
+    assert found[0] == found[1]
+    assert len({most for most, _ in found[0]}) == 2
+
+
+class GraphedThink(GroundThink):
+    """Records its steps on a CPU, and notes the number of logits and the loss of each step."""
+
+    def on_fit_start(self):
+        self.seen = []
+        if self.graphed:
+            self._step = GraphedStep(self, self._losses_and_outputs, self.step_variant)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.seen.append((self._most_labelled, loss.item()))
+        return loss
