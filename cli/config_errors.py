@@ -200,7 +200,8 @@ def _missing(problem: Problem) -> Explanation | None:
     if found.owner:
         return f"{found.path}: {found.owner.__name__} needs a value for {match[1]}", problem.hint
     missing = " and ".join(key.rpartition(".")[2] for key in match[1].split(", "))
-    return f"no value for {missing}, usually given by --config FILE", problem.hint
+    source = ", usually given by --config FILE" if "config" in options(problem.parser) else ""
+    return f"no value for {missing}{source}", problem.hint
 
 
 def _unreadable(problem: Problem) -> Explanation | None:

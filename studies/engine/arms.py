@@ -55,7 +55,7 @@ class Factors:
     values: dict[str, Any]
 
 
-def expand(arms: dict[str, Arm | None]) -> tuple[dict[str, Arm], dict[str, Factors]]:
+def expand(arms: dict[str, Arm]) -> tuple[dict[str, Arm], dict[str, Factors]]:
     """Replace each arm with a sweep by one arm for each combination of values.
 
     Returns:
@@ -64,7 +64,6 @@ def expand(arms: dict[str, Arm | None]) -> tuple[dict[str, Arm], dict[str, Facto
     expanded: dict[str, Arm] = {}
     factors: dict[str, Factors] = {}
     for name, arm in arms.items():
-        arm = arm or Arm()
         if empty := [key for key, values in arm.sweep.items() if not values]:
             raise UserError(f"arms.{name}.sweep: {empty[0]} has no values")
         for values in itertools.product(*arm.sweep.values()):
@@ -99,7 +98,7 @@ def resolve_arm(name: str, shared: Arm, arm: Arm, resolve: Callable[..., Config]
     for part in parts:
         line += [text for config in part.configs for text in ("--config", config)]
         for key, value in part.set.items():
-            head, dot, _ = key.partition(".")
+            head, dot, _ = str(key).partition(".")
             if dot and head not in SECTIONS:
                 of_callbacks[key] = value
             else:

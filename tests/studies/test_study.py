@@ -175,6 +175,10 @@ def test_sweeps_are_written_out(study):
         ({"arms": {"a": {"set": {"throughput.every": 3}}}}, "Throughput has no argument 'every'"),
         ({"arms": {"a": {"sweep": {"data.batch_size": []}}}}, "arms.a.sweep: data.batch_size has no values"),
         ({"arms": {1: {}}}, "arms.1: use letters"),
+        ({"arms": {"a": {"set": {5: 8}}}}, "there is no key '5'"),
+        ({"arms": {"a": {}, "b": {"command": "train"}}}, "in the study's arms.b"),
+        ({"arms": {"a": "overlay.yaml"}}, "arms.a: expected keys, such as"),
+        ({"measures": None}, "no value for measures\n"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"measure": ["x"]}, "did you mean 'measures'"),
         ({"claims": {"one": "control >> 2"}}, "claims.one: expected a number, not >"),
@@ -191,6 +195,13 @@ def test_a_mistake_is_one_sentence_before_anything_runs(workplace, capsys, keys,
     assert error.startswith("error: ")
     assert "Traceback" not in error
     assert not Path("runs").exists()
+
+
+def test_a_key_without_a_value_has_its_default(study):
+    empty = dict.fromkeys(["configs", "set", "sweep", "command"])
+    made = study(set=None, seeds=None, claims=None, curves=None, arms={"control": empty})
+    assert (made.claims, made.curves) == ([], [])
+    assert [(run.name, run.command) for run in made.runs] == [("control, seed 0", "fit")]
 
 
 @pytest.mark.parametrize(
