@@ -82,7 +82,7 @@ def test_a_failing_arm_leaves_the_others_and_a_bad_exit_code(study):
     assert "2 of 3 runs failed: broken, seed 0, dependent, seed 0" in shown
     data = json.loads(reports()[0])
     assert data["finished"] == 1
-    assert [row["note"] for row in data["claims"]][1] == "no finished run of broken"
+    assert [row["note"] for row in data["claims"]][1] == "no finished run of broken has test/loss"
     assert data["arms"]["control"]["values"]["test/loss"]
 
 
