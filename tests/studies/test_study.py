@@ -82,11 +82,13 @@ def test_an_argument_of_a_callback_is_set_by_its_name(study):
     Path("clamp.yaml").write_text(
         "trainer: {callbacks+: {class_path: ActivationClamp, init_args: {site: x, mode: naive, reference: none}}}"
     )
-    arms = {"control": {}, "naive": {"configs": ["clamp.yaml"], "set": {"clamp.reference": "{arms.control.reference}"}}}
+    Path("reference.yaml").write_text("trainer: {callbacks+: {class_path: ActivationReference, init_args: {site: x}}}")
+    clamped = {"configs": ["clamp.yaml"], "set": {"clamp.reference": "{arms.control.reference}"}}
+    arms = {"control": {"configs": ["reference.yaml"]}, "naive": clamped}
     control, naive = study(arms=arms, claims={}, seeds=1).runs
     *kept, clamp = yaml.safe_load(naive.config)["trainer"]["callbacks"]
     assert clamp["init_args"]["reference"] == str(control.folder / "reference.safetensors")
-    assert kept == yaml.safe_load(control.config)["trainer"]["callbacks"]
+    assert kept == yaml.safe_load(control.config)["trainer"]["callbacks"][:-1]
     assert naive.wave == 1
 
 
@@ -174,6 +176,16 @@ def test_sweeps_are_written_out(study):
         ({"arms": {"a": {"set": {"clamp.reference": "x"}}}}, "the callbacks are QuickEval, DiversityMonitor"),
         ({"arms": {"a": {"set": {"throughput.every": 3}}}}, "Throughput has no argument 'every'"),
         ({"arms": {"a": {"sweep": {"data.batch_size": []}}}}, "arms.a.sweep: data.batch_size has no values"),
+        ({"arms": {"a": {"set": {"seed_everything": 3}}}}, "arms.a: set.seed_everything has no effect, because seeds"),
+        ({"set": {"trainer.default_root_dir": "x"}, "arms": {"a": {}}}, "set.trainer.default_root_dir has no effect"),
+        (
+            {"arms": {"a": {"command": "test"}, "b": {"set": {"ckpt_path": "{arms.a.checkpoint}"}}}},
+            "arms.b: {arms.a.checkpoint}: a run of arms.a does not train",
+        ),
+        (
+            {"arms": {"a": {}, "b": {"set": {"ckpt_path": "{arms.a.reference}"}}}},
+            "arms.b: {arms.a.reference}: arms.a needs the callback ActivationReference",
+        ),
         ({"arms": {1: {}}}, "arms.1: use letters"),
         ({"arms": {"a": {"set": {5: 8}}}}, "there is no key '5'"),
         ({"arms": {"a": {}, "b": {"command": "train"}}}, "in the study's arms.b"),
