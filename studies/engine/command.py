@@ -3,6 +3,7 @@
 Both parse with argparse and import the rest when they need it: `ledger` and `study --help` answer at once.
 """
 
+import fcntl
 import math
 import signal
 import sys
@@ -69,7 +70,9 @@ def _study(line: list[str], signals: Signals) -> int:
     from studies.engine import report  # after the runs have begun: scipy and matplotlib take seconds to import
 
     try:
-        text = report.write(study)
+        with open(study.folder / "report.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two calls of one study end with the same run, and at the same time
+            text = report.write(study)
     except OSError as error:  # a full disk, or a folder without permission to write
         from datamodules.errors import UserError
 

@@ -1,5 +1,6 @@
 """`study` from end to end, on runs of a second that share one interpreter: report, failure, options."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from conftest import ROOT
 from tiny_study import FOLDER, STUDY, AtOnce, Ended, in_this_interpreter, reports, write_study
 
 import main as cli
-from studies.engine import ledger
+from studies.engine import ledger, report
 
 
 @pytest.fixture
@@ -67,6 +68,22 @@ def test_a_study_ends_in_a_report_and_is_not_run_twice(study):
     assert "2 of 2 runs are already finished" in again
     assert time.monotonic() - began < 60
     assert reports() == first
+
+
+def test_two_calls_do_not_write_the_report_at_once(study, monkeypatch):
+    def write(made):
+        with open(made.folder / "report.lock") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return "written alone"
+
+    monkeypatch.setattr(report, "write", write)
+    assert "written alone" in study("--report-only")
+
+
+def test_a_measure_or_a_curve_that_no_run_has(study):
+    assert "no curve of validation/nope, because no finished run" in study(curves=["validation/nope"])
+    shown = study(measures=["test/loss", "test/acuracy"], claims={}, exit_code=2)
+    assert "no finished run has 'test/acuracy'; did you mean 'test/accuracy'?" in shown
 
 
 def test_a_failing_arm_leaves_the_others_and_a_bad_exit_code(study):
