@@ -61,7 +61,7 @@ def generated(options: Namespace) -> Iterator[str]:
     except UserError as error:
         raise UserError(f"--{error}") from error
     check_seed(options.seed, "--seed")
-    check_numbers("generate", 1, max_new_tokens=options.max_new_tokens)
+    check_numbers("--", 1, max_new_tokens=options.max_new_tokens)
     if any("\ud800" <= character <= "\udfff" for character in options.prompt or ""):  # Python's stand-ins for bytes
         raise UserError("--prompt is no text in UTF-8")
     questions = [options.prompt] if options.file is None else _lines(options.file)
@@ -141,7 +141,7 @@ def _prompt(options: Namespace, model: "LightningModule", data: Any) -> tuple[An
     if options.member is None and model.ensemble > 1:
         advice = f"add --member with a number from 0 to {model.ensemble - 1}"
         raise UserError(f"--ckpt_path: {path} holds {model.ensemble} members, and generate takes one: {advice}")
-    check_numbers("generate", 0, model.ensemble - 1, member=options.member)
+    check_numbers("--", 0, model.ensemble - 1, member=options.member)
     network = model.member_network(options.member or 0)
     if not isinstance(network, StatefulNetwork):
         raise UserError(f"--ckpt_path: {path} is of {kind}, which cannot run one token at a time")
