@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from cli.choices import arguments, listed, near, options, subclasses
+from cli.choices import arguments, listed, near, number_of, options, subclasses
 from cli.flags import check_line
 from cli.parse_causes import KEY, Finding, find, plain
 from datamodules.errors import UserError
@@ -154,6 +154,8 @@ def _unknown_class(problem: Problem, name: str) -> Explanation:
     if not accepted and found.owner:  # a callable that returns, say, an optimizer
         accepted = _annotation(found.owner, found.keys[-1])
     accepted = re.sub(r"Callable\[\[[^]]*\], ", "", accepted)  # of `Callable[[Source], Bridge]` what it returns
+    if (key := number_of(accepted)) and not re.match("[A-Za-z_]", name):
+        return f"{found.path}: expected keys, such as {{{key}: {name}}}, got {name!r}", problem.hint
     # `list[Callback]` and `Callback` name the same base.
     choices = {base: subclasses(base) for base in re.findall(r"\b[A-Z]\w+", accepted)}
     kind = next((base for base in choices if choices[base]), "class")
