@@ -27,6 +27,7 @@ Telepathy answers the prompt, or each line of --file, greedily. Its checkpoint m
 """
 
 ROWS = 16  # questions at a time
+TEMPERATURE = 0.8
 
 
 def run(line: list[str]) -> None:
@@ -57,7 +58,8 @@ def generated(options: Namespace) -> Iterator[str]:
     from lightning_modules.core.text_stream import stream_text
 
     try:
-        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        temperature = TEMPERATURE if options.temperature is None else options.temperature
+        sampling = Sampling(temperature, options.top_k, options.top_p)
     except UserError as error:
         raise UserError(f"--{error}") from error
     check_seed(options.seed, "--seed")
@@ -69,6 +71,10 @@ def generated(options: Namespace) -> Iterator[str]:
     if isinstance(model, SupportsQuestions):
         if options.member is not None:
             raise UserError(f"--member: {options.ckpt_path} holds one model, and no ensemble")
+        if sampled := [name for name in ("temperature", "top_k", "top_p") if getattr(options, name) is not None]:
+            raise UserError(f"--{sampled[0]}: {type(model).__name__} takes the most likely token: leave it out")
+        if not questions[0].strip():
+            raise UserError("--prompt is empty: give a question")
         yield from _answers(model, questions, options)
         return
     if options.prompt is None:
@@ -88,8 +94,8 @@ def _parser() -> PlainParser:
     questions = "questions to answer, one per line; the answers are printed as lines of JSON"
     text.add_argument("--file", metavar="FILE", help=questions)
     add("--max_new_tokens", type=int, default=500, metavar="N", help="tokens to add (default 500)")
-    heat = "divides the logits (default 0.8); 0 takes the most likely token, larger values are more random"
-    add("--temperature", type=float, default=0.8, metavar="X", help=heat)
+    heat = f"divides the logits (default {TEMPERATURE}); 0 takes the most likely token, larger values are more random"
+    add("--temperature", type=float, metavar="X", help=heat)
     add("--top_k", type=int, metavar="N", help="sample among the N most likely tokens (default: all)")
     nucleus = "sample among the fewest tokens whose probabilities add up to X (default: all)"
     add("--top_p", type=float, metavar="X", help=nucleus)
