@@ -133,6 +133,8 @@ def _unknown_key(problem: Problem) -> Explanation | None:
     if name.partition(".")[0] not in heads:  # modle.class_path: only the first part is wrong
         valid, name = heads, name.partition(".")[0]
     where = ".".join([*keys, name])
+    if owner and owner.__module__.startswith("lightning.pytorch.core"):  # LightningModule and LightningDataModule
+        return f"{where}: no config names a class for '{keys[0]}': an overlay comes after a whole config", problem.hint
     sentence = f"{owner.__name__} has no argument '{name}' ({where})" if owner else f"there is no key '{where}'"
     return sentence + near(name, valid), problem.hint
 
@@ -179,9 +181,11 @@ def _wrong_value(problem: Problem) -> Explanation | None:
     # The innermost cause is about the first member of a union, but all its members are accepted.
     expected = " or ".join(found.union) if len(found.union) > 1 else plain(match[1])
     value = (match[2] or found.value).strip()
-    choices = re.findall(r"'([^']+)'", expected) if expected.startswith("Literal") else []
-    expected = f"one of {', '.join(choices)}" if choices else expected
-    return f"{found.path}: expected {expected}, got {value!r}{near(value, choices)}", problem.hint
+    choices = re.findall(r"'([^']+)'", expected) if "Literal" in expected else []
+    expected = re.sub(r"Literal\[(.*?)\]", lambda listed: "one of " + listed[1].replace("'", ""), expected)
+    words = [value, *(word for word in re.findall(r"\w+", value) if word not in choices)]  # of a list, each
+    nearest = next(filter(None, (near(word, choices) for word in words)), "")
+    return f"{found.path}: expected {expected}, got {value!r}{nearest}", problem.hint
 
 
 def _wrong_command(problem: Problem) -> Explanation | None:

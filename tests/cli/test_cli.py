@@ -93,6 +93,11 @@ def test_a_typo_in_yaml_is_found_at_any_depth(refused, run, case):
     assert said in refused("fit", "--config", overlay(content))
 
 
+def test_an_overlay_alone_lacks_its_class(refused):
+    overlay({"model": {"init_args": {"width": 3}}}, "base.yaml")
+    assert "model.width: no config names a class for 'model'" in refused("fit")
+
+
 UNREADABLE = {
     "a folder": (None, "--config: wrong.yaml is not a file"),
     "no YAML": (b"model: [unclosed\n", "wrong.yaml is not valid YAML near line"),
