@@ -84,6 +84,10 @@ WRONG_YAML = {
         {"trainer": {"callbacks+": [{"class_path": "CliWatcher", "init_args": {"every_steps": 1}}]}},
         "CliWatcher has no argument 'every_steps' (trainer.callbacks.every_steps); did you mean 'every_n_steps'?",
     ),
+    "value of a callback": (
+        {"trainer": {"callbacks+": [{"class_path": "CliWatcher", "init_args": {"every_n_steps": "x"}}]}},
+        "trainer.callbacks: CliWatcher.every_n_steps: expected int, got 'x'",
+    ),
 }
 
 
