@@ -72,6 +72,8 @@ def read(path: str) -> StudyFile:
     study.arms = {name: _arm(path, name, keys) for name, keys in study.arms.items()}
     if not study.arms or not study.measures:
         raise UserError(f"{path}: a study needs at least one arm and one measure")
+    if len(set(study.measures)) < len(study.measures):
+        raise UserError(f"{path}: measures: each only once")
     if not study.seeds or (isinstance(study.seeds, int) and study.seeds < 1):
         raise UserError(f"{path}: seeds must be at least 1, or a list of seeds")
     seeds = [study.seeds] if isinstance(study.seeds, int) else study.seeds

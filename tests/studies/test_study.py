@@ -191,6 +191,7 @@ def test_sweeps_are_written_out(study):
         ({"arms": {"a": {}, "b": {"command": "train"}}}, "in the study's arms.b"),
         ({"arms": {"a": "overlay.yaml"}}, "arms.a: expected keys, such as"),
         ({"measures": None}, "no value for measures\n"),
+        ({"measures": ["test/loss", "test/loss"]}, "measures: each only once"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"measure": ["x"]}, "did you mean 'measures'"),
         ({"claims": {"one": "control >> 2"}}, "claims.one: expected a number, not >"),
