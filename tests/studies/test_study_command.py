@@ -172,6 +172,7 @@ def test_help_reads_well(workplace, capsys):
         (["question.yaml", "--jobs", "-1"], "--jobs -1: it must be at least 0"),
         (["question.yaml", "--hours", "0"], "--hours 0.0: it must be at least 0.0167"),
         (["question.yaml", "--executor", "slrum"], "slrum"),
+        (["question.yaml", "--partition", "gpu"], "--partition has no effect here: add --executor slurm"),
         (["question.yaml", "--partitoin", "gpu"], "there is no option --partitoin; did you mean '--partition'?"),
         (["question.yaml", "--setup", "[a, 1]"], "argument --setup: [a, 1] is not a list of shell lines"),
         (["question.yaml", "twice.yaml"], "there is no use for the argument twice.yaml"),
