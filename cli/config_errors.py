@@ -183,7 +183,7 @@ def _wrong_value(problem: Problem) -> Explanation | None:
     value = (match[2] or found.value).strip()
     choices = re.findall(r"'([^']+)'", expected) if "Literal" in expected else []
     expected = re.sub(r"Literal\[(.*?)\]", lambda listed: "one of " + listed[1].replace("'", ""), expected)
-    words = [value, *(word for word in re.findall(r"\w+", value) if word not in choices)]  # of a list, each
+    words = [word for word in [value, *re.findall(r"\w+", value)] if word not in choices]  # of a list, each
     nearest = next(filter(None, (near(word, choices) for word in words)), "")
     return f"{found.path}: expected {expected}, got {value!r}{nearest}", problem.hint
 

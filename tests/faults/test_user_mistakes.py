@@ -121,6 +121,7 @@ add_values("qa", "model.config.vocab_size", "model.config.vocab_size must be at 
 add_values("qa", "model.config.hiden_size", "llama has no 'hiden_size'; the nearest names are: hidden_size", "16")
 add_values("tel", "model.objectives", "model.objectives", "{lm: -1}", "{lm: .nan}", "{lm: .inf}", "{lm: 0}")
 add_values("tel", "model.reproduce_flaws", "did you mean 'missing_bos'?", "[key_scale, missing_bs]", "missing_bs")
+add_values("tel", "model.objectives", "got 'lm'", "lm")
 add_values("tel", "model.bridge.span", "model.bridge.span must be at least 1", "0", "-3")
 add_values("tel", "model.bridge.heads", "model.bridge.heads must be at least 1", "0", "-2")
 add_values("tel", "model.bridge.width", "model.bridge.width must be", "0", "-4", str(10**9))
