@@ -136,7 +136,7 @@ class ActivationClamp(InterveningCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the reference, and add hooks to the modules that match the site."""
-        modules = match_modules(pl_module, self.site)
+        modules = match_modules(pl_module, self.site, "ActivationClamp.site")
         if self.reference is not None:
             key = f"spread.{self.classes}" if self.mode == "mean_preserving" else "radius"
             self._targets = read_reference(

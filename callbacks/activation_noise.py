@@ -72,7 +72,7 @@ class ActivationNoise(InterveningCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add hooks to the modules that match the site."""
-        for index, module in enumerate(match_modules(pl_module, self.site).values()):
+        for index, module in enumerate(match_modules(pl_module, self.site, "ActivationNoise.site").values()):
             self._handles.append(module.register_forward_hook(self._hook(trainer, index)))
 
     def _hook(self, trainer: Trainer, index: int) -> Callable[[nn.Module, object, object], object]:

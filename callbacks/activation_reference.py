@@ -109,7 +109,7 @@ class ActivationReference(StageCallback):
         writers = [other for other in connected(trainer).callbacks if isinstance(other, ActivationReference)]
         if any(other is not self and other.path == self.path for other in writers):
             raise UserError("Two ActivationReference callbacks write one file; give each a different `path`.")
-        match_modules(pl_module, self.site)
+        match_modules(pl_module, self.site, "ActivationReference.site")
         if self.path is not None and (Path(self.path).is_dir() or any(up.is_file() for up in Path(self.path).parents)):
             raise UserError(
                 f"ActivationReference: `path` {self.path!r} cannot be written: it is a folder, or lies beneath a file."

@@ -99,7 +99,7 @@ class DiversityMonitor(HookedCallback):
         refuse_second(trainer, self)
         if stage != "fit":
             return
-        modules = match_modules(pl_module, self.site)
+        modules = match_modules(pl_module, self.site, "DiversityMonitor.site")
         if len(modules) > 1:
             names = ", ".join(map(repr, modules))
             raise UserError(f"DiversityMonitor watches one module, but {self.site!r} matches {names}.")

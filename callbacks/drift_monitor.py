@@ -101,7 +101,7 @@ class DriftMonitor(Callback):
         self._state = {}
         members = ensemble_size(pl_module)
         for group, patterns in self.groups.items():
-            for name, parameter in match_parameters(pl_module, patterns).items():
+            for name, parameter in match_parameters(pl_module, patterns, "DriftMonitor.groups").items():
                 if members > 1 and parameter.shape[:1] != (members,):
                     shape = tuple(parameter.shape)
                     raise UserError(f"DriftMonitor: {name} of {group!r} has no axis of {members} members: {shape}.")

@@ -59,7 +59,7 @@ class GradientRatio(Callback):
         """Refuse patterns that match nothing."""
         if stage == "fit":
             for patterns in (self.parameters, self.over):
-                match_parameters(pl_module, patterns)
+                match_parameters(pl_module, patterns, "GradientRatio")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the ratio."""

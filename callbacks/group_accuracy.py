@@ -17,6 +17,7 @@ from callbacks.throughput import off_the_clock
 from datamodules.batch import IGNORE, TokenBatch
 from datamodules.errors import UserError
 from datamodules.loader import BatchLoader
+from datamodules.mixture import main_task
 from datamodules.sequence_task import Split
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.ensemble_module import EnsembleModule
@@ -39,14 +40,6 @@ class HasGroups(Protocol):
         """Return the index in `groups` of each query, int64 [B, T]."""
         ...
 
-    def val_dataloader(self) -> BatchLoader[TokenBatch]:
-        """Return the validation set."""
-        ...
-
-    def test_dataloader(self) -> BatchLoader[TokenBatch]:
-        """Return the test set."""
-        ...
-
 
 class GroupAccuracy(AtValidations):
     """Measures the accuracy of each group of queries on the held-out set.
@@ -59,7 +52,7 @@ class GroupAccuracy(AtValidations):
       over all queries, in which a group with many counts more.
 
     Groups are the test sets of `AssociativeRecall`, octaves of the position in `StateTracking`, and octaves of the
-    distance in `NeedleGym`.
+    distance in `NeedleGym`; of a `Mixture`, those of the task that is validated and tested.
 
     Example::
 
@@ -95,17 +88,18 @@ class GroupAccuracy(AtValidations):
         self._measure(trainer, cast(EnsembleModule, pl_module), "test")
 
     def _task(self, trainer: Trainer) -> HasGroups:
-        data: object = connected(trainer).datamodule
-        if not isinstance(data, HasGroups):
-            raise UserError(f"GroupAccuracy needs data with groups, such as StateTracking, not {type(data).__name__}")
-        return data
+        task = main_task(connected(trainer).datamodule)
+        if not isinstance(task, HasGroups):
+            raise UserError(f"GroupAccuracy needs data with groups, such as StateTracking, not {type(task).__name__}")
+        return task
 
     def _batches(self, trainer: Trainer, split: Split) -> tuple[BatchLoader[TokenBatch], int]:
         """Return the held-out set, and how many of its batches the trainer takes."""
-        task = self._task(trainer)
+        data = connected(trainer).datamodule
+        assert data is not None  # see `_task`
         if split == "validation":
-            return task.val_dataloader(), int(trainer.num_val_batches[0])
-        return task.test_dataloader(), int(trainer.num_test_batches[0])
+            return data.val_dataloader(), int(trainer.num_val_batches[0])
+        return data.test_dataloader(), int(trainer.num_test_batches[0])
 
     def _measure(self, trainer: Trainer, module: EnsembleModule, split: Split) -> None:
         task = self._task(trainer)

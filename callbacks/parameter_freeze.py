@@ -57,7 +57,7 @@ class ParameterFreeze(ReleasingCallback):
         """Match the patterns, and freeze now where `at_step` is 0: before DDP and the optimizer are made."""
         if stage != "fit":
             return
-        matched = match_parameters(pl_module, self.parameters).values()
+        matched = match_parameters(pl_module, self.parameters, "ParameterFreeze.parameters").values()
         if self.at_step == 0:
             self._without_gradient = [parameter for parameter in matched if parameter.requires_grad]
             for parameter in self._without_gradient:

@@ -45,7 +45,7 @@ class ParameterRounding(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second callback of the class, and match the patterns."""
         refuse_second(trainer, self)
-        match_parameters(pl_module, self.parameters)
+        match_parameters(pl_module, self.parameters, "ParameterRounding.parameters")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Round the initial values. A sharding strategy may have replaced the parameters since `setup`."""

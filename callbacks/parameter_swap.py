@@ -73,7 +73,7 @@ class ParameterSwap(ReleasingCallback):
         """Refuse training, patterns that match nothing, and a donor that cannot be read; become the last callback."""
         if stage == "fit":
             raise UserError("ParameterSwap acts on validate, test and predict; take it out of the callbacks of fit.")
-        match_parameters(pl_module, self.parameters)
+        match_parameters(pl_module, self.parameters, "ParameterSwap.parameters")
         # Behind those that put other parameters in place at the start, or that measure at the end
         others = [callback for callback in connected(trainer).callbacks if callback is not self]
         connected(trainer).callbacks = [*others, self]

@@ -11,9 +11,10 @@ from callbacks.at_validations import AtValidations
 from callbacks.base import check_positive, refuse_second
 from callbacks.held_out import evaluation
 from callbacks.throughput import off_the_clock
-from datamodules import Mixture, TextCorpus
+from datamodules import TextCorpus
 from datamodules.batch import Integers, TokenBatch
 from datamodules.errors import UserError
+from datamodules.mixture import all_tasks
 from datamodules.sequence_task import Split, collate
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.decoder import Decoder
@@ -78,7 +79,7 @@ class Probe(AtValidations):
             UserError: The data has none; says that `wanted` is needed.
         """
         data = connected(trainer).datamodule
-        for task in data.tasks if isinstance(data, Mixture) else [data]:
+        for task in all_tasks(data):
             if isinstance(task, kind):
                 return task
         raise UserError(f"{type(self).__name__} needs {wanted} under data, not {type(data).__name__}")

@@ -104,7 +104,7 @@ class RoutingMonitor(Callback):
             raise UserError(
                 f"RoutingMonitor needs `activations(tokens, sites)`, which {type(pl_module).__name__} does not have."
             )
-        match_modules(pl_module, self.site)
+        match_modules(pl_module, self.site, "RoutingMonitor.site")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the attention that the first check compares with, if a check falls on this step."""

@@ -1,8 +1,10 @@
 """What a user may write at a place of the command line or of a config, for near misses and hints."""
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable
+from inspect import isabstract, signature
 
 from jsonargparse import ArgumentParser
 
@@ -29,6 +31,16 @@ def subclasses(base: str) -> set[str]:
         stack += classes
         found |= {cls.__name__ for cls in classes if not cls.__module__.startswith("lightning.pytorch.demos")}
     return {name for name in found if not name.startswith("_")}
+
+
+def number_of(types: str) -> str:
+    """Return the first argument that is a number, of the class of the project among types; an empty string if none."""
+    for name in re.findall(r"\b[A-Z]\w+", types):
+        for kind in [getattr(module, name, None) for module in list(sys.modules.values())]:
+            if isinstance(kind, type) and kind.__module__.startswith("lightning_modules.") and not isabstract(kind):
+                arguments = signature(kind).parameters.values()
+                return next((argument.name for argument in arguments if argument.annotation in (float, int)), "")
+    return ""
 
 
 def near(name: str, valid: Iterable[str]) -> str:

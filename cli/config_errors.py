@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from cli.choices import arguments, listed, near, options, subclasses
+from cli.choices import arguments, listed, near, number_of, options, subclasses
 from cli.flags import check_line
 from cli.parse_causes import KEY, Finding, find, plain
 from datamodules.errors import UserError
@@ -133,6 +133,8 @@ def _unknown_key(problem: Problem) -> Explanation | None:
     if name.partition(".")[0] not in heads:  # modle.class_path: only the first part is wrong
         valid, name = heads, name.partition(".")[0]
     where = ".".join([*keys, name])
+    if owner and owner.__module__.startswith("lightning.pytorch.core"):  # LightningModule and LightningDataModule
+        return f"{where}: no config names a class for '{keys[0]}': an overlay comes after a whole config", problem.hint
     sentence = f"{owner.__name__} has no argument '{name}' ({where})" if owner else f"there is no key '{where}'"
     return sentence + near(name, valid), problem.hint
 
@@ -154,6 +156,8 @@ def _unknown_class(problem: Problem, name: str) -> Explanation:
     if not accepted and found.owner:  # a callable that returns, say, an optimizer
         accepted = _annotation(found.owner, found.keys[-1])
     accepted = re.sub(r"Callable\[\[[^]]*\], ", "", accepted)  # of `Callable[[Source], Bridge]` what it returns
+    if (key := number_of(accepted)) and not re.match("[A-Za-z_]", name):
+        return f"{found.path}: expected keys, such as {{{key}: {name}}}, got {name!r}", problem.hint
     # `list[Callback]` and `Callback` name the same base.
     choices = {base: subclasses(base) for base in re.findall(r"\b[A-Z]\w+", accepted)}
     kind = next((base for base in choices if choices[base]), "class")
@@ -177,9 +181,11 @@ def _wrong_value(problem: Problem) -> Explanation | None:
     # The innermost cause is about the first member of a union, but all its members are accepted.
     expected = " or ".join(found.union) if len(found.union) > 1 else plain(match[1])
     value = (match[2] or found.value).strip()
-    choices = re.findall(r"'([^']+)'", expected) if expected.startswith("Literal") else []
-    expected = f"one of {', '.join(choices)}" if choices else expected
-    return f"{found.path}: expected {expected}, got {value!r}{near(value, choices)}", problem.hint
+    choices = re.findall(r"'([^']+)'", expected) if "Literal" in expected else []
+    expected = re.sub(r"Literal\[(.*?)\]", lambda listed: "one of " + listed[1].replace("'", ""), expected)
+    words = [word for word in [value, *re.findall(r"\w+", value)] if word not in choices]  # of a list, each
+    nearest = next(filter(None, (near(word, choices) for word in words)), "")
+    return f"{found.path}: expected {expected}, got {value!r}{nearest}", problem.hint
 
 
 def _wrong_command(problem: Problem) -> Explanation | None:
@@ -200,7 +206,8 @@ def _missing(problem: Problem) -> Explanation | None:
     if found.owner:
         return f"{found.path}: {found.owner.__name__} needs a value for {match[1]}", problem.hint
     missing = " and ".join(key.rpartition(".")[2] for key in match[1].split(", "))
-    return f"no value for {missing}, usually given by --config FILE", problem.hint
+    source = ", usually given by --config FILE" if "config" in options(problem.parser) else ""
+    return f"no value for {missing}{source}", problem.hint
 
 
 def _unreadable(problem: Problem) -> Explanation | None:

@@ -33,12 +33,20 @@ def exported(options: Namespace) -> Path:
     from cli.loaded import checkpoint, trained
     from cli.run_folder import check_folder
     from datamodules.errors import UserError
+    from datamodules.sources import check_path
+    from lightning_modules.core.archive import find_file
     from lightning_modules.telepathy.export import export
     from lightning_modules.telepathy.module import Telepathy
 
-    path = Path(options.output or Path(options.ckpt_path).with_suffix(".safetensors"))
+    if options.output is None:
+        path = find_file(options.ckpt_path, "--ckpt_path").with_suffix(".safetensors")
+    else:
+        check_path(options.output, "--output")
+        path = Path(options.output)
     if path.suffix != ".safetensors":
         raise UserError(f"--output: {path} must end in .safetensors")
+    if path.is_dir():
+        raise UserError(f"--output: {path} is a folder, name a file")
     if options.ckpt_path.endswith(".safetensors"):
         raise UserError(f"--ckpt_path: {options.ckpt_path} is exported already")
     content, config = checkpoint(options.ckpt_path, options.config)

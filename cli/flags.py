@@ -68,9 +68,10 @@ def check_flags(command: str | None, config: Mapping[str, Any]) -> None:
     for key, value in _values(config, ""):
         if value != value:
             raise UserError(f"{key} must be a number, not nan")
-        if key.rpartition(".")[2] in PATHS and isinstance(value, str):
+        name = key.rpartition(".")[2].partition("[")[0]
+        if name in PATHS and isinstance(value, str):
             check_path(value, key)
-            if key.rpartition(".")[2] in FOLDERS:
+            if name in FOLDERS:
                 check_folder(Path(value), key)
 
 
@@ -93,8 +94,8 @@ def _check_processes(accelerator: object, devices: object) -> None:
 def _values(value: object, key: str) -> Iterator[tuple[str, object]]:
     """Yield the dotted name and the value of every setting that is neither a mapping nor a list."""
     if isinstance(value, list):
-        for item in value:
-            yield from _values(item, key)
+        for number, item in enumerate(value):
+            yield from _values(item, f"{key}[{number}]")
     elif isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _values(inner, key if name == "init_args" else f"{key}.{name}".lstrip("."))

@@ -27,6 +27,7 @@ Telepathy answers the prompt, or each line of --file, greedily. Its checkpoint m
 """
 
 ROWS = 16  # questions at a time
+TEMPERATURE = 0.8
 
 
 def run(line: list[str]) -> None:
@@ -57,11 +58,12 @@ def generated(options: Namespace) -> Iterator[str]:
     from lightning_modules.core.text_stream import stream_text
 
     try:
-        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        temperature = TEMPERATURE if options.temperature is None else options.temperature
+        sampling = Sampling(temperature, options.top_k, options.top_p)
     except UserError as error:
         raise UserError(f"--{error}") from error
     check_seed(options.seed, "--seed")
-    check_numbers("generate", 1, max_new_tokens=options.max_new_tokens)
+    check_numbers("--", 1, max_new_tokens=options.max_new_tokens)
     if any("\ud800" <= character <= "\udfff" for character in options.prompt or ""):  # Python's stand-ins for bytes
         raise UserError("--prompt is no text in UTF-8")
     questions = [options.prompt] if options.file is None else _lines(options.file)
@@ -69,6 +71,10 @@ def generated(options: Namespace) -> Iterator[str]:
     if isinstance(model, SupportsQuestions):
         if options.member is not None:
             raise UserError(f"--member: {options.ckpt_path} holds one model, and no ensemble")
+        if sampled := [name for name in ("temperature", "top_k", "top_p") if getattr(options, name) is not None]:
+            raise UserError(f"--{sampled[0]}: {type(model).__name__} takes the most likely token: leave it out")
+        if not questions[0].strip():
+            raise UserError("--prompt is empty: give a question")
         yield from _answers(model, questions, options)
         return
     if options.prompt is None:
@@ -88,8 +94,8 @@ def _parser() -> PlainParser:
     questions = "questions to answer, one per line; the answers are printed as lines of JSON"
     text.add_argument("--file", metavar="FILE", help=questions)
     add("--max_new_tokens", type=int, default=500, metavar="N", help="tokens to add (default 500)")
-    heat = "divides the logits (default 0.8); 0 takes the most likely token, larger values are more random"
-    add("--temperature", type=float, default=0.8, metavar="X", help=heat)
+    heat = f"divides the logits (default {TEMPERATURE}); 0 takes the most likely token, larger values are more random"
+    add("--temperature", type=float, metavar="X", help=heat)
     add("--top_k", type=int, metavar="N", help="sample among the N most likely tokens (default: all)")
     nucleus = "sample among the fewest tokens whose probabilities add up to X (default: all)"
     add("--top_p", type=float, metavar="X", help=nucleus)
@@ -141,7 +147,7 @@ def _prompt(options: Namespace, model: "LightningModule", data: Any) -> tuple[An
     if options.member is None and model.ensemble > 1:
         advice = f"add --member with a number from 0 to {model.ensemble - 1}"
         raise UserError(f"--ckpt_path: {path} holds {model.ensemble} members, and generate takes one: {advice}")
-    check_numbers("generate", 0, model.ensemble - 1, member=options.member)
+    check_numbers("--", 0, model.ensemble - 1, member=options.member)
     network = model.member_network(options.member or 0)
     if not isinstance(network, StatefulNetwork):
         raise UserError(f"--ckpt_path: {path} is of {kind}, which cannot run one token at a time")

@@ -36,7 +36,10 @@ class Finding:
 
     @property
     def path(self) -> str:
-        """The keys, dotted."""
+        """The keys, dotted; those of a callback begin with its class, as `trainer.callbacks: QuickEval.n_samples`."""
+        first, *rest = self.keys or [""]
+        if first == "trainer.callbacks" and rest and self.owner:
+            return f"{first}: {'.'.join([self.owner.__name__, *rest])}"
         return ".".join(self.keys)
 
     def enter(self, text: str) -> None:

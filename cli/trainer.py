@@ -32,7 +32,8 @@ from cli.user_errors import is_too_large
 from datamodules.errors import UserError
 
 T = TypeVar("T")
-OFF_IN_BAREBONES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
+NEED_LOGGER = (DeviceStatsMonitor, LearningRateMonitor)
+OFF_IN_BAREBONES = (Checkpoint, *NEED_LOGGER, ModelSummary, ProgressBar)
 
 
 class NoSignals(_SignalConnector):
@@ -94,7 +95,11 @@ def with_defaults(flags: Namespace, folder: Path, minutes: float, *always: Callb
     users = _callbacks(flags)
     _refuse_twice(users)
     if flags.barebones:
-        return _barebones(users, folder, always)
+        quiet = {"default_root_dir": folder, "log_every_n_steps": None, "num_sanity_val_steps": None}
+        kept = _without(users, OFF_IN_BAREBONES, "trainer.barebones")
+        return quiet | {"callbacks": [*kept, Divergence(), *always]}
+    if not flags.logger and flags.logger is not None:
+        users = _without(users, NEED_LOGGER, "trainer.logger false")
     added: list[Callback] = [Divergence()]
     changed: dict[str, Any] = {"default_root_dir": folder}
     if flags.enable_progress_bar is not False and not _has(users, ProgressBar):
@@ -121,13 +126,12 @@ def with_defaults(flags: Namespace, folder: Path, minutes: float, *always: Callb
     return changed | {"callbacks": [*users, *added, *always]}
 
 
-def _barebones(users: list[Callback], folder: Path, always: tuple[Callback, ...]) -> dict[str, Any]:
-    """Return the flags that complete the user's under `trainer.barebones`, without the callbacks that it refuses."""
-    kept = [callback for callback in users if not isinstance(callback, OFF_IN_BAREBONES)]
+def _without(users: list[Callback], kinds: tuple[type[Callback], ...], flag: str) -> list[Callback]:
+    """Return the callbacks of other kinds, and warn of those that are left out, which Lightning would refuse."""
+    kept = [callback for callback in users if not isinstance(callback, kinds)]
     if left_out := ", ".join(type(callback).__name__ for callback in users if callback not in kept):
-        rank_zero_warn(f"trainer.barebones turns off what these callbacks need, which are left out: {left_out}")
-    quiet = {"default_root_dir": folder, "log_every_n_steps": None, "num_sanity_val_steps": None}
-    return quiet | {"callbacks": [*kept, Divergence(), *always]}
+        rank_zero_warn(f"{flag} turns off what these callbacks need, which are left out: {left_out}")
+    return kept
 
 
 def _callbacks(flags: Namespace) -> list[Callback]:

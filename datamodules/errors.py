@@ -20,13 +20,13 @@ def check_numbers(owner: str, least: float, most: float = MOST, /, **numbers: fl
     """Check that numbers are finite and lie between two bounds, both included; None stands for a default and passes.
 
     Args:
-        owner: What the numbers belong to, such as `data`, for the message.
+        owner: What the numbers belong to, such as `data`, for the message; `--` for options of a command.
         least: The lower bound; `POSITIVE` for a float that must not be 0.
         most: The upper bound.
         **numbers: The numbers by their names in the config.
 
     Raises:
-        UserError: A number lies outside, or is NaN or infinite; names `<owner>.<name>`.
+        UserError: A number lies outside, or is NaN or infinite; names `<owner>.<name>` or `--<name>`.
     """
     for name, number in numbers.items():
         if number is None or least <= number <= most:
@@ -37,7 +37,8 @@ def check_numbers(owner: str, least: float, most: float = MOST, /, **numbers: fl
             wanted = f"at most {most}"
         else:
             wanted = "positive" if least == POSITIVE else f"at least {least}"
-        raise UserError(f"{owner}.{name} must be {wanted}, not {number}")
+        place = f"--{name}" if owner == "--" else f"{owner}.{name}"
+        raise UserError(f"{place} must be {wanted}, not {number}")
 
 
 def check_multiples(owner: str, factor: int, most: int, /, **numbers: int) -> None:

@@ -221,7 +221,12 @@ class Mixture(TunableTask):
 
 def main_task(data: object) -> object:
     """Return the task that is validated and tested: one of a mixture's, or the data itself."""
-    return data.main if isinstance(data, Mixture) else data
+    return main_task(data.main) if isinstance(data, Mixture) else data
+
+
+def all_tasks(data: object) -> list[object]:
+    """Return the tasks of a mixture and of the mixtures inside it, in order; or the data itself."""
+    return [inner for task in data.tasks for inner in all_tasks(task)] if isinstance(data, Mixture) else [data]
 
 
 def _tuned(task: SequenceTask, knobs: Mapping[str, Any]) -> SequenceTask:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from datamodules.errors import UserError
+from lightning_modules.core.archive import find_file
 from lightning_modules.core.checkpoints import check_finite
 from lightning_modules.core.files import replacing
 from lightning_modules.pretrained.fingerprint import fingerprint
@@ -95,7 +96,7 @@ def read_exported(path: str, option: str) -> Exported:
         UserError: It cannot be read, or is another safetensors file.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(find_file(path, option), "pt") as file:
             about = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     except (SafetensorError, OSError, ValueError) as error:

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from datamodules.errors import UserError
 
 Config = dict[str, Any]  # a resolved config
 SECTIONS = ("model", "data", "trainer")
+SET_BY_STUDY = {"seed_everything": "seeds", "trainer.default_root_dir": "the study's name"}  # key -> what decides it
 CALLBACK = re.compile(r"(\w+)(?:\[(\d+)\])?")
 REFERENCE = re.compile(r"\{arms\.(\w+)\.(\w+)\}")
 LIKE_REFERENCE = re.compile(r"\{arm[^}]*\}")
@@ -55,7 +56,7 @@ class Factors:
     values: dict[str, Any]
 
 
-def expand(arms: dict[str, Arm | None]) -> tuple[dict[str, Arm], dict[str, Factors]]:
+def expand(arms: dict[str, Arm]) -> tuple[dict[str, Arm], dict[str, Factors]]:
     """Replace each arm with a sweep by one arm for each combination of values.
 
     Returns:
@@ -64,7 +65,6 @@ def expand(arms: dict[str, Arm | None]) -> tuple[dict[str, Arm], dict[str, Facto
     expanded: dict[str, Arm] = {}
     factors: dict[str, Factors] = {}
     for name, arm in arms.items():
-        arm = arm or Arm()
         if empty := [key for key, values in arm.sweep.items() if not values]:
             raise UserError(f"arms.{name}.sweep: {empty[0]} has no values")
         for values in itertools.product(*arm.sweep.values()):
@@ -99,7 +99,9 @@ def resolve_arm(name: str, shared: Arm, arm: Arm, resolve: Callable[..., Config]
     for part in parts:
         line += [text for config in part.configs for text in ("--config", config)]
         for key, value in part.set.items():
-            head, dot, _ = key.partition(".")
+            if key in SET_BY_STUDY:
+                raise UserError(f"arms.{name}: set.{key} has no effect, because {SET_BY_STUDY[key]} decides it")
+            head, dot, _ = str(key).partition(".")
             if dot and head not in SECTIONS:
                 of_callbacks[key] = value
             else:
@@ -165,14 +167,14 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z][a-z]*", name)]
 
 
-def needs_of(name: str, config: Config, arms: Collection[str]) -> set[str]:
+def needs_of(name: str, configs: dict[str, Config], arms: dict[str, Arm]) -> set[str]:
     """Return the arms whose files an arm's config names.
 
     Raises:
-        UserError: A reference names no arm, or a file that runs do not leave.
+        UserError: A reference names no arm, or a file that the runs of that arm do not leave.
     """
     needs = set()
-    for written in LIKE_REFERENCE.findall(json.dumps(config, default=str, ensure_ascii=False)):
+    for written in LIKE_REFERENCE.findall(json.dumps(configs[name], default=str, ensure_ascii=False)):
         if not (reference := REFERENCE.fullmatch(written)):
             raise UserError(f"arms.{name}: {written} is no reference; write {{arms.NAME.checkpoint}}")
         arm, product = reference.groups()
@@ -180,8 +182,21 @@ def needs_of(name: str, config: Config, arms: Collection[str]) -> set[str]:
             raise UserError(f"arms.{name}: there is no arm {arm}{near(arm, arms)}")
         if product not in PRODUCTS:
             raise UserError(f"arms.{name}: a run has no '{product}'{near(product, PRODUCTS)}: {', '.join(PRODUCTS)}")
+        if product == "checkpoint" and arms[arm].command != "fit":
+            raise UserError(f"arms.{name}: {written}: a run of arms.{arm} does not train, and leaves no checkpoint")
+        if product == "reference" and not _leaves_reference(configs[arm]):
+            raise UserError(
+                f"arms.{name}: {written}: arms.{arm} needs the callback ActivationReference, without `path`"
+            )
         needs.add(arm)
     return needs
+
+
+def _leaves_reference(config: Config) -> bool:
+    return any(
+        "reference" in _words(_class_name(callback)) and not callback.get("init_args", {}).get("path")
+        for callback in _as_list(config["trainer"]["callbacks"])
+    )
 
 
 def differences(configs: dict[str, Config]) -> dict[str, dict[str, Any]]:

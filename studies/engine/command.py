@@ -3,6 +3,7 @@
 Both parse with argparse and import the rest when they need it: `ledger` and `study --help` answer at once.
 """
 
+import fcntl
 import math
 import signal
 import sys
@@ -22,6 +23,7 @@ Finished runs are not repeated: call an interrupted study again to continue it. 
 """
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ADVICE = "call it again to continue"
+ON_SLURM = ("partition", "account", "qos", "constraint", "gpus", "cpus", "memory", "hours", "setup")  # options
 LEAST = {"jobs": 0, "gpus": 0, "cpus": 1, "hours": 1 / 60}
 
 
@@ -69,7 +71,9 @@ def _study(line: list[str], signals: Signals) -> int:
     from studies.engine import report  # after the runs have begun: scipy and matplotlib take seconds to import
 
     try:
-        text = report.write(study)
+        with open(study.folder / "report.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two calls of one study end with the same run, and at the same time
+            text = report.write(study)
     except OSError as error:  # a full disk, or a folder without permission to write
         from datamodules.errors import UserError
 
@@ -119,7 +123,7 @@ def make_cluster(options: Namespace) -> "Cluster":
     """Return where and how to run.
 
     Raises:
-        UserError: A number is too small, or not finite.
+        UserError: A number is too small, or not finite; or an option has no effect.
     """
     from datamodules.errors import UserError
 
@@ -130,6 +134,9 @@ def make_cluster(options: Namespace) -> "Cluster":
     from studies.engine.execution import Cluster
 
     if options.executor == "local":
+        defaults = vars(_study_parser().parse_args([options.file]))
+        if without := [name for name in ON_SLURM if getattr(options, name) != defaults[name]]:
+            raise UserError(f"--{without[0]} has no effect here: add --executor slurm")
         return Cluster("local", options.jobs or 1)
     named = {name: getattr(options, name) for name in ("partition", "account", "qos", "constraint", "setup")}
     named |= {"mem": options.memory, "cpus_per_task": options.cpus, "time": round(60 * options.hours)}

@@ -74,6 +74,8 @@ def draw(study: Study, values: Values) -> dict[str, Figure]:
             if histories := _histories(scalar, logged):
                 word = re.sub(r"\W+", "_", scalar)
                 figures[f"curve_{word}"] = curves(scalar, histories)
+            elif logged:
+                sys.stderr.write(f"no curve of {scalar}, because no finished run has logged it\n")
     return figures
 
 

@@ -37,9 +37,10 @@ def judge(claim: Claim, values: Values) -> Judgement:
         values: Arm -> measure -> seed -> value.
     """
     series = [values[operand.arm][operand.measure] for operand in claim.operands]
-    missing = [operand.arm for operand, seeds in zip(claim.operands, series, strict=True) if not seeds]
+    missing = [operand for operand, seeds in zip(claim.operands, series, strict=True) if not seeds]
     if missing:
-        return _undecided(f"no finished run of {' or '.join(missing)}")
+        notes = [f"no finished run of {operand.arm} has {operand.measure}" for operand in missing]
+        return _undecided("; ".join(dict.fromkeys(notes)))
     absent = {
         f"{operand.arm}, seed {seed}": measured.diverged
         for operand, seeds in zip(claim.operands, series, strict=True)

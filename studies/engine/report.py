@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cli.choices import near
 from datamodules.errors import UserError
 from lightning_modules.core.files import replacing
 from lightning_modules.core.intervals import wilson_interval
@@ -105,8 +106,9 @@ def _refuse_unknown_measures(study: Study, values: Values) -> None:
         return  # an arm that has the measure may have no finished run yet
     for measure in study.measures:
         if not any(not measured.diverged for arm in study.arms for measured in values[arm][measure].values()):
-            known = ", ".join(sorted(all_metrics(finished[0][1])))
-            raise UserError(f"measures: no finished run has '{measure}'; the first has {known}")
+            known = sorted(all_metrics(finished[0][1]))
+            nearest = near(measure, known) or f"; the first has {', '.join(known)}"
+            raise UserError(f"measures: no finished run has '{measure}'{nearest}")
 
 
 def summary(study: Study, values: Values, verdicts: dict[str, Judgement]) -> dict[str, Any]:

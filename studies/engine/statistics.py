@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lightning_modules.core.intervals import wilson_interval
 
 MAX_SEEDS = 1000  # no larger number of seeds is recommended
+ROUNDING = 1e-12  # values that differ by less, relative to the largest, do not vary
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ def difference(first: Series, second: Series) -> Estimate:
     else:
         from scipy import stats
 
-        (low, high), note = stats.ttest_ind(x, y, equal_var=False).confidence_interval(), "seeds are not paired"
+        (low, high), note = (value, value), "seeds are not paired"
+        if _vary(x, x) or _vary(y, y):
+            low, high = stats.ttest_ind(x, y, equal_var=False).confidence_interval()
         spread = math.sqrt(x.var(ddof=1) + y.var(ddof=1))
     if (one_pooled := _pooled_mean(first)) and (other_pooled := _pooled_mean(second)):
         least = _combine(one_pooled, other_pooled)
@@ -203,17 +206,17 @@ def effect_size(first: Series, second: Series) -> float | None:
     None if either series has fewer than two seeds or nothing varies.
     """
     x, y = _values(first), _values(second)
-    if min(len(x), len(y)) < 2:
+    if min(len(x), len(y)) < 2 or not (_vary(x, x) or _vary(y, y)):
         return None
     freedom = len(x) + len(y) - 2
     pooled = math.sqrt(((len(x) - 1) * x.var(ddof=1) + (len(y) - 1) * y.var(ddof=1)) / freedom)
-    return float((x.mean() - y.mean()) / pooled * (1 - 3 / (4 * (len(x) + len(y)) - 9))) if pooled else None
+    return float((x.mean() - y.mean()) / pooled * (1 - 3 / (4 * (len(x) + len(y)) - 9)))
 
 
 def p_value(first: Series, second: Series) -> float | None:
     """Return the two-sided p of the paired t test over common seeds; of Welch's test if fewer than two are common.
 
-    None if either series has fewer than two seeds or the pairs do not vary.
+    None if either series has fewer than two seeds, or nothing varies: neither the pairs, nor unpaired values.
     """
     from scipy import stats
 
@@ -222,8 +225,13 @@ def p_value(first: Series, second: Series) -> float | None:
     if min(len(x), len(y)) < 2:
         return None
     if first.keys() != second.keys():
-        return float(stats.ttest_ind(x, y, equal_var=False).pvalue)
-    return float(stats.ttest_rel(x, y).pvalue) if (x - y).std() > 0 else None
+        return float(stats.ttest_ind(x, y, equal_var=False).pvalue) if _vary(x, x) or _vary(y, y) else None
+    return float(stats.ttest_rel(x, y).pvalue) if _vary(x - y, np.stack((x, y))) else None
+
+
+def _vary(values: NDArray[np.float64], scale: NDArray[np.float64]) -> bool:
+    """Return whether values differ by more than the rounding of numbers as large as those of `scale`."""
+    return bool(np.ptp(values) > ROUNDING * np.abs(scale).max())
 
 
 def seeds_to_decide(estimate: Estimate, decides: Callable[[float, float], bool]) -> str:

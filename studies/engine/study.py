@@ -141,7 +141,7 @@ def resolve_arms(file: StudyFile, path: str, parent: str = "runs/studies") -> St
 
 def _make_runs(arms: dict[str, Arm], configs: dict[str, Config], seeds: list[int], parent: Path) -> list[Run]:
     """Return a run for each arm and seed, by wave."""
-    needs = {name: needs_of(name, config, arms) for name, config in configs.items()}
+    needs = {name: needs_of(name, configs, arms) for name in configs}
     named = {pair for config in configs.values() for pair in REFERENCE.findall(json.dumps(config, default=str))}
     leaves = {name: tuple(sorted(PRODUCTS[product] for arm, product in named if arm == name)) for name in arms}
     runs: dict[tuple[str, int], Run] = {}

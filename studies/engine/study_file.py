@@ -13,12 +13,19 @@ claims:
 
 import json
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import UserError
 from studies.engine.arms import LIKE_REFERENCE, Arm, expand
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from cli.config_errors import FriendlyParser
 
 NAME = re.compile(r"[A-Za-z_]\w*")
 MOST_SEEDS = 100_000
@@ -39,7 +46,7 @@ class StudyFile:
     """
 
     base: list[str]
-    arms: dict[str, Arm | None]
+    arms: dict[str, Any]  # `read` makes an `Arm` of each, and says in which one a key is wrong
     measures: list[str]
     seeds: int | list[int] = 1
     claims: dict[str, str] = field(default_factory=dict)
@@ -48,15 +55,11 @@ class StudyFile:
 
 
 def read(path: str) -> StudyFile:
-    """Read the file of a study.
+    """Read the file of a study; a key without a value has its default.
 
     Raises:
         UserError: The file cannot be read, or a key is wrong; the message says which.
     """
-    from jsonargparse import namespace_to_dict
-
-    from cli.config_errors import FriendlyParser
-
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise UserError(f"the study {path} cannot be read: it is not a file")
@@ -65,23 +68,41 @@ def read(path: str) -> StudyFile:
         raise UserError(f"there is no study {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the study {path} cannot be read: {error}") from error
-    parser = FriendlyParser(prog="main.py study FILE")
-    parser.add_class_arguments(StudyFile)
-    # Not `instantiate_classes`, which would build the callbacks that `set` names
-    content = namespace_to_dict(parser.parse_path(path))
-    study = StudyFile(**{key.name: content[key.name] for key in fields(StudyFile)})
-    study.arms = {name: Arm(**arm) if arm else None for name, arm in content["arms"].items()}
+    study = StudyFile(**_parsed(StudyFile, lambda parser: parser.parse_path(path)))
+    study.arms = {name: _arm(path, name, keys) for name, keys in study.arms.items()}
     if not study.arms or not study.measures:
         raise UserError(f"{path}: a study needs at least one arm and one measure")
+    if len(set(study.measures)) < len(study.measures):
+        raise UserError(f"{path}: measures: each only once")
     if not study.seeds or (isinstance(study.seeds, int) and study.seeds < 1):
         raise UserError(f"{path}: seeds must be at least 1, or a list of seeds")
     seeds = [study.seeds] if isinstance(study.seeds, int) else study.seeds
     if min(seeds) < 0 or max(seeds) >= MOST_SEEDS or len(set(seeds)) < len(seeds):
         raise UserError(f"{path}: seeds must be at most {MOST_SEEDS}, not negative, and each only once")
-    for name in study.arms:
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise UserError(f"{path}: arms.{name}: use letters, digits and _, so that claims can name it")
     return study
+
+
+def _arm(path: str, name: Any, keys: Any) -> Arm:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(f"{path}: arms.{name}: use letters, digits and _, so that claims can name it")
+    if not isinstance(keys, dict | None):
+        raise UserError(f"{path}: arms.{name}: expected keys, such as 'set: {{data.batch_size: 8}}', not {keys!r}")
+    try:
+        return Arm(**_parsed(Arm, lambda parser: parser.parse_object(keys or {})))
+    except SystemExit:
+        sys.stderr.write(f"in the study's arms.{name}\n")
+        raise
+
+
+def _parsed(kind: type[StudyFile] | type[Arm], parse: Callable[["FriendlyParser"], "Namespace"]) -> dict[str, Any]:
+    """Return the keys of a class in a file, without those that have no value; exits on a wrong key."""
+    from cli.config_errors import FriendlyParser
+
+    parser = FriendlyParser(prog="main.py study FILE")
+    parser.add_class_arguments(kind)
+    # Not `instantiate_classes`, which would build the callbacks that `set` names
+    content = parse(parser).as_dict()
+    return {key.name: content[key.name] for key in fields(kind) if content[key.name] is not None}
 
 
 def first_wave(file: StudyFile) -> int:

@@ -193,5 +193,5 @@ def test_user_errors(tmp_path):
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match=f"ActivationNoise: `seed` must be an integer from 0 .*, got {seed}"):
             ActivationNoise("residual.*", 0.1, seed=seed)
-    with pytest.raises(ValueError, match="No module matches 'residul'; the nearest names are"):
+    with pytest.raises(ValueError, match=r"ActivationNoise\.site: no module matches 'residul'; the nearest names are"):
         run_test(Watched(), tmp_path, ActivationNoise("residul", 0.1))

@@ -144,7 +144,9 @@ def test_user_errors(tmp_path):
         DriftMonitor({"q": []})
     with pytest.raises(ValueError, match="`patience` must be at least 1, got 0"):
         DriftMonitor(GROUPS, patience=0)
-    with pytest.raises(ValueError, match="No parameter matches 'aa'; the nearest names are: 'a'"):
+    with pytest.raises(
+        ValueError, match=r"DriftMonitor\.groups: no parameter matches 'aa'; the nearest names are: 'a'"
+    ):
         fit(Ramps(), tmp_path, DriftMonitor({"x": ["aa"]}), 1)
     module = Ramps(ensemble=2, pace=(1.0, 1.0))
     module.lone = nn.Parameter(torch.zeros(5))

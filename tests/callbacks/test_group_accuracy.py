@@ -9,7 +9,7 @@ from conftest import QUIET
 from lightning import Trainer
 
 from callbacks import GroupAccuracy, RunRecord
-from datamodules import AssociativeRecall, ModularArithmetic, StateTracking
+from datamodules import AssociativeRecall, Mixture, ModularArithmetic, StateTracking
 from datamodules.batch import IGNORE
 from datamodules.errors import UserError
 from lightning_modules.core.intervals import mean_interval, wilson_interval
@@ -54,6 +54,15 @@ def test_accuracy_of_each_test_set(tmp_path, command, split, rows):
     )
     pooled = sum(hits.values()) / sum(counts.values())
     assert record["metrics"][f"{split}/accuracy"] == pytest.approx(pooled, rel=1e-4)
+
+
+def test_a_mixture_has_the_groups_of_its_held_out_task(tmp_path):
+    alone = measured(tmp_path / "alone", GroundThink(vocab_size=16, seq_len=16, **SIZES), recall())
+    inner = Mixture([StateTracking(train_len=8, test_len=8, batch_size=4), recall()], held_out=1)
+    outer = Mixture([inner, StateTracking(train_len=8, test_len=8, batch_size=4)])
+    mixed = measured(tmp_path / "mixed", GroundThink(vocab_size=16, seq_len=16, **SIZES), outer)
+    assert mixed["metrics"]["test/accuracy_16x4"] == alone["metrics"]["test/accuracy_16x4"]
+    assert mixed["hits"] == alone["hits"]
 
 
 def test_the_interval_of_a_mean_over_groups_covers_it_at_95_percent():

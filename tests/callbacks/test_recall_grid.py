@@ -234,8 +234,9 @@ def test_members_of_an_ensemble_and_a_member_that_diverged(tmp_path):
     assert {line["hits"] is None for line in lines if line["member"] == 1} == {False}
 
 
-def test_a_needle_gym_in_a_mixture(tmp_path):
-    data = Mixture([make_data(seq_len=10, needles=2), make_data()], held_out=1)
+def test_a_needle_gym_in_a_mixture_of_mixtures(tmp_path):
+    inner = Mixture([make_data(seq_len=10, needles=2), make_data()], held_out=1)
+    data = Mixture([inner, make_data()], held_out=1)
     record = run(tmp_path, GroundThink(**SIZES), RecallGrid(rows=2), data)
     assert "validation/recall_mqar_n2_t160" in record["metrics"]  # the first one, at 16 times its length
 

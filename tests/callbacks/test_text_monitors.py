@@ -173,7 +173,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match="TextMonitor: generation runs one position at a time, without the hook"):
         fit(tmp_path, TextMonitor(length=8), noise, module=module)
     assert module.global_step == 0  # not at the first measure
-    with pytest.raises(UserError, match="No parameter matches"):
+    with pytest.raises(UserError, match="no parameter matches"):
         fit(tmp_path, ratio(["*.nothing"]))
     with pytest.raises(UserError, match=r"TextMonitor\.prompt must be at least 1"):
         TextMonitor(prompt=0)

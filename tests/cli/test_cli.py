@@ -84,6 +84,10 @@ WRONG_YAML = {
         {"trainer": {"callbacks+": [{"class_path": "CliWatcher", "init_args": {"every_steps": 1}}]}},
         "CliWatcher has no argument 'every_steps' (trainer.callbacks.every_steps); did you mean 'every_n_steps'?",
     ),
+    "value of a callback": (
+        {"trainer": {"callbacks+": [{"class_path": "CliWatcher", "init_args": {"every_n_steps": "x"}}]}},
+        "trainer.callbacks: CliWatcher.every_n_steps: expected int, got 'x'",
+    ),
 }
 
 
@@ -91,6 +95,11 @@ WRONG_YAML = {
 def test_a_typo_in_yaml_is_found_at_any_depth(refused, run, case):
     content, said = WRONG_YAML[case]
     assert said in refused("fit", "--config", overlay(content))
+
+
+def test_an_overlay_alone_lacks_its_class(refused):
+    overlay({"model": {"init_args": {"width": 3}}}, "base.yaml")
+    assert "model.width: no config names a class for 'model'" in refused("fit")
 
 
 UNREADABLE = {

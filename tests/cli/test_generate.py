@@ -118,7 +118,7 @@ def test_bytes_are_printed_as_whole_characters(generate):
 
 def test_a_member_of_an_ensemble(generate, refused):
     assert "holds 2 members, and generate takes one: add --member" in refused("--prompt", "the ", run="pair")
-    assert "member must be at most 1, not 2" in refused("--prompt", "the ", "--member", "2", run="pair")
+    assert "--member must be at most 1, not 2" in refused("--prompt", "the ", "--member", "2", run="pair")
     member = str(next(iter(sorted(Path("pair/members").glob("*.ckpt")))))
     assert "holds no config of a run: name it with --config" in refused("--prompt", "the ", "--ckpt_path", member)
     out = generate("--prompt", "the ", "--ckpt_path", member, "--config", "char.yaml")
@@ -132,7 +132,7 @@ def test_mistakes_end_in_one_sentence(refused):
     assert "the vocabulary of the model lacks 'T' 'z': leave out" in refused("--prompt", "The zoo")
     assert "--prompt is empty" in refused("--prompt", "")
     assert "--prompt is no text in UTF-8" in refused("--prompt", "a\udcff", run="byte")
-    assert "generate.max_new_tokens must be at least 1, not 0" in refused("--prompt", "the", "--max_new_tokens", "0")
+    assert "--max_new_tokens must be at least 1, not 0" in refused("--prompt", "the", "--max_new_tokens", "0")
     assert "--temperature must be at least 0" in refused("--prompt", "the", "--temperature", "-1")
     assert "--top_k must be at least 1" in refused("--prompt", "the", "--top_k", "0")
     assert "--seed must be an integer from 0" in refused("--prompt", "the", "--seed", "-1")

@@ -38,6 +38,13 @@ def test_a_barebones_run_trains_and_writes_its_record_alone(run):
     assert [*record["seconds"]] == ["fit"]
 
 
+def test_a_run_without_a_logger_leaves_out_what_logs(run):
+    with pytest.warns(UserWarning, match="trainer.logger false turns off .* are left out: LearningRateMonitor$"):
+        done = run("fit", "--trainer.logger", "false")
+    assert {"CliWatcher", "ModelCheckpoint"} <= {type(callback).__name__ for callback in done.trainer.callbacks}
+    assert json.loads((done.run_dir / "results.json").read_text())["status"] == "finished"
+
+
 @pytest.mark.parametrize(
     ("command", "option", "said"),
     [

@@ -84,6 +84,7 @@ add_values("mod", "model.heads", "model.heads must", "0", "3")
 add_values("mod", "model.mlp_width", "model.mlp_width must be", "0", "-5")
 add_values("mod", "model.vocab_size", "model.vocab_size", "0", "3", str(10**18))
 add_values("mod", "model.seq_len", "model.seq_len", "0", "2")
+add_values("mod", "model.orthogonality", "model.orthogonality: expected keys, such as {weight: 0.1}, got '0.1'", "0.1")
 add_values("mod", "model.ensemble", "model.ensemble must be", "0", str(10**9))
 add_values("mod", "model.seed", "model.seed must be", "-1", str(2**64))
 add_values("mod", "model.optimizer.lr", "lr must be", ".inf", "0")
@@ -119,6 +120,8 @@ add_values("qa", "model.config.num_attention_heads", "model.config makes no mode
 add_values("qa", "model.config.vocab_size", "model.config.vocab_size must be at least 300", "5")
 add_values("qa", "model.config.hiden_size", "llama has no 'hiden_size'; the nearest names are: hidden_size", "16")
 add_values("tel", "model.objectives", "model.objectives", "{lm: -1}", "{lm: .nan}", "{lm: .inf}", "{lm: 0}")
+add_values("tel", "model.reproduce_flaws", "did you mean 'missing_bos'?", "[key_scale, missing_bs]", "missing_bs")
+add_values("tel", "model.objectives", "got 'lm'", "lm")
 add_values("tel", "model.bridge.span", "model.bridge.span must be at least 1", "0", "-3")
 add_values("tel", "model.bridge.heads", "model.bridge.heads must be at least 1", "0", "-2")
 add_values("tel", "model.bridge.width", "model.bridge.width must be", "0", "-4", str(10**9))
@@ -256,15 +259,15 @@ CALLBACKS = {
     "infinite peak": ("Throughput", "peak_flops: .inf", "`peak_flops` must be positive"),
     "mode": ("EarlyStopping", "monitor: validation/loss, mode: up", "EarlyStopping: `mode` can be min, max"),
     "no monitor": ("ModelCheckpoint", "save_top_k: 3", "ModelCheckpoint"),
-    "dirpath": ("ModelCheckpoint", "dirpath: mod.json/x", "trainer.callbacks.dirpath: cannot make the folder"),
+    "dirpath": ("ModelCheckpoint", "dirpath: mod.json/x", "trainer.callbacks[0].dirpath: cannot make the folder"),
     "dirpath address": ("ModelCheckpoint", "dirpath: 's3://x/y'", "s3://x/y is an address"),
     "decay below 0": ("EMAWeightAveraging", "decay: -1", "Invalid decay"),
-    "decay NaN": ("EMAWeightAveraging", "decay: .nan", "trainer.callbacks.decay must be a number, not nan"),
+    "decay NaN": ("EMAWeightAveraging", "decay: .nan", "trainer.callbacks[0].decay must be a number, not nan"),
     "duration": ("Timer", "duration: foo", "is not a valid duration"),
     "finder": ("LearningRateFinder", "", "learning rate finder"),
     "finetuning": ("BackboneFinetuning", "", "no attribute 'backbone'"),
     "no samples": ("QuickEval", "", "QuickEval needs `sample_eval(batch)`"),
-    "no site": ("DiversityMonitor", "site: nope", "No module matches 'nope'"),
+    "no site": ("DiversityMonitor", "site: nope", "DiversityMonitor.site: no module matches 'nope'"),
     "freeze all": ("ParameterFreeze", "parameters: ['*']", "leaves nothing to train"),
     "freeze none": ("ParameterFreeze", "parameters: []", "names no parameter"),
     "freeze before 0": ("ParameterFreeze", "parameters: ['*'], at_step: -1", "at_step must be at least 0"),
@@ -277,7 +280,7 @@ CALLBACKS = {
     "stage": ("ActivationNoise", f"{SITE}, strength: 1, during: [train]", "expected one of fit, validate"),
     "seed": ("ActivationNoise", f"{SITE}, strength: 1, seed: -1", "`seed` must be an integer from 0"),
     "no group": ("DriftMonitor", "groups: {}", "DriftMonitor needs at least one group"),
-    "empty group": ("DriftMonitor", "groups: {q: ['nope']}", "No parameter matches 'nope'"),
+    "empty group": ("DriftMonitor", "groups: {q: ['nope']}", "DriftMonitor.groups: no parameter matches 'nope'"),
     "infinite eps": ("DriftMonitor", f"{GROUPS}, eps: .inf", "`eps` must be positive"),
     "infinite level": ("StabilityMonitor", "reached: .inf", "StabilityMonitor.reached must be a finite number"),
     "settle": ("StabilityMonitor", "settle: -1", "StabilityMonitor.settle must be at least 0"),

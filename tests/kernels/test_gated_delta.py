@@ -1,5 +1,7 @@
 """The reference of the gated delta rule: the definition, its other forms, gradients, causality, and what it refuses."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -151,6 +153,7 @@ def test_types():
         ({"cu_seqlens": torch.tensor([0, 40])}, "cu_seqlens needs a batch of one"),
         ({"cu_seqlens": torch.tensor([0.0, 40.0])}, "cu_seqlens must be integers"),
         ({"cu_seqlens": torch.tensor([0, 9, 8, 40]), "B": 1}, "cu_seqlens must rise from 0 to at most 40"),
+        ({"scale": math.nan}, "scale must be a finite number, not nan"),
         ({"backend": "cuda"}, "backend must be one of reference, triton, not cuda"),
         ({"backend": "triton"}, "computes in fp32"),
         ({"backend": "triton", "dtype": torch.float32}, "needs tensors on a GPU, not on cpu"),

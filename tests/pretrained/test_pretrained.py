@@ -175,7 +175,12 @@ def change_config(folder: Path, **fields: object) -> None:
         (cut_weights, "cannot load a model from '.*copy': "),
         (lambda f: change_config(f, num_hidden_layers=8), "do not fit its config: 36 parameters are missing"),
         (lambda f: change_config(f, hidden_size=48), "do not fit its config: .* of another shape, first model.embed"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot load a model configuration from"),
+        (
+            lambda f: (f / "config.json").write_text("{"),
+            "from '.*copy': config.json is damaged, it is not",
+        ),
+        (lambda f: (f / "generation_config.json").write_text("[]"), "from '.*copy': generation_config.json is damaged"),
+        (lambda f: change_config(f, hidden_size="x"), "Validation error for field 'hidden_size': TypeError: Field"),
     ],
 )
 def test_a_damaged_folder(copy, damage, reason, capfd):
@@ -186,9 +191,12 @@ def test_a_damaged_folder(copy, damage, reason, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_damaged_tokenizer(copy):
-    (copy / "tokenizer.json").write_text("not json")
-    with pytest.raises(ValueError, match="cannot load a tokenizer from"):
+@pytest.mark.parametrize(
+    ("content", "reason"), [("not json", "tokenizer.json is damaged"), ("{}", "KeyError 'added_tokens'")]
+)
+def test_a_damaged_tokenizer(copy, content, reason):
+    (copy / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=f"cannot load a tokenizer from '.*copy': {reason}"):
         Pretrained(str(copy)).load_tokenizer()
 
 

@@ -82,11 +82,13 @@ def test_an_argument_of_a_callback_is_set_by_its_name(study):
     Path("clamp.yaml").write_text(
         "trainer: {callbacks+: {class_path: ActivationClamp, init_args: {site: x, mode: naive, reference: none}}}"
     )
-    arms = {"control": {}, "naive": {"configs": ["clamp.yaml"], "set": {"clamp.reference": "{arms.control.reference}"}}}
+    Path("reference.yaml").write_text("trainer: {callbacks+: {class_path: ActivationReference, init_args: {site: x}}}")
+    clamped = {"configs": ["clamp.yaml"], "set": {"clamp.reference": "{arms.control.reference}"}}
+    arms = {"control": {"configs": ["reference.yaml"]}, "naive": clamped}
     control, naive = study(arms=arms, claims={}, seeds=1).runs
     *kept, clamp = yaml.safe_load(naive.config)["trainer"]["callbacks"]
     assert clamp["init_args"]["reference"] == str(control.folder / "reference.safetensors")
-    assert kept == yaml.safe_load(control.config)["trainer"]["callbacks"]
+    assert kept == yaml.safe_load(control.config)["trainer"]["callbacks"][:-1]
     assert naive.wave == 1
 
 
@@ -174,7 +176,22 @@ def test_sweeps_are_written_out(study):
         ({"arms": {"a": {"set": {"clamp.reference": "x"}}}}, "the callbacks are QuickEval, DiversityMonitor"),
         ({"arms": {"a": {"set": {"throughput.every": 3}}}}, "Throughput has no argument 'every'"),
         ({"arms": {"a": {"sweep": {"data.batch_size": []}}}}, "arms.a.sweep: data.batch_size has no values"),
+        ({"arms": {"a": {"set": {"seed_everything": 3}}}}, "arms.a: set.seed_everything has no effect, because seeds"),
+        ({"set": {"trainer.default_root_dir": "x"}, "arms": {"a": {}}}, "set.trainer.default_root_dir has no effect"),
+        (
+            {"arms": {"a": {"command": "test"}, "b": {"set": {"ckpt_path": "{arms.a.checkpoint}"}}}},
+            "arms.b: {arms.a.checkpoint}: a run of arms.a does not train",
+        ),
+        (
+            {"arms": {"a": {}, "b": {"set": {"ckpt_path": "{arms.a.reference}"}}}},
+            "arms.b: {arms.a.reference}: arms.a needs the callback ActivationReference",
+        ),
         ({"arms": {1: {}}}, "arms.1: use letters"),
+        ({"arms": {"a": {"set": {5: 8}}}}, "there is no key '5'"),
+        ({"arms": {"a": {}, "b": {"command": "train"}}}, "in the study's arms.b"),
+        ({"arms": {"a": "overlay.yaml"}}, "arms.a: expected keys, such as"),
+        ({"measures": None}, "no value for measures\n"),
+        ({"measures": ["test/loss", "test/loss"]}, "measures: each only once"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"measure": ["x"]}, "did you mean 'measures'"),
         ({"claims": {"one": "control >> 2"}}, "claims.one: expected a number, not >"),
@@ -191,6 +208,13 @@ def test_a_mistake_is_one_sentence_before_anything_runs(workplace, capsys, keys,
     assert error.startswith("error: ")
     assert "Traceback" not in error
     assert not Path("runs").exists()
+
+
+def test_a_key_without_a_value_has_its_default(study):
+    empty = dict.fromkeys(["configs", "set", "sweep", "command"])
+    made = study(set=None, seeds=None, claims=None, curves=None, arms={"control": empty})
+    assert (made.claims, made.curves) == ([], [])
+    assert [(run.name, run.command) for run in made.runs] == [("control, seed 0", "fit")]
 
 
 @pytest.mark.parametrize(

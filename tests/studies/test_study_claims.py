@@ -111,7 +111,7 @@ def test_an_interval_that_ends_on_the_bound_knows_open_from_closed():
 
 def test_without_runs_nothing_is_decided():
     judged = weigh("difference(control, naive) > 0", control=series(1.0, 2.0))
-    assert (judged.verdict, judged.note) == ("undecided", "no finished run of naive")
+    assert (judged.verdict, judged.note) == ("undecided", "no finished run of naive has test/accuracy")
     assert math.isnan(judged.estimate.value)
 
 

@@ -1,5 +1,6 @@
 """`study` from end to end, on runs of a second that share one interpreter: report, failure, options."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from conftest import ROOT
 from tiny_study import FOLDER, STUDY, AtOnce, Ended, in_this_interpreter, reports, write_study
 
 import main as cli
-from studies.engine import ledger
+from studies.engine import ledger, report
 
 
 @pytest.fixture
@@ -69,6 +70,22 @@ def test_a_study_ends_in_a_report_and_is_not_run_twice(study):
     assert reports() == first
 
 
+def test_two_calls_do_not_write_the_report_at_once(study, monkeypatch):
+    def write(made):
+        with open(made.folder / "report.lock") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return "written alone"
+
+    monkeypatch.setattr(report, "write", write)
+    assert "written alone" in study("--report-only")
+
+
+def test_a_measure_or_a_curve_that_no_run_has(study):
+    assert "no curve of validation/nope, because no finished run" in study(curves=["validation/nope"])
+    shown = study(measures=["test/loss", "test/acuracy"], claims={}, exit_code=2)
+    assert "no finished run has 'test/acuracy'; did you mean 'test/accuracy'?" in shown
+
+
 def test_a_failing_arm_leaves_the_others_and_a_bad_exit_code(study):
     # The site is looked for when the run begins, so that the config by itself is right
     clamp = {"class_path": "ActivationClamp", "init_args": {"site": "nowhere", "mode": "zero"}}
@@ -82,7 +99,7 @@ def test_a_failing_arm_leaves_the_others_and_a_bad_exit_code(study):
     assert "2 of 3 runs failed: broken, seed 0, dependent, seed 0" in shown
     data = json.loads(reports()[0])
     assert data["finished"] == 1
-    assert [row["note"] for row in data["claims"]][1] == "no finished run of broken"
+    assert [row["note"] for row in data["claims"]][1] == "no finished run of broken has test/loss"
     assert data["arms"]["control"]["values"]["test/loss"]
 
 
@@ -155,6 +172,7 @@ def test_help_reads_well(workplace, capsys):
         (["question.yaml", "--jobs", "-1"], "--jobs -1: it must be at least 0"),
         (["question.yaml", "--hours", "0"], "--hours 0.0: it must be at least 0.0167"),
         (["question.yaml", "--executor", "slrum"], "slrum"),
+        (["question.yaml", "--partition", "gpu"], "--partition has no effect here: add --executor slurm"),
         (["question.yaml", "--partitoin", "gpu"], "there is no option --partitoin; did you mean '--partition'?"),
         (["question.yaml", "--setup", "[a, 1]"], "argument --setup: [a, 1] is not a list of shell lines"),
         (["question.yaml", "twice.yaml"], "there is no use for the argument twice.yaml"),

@@ -140,6 +140,17 @@ def test_effect_size_is_hedges():
     assert effect_size(series([1.0, 1.0]), series([2.0, 2.0])) is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_rounding_is_no_variation():
+    x, y = series([0.3, 0.4]), series([0.1, 0.2])  # the differences are 0.2 and, by rounding, 0.19999999999999998
+    assert p_value(x, y) is None
+    assert effect_size(series([0.3, 0.1 + 0.2]), series([0.5, 0.5])) is None
+    apart = series([0.0, 0.0], first=5)
+    found = difference(series([1.0, 1.0, 1.0]), apart)
+    assert (found.value, found.low, found.high, found.note) == (1.0, 1.0, 1.0, "seeds are not paired")
+    assert p_value(series([1.0, 1.0, 1.0]), apart) is None
+
+
 def test_a_proportions_interval_stays_between_zero_and_one():
     found = mean({seed: proportion(hits, 100) for seed, hits in enumerate((98, 99, 100))})
     assert 0.95 < found.low < found.high == 1.0

@@ -127,7 +127,20 @@ def test_mistakes_end_in_one_sentence(place, capsys):
     assert "--ckpt_path: cut.safetensors cannot be read" in fails([*generate, "cut.safetensors"], capsys)
     other = "assets/pair/source/model.safetensors"
     assert "was not written by `python main.py export`" in fails([*generate, other], capsys)
-    assert "no.safetensors cannot be read" in fails([*generate, "no.safetensors"], capsys)
+    assert "no file bridg.safetensors; did you mean bridge.safetensors?" in fails(
+        [*generate, "bridg.safetensors"], capsys
+    )
+    Path("folder.safetensors").mkdir()
+    assert "folder.safetensors is a folder" in fails([*generate, "folder.safetensors"], capsys)
+    export = ["export", "--ckpt_path", CKPT, "--output"]
+    assert "--output: folder.safetensors is a folder" in fails([*export, "folder.safetensors"], capsys)
+    assert "--output: s3://x/b.safetensors is an address" in fails([*export, "s3://x/b.safetensors"], capsys)
+    assert "--output: '~/nowhere/b.safetensors' is not expanded" in fails([*export, "~/nowhere/b.safetensors"], capsys)
+    assert "--output: the path is empty" in fails([*export, ""], capsys)
+    assert "--ckpt_path: expected the path of a checkpoint" in fails(["export", "--ckpt_path", ""], capsys)
+    hot = [*generate, "bridge.safetensors", "--temperature", "1"]
+    assert "--temperature: Telepathy takes the most likely token: leave it out" in fails(hot, capsys)
+    assert "--prompt is empty" in fails(["generate", "--ckpt_path", "bridge.safetensors", "--prompt", " "], capsys)
     assert "--output: x.bin must end in .safetensors" in fails(
         ["export", "--ckpt_path", CKPT, "--output", "x.bin"], capsys
     )
