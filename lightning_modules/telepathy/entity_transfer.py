@@ -62,8 +62,8 @@ def add_category_transfer(results: list[ProblemResult], draw: Draw, measures: Me
     bridge that gives one object to every question has s = s0.
 
     The measures are `category_share` (s), `category_chance` (s0) and `category_transfer`. The interval of the last is
-    the Wilson interval of s, with s0 held fixed. They are absent if no output has a wrong object, or if no other
-    question has a wrong object to compare with.
+    the Wilson interval of s, with s0 held fixed. A problem counts if other questions give a wrong object to compare
+    with. The measures are absent if no problem counts, and `category_transfer` is also absent if s0 is 1.
     """
     wrong = {i: word for i, r in enumerate(results) if (word := r.problem.wrong_object(r.answers["bridge"].text))}
     written, of_question = Counter(wrong.values()), dict[int, Counter[str]]()
