@@ -13,7 +13,6 @@ from lightning import Trainer
 
 from datamodules import WordProblems
 from datamodules.problem_parts import OBJECTS
-from datamodules.problem_parts import OBJECTS
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy import TokenBridge, controls
@@ -189,22 +188,6 @@ def test_measures_do_not_depend_on_the_batches(examine):
         for name, value in expected.items():
             if not name.endswith("_ms"):
                 assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
-
-
-def test_the_category_of_wrong_objects_does_not_depend_on_the_batches_or_the_order(examine, monkeypatch):
-    def answers(target, rows, *of_others) -> list[Answer]:
-        return [Answer(OBJECTS[sum(row.answer) % 40], False) for row in rows]
-
-    monkeypatch.setattr(Target, "answers", answers)
-    problems = [generate(0, "test", index) for index in range(40)]
-    found = []
-    for batch_size, order in ((40, 1), (7, -1), (1, 1)):
-        values, counts = examine(problems[::order], batch_size)
-        assert counts["test/category_share"] == counts["test/category_transfer"] > 30
-        found.append([values[f"category_{name}"] for name in ("share", "chance", "transfer")])
-    assert found[1] == found[2] == pytest.approx(found[0])
-    assert 0 < found[0][0] < 1
-    assert 0 < found[0][1] < 1
 
 
 def test_the_category_of_wrong_objects_does_not_depend_on_the_batches_or_the_order(examine, monkeypatch):
