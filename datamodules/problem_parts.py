@@ -1,4 +1,4 @@
-"""Parts of generated word problems: names, objects, numbers, and the template type."""
+"""Parts of generated word problems: names, objects with their categories, numbers, and the template type."""
 
 import operator
 from collections.abc import Callable
@@ -18,19 +18,33 @@ Maria Martha Mateo Maya Milan Mira Nadia Naomi Nina Noah Nora Oleg Olga Omar Osc
 Robin Rosa Ruth Sam Sara Sofia Tara Tariq Thomas Tom Uma Vera Victor Walter Wendy Xavier Yara Yusuf Zara Zoe
 """
 
-_OBJECTS = """
-acorns apples arrows badges bags balloons bananas baskets beads bells belts berries blankets boats bolts books
-bottles bowls boxes bricks brushes buckets buttons cakes candles caps cards carrots chairs cherries clips clocks
-coats coins combs cones cookies corks crayons cups daisies dolls doors drums eggs envelopes erasers feathers figs
-flags flowers forks frames gems glasses gloves grapes hammers hats hooks jars jewels keys kites knives ladders lamps
-leaves lemons letters lilies magnets maps marbles masks melons mirrors mugs nails necklaces needles notebooks nuts
-onions oranges paddles paints peaches pears pebbles pencils pens photos pies pillows pins plants plates plums
-postcards potatoes puzzles ribbons rings rocks ropes roses rulers scarves seeds shells shirts shoes sketches socks
-spoons stamps stickers stones straws tickets tiles towels toys trays tulips vases wheels whistles
-"""
+CATEGORIES = {  # of objects
+    "food": """
+        apples bananas berries cakes carrots cherries cookies eggs figs grapes lemons melons nuts onions oranges peaches
+        pears pies plums potatoes
+    """,
+    "nature": """
+        acorns daisies feathers flowers leaves lilies pebbles plants rocks roses seeds shells stones tulips
+    """,
+    "clothing": "belts buttons caps coats gloves hats masks scarves shirts shoes socks",
+    "jewellery": "beads coins gems jewels necklaces rings",
+    "containers": "bags baskets bottles boxes buckets envelopes jars trays vases",
+    "tableware": "bowls cups forks glasses knives mugs plates spoons",
+    "stationery": """
+        books brushes cards clips crayons erasers letters maps notebooks paints pencils pens photos postcards rulers
+        sketches stamps stickers tickets
+    """,
+    "hardware": "bolts bricks hammers hooks ladders magnets nails ropes tiles wheels",
+    "toys": "arrows balloons bells boats dolls drums flags kites marbles paddles puzzles toys whistles",
+    "household": """
+        badges blankets candles chairs clocks combs cones corks doors frames keys lamps mirrors needles pillows pins
+        ribbons straws towels
+    """,
+}
 
 NAMES = tuple(_NAMES.split())
-OBJECTS = tuple(_OBJECTS.split())
+CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word in words.split()}
+OBJECTS = tuple(sorted(CATEGORY_OF))  # the order is part of the draw of the problems
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from zlib import crc32
 
 from datamodules.answers import GSM8K, final_answer, reference_answer
 from datamodules.numerals import numbers_in
-from datamodules.problem_parts import NAMES, OBJECTS, Numbers, Template
+from datamodules.problem_parts import CATEGORY_OF, NAMES, OBJECTS, Numbers, Template
 from datamodules.problem_templates import STEP_SHARES
 
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -17,6 +17,11 @@ _WORD = re.compile(r"[^\W\d_]+|\d+")  # of generated texts, whose numbers are wh
 def words_and_numbers(text: str) -> set[str]:
     """Return the words of a text, and its numbers in their plain form (see `numerals`)."""
     return {*_LETTERS.findall(text), *numbers_in(text)}
+
+
+def objects_in(text: str) -> list[str]:
+    """Return the objects of generated problems that a text names, as whole words, in the order of their first use."""
+    return [word for word in dict.fromkeys(_LETTERS.findall(text)) if word in CATEGORY_OF]
 
 
 @dataclass
@@ -51,6 +56,23 @@ class Problem:
         """
         found = words_and_numbers(output)
         return {kind: [_occurs(entity, found) for entity in entities] for kind, entities in self.entities.items()}
+
+    @property
+    def category(self) -> str | None:
+        """The category of the answer's object, such as `food`; None if the answer has no object with a category."""
+        categories = [CATEGORY_OF[word] for word in self.entities.get("object", ()) if word in CATEGORY_OF]
+        return categories[0] if categories else None
+
+    def wrong_object(self, output: str) -> str | None:
+        """Return the object that `output` has in the place of the right one.
+
+        It is the first object that the question does not name. None if `output` names the right object, or no other
+        object, or if the answer has no object with a category.
+        """
+        named, known = objects_in(output), objects_in(self.question)
+        if self.category is None or any(word in named for word in self.entities["object"]):
+            return None
+        return next((word for word in named if word not in known), None)
 
 
 def _occurs(entity: str, found: set[str]) -> bool:

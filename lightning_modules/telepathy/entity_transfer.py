@@ -1,13 +1,17 @@
-"""Which names, objects and numbers of the answers arrive, beyond those that any answer would have.
+"""Which names, objects and numbers of the answers arrive, and of which category wrong objects are, beyond chance.
 
 Shapes: B problems.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
+from datamodules.problem_parts import CATEGORY_OF
+from datamodules.problems import objects_in
+from lightning_modules.core.intervals import wilson_interval
 from lightning_modules.telepathy.draw import Draw
 from lightning_modules.telepathy.results import Array, Indices, Measures, ProblemResult, bootstrap
 
@@ -47,6 +51,43 @@ def add_entity_transfer(results: list[ProblemResult], draw: Draw, measures: Meas
         measures.add(f"entity_recall{suffix}", found_B2[:, 0].sum() / entities, answers)
         measures.add(f"entity_chance{suffix}", chance[kind][:, 0].sum() / entities, answers)
         measures.add(f"entity_transfer{suffix}", e_star(np.arange(count)), answers, bootstrap(count, e_star))
+
+
+def add_category_transfer(results: list[ProblemResult], draw: Draw, measures: Measures) -> None:
+    """Add (s - s0) / (1 - s0), where s is the share of wrong objects that are of the right object's category.
+
+    `Problem.wrong_object` says what a wrong object is. s0 is the chance level: the mean over these problems of the same
+    share among the wrong objects in the outputs for other questions. An object that the problem's own question names is
+    not among them, since it would not be a wrong object here. So s0 follows how often each object is written, and a
+    bridge that gives one object to every question has s = s0.
+
+    The measures are `category_share` (s), `category_chance` (s0) and `category_transfer`. The interval of the last is
+    the Wilson interval of s, with s0 held fixed. A problem counts if other questions give a wrong object to compare
+    with. The measures are absent if no problem counts, and `category_transfer` is also absent if s0 is 1.
+    """
+    wrong = {i: word for i, r in enumerate(results) if (word := r.problem.wrong_object(r.answers["bridge"].text))}
+    written, of_question = Counter(wrong.values()), dict[int, Counter[str]]()
+    for i, word in wrong.items():
+        of_question.setdefault(int(draw.place_B[i]), Counter())[word] += 1
+    hits: list[bool] = []
+    chances: list[float] = []
+    for i, word in wrong.items():
+        problem = results[i].problem
+        others = written - of_question[int(draw.place_B[i])]
+        for known in objects_in(problem.question):
+            del others[known]
+        if others:
+            same = sum(times for other, times in others.items() if CATEGORY_OF[other] == problem.category)
+            hits.append(CATEGORY_OF[word] == problem.category)
+            chances.append(same / others.total())
+    if not hits:
+        return
+    share, chance = sum(hits) / len(hits), sum(chances) / len(chances)
+    measures.add_proportion("category_share", hits)
+    measures.add("category_chance", chance, len(hits))
+    if chance < 1:
+        value, low, high = ((s - chance) / (1 - chance) for s in (share, *wilson_interval(sum(hits), len(hits))))
+        measures.add("category_transfer", value, len(hits), (low, high))
 
 
 def _chance_corrected(found_B2: Array, chance_B2: Array, indices: Indices) -> float:

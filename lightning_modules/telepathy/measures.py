@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from datamodules.problem_parts import CATEGORY_OF
 from datamodules.problems import Problem
 from lightning_modules.core.diversity import (
     between_input_variance,
@@ -20,7 +21,7 @@ from lightning_modules.core.diversity import (
 )
 from lightning_modules.telepathy.code_use import perplexity
 from lightning_modules.telepathy.draw import Draw
-from lightning_modules.telepathy.entity_transfer import add_entity_transfer
+from lightning_modules.telepathy.entity_transfer import add_category_transfer, add_entity_transfer
 from lightning_modules.telepathy.results import CONDITIONS, Array, Measures, ProblemResult, bootstrap
 
 TIE = 1e-3  # nats: candidates closer than this are equal, for rounding depends on the rows beside
@@ -43,7 +44,8 @@ def measure(results: list[ProblemResult]) -> Measures:
     - `bridge_gain`: ce_none - ce_bridge; `source_specificity`: ce_shuffled - ce_bridge; `recovery`: bridge_gain /
       (ce_none - ce_text).
     - `code_perplexity`: exp of the entropy of the codes of all soft tokens, with a bottleneck.
-    - The measures that `add_entity_transfer`, `add_retrieval`, `add_twin_consistency` and `add_spread` add.
+    - The measures that `add_entity_transfer`, `add_category_transfer`, `add_retrieval`, `add_twin_consistency` and
+      `add_spread` add.
 
     A ratio to a number near 0 says nothing, and is absent. `relative_accuracy` is absent where the 95 % interval of its
     denominator reaches below 5 % of the problems. `recovery` is absent where that of ce_none - ce_text reaches below
@@ -77,6 +79,7 @@ def measure(results: list[ProblemResult]) -> Measures:
 
     draw = Draw([result.problem for result in results])
     add_entity_transfer(results, draw, measures)
+    add_category_transfer(results, draw, measures)
     add_retrieval(results, measures)
     add_twin_consistency(results, right["bridge"], measures)
     add_spread(results, measures)
@@ -115,9 +118,14 @@ def _add_losses(results: list[ProblemResult], measures: Measures) -> dict[str, b
 
 
 def scores(problem: Problem, output: str) -> dict[str, float]:
-    """Return the accuracy of one answer, and for each type of entities the share that the answer has."""
+    """Return the accuracy of one answer, and for each type of entities the share that the answer has.
+
+    If the answer has a wrong object, `category_share` is 1 for an object of the right one's category, else 0.
+    """
     found = {kind: hits for kind, hits in problem.entity_hits(output).items() if hits}
     shares = {f"entity_{kind}": sum(hits) / len(hits) for kind, hits in found.items()}
+    if word := problem.wrong_object(output):
+        shares["category_share"] = float(CATEGORY_OF[word] == problem.category)
     return {"accuracy": float(problem.is_correct(output)), **shares}
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from datamodules.answers import final_answer
-from datamodules.problem_parts import NAMES, OBJECTS
+from datamodules.problem_parts import CATEGORIES, NAMES, OBJECTS
 from datamodules.problem_templates import STEP_SHARES
 from datamodules.problems import (
     Problem,
@@ -70,6 +70,12 @@ def test_vocabulary_is_wide():
     for words in (NAMES, OBJECTS):
         assert len(set(words)) == len(words) >= 100
     assert len(STEPS) == 19
+
+
+def test_each_object_has_one_category():
+    words = [word for of_category in CATEGORIES.values() for word in of_category.split()]
+    assert sorted(words) == list(OBJECTS)
+    assert all(len(of_category.split()) > 5 for of_category in CATEGORIES.values())
 
 
 def test_no_final_answer_dominates(train):
@@ -154,6 +160,15 @@ def test_entity_hits_need_whole_words():
     problem = Problem("", "#### 1", {"name": ("Ann",), "object": ("cups",), "number": ("12",)})
     assert problem.entity_hits("Anna has 120 teacups.") == {"name": [False], "object": [False], "number": [False]}
     assert problem.entity_hits("Ann: <<12+1=13>> cups") == {"name": [True], "object": [True], "number": [True]}
+
+
+def test_a_wrong_object_stands_in_the_place_of_the_right_one():
+    problem = Problem("Ann has 12 cups, 3 beads", "#### 1", {"object": ("cups",)})
+    assert problem.category == "tableware"
+    assert problem.wrong_object("Ann has 12 teacups, beads, hats and pears.") == "hats"
+    assert problem.wrong_object("Ann has hats and cups.") is problem.wrong_object("beads") is None
+    assert Problem("", "#### 1").wrong_object("hats") is Problem("", "#### 1").category is None
+    assert Problem("", "#### 1", {"object": ("teacups",)}).wrong_object("hats") is None
 
 
 def test_entities_are_compared_by_value():

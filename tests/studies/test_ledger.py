@@ -55,8 +55,14 @@ def test_the_last_verdict_is_this_machines_or_else_the_kept_one(tmp_path, monkey
     line = next(line for line in shown.splitlines() if entry.id in line)
     assert entry.claim in line
     assert "refuted" in line
-    assert "not tested" in shown.splitlines()[-1]
+    assert "not run" in shown.splitlines()[-1]
     assert "000-01" not in shown
+
+
+def test_a_claim_without_a_study_is_not_tested(monkeypatch):
+    entries = [ledger.LedgerEntry("000-01", "x", "y", "-"), ledger.LedgerEntry("000-02", "x", "y", "-")]
+    monkeypatch.setattr(ledger, "read", lambda: entries)
+    assert ledger.table().splitlines()[-1] == "2 claims: 2 not tested"
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ from conftest import QUIET
 from lightning import Trainer
 
 from datamodules import WordProblems
+from datamodules.problem_parts import OBJECTS
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy import TokenBridge, controls
 from lightning_modules.telepathy.draw import DRAWN, GROUP, Draw
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.results import ProblemResult
+from lightning_modules.telepathy.target import Target
 
 LENGTHS = (2, 3, 5)
 REPEATED = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]  # 9 different questions: one group of 8, and one outside
@@ -186,6 +188,22 @@ def test_measures_do_not_depend_on_the_batches(examine):
         for name, value in expected.items():
             if not name.endswith("_ms"):
                 assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def test_the_category_of_wrong_objects_does_not_depend_on_the_batches_or_the_order(examine, monkeypatch):
+    def answers(target, rows, *of_others) -> list[Answer]:
+        return [Answer(OBJECTS[sum(row.answer) % 40], False) for row in rows]
+
+    monkeypatch.setattr(Target, "answers", answers)
+    problems = [generate(0, "test", index) for index in range(40)]
+    found = []
+    for batch_size, order in ((40, 1), (7, -1), (1, 1)):
+        values, counts = examine(problems[::order], batch_size)
+        assert counts["test/category_share"] == counts["test/category_transfer"] > 30
+        found.append([values[f"category_{name}"] for name in ("share", "chance", "transfer")])
+    assert found[1] == found[2] == pytest.approx(found[0])
+    assert 0 < found[0][0] < 1
+    assert 0 < found[0][1] < 1
 
 
 def test_a_single_problem_has_no_measures_of_others(examine):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from datamodules.problem_parts import CATEGORY_OF, OBJECTS
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 from lightning_modules.core.diversity import distinct
 from lightning_modules.core.intervals import wilson_interval
 from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy.draw import GROUP
 from lightning_modules.telepathy.layout import Row
-from lightning_modules.telepathy.measures import FROM_TARGET, measure, stack_soft
+from lightning_modules.telepathy.measures import FROM_TARGET, measure, scores, stack_soft
 from lightning_modules.telepathy.results import Measures, ProblemResult, bootstrap
 
 FIGURES = ("loss_by_position", "soft_tokens", "soft_token_cosines")
@@ -162,6 +163,73 @@ def test_entities_are_whole_words_by_type():
 def test_texts_without_entities_have_no_entity_measures():
     names = measure(make([Problem("q", f"#### {i}") for i in range(3)], ["", "", ""])).values
     assert not any("entity" in name or "twin" in name or "retrieval" in name for name in names)
+
+
+WRONG = (  # question, the answer's object, output
+    ("Ann has apples.", "apples", "Ann has 3 pears and cups."),  # wrong: pears, of the right category
+    ("Bob has bananas.", "bananas", "cups"),  # wrong: cups, of another category
+    ("Cy has cups, but no beads.", "cups", "beads or hats"),  # wrong: hats, since the question names beads
+    ("Di has plates.", "plates", "mugs on plates"),  # names the right object
+    ("Ed has spoons.", "spoons", "mugs"),  # wrong: mugs, of the right category
+    ("Flo has forks.", "forks", "Flo has pitchforks."),  # names no object
+    ("Gus has toys.", None, "cards"),  # its answer has no object
+    ("Hal has unicorns.", "unicorns", "cards"),  # an object without a category
+)
+
+
+def wrong_objects(cases) -> list[ProblemResult]:
+    objects = [{"object": (right,)} if right else {} for _, right, _ in cases]
+    problems = [Problem(question, "#### 1", of) for (question, _, _), of in zip(cases, objects, strict=True)]
+    return make(problems, [output for _, _, output in cases])
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_category_transfer_of_a_few_answers(order):
+    measures = measure(wrong_objects(WRONG[order]))
+    # Of the objects written for others: none of 3 is food, then 1 of 3. Mugs, and not pears, for cups: cups would be
+    # right. Cups, and not pears and hats, for spoons.
+    chance = (0 + 1 / 3 + 1 / 2 + 1 / 3) / 4
+    assert measures.values["category_share"] == 1 / 2
+    assert (measures.hits["category_share"], measures.counts["category_share"]) == (2, 4)
+    assert measures.values["category_chance"] == pytest.approx(chance)
+    assert measures.values["category_transfer"] == pytest.approx((1 / 2 - chance) / (1 - chance))
+    expected = [(share - chance) / (1 - chance) for share in wilson_interval(2, 4)]
+    assert measures.intervals["category_transfer"] == pytest.approx(expected)
+    shares = [
+        scores(result.problem, result.answers["bridge"].text).get("category_share") for result in wrong_objects(WRONG)
+    ]
+    assert shares == [1, 0, 0, None, 1, None, None, None]
+
+
+def test_category_transfer_is_zero_for_one_object_and_for_chance_and_one_for_the_category(many):
+    one = measure(make(many, ["apples"] * 200)).values
+    assert 0 < one["category_share"] == pytest.approx(one["category_chance"])
+    assert one["category_transfer"] == pytest.approx(0)
+
+    drawn = np.random.default_rng(0).choice(OBJECTS, 200)
+    measures = measure(make(many, drawn.tolist()))
+    assert measures.counts["category_transfer"] > 150
+    low, high = measures.intervals["category_transfer"]
+    assert low < 0 < high < 0.1
+
+    of_category = [
+        next(w for w in OBJECTS if CATEGORY_OF[w] == p.category and w not in p.question) if p.category else ""
+        for p in many
+    ]
+    measures = measure(make(many, of_category))
+    assert measures.values["category_share"] == measures.values["category_transfer"] == 1
+    assert measures.intervals["category_transfer"][0] > 0.95
+
+
+def test_without_wrong_objects_of_two_questions_there_is_no_category_transfer(many, perfect):
+    names = {"category_share", "category_chance", "category_transfer"}
+    assert not names & perfect.values.keys()
+    assert not names & measure(make(many, [""] * 200)).values.keys()
+    assert not names & measure(wrong_objects(WRONG[:1] + WRONG[3:4])).values.keys()
+    assert not names & measure(wrong_objects(WRONG[:1] * 2)).values.keys()  # twice the same question
+    diverged = wrong_objects(WRONG)
+    diverged[0].losses["bridge"] = np.array([math.nan])
+    assert all(math.isnan(measure(diverged).values[name]) for name in names)
 
 
 def candidates(scores: np.ndarray, own: int = 0) -> Measures:
