@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from datamodules.batch import IGNORE
+from lightning_modules.core.contracts import connected
 from lightning_modules.core.graphs import GraphedStep, obstacle
 from lightning_modules.telepathy.batch import TrainingBatch
 from lightning_modules.telepathy.layout import Packing
@@ -31,6 +32,8 @@ def why_not(module: "BridgeTraining", trainer: Trainer) -> str | None:
         return "it cannot be combined with model.bottleneck, model.text_prefix or model.cache_source"
     if module.bridge.soft_tokens is None or module.bridge.samples:
         return "the bridge draws noise, or its number of soft tokens depends on the question"
+    if getattr(connected(trainer).datamodule, "max_tokens", None):
+        return "data.max_tokens makes batches of many sizes"
     if module.source.model.reads_padding:
         return "the source reads padding"
     return obstacle(trainer)

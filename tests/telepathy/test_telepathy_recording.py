@@ -16,7 +16,7 @@ PERCEIVER = partial(PerceiverBridge, soft_tokens=30, tokens_per_query=3, span=30
 @pytest.fixture
 def module(telepathy):
     made = telepathy(PERCEIVER, objectives=dict.fromkeys(RECORDED, 0.5))
-    made.trainer = type("T", (), {"world_size": 1, "accumulate_grad_batches": 1})
+    made.trainer = type("T", (), {"world_size": 1, "accumulate_grad_batches": 1, "datamodule": None})
     return made
 
 
@@ -82,6 +82,11 @@ def test_what_cannot_be_recorded_is_told(telepathy, module, options, reason):
     assert why_not(module, module.trainer) is None
     other = telepathy(**{"bridge": PERCEIVER} | options)
     assert reason in why_not(other, module.trainer)
+
+
+def test_batches_of_many_sizes_cannot_be_recorded(module):
+    module.trainer.datamodule = type("D", (), {"max_tokens": 2048})
+    assert "data.max_tokens" in why_not(module, module.trainer)
 
 
 def test_on_a_cpu_the_option_changes_nothing(telepathy, fit):
