@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from datamodules.batch import IGNORE, TokenBatch
+from datamodules.errors import UserError
 from lightning_modules.core.losses import linear_member_losses, member_losses
 from lightning_modules.core.sequence_model import Penalties, SequenceModel
 from lightning_modules.groundthink.hybrid import Hybrid
@@ -38,6 +39,19 @@ class PenalisedModel(SequenceModel):
         super().__init__(vocab_size, seq_len, **common)
         self.onsets = Onsets(penalties, self.ensemble)
         self._most_labelled: int | None = None  # of the batch of the step
+
+    def setup(self, stage: str) -> None:
+        """Check what `SequenceModel` checks, and that penalties which wait for an accuracy can begin.
+
+        Raises:
+            UserError: A penalty waits for an accuracy, and there are no validations.
+        """
+        super().setup(stage)
+        waits = [name for name, penalty in self.onsets.penalties.items() if penalty.from_accuracy is not None]
+        if stage == "fit" and waits and not self.trainer.limit_val_batches:
+            raise UserError(
+                f"model.{waits[0]}.from_accuracy: trainer.limit_val_batches is 0, and it waits for a validation"
+            )
 
     def losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the cross-entropy of each member, and the predicted tokens_SBT, with overlap_S and mean beta_S.

@@ -33,3 +33,13 @@ def longest_answer(target: Target, data: object) -> int:
     texts = [target.prompt.separator + answer for answer in data.answers()]
     longest = max(map(len, encode(target.tokenizer, texts)), default=0) + 1  # the end token
     return longest if longest > BARE else WORKED
+
+
+def check_limit(target: Target, limit: int | None) -> None:
+    """Check that an answer of so many tokens can stand behind some prompt.
+
+    Raises:
+        UserError: The model has no more positions than that.
+    """
+    if limit is not None and target.positions is not None and limit >= target.positions:
+        raise UserError(f"model.max_new_tokens must be below {target.positions}, the positions of '{target.path}'")

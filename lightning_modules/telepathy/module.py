@@ -17,6 +17,7 @@ from lightning_modules.core.contracts import Gate, OnNonfinite
 from lightning_modules.core.schedule import Schedule
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.pretrained.loading_device import loading_to
+from lightning_modules.telepathy.answer_limit import check_limit
 from lightning_modules.telepathy.batch import EvaluationBatch, TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bottleneck import BottleneckName, make_bottleneck
 from lightning_modules.telepathy.bridges import BridgeFactory
@@ -115,6 +116,7 @@ class Telepathy(BridgeTraining):
         with loading_to(torch.device("cpu")) if shard_frozen else nullcontext():
             self.source = Source(source, self.layers, prompt if source_prompt is None else source_prompt)
             self.target = Target(target, prompt, self.flaws)
+        check_limit(self.target, max_new_tokens)
         self.bridge = bridge(self.source, self.target, not notes_scale)
         self.scale, width = self.target.scale(), self.target.width
         self.normalizer = make_normalizer(normalizer, self.source.width, NOTES_SCALE if notes_scale else None)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from callbacks.activation_clamp import ActivationClamp
 from datamodules.associative_recall import AssociativeRecall
 from datamodules.batch import IGNORE
+from datamodules.errors import UserError
 from datamodules.needle_gym import NeedleGym
 from lightning_modules.core import losses
 from lightning_modules.core.graphs import GraphedStep
@@ -124,6 +125,13 @@ def test_a_penalty_waits_for_the_accuracy_of_each_member_and_does_not_end_again(
     assert [weights["key_orthogonality"] for weights in notes.weights] == [[0, 0], [0, 1], [0, 1], [1, 1]]
     assert [weights["beta_sparsity"] for weights in notes.weights] == [[0, 0], [0, 0], [0, 1], [0, 1]]
     assert module.onsets.begun() == {"key_orthogonality": [True, True], "beta_sparsity": [False, True]}
+
+
+def test_a_penalty_that_waits_for_an_accuracy_needs_validations(tmp_path):
+    module = GroundThink(**SIZES, beta_sparsity=Penalty(1.0, from_accuracy=0.5))
+    trainer = Trainer(accelerator="cpu", logger=False, max_steps=1, default_root_dir=tmp_path, limit_val_batches=0)
+    with pytest.raises(UserError, match=r"model\.beta_sparsity\.from_accuracy: trainer\.limit_val_batches is 0"):
+        trainer.fit(module, NeedleGym(needles=2, seq_len=16, vocab_size=16, batch_size=4))
 
 
 def test_validation_before_training_begins_nothing(tmp_path):

@@ -137,3 +137,10 @@ def test_the_bos_is_first_and_once_but_in_the_notes(telepathy, problems):
     for flaws in (["bos_behind"], True):
         notes, notes_text = rows(reproduce_flaws=flaws)
         assert (notes.prompt, notes.place, notes_text) == ([1], 0, text_row)
+
+
+def test_a_limit_of_answers_beyond_the_positions_of_the_target_is_told_at_once(telepathy):
+    positions = telepathy().target.positions
+    with pytest.raises(UserError, match=rf"model.max_new_tokens must be below {positions}, the positions of"):
+        telepathy(max_new_tokens=positions)
+    telepathy(max_new_tokens=positions - 1)
