@@ -53,9 +53,9 @@ def logged_step(trainer: Trainer) -> int:
 def log_losses(module: LightningModule, losses: Mapping[str, Tensor]) -> None:
     """Record the losses of a training step as `train/<name>`, each a mean over the processes of the run.
 
-    `trainer.callback_metrics` has them after every step, as tensors: a program on a GPU does not wait for them. The
-    loggers get them every `log_every_n_steps` steps. `LightningModule.log` does the same and takes a tenth of a small
-    model's step, since it moves each field of each value's record to the device again.
+    `trainer.callback_metrics` and `trainer.logged_metrics` have them after every step, as tensors: a program on a GPU
+    does not wait for them. The loggers get them every `log_every_n_steps` steps. `LightningModule.log` does the same
+    and takes a tenth of a small model's step, since it moves each field of each value's record to the device again.
 
     All processes call it in the same steps. Without a Trainer it does nothing.
 
@@ -72,8 +72,9 @@ def log_losses(module: LightningModule, losses: Mapping[str, Tensor]) -> None:
         mean_N = mean_N / distributed.get_world_size()
     means = {f"train/{name}": mean for name, mean in zip(losses, mean_N.unbind(), strict=True)}
     trainer.callback_metrics.update(means)
+    trainer.logged_metrics.update(means)
     if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
-        log_scalars(trainer, {name: mean.item() for name, mean in means.items()})
+        trainer._logger_connector.log_metrics(means)  # with the epoch; files have the values at once
 
 
 def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:
