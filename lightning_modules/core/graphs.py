@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of nn.Module
 MOST_SHAPES = 16  # that are recorded: each keeps its outputs and gradients in memory
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -24,11 +25,11 @@ def obstacle(trainer: Trainer) -> str | None:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Return whether a forward hook in a module has something to do in this step.
+    """Return whether a hook of the forward or the backward of a module has something to do in this step.
 
     A hook that often has nothing to do says so by an attribute `is_idle`, a function without arguments.
     """
-    hooks = (hook for part in module.modules() for hook in part._forward_hooks.values())
+    hooks = (hook for part in module.modules() for name in HOOKS for hook in getattr(part, name).values())
     return any(not (idle := getattr(hook, "is_idle", None)) or not idle() for hook in hooks)
 
 

@@ -78,6 +78,17 @@ def test_a_watched_step_runs_without_its_record(graphed):
     assert is_watched(nn.Sequential(module))
 
 
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_pre_hook", "register_full_backward_pre_hook", "register_full_backward_hook"],
+)
+def test_hooks_of_every_kind_watch_a_step(register):
+    module = nn.Sequential(nn.Linear(3, 2))
+    assert not is_watched(module)
+    getattr(module[0], register)(lambda *args: None)
+    assert is_watched(module)
+
+
 def test_fits_that_cannot_be_recorded_say_why():
     assert obstacle(SimpleNamespace(world_size=1, accumulate_grad_batches=1)) is None
     assert "processes" in obstacle(SimpleNamespace(world_size=2, accumulate_grad_batches=1))
