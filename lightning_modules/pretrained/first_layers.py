@@ -88,6 +88,9 @@ class FirstLayers(nn.Module):
         self.is_bidirectional, self.reads_padding = True, False
         with _without_kernels_of_gpus(model):
             self._probe()
+        for hook in [hook for part in model.modules() for hook in part._forward_hooks.values()]:
+            made: Any = hook  # by transformers for its list of states; it has nothing to do outside the model's calls
+            made.is_idle = lambda: True
 
     @torch.no_grad()
     def _probe(self) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from lightning_modules.core.graphs import is_watched
 from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.flow import FlowBridge
 from lightning_modules.telepathy.layout import Packing
@@ -87,6 +88,13 @@ def test_what_cannot_be_recorded_is_told(telepathy, module, options, reason):
 def test_batches_of_many_sizes_cannot_be_recorded(module):
     module.trainer.datamodule = type("D", (), {"max_tokens": 2048})
     assert "data.max_tokens" in why_not(module, module.trainer)
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_the_hooks_of_transformers_do_not_watch_a_step(telepathy, layer):
+    module = telepathy(PERCEIVER, source_layer=layer)
+    assert module.source.model.count == 4
+    assert not is_watched(module)
 
 
 def test_on_a_cpu_the_option_changes_nothing(telepathy, fit):
