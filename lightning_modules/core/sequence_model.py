@@ -159,8 +159,10 @@ class SequenceModel(SequenceEvaluation, ABC):
         return None
 
     def _losses_and_outputs(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        loss_S, (first, *others) = self._step_losses(tokens, labels)
-        return loss_S, first.detach(), *others  # logits beside the loss are only read
+        loss_S, outputs = self._step_losses(tokens, labels)
+        if type(self).penalties is SequenceModel.penalties:  # outputs are only read
+            outputs = tuple(output.detach() for output in outputs)
+        return loss_S, *outputs
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the sum of the members' losses, so that each member has the gradient of a separate run."""
@@ -171,7 +173,7 @@ class SequenceModel(SequenceEvaluation, ABC):
         for name, (weight, value_S) in self.penalties(tuple(outputs), batch).items():
             logged[name], loss_S = value_S, loss_S + weight * value_S
         log_losses(self, {name: value_S.mean() for name, value_S in logged.items()})
-        self.last_step.outcome = outputs[0], batch["labels"], self.members["train/loss"]
+        self.last_step.outcome = outputs[0].detach(), batch["labels"], self.members["train/loss"]
         return loss_S.sum()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -50,6 +50,21 @@ def test_steps_give_the_logits_of_the_whole_row():
     assert torch.equal(module.generate(tokens_BT, 1)[:, 0], expected_B)
 
 
+class Small(Recurrence):
+    def penalties(self, outputs, batch):
+        return {"size": (1.0, outputs[0].square().mean((1, 2, 3)))}
+
+
+def test_a_penalty_on_the_logits_has_a_gradient():
+    tokens_BT = torch.randint(32, (2, 6))
+    weight_2VD = []
+    for kind in (Recurrence, Small):
+        module = kind(**SIZES, seed=0)
+        module.training_step({"tokens": tokens_BT, "labels": tokens_BT}, 0).backward()
+        weight_2VD.append(module.network.unembed.weight.grad)
+    assert not torch.allclose(*weight_2VD)
+
+
 def test_an_ensemble_gives_the_losses_of_separate_runs(tmp_path):
     together = Recurrence(**SIZES, seed=5, ensemble=2)
     trainer(tmp_path, 10).fit(together, datamodule=streams())
