@@ -131,6 +131,7 @@ class SequenceModel(SequenceEvaluation, ABC):
 
     def on_fit_start(self) -> None:
         """Compile the step, unless a callback has a hook on the network, which a compiled step would leave out."""
+        self._step = self._losses_and_outputs  # a fit that failed leaves its record
         hooked = [name for name, module in self.network.named_modules() if module._forward_hooks]
         if self.compile_step and hooked:
             rank_zero_warn(f"model.compile is ignored: a callback has a hook on {hooked[0]}")

@@ -65,6 +65,13 @@ def test_a_penalty_on_the_logits_has_a_gradient():
     assert not torch.allclose(*weight_2VD)
 
 
+def test_a_fit_after_one_that_failed_does_not_have_its_record(tmp_path):
+    module = Recurrence(**SIZES, seed=0)
+    module._step = None
+    trainer(tmp_path, 1).fit(module, datamodule=streams())
+    assert module.members["train/loss"] > 0
+
+
 def test_an_ensemble_gives_the_losses_of_separate_runs(tmp_path):
     together = Recurrence(**SIZES, seed=5, ensemble=2)
     trainer(tmp_path, 10).fit(together, datamodule=streams())
