@@ -155,7 +155,7 @@ class ActivationClamp(InterveningCallback):
                 return output
             return replace_first(output, self.site, lambda x: self._clamp(x, index))
 
-        return eager(hook)
+        return eager(hook, lambda: not self._acts(trainer))
 
     def _clamp(self, x: Tensor, index: int) -> Tensor:
         match self.mode:

@@ -83,4 +83,4 @@ class ActivationNoise(InterveningCallback):
             acts = self.strength > 0 and self._acts(trainer)
             return replace_first(output, self.site, noisy) if acts else output
 
-        return eager(hook)
+        return eager(hook, lambda: not self._acts(trainer))

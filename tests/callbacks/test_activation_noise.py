@@ -1,6 +1,7 @@
 """Noise has the right length, is the same when repeated, and differs between the members of an ensemble."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import DataLoader
 
+from callbacks.activation_clamp import ActivationClamp
 from callbacks.activation_noise import ActivationNoise, add_noise
+from lightning_modules.core.graphs import is_watched
 
 
 def seeded():
@@ -109,6 +112,19 @@ def run_test(module, tmp_path, *callbacks, loaders=None):
     module.outputs["test"] = []
     trainer_of(tmp_path, *callbacks).test(module, loaders or loader(), verbose=False)
     return module.outputs["test"]
+
+
+@pytest.mark.parametrize("during", ["validate", "fit"])
+@pytest.mark.parametrize("made", [partial(ActivationNoise, strength=0.1), partial(ActivationClamp, mode="zero")])
+def test_training_steps_are_watched_only_where_the_hooks_act_in_them(tmp_path, made, during):
+    class Steps(Watched):
+        def training_step(self, batch, batch_idx):
+            self.watched = is_watched(self)
+            return super().training_step(batch, batch_idx)
+
+    module = Steps()
+    trainer_of(tmp_path, made("residual.*", during=[during]), max_steps=1).fit(module, loader())
+    assert module.watched is (during == "fit")
 
 
 def test_noise_depends_on_module_batch_loader_and_seed_and_on_nothing_else(tmp_path):
