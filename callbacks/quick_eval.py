@@ -112,6 +112,8 @@ class QuickEval(Callback):
         folder = run_folder(trainer)
         metrics = {f"quick_eval/{name}": value for name, value in summary(samples).items()}
         log_scalars(trainer, metrics)
+        for name in [name for name in trainer.callback_metrics if name.startswith("quick_eval/")]:
+            del trainer.callback_metrics[name]  # a score that no sample has now, such as that of wrong answers
         keep_scalars(trainer, metrics)
         if trainer.is_global_zero and not is_dry_run(trainer):
             shown = samples[:: max(len(samples) // self.n_shown, 1)][: self.n_shown]

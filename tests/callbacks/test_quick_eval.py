@@ -266,3 +266,19 @@ def test_user_errors(tmp_path):
     for name in ("every_n_steps", "n_samples", "n_shown"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
             fit(tmp_path, QuickEval(**{name: 0}))
+
+
+def test_a_score_that_the_last_samples_lack_is_no_result_of_the_run(tmp_path):
+    class Once(Answers):
+        def sample_eval(self, batch):
+            samples = super().sample_eval(batch)
+            if self.trainer.global_step > 2:
+                for sample in samples:
+                    sample.scores.pop("odd", None)
+            return samples
+
+    for steps, has in ((2, True), (4, False)):
+        module = Once()
+        fit(tmp_path, QuickEval(every_n_steps=2, n_samples=8), module=module, max_steps=steps)
+        assert ("quick_eval/odd" in module.trainer.callback_metrics) is has
+        assert "quick_eval/accuracy" in module.trainer.callback_metrics
