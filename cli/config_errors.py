@@ -179,9 +179,10 @@ def _wrong_value(problem: Problem) -> Explanation | None:
     if not match:
         return None
     # The innermost cause is about the first member of a union, but all its members are accepted.
-    expected = " or ".join(found.union) if len(found.union) > 1 else plain(match[1])
+    kinds = found.union if len(found.union) > 1 else [plain(match[1])]
     value = (match[2] or found.value).strip()
-    choices = re.findall(r"'([^']+)'", expected) if "Literal" in expected else []
+    expected = " or ".join("keys with values" if kind.startswith("dict") else kind for kind in kinds)
+    choices = re.findall(r"'([^']+)'", " ".join(kind for kind in found.union or kinds if "Literal" in kind))
     expected = re.sub(r"Literal\[(.*?)\]", lambda listed: "one of " + listed[1].replace("'", ""), expected)
     words = [word for word in [value, *re.findall(r"\w+", value)] if word not in choices]  # of a list, each
     nearest = next(filter(None, (near(word, choices) for word in words)), "")

@@ -89,7 +89,14 @@ def _messages(message: str, error: BaseException | None) -> Iterator[str]:
 
 def _split(types: str) -> list[str]:
     """Split at commas outside brackets."""
-    return [part.strip() for part in re.split(r",\s*(?![^\[]*\])", types)]
+    parts, depth = [""], 0
+    for character in types:
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def _imported(class_path: str) -> type | None:

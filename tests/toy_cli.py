@@ -1,5 +1,7 @@
 """A small model, its data and a callback whose runs take no time, for tests of the command line."""
 
+from typing import Literal
+
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
@@ -19,6 +21,7 @@ class CliModel(BoringModel):
         width: int = 2,
         output: str = "rms",
         layers: int | list[int] = 1,
+        losses: dict[Literal["mean", "sum"], float | dict[str, float]] | None = None,
         head: CliHead | None = None,
         optimizer: OptimizerCallable = torch.optim.SGD,
     ):

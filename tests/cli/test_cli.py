@@ -62,6 +62,8 @@ WRONG_KEYS = {
     "trainer flag": (["--trainer.strategy", "dpp"], "trainer: You selected an invalid strategy name", ""),
     "type": (["--model.width", "wide"], "model.width: expected int, got 'wide'", ""),
     "union": (["--model.layers", "x"], "model.layers: expected int or list[int], got 'x'", ""),
+    "mapping": (["--model.losses", "3"], "model.losses: expected keys with values, got '3'", ""),
+    "choice in a mapping": (["--model.losses", "maen"], "expected keys with values, got 'maen'", "'mean'"),
     "no config": (["--config", "bse.yaml"], "there is no file bse.yaml", "base.yaml"),
     "no checkpoint": (["--ckpt_path", "bse.yaml"], "there is no file bse.yaml", "base.yaml"),
 }
