@@ -134,7 +134,8 @@ def _unknown_key(problem: Problem) -> Explanation | None:
         valid, name = heads, name.partition(".")[0]
     where = ".".join([*keys, name])
     if owner and owner.__module__.startswith("lightning.pytorch.core"):  # LightningModule and LightningDataModule
-        return f"{where}: no config names a class for '{keys[0]}': an overlay comes after a whole config", problem.hint
+        hint = problem._replace(finding=Finding("")).hint  # the class has no arguments to list
+        return f"{where}: no config names a class for '{keys[0]}': an overlay comes after a whole config", hint
     sentence = f"{owner.__name__} has no argument '{name}' ({where})" if owner else f"there is no key '{where}'"
     return sentence + near(name, valid), problem.hint
 

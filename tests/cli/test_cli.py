@@ -101,7 +101,9 @@ def test_a_typo_in_yaml_is_found_at_any_depth(refused, run, case):
 
 def test_an_overlay_alone_lacks_its_class(refused):
     overlay({"model": {"init_args": {"width": 3}}}, "base.yaml")
-    assert "model.width: no config names a class for 'model'" in refused("fit")
+    errors = refused("fit")
+    assert "model.width: no config names a class for 'model'" in errors
+    assert "--help" in errors  # and not that LightningModule takes no arguments
 
 
 UNREADABLE = {
