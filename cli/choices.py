@@ -22,14 +22,15 @@ def options(parser: ArgumentParser) -> set[str]:
 
 
 def subclasses(base: str) -> set[str]:
-    """Return the names of the loaded public classes that derive from a class named `base`."""
+    """Return the names of the loaded public classes that derive from a class named `base` and can be made."""
     named = [getattr(module, base, None) for module in list(sys.modules.values())]
     stack = [cls for cls in named if isinstance(cls, type) and cls.__module__ != "collections.abc"]
     found = set()
     while stack:
         classes: list[type] = type.__subclasses__(stack.pop())
         stack += classes
-        found |= {cls.__name__ for cls in classes if not cls.__module__.startswith("lightning.pytorch.demos")}
+        made = [cls for cls in classes if not cls.__module__.startswith("lightning.pytorch.demos")]
+        found |= {cls.__name__ for cls in made if not isabstract(cls)}
     return {name for name in found if not name.startswith("_")}
 
 

@@ -9,7 +9,10 @@ import torch
 import yaml
 from toy_cli import BASE, CliHead
 
+import datamodules  # noqa: F401  (its classes are choices)
+import lightning_modules.groundthink  # noqa: F401  (likewise)
 import main
+from cli.choices import subclasses
 
 
 @pytest.fixture
@@ -104,6 +107,11 @@ def test_an_overlay_alone_lacks_its_class(refused):
     errors = refused("fit")
     assert "model.width: no config names a class for 'model'" in errors
     assert "--help" in errors  # and not that LightningModule takes no arguments
+
+
+def test_an_abstract_class_is_no_choice():
+    assert not {"SequenceTask", "SequenceModel"} & (subclasses("LightningDataModule") | subclasses("LightningModule"))
+    assert {"Mixture", "GroundThink"} <= subclasses("LightningDataModule") | subclasses("LightningModule")
 
 
 UNREADABLE = {
