@@ -4,7 +4,8 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
@@ -22,6 +23,15 @@ def obstacle(trainer: Trainer) -> str | None:
     if trainer.accumulate_grad_batches > 1:
         return "trainer.accumulate_grad_batches is above 1"  # a replay would overwrite the gradients to add to
     return None
+
+
+def records(module: LightningModule, wanted: bool, why_not: Callable[[Trainer], str | None] = obstacle) -> bool:
+    """Return whether a fit that begins records its steps; a warning says why it does not where that is asked for."""
+    if not wanted or module.device.type != "cuda":
+        return False
+    if reason := why_not(module.trainer):
+        rank_zero_warn(f"model.cuda_graphs is ignored: {reason}")
+    return reason is None
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from lightning_modules.core.checkpoints import load_network, write_members
 from lightning_modules.core.contracts import HasVocabulary, OnNonfinite, Workload
 from lightning_modules.core.decoder import count_weights
 from lightning_modules.core.ensemble import member_state
-from lightning_modules.core.graphs import GraphedStep, Step, obstacle
+from lightning_modules.core.graphs import GraphedStep, Step, records
 from lightning_modules.core.losses import member_losses
 from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run, log_losses, run_folder
@@ -137,11 +137,8 @@ class SequenceModel(SequenceEvaluation, ABC):
             rank_zero_warn(f"model.compile is ignored: a callback has a hook on {hooked[0]}")
         elif self.compile_step:
             self.compile_losses()
-        if self.cuda_graphs and self.device.type == "cuda":
-            if why := obstacle(self.trainer):
-                rank_zero_warn(f"model.cuda_graphs is ignored: {why}")
-            else:
-                self._step = GraphedStep(self, self._losses_and_outputs, self.step_variant)
+        if records(self, self.cuda_graphs):
+            self._step = GraphedStep(self, self._losses_and_outputs, self.step_variant)
 
     def compile_losses(self) -> None:
         """Compile the forward and the loss of the training step."""

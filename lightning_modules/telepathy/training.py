@@ -11,13 +11,13 @@ from functools import cached_property, partial
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import Workload, connected
+from lightning_modules.core.graphs import records
 from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run, log_losses
 from lightning_modules.core.schedule import Schedule, with_schedule
@@ -96,12 +96,7 @@ class BridgeTraining(BridgeEvaluation, ABC):
                 "trainer.max_steps must be set: model.bottleneck vq makes codes in the last fifth of the steps"
             )
         calibrate(self, self.normalizer, self.read)
-        self._step = self.losses
-        if self.cuda_graphs and self.device.type == "cuda":
-            if why := why_not(self, self.trainer):
-                rank_zero_warn(f"model.cuda_graphs is ignored: {why}")
-            else:
-                self._step = RecordedLosses(self)
+        self._step = RecordedLosses(self) if records(self, self.cuda_graphs, partial(why_not, self)) else self.losses
 
     def on_fit_end(self) -> None:
         """Free a recorded step."""

@@ -1,5 +1,6 @@
 """When a step is recorded as CUDA graphs, without a GPU: the recording itself is replaced by the step."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from callbacks.hooks import eager
 from lightning_modules.core import graphs
-from lightning_modules.core.graphs import MOST_SHAPES, GraphedStep, is_watched, obstacle
+from lightning_modules.core.graphs import MOST_SHAPES, GraphedStep, is_watched, obstacle, records
 
 
 @pytest.fixture
@@ -93,6 +94,21 @@ def test_fits_that_cannot_be_recorded_say_why():
     assert obstacle(SimpleNamespace(world_size=1, accumulate_grad_batches=1)) is None
     assert "processes" in obstacle(SimpleNamespace(world_size=2, accumulate_grad_batches=1))
     assert "accumulate_grad_batches" in obstacle(SimpleNamespace(world_size=1, accumulate_grad_batches=4))
+
+
+def test_a_fit_on_a_gpu_records_where_that_is_wanted_and_possible():
+    def module(kind="cuda", processes=1):
+        trainer = SimpleNamespace(world_size=processes, accumulate_grad_batches=1)
+        return SimpleNamespace(device=torch.device(kind), trainer=trainer)
+
+    assert records(module(), wanted=True)
+    assert not records(module(), wanted=False)
+    with warnings.catch_warnings(action="error"):  # a laptop needs no warning
+        assert not records(module("cpu", processes=2), wanted=True)
+    with pytest.warns(UserWarning, match="model.cuda_graphs is ignored: there are several processes"):
+        assert not records(module(processes=2), wanted=True)
+    with pytest.warns(UserWarning, match="model.cuda_graphs is ignored: of its own"):
+        assert not records(module(), True, lambda trainer: "of its own")
 
 
 def test_what_else_a_step_depends_on_has_a_record_of_its_own(graphed):
