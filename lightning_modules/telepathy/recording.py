@@ -1,64 +1,49 @@
 """A bridge's training step as CUDA graphs: its batches are padded to few shapes and passed as tensors side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from lightning import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from datamodules.batch import IGNORE
-from lightning_modules.core.contracts import connected
-from lightning_modules.core.graphs import GraphedStep, obstacle
+from lightning_modules.core.graphs import GraphedStep
 from lightning_modules.telepathy.batch import TrainingBatch
 from lightning_modules.telepathy.layout import Packing
-
-if TYPE_CHECKING:
-    from lightning_modules.telepathy.training import BridgeTraining
 
 MULTIPLE = 64  # of the lengths of rows in recorded batches
 LABELS = 4 * MULTIPLE  # of the number of their answer tokens
 RECORDED = ("lm", "batch_diversity", "contrastive")  # objectives that padding does not change
 
-
-def why_not(module: "BridgeTraining", trainer: Trainer) -> str | None:
-    """Return why the steps of a fit cannot be recorded, or None."""
-    others = [str(name) for name in module.objectives if name not in RECORDED]
-    if others:
-        return f"model.objectives has {', '.join(others)}"
-    if module.bottleneck.size or module.text_prefix is not None or module.cache_source:
-        return "it cannot be combined with model.bottleneck, model.text_prefix or model.cache_source"
-    if module.bridge.soft_tokens is None or module.bridge.samples:
-        return "the bridge draws noise, or its number of soft tokens depends on the question"
-    if getattr(connected(trainer).datamodule, "max_tokens", None):
-        return "data.max_tokens makes batches of many sizes"
-    if module.source.model.reads_padding:
-        return "the source reads padding"
-    return obstacle(trainer)
+LossesOf = Callable[[TrainingBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
 class RecordedLosses:
-    """The `losses` of a module in training, from CUDA graphs.
+    """The losses of a module in training, from CUDA graphs.
 
     Args:
         module: The module.
+        losses: Returns the sum of the losses of a batch, and each loss by name.
+        source_most: The positions of the source; None if it has no limit.
+        target_most: The positions of the target.
     """
 
-    def __init__(self, module: "BridgeTraining"):
-        self.losses, self.names = module.losses, [str(name) for name in module.objectives]
-        self.most = {"source": module.source.positions, "soft": module.target.positions}
+    def __init__(self, module: nn.Module, losses: LossesOf, source_most: int | None, target_most: int | None):
+        self.losses, self.source_most, self.target_most = losses, source_most, target_most
+        self.names: list[str] = []
         self.graphed = GraphedStep(module, self._step)
 
     def __call__(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the losses, and each loss by name, without its gradient."""
-        self.batch = padded(batch, self.most["source"], self.most["soft"])
+        self.batch = padded(batch, self.source_most, self.target_most)
         total, loss_N = self.graphed(*tensors(self.batch))
         return total, dict(zip(self.names, loss_N.unbind(), strict=True))
 
     def _step(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
         total, losses = self.losses(with_tensors(self.batch, parts))
+        self.names = list(losses)
         return total, torch.stack(list(losses.values())).detach()
 
 

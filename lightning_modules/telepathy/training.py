@@ -10,6 +10,7 @@ from collections.abc import Collection
 from functools import cached_property, partial
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import Workload, connected
-from lightning_modules.core.graphs import records
+from lightning_modules.core.graphs import obstacle, records
 from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run, log_losses
 from lightning_modules.core.schedule import Schedule, with_schedule
@@ -28,7 +29,7 @@ from lightning_modules.telepathy.flaws import Flaw
 from lightning_modules.telepathy.normalizer import calibrate
 from lightning_modules.telepathy.objectives import BridgeStep, Objective, ObjectiveName, lm, weighted
 from lightning_modules.telepathy.ranks import all_rows, shard_over, token_weight
-from lightning_modules.telepathy.recording import RecordedLosses, why_not
+from lightning_modules.telepathy.recording import RECORDED, LossesOf, RecordedLosses
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.source_cache import fixed_questions
 from lightning_modules.telepathy.text_prefix import TextPrefix, clip_apart
@@ -96,11 +97,28 @@ class BridgeTraining(BridgeEvaluation, ABC):
                 "trainer.max_steps must be set: model.bottleneck vq makes codes in the last fifth of the steps"
             )
         calibrate(self, self.normalizer, self.read)
-        self._step = RecordedLosses(self) if records(self, self.cuda_graphs, partial(why_not, self)) else self.losses
+        self._step: LossesOf = self.losses
+        if records(self, self.cuda_graphs, self.why_not_recorded):
+            self._step = RecordedLosses(self, self.losses, self.source.positions, self.target.positions)
 
     def on_fit_end(self) -> None:
         """Free a recorded step."""
         self._step = self.losses
+
+    def why_not_recorded(self, trainer: Trainer) -> str | None:
+        """Return why the steps of a fit cannot be CUDA graphs, or None."""
+        others = [str(name) for name in self.objectives if name not in RECORDED]
+        if others:
+            return f"model.objectives has {', '.join(others)}"
+        if self.bottleneck.size or self.text_prefix is not None or self.cache_source:
+            return "it cannot be combined with model.bottleneck, model.text_prefix or model.cache_source"
+        if self.bridge.soft_tokens is None or self.bridge.samples:
+            return "the bridge draws noise, or its number of soft tokens depends on the question"
+        if getattr(connected(trainer).datamodule, "max_tokens", None):
+            return "data.max_tokens makes batches of many sizes"
+        if self.source.model.reads_padding:
+            return "the source reads padding"
+        return obstacle(trainer)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Log each weighted objective and return their sum, with the loss of the text prefix if there is one."""

@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_modules.core.graphs import is_watched
+from lightning_modules.core.graphs import GraphedStep, is_watched
+from lightning_modules.telepathy import training
 from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.flow import FlowBridge
 from lightning_modules.telepathy.layout import Packing
-from lightning_modules.telepathy.recording import MULTIPLE, RECORDED, padded, tensors, why_not, with_tensors
+from lightning_modules.telepathy.recording import MULTIPLE, RECORDED, padded, tensors, with_tensors
 
 PERCEIVER = partial(PerceiverBridge, soft_tokens=30, tokens_per_query=3, span=30, width=32)
 
@@ -80,14 +81,14 @@ def test_a_batch_is_put_together_again(module, problems):
     ],
 )
 def test_what_cannot_be_recorded_is_told(telepathy, module, options, reason):
-    assert why_not(module, module.trainer) is None
+    assert module.why_not_recorded(module.trainer) is None
     other = telepathy(**{"bridge": PERCEIVER} | options)
-    assert reason in why_not(other, module.trainer)
+    assert reason in other.why_not_recorded(module.trainer)
 
 
 def test_batches_of_many_sizes_cannot_be_recorded(module):
     module.trainer.datamodule = type("D", (), {"max_tokens": 2048})
-    assert "data.max_tokens" in why_not(module, module.trainer)
+    assert "data.max_tokens" in module.why_not_recorded(module.trainer)
 
 
 @pytest.mark.parametrize("layer", [1, 4])
@@ -100,3 +101,20 @@ def test_the_hooks_of_transformers_do_not_watch_a_step(telepathy, layer):
 def test_on_a_cpu_the_option_changes_nothing(telepathy, fit):
     losses = [fit(telepathy(PERCEIVER, cuda_graphs=graphs), 3).callback_metrics["train/loss"] for graphs in (0, 1)]
     assert torch.equal(*losses)
+
+
+def test_a_recorded_fit_is_the_fit(telepathy, fit, monkeypatch):
+    objectives = {"lm": 1.0, "batch_diversity": 0.1, "contrastive": 0.1}
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    found = []
+    for recorded in (False, True):
+        shapes = []
+        monkeypatch.setattr(
+            GraphedStep, "_record", lambda self, step, batch, shapes=shapes: shapes.append(batch) or step
+        )
+        monkeypatch.setattr(training, "records", lambda *args, recorded=recorded: recorded)
+        module = telepathy(PERCEIVER, objectives=objectives)
+        found.append({name: value.item() for name, value in fit(module, 4).callback_metrics.items()})
+        assert bool(shapes) is recorded
+    assert set(found[0]) == {"train/loss", *(f"train/{name}" for name in objectives)}
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
