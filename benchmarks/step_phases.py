@@ -1,21 +1,20 @@
 """Where the time of a training step of a bridge goes: by phase, and by kernel."""
 
-import time
-from collections import defaultdict
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-PHASES = ("source", "bridge", "target", "losses", "backward", "clipping and optimizer", "other")
+from callbacks.step_phases import StepPhases, spent
+
+PHASES = ("source", "bridge", "target", "losses", "backward", "optimizer", "between")
 
 
-class Phases(Callback):
-    """Marks the ends of the phases of each step on the device, without a wait, and sums them after the fit.
+class Phases(StepPhases):
+    """Sums the phases of some steps, for after the fit; no step waits for the device.
 
-    `other` is the time from the end of a step to the source's first kernel: the next batch on its way to the device.
+    `between` is the time from the end of a step to the start of the next, with the next batch's way to the device.
 
     Args:
         first: The first step that counts.
@@ -23,60 +22,26 @@ class Phases(Callback):
     """
 
     def __init__(self, first: int, last: int):
+        super().__init__()
         self.first, self.last = first, last
-        self.marks: list[tuple[str, Any]] = []
-        self.handles: list[Any] = []
-        self.counts = False
+        self.kept: list[tuple[str, Any]] = []
 
-    def _mark(self, phase: str) -> None:
-        if not self.counts:
-            return
-        if torch.cuda.is_available():
-            event: Any = torch.cuda.Event
-            mark = event(enable_timing=True)
-            mark.record()
-        else:
-            mark = time.perf_counter()
-        self.marks.append((phase, mark))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Watch the parts of the module."""
-        parts: dict[str, nn.Module] = {"bridge": pl_module.bridge, "target": pl_module.target.model}  # type: ignore[dict-item, union-attr]  # of Telepathy
-        for name, part in parts.items():
-            before = "source" if name == "bridge" else "bridge"
-            self.handles.append(part.register_forward_pre_hook(lambda *_, before=before: self._mark(before)))
-        self.handles.append(parts["target"].register_forward_hook(lambda *_: self._mark("target")))
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """End what lies between two steps."""
-        self.counts = self.first <= batch_idx < self.last
-        self._mark("other")  # the first mark starts the clock
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        """End the forward."""
-        self._mark("losses")
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the backward."""
-        self._mark("backward")
+    def is_measured(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Return whether the step counts."""
+        return self.first <= batch_idx < self.last
 
     def on_train_batch_end(self, *_: object) -> None:
         """End the step."""
-        self._mark("clipping and optimizer")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the module as it was."""
-        for handle in self.handles:
-            handle.remove()
+        self._mark("optimizer")
+        self._armed = False
+        self.kept += self._marks
 
     def milliseconds(self) -> dict[str, float]:
         """Return the mean time of each phase per step."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        sums: dict[str, float] = defaultdict(float)
-        for (_, begin), (phase, end) in zip(self.marks, self.marks[1:], strict=False):
-            sums[phase] += 1e3 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
-        return {phase: sums[phase] / (self.last - self.first) for phase in PHASES}
+        sums = spent(self.kept)
+        return {
+            phase: sums["start" if phase == "between steps" else phase] / (self.last - self.first) for phase in PHASES
+        }
 
 
 class Kernels(Callback):

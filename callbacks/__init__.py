@@ -24,6 +24,7 @@ from callbacks.run_record import RunRecord
 from callbacks.soft_token_map import SoftTokenMap
 from callbacks.stability_monitor import StabilityMonitor
 from callbacks.state_probe import StateProbe
+from callbacks.step_phases import StepPhases
 from callbacks.text_monitor import TextMonitor
 from callbacks.throughput import Throughput
 
@@ -52,6 +53,7 @@ __all__ = [
     "SoftTokenMap",
     "StabilityMonitor",
     "StateProbe",
+    "StepPhases",
     "TextMonitor",
     "Throughput",
 ]

@@ -96,7 +96,7 @@ def test_rates_leave_out_the_first_steps_of_each_size(monkeypatch, capsys):
 
 def test_phases_fill_the_steps_that_count(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr("benchmarks.step_phases.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("callbacks.step_phases.time.perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     phases = Phases(1, 3)
     for step in range(4):
@@ -106,7 +106,7 @@ def test_phases_fill_the_steps_that_count(monkeypatch):
         phases.on_train_batch_end()
     spent = phases.milliseconds()
     assert [spent[phase] for phase in PHASES[:-1]] == [1000.0] * 6
-    assert spent["other"] == 500.0  # between the two steps
+    assert spent["between"] == 500.0
 
 
 def test_losses_are_compared_step_by_step(tmp_path, monkeypatch, capsys):

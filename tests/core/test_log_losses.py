@@ -4,28 +4,9 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.loggers import Logger
+from toy_logger import Kept
 
 from lightning_modules.core.reporting import log_losses
-
-
-class Kept(Logger):
-    """Keeps the scalars that it gets."""
-
-    name, version = "kept", 0
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, metrics))
-
-    def save(self):
-        self.rows.append("saved")
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
 
 
 class Numbered(BoringModel):
