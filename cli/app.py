@@ -159,7 +159,7 @@ class CrosstalkCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Check that checkpoints fit the model, and suppress the hints that do not apply to the project's modules."""
-        check_fit(str(self.subcommand), self.record.config, self.model, self.trainer)
+        check_fit(str(self.subcommand), self.record.config, self.model, self.datamodule, self.trainer)
         output.silence_reduction_hints(self.model)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

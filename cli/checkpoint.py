@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # fsspec has no types
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from packaging.version import InvalidVersion, Version
 
@@ -17,6 +17,7 @@ from callbacks.parameter_swap import DONOR
 from cli.checkpoint_fit import check_loops, misfit_of_parameters
 from cli.checkpoint_optimizer import check_optimizer
 from cli.checkpoint_settings import changes_of_training, class_of, made_with, setting
+from cli.restoring import explained
 from datamodules.errors import UserError
 from lightning_modules.core.checkpoints import check_finite, load_network, read_checkpoint
 from lightning_modules.core.ensemble_module import EnsembleModule
@@ -64,13 +65,19 @@ def check_files(command: str, config: Mapping[str, Any]) -> None:
             check_finite(content, option, path, members)
 
 
-def check_fit(command: str, config: Mapping[str, Any], model: LightningModule, trainer: Trainer) -> None:
+def check_fit(
+    command: str, config: Mapping[str, Any], model: LightningModule, data: LightningDataModule, trainer: Trainer
+) -> None:
     """Check that the checkpoints fit the model that has been built, and tell what differs from the config.
+
+    The data takes its state already here. Lightning restores it after `setup`, which would give a text a vocabulary of
+    its own.
 
     Args:
         command: The command.
         config: The resolved config of the command, as plain types.
         model: The model, before its weights are restored.
+        data: The data, before its setup.
         trainer: The trainer, before it runs.
 
     Raises:
@@ -89,6 +96,9 @@ def check_fit(command: str, config: Mapping[str, Any], model: LightningModule, t
     if misfit := misfit_of_parameters(content, model):
         origin = made_with(command, content, config)
         raise UserError(f"{CKPT}: the checkpoint does not fit the config: {misfit}{origin and f'; it was {origin}'}")
+    if state := content.get(type(data).__qualname__):
+        with explained(config["ckpt_path"]):
+            data.load_state_dict(state)
     check_loops(content, command, trainer, CKPT)
     if command == "fit":
         check_optimizer(content, model, trainer, class_of(config, "model.optimizer"), CKPT)

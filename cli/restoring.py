@@ -19,23 +19,29 @@ class Restoring(_CheckpointConnector):
     """
 
     def _restore_modules_and_callbacks(self, *args: Any, **kwargs: Any) -> None:
-        with self._explained():
+        with explained(self._ckpt_path):
             super()._restore_modules_and_callbacks(*args, **kwargs)
 
     def restore_training_state(self) -> None:
         """Restore loops, optimizers and schedules."""
-        with self._explained():
+        with explained(self._ckpt_path):
             super().restore_training_state()
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (UserError, OutOfMemoryError):
+
+@contextmanager
+def explained(path: object) -> Iterator[None]:
+    """Tell in one sentence that an owner refuses its state.
+
+    Raises:
+        UserError: A state of the checkpoint cannot be restored.
+    """
+    try:
+        yield
+    except (UserError, OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if NO_MEMORY.search(str(error)):
             raise
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if NO_MEMORY.search(str(error)):
-                raise
-            reason = describe_mismatch(error) if isinstance(error, RuntimeError) else None
-            reason = reason or f"cannot be restored: {type(error).__name__}: {error}"
-            raise UserError(f"--ckpt_path: {self._ckpt_path} {reason}") from error
+        reason = describe_mismatch(error) if isinstance(error, RuntimeError) else None
+        reason = reason or f"cannot be restored: {type(error).__name__}: {error}"
+        raise UserError(f"--ckpt_path: {path} {reason}") from error

@@ -151,6 +151,9 @@ class TextCorpus(SequenceTask):
         """
         if state_dict["level"] != self.level:
             raise UserError(f"data.level is {self.level}, and the checkpoint was trained on {state_dict['level']}")
+        known = vars(self).get("_vocabulary")
+        if known is not None and known.state() == state_dict["vocabulary"]:
+            return  # a long text is read once
         for name in ("vocab_size", "chance", "_tokens"):  # of the text's own vocabulary
             vars(self).pop(name, None)
         vars(self)["_vocabulary"] = restored(self.level, state_dict["vocabulary"])
