@@ -86,8 +86,10 @@ class BitsByPosition(Probe):
         bits_ST = bits_by_position(module, tokens_BT, labels_BT) * rate
         short_ST = bits_by_position(module, tokens_BT[:, -length:], labels_BT[:, -length:]) * rate
         half = max(length // 2, 1)
-        ends = range(half, bits_ST.shape[1] + 1, half)
-        names = [f"{split}/bits_at_{end / length:g}".replace(".", "_") for end in ends]
-        measures = {name: bits_ST[:, end - half : end].mean(1) for name, end in zip(names, ends, strict=True)}
+        measures = {}
+        for number in range(1, 2 * self.times + 1):
+            start, end = (number - 1) * length // 2, number * length // 2
+            if start < end:  # a row of one token has no first half
+                measures[f"{split}/bits_at_{number / 2:g}".replace(".", "_")] = bits_ST[:, start:end].mean(1)
         growth_S = bits_ST[:, -half:].mean(1) - short_ST[:, -half:].mean(1)
         report_members(trainer, module, measures | {f"{split}/bits_growth": growth_S})

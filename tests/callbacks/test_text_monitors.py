@@ -91,12 +91,26 @@ def test_a_model_that_reads_few_positions_has_no_growth_whatever_the_text(tmp_pa
     assert abs(measured["at_4"] - measured["at_1"]) > 1e-3
 
 
+def test_rows_of_odd_length_have_the_same_names_and_are_measured_to_their_ends(tmp_path):
+    data = text(seq_len=15)
+    module, trainer = fit(tmp_path, BitsByPosition(9, 4), data=data)
+    batch = data.text_rows("validation", 9, 60)
+    with torch.no_grad():
+        bits_T = bits_by_position(module, batch["tokens"], batch["labels"])[0]
+    name = "validation/bits_at_"
+    measured = {key.removeprefix(name): x.item() for key, x in trainer.callback_metrics.items() if key.startswith(name)}
+    assert list(measured) == ["0_5", "1", "1_5", "2", "2_5", "3", "3_5", "4"]
+    for end, (first, last) in {"0_5": (0, 7), "1": (7, 15), "4": (52, 60)}.items():
+        assert measured[end] == pytest.approx(bits_T[first:last].mean().item(), abs=1e-5)
+
+
 def test_rows_of_one_token_have_a_growth(tmp_path):
     data = text(seq_len=1)
     module, trainer = fit(tmp_path, BitsByPosition(4, 4), data=data)
     batch = data.text_rows("validation", 4, 4)
     with torch.no_grad():
         long_T, short_T = (bits_by_position(module, batch["tokens"][:, n:], batch["labels"][:, n:])[0] for n in (0, 3))
+    assert "validation/bits_at_0_5" not in trainer.callback_metrics  # half a token
     measured = trainer.callback_metrics["validation/bits_growth"].item()
     assert measured == pytest.approx((long_T[-1] - short_T[-1]).item(), abs=1e-5)
 
