@@ -154,7 +154,9 @@ def load_network(path: str, network: nn.Module, members: int, option: str) -> di
     return fit_state(parameters, network.state_dict(), members, f"{option} {path}")
 
 
-def write_members(folder: Path, network: nn.Module, seeds: list[int], epoch: int, step: int) -> None:
+def write_members(
+    folder: Path, network: nn.Module, seeds: list[int], epoch: int, step: int, data: Mapping[str, Any]
+) -> None:
     """Write `<seed>.ckpt` for each member of an ensemble: a checkpoint that an ordinary model of that size loads.
 
     Args:
@@ -163,6 +165,7 @@ def write_members(folder: Path, network: nn.Module, seeds: list[int], epoch: int
         seeds: One seed per member.
         epoch: The epoch that the checkpoints name.
         step: The optimizer step that the checkpoints name.
+        data: The state of the data by the name of its class, such as the vocabulary of a text; empty if it has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = network.state_dict()
@@ -171,7 +174,7 @@ def write_members(folder: Path, network: nn.Module, seeds: list[int], epoch: int
         content = {"state_dict": {PREFIX + name: value.cpu() for name, value in parameters.items()}}
         versions = {"pytorch-lightning_version": lightning.__version__}
         with replacing(folder / f"{seed}.ckpt") as draft:
-            torch.save(content | {"epoch": epoch, "global_step": step} | versions, draft)
+            torch.save({**content, "epoch": epoch, "global_step": step, **versions, **data}, draft)
 
 
 def describe_mismatch(error: RuntimeError) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from typing import Literal
 
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -185,7 +186,9 @@ class SequenceModel(SequenceEvaluation, ABC):
             return
         folder = run_folder(self.trainer) / "members"
         if self.trainer.is_global_zero:
-            write_members(folder, self.network, self.seeds, self.current_epoch, self.global_step)
+            state = data.state_dict() if isinstance(data := self._data, LightningDataModule) else {}
+            named = {type(data).__qualname__: state} if state else {}  # as Lightning names it
+            write_members(folder, self.network, self.seeds, self.current_epoch, self.global_step, named)
 
     def workload(self, batch: TokenBatch) -> Workload:
         """Return sequences, tokens and flops of a training step over all members: 6 flops per weight and token."""

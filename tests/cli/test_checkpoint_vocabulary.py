@@ -38,3 +38,15 @@ def test_a_text_with_more_characters_than_the_model_has_tokens(checkpoint, comma
     assert record["status"] == "finished"
     assert "test/loss" in record["metrics"] if command == "test" else record["steps"] == 3
     assert capsys.readouterr().err.count("TextCorpus: chance is") <= 1  # the text is read once
+
+
+def test_checkpoints_of_members_hold_the_vocabulary(checkpoint, capsys):
+    line = ["--config", "run.yaml", "--model.ensemble", "2", "--seed_everything", "7"]
+    main.main(["fit", *line, "--model.save_members", "true", "--trainer.default_root_dir", "pair"])
+    Path("text.txt").unlink()
+    capsys.readouterr()
+    texts = []
+    for path, more in (("pair/checkpoints/last.ckpt", ["--member", "1"]), ("pair/members/8.ckpt", line[:2])):
+        main.main(["generate", "--ckpt_path", path, "--prompt", "the ", "--max_new_tokens", "9", *more])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
