@@ -87,6 +87,8 @@ def check_fit(
         for option, path in _others(config):
             if option != DONOR:  # a donor shares some parameters with the model; `ParameterSwap` compares these
                 load_network(path, model.network, model.ensemble, option)
+                if option == START:
+                    _warn_of_other_vocabulary(path, data)
     if config["ckpt_path"] is None:
         _warn_of_untrained_weights(command, config, model)
         return
@@ -207,6 +209,14 @@ def _check_version(content: Mapping[str, Any], path: str) -> None:
     if newer:
         advice = f"this is Lightning {lightning.__version__}: install that version"
         raise UserError(f"{CKPT}: {path} was written by Lightning {written}, and {advice}")
+
+
+def _warn_of_other_vocabulary(path: str, data: LightningDataModule) -> None:
+    """Tell that the tokens of `model.start` stand for other characters than those of the data."""
+    known = read_checkpoint(path, START).get(type(data).__qualname__)
+    if known and known != data.state_dict():
+        told = "was trained with another vocabulary than this text has, so its tokens are other characters"
+        rank_zero_warn(f"{START}: {path} {told}; data.level byte has one vocabulary for all texts")
 
 
 def _warn_of_untrained_weights(command: str, config: Mapping[str, Any], model: LightningModule) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint's vocabulary reads another text, also one with more characters than the model has tokens."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,16 @@ def test_checkpoints_of_members_hold_the_vocabulary(checkpoint, capsys):
         main.main(["generate", "--ckpt_path", path, "--prompt", "the ", "--max_new_tokens", "9", *more])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("text", "warned"), [(TEXT, False), ("0123" + TEXT, True)])
+def test_a_start_with_another_vocabulary_is_told(checkpoint, text, warned):
+    Path("other.txt").write_text(text)
+    line = ["fit", "--config", "run.yaml", "--data.path", "other.txt", "--model.start", checkpoint]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main.main([*line, "--trainer.default_root_dir", "started"])
+    told = [str(warning.message) for warning in caught if "model.start" in str(warning.message)]
+    wanted = f"model.start: {checkpoint} was trained with another vocabulary than this text has"
+    assert len(told) == warned
+    assert not warned or told[0].startswith(wanted)
