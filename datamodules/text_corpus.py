@@ -11,6 +11,7 @@ import numpy as np
 
 from datamodules.batch import Integers, TokenBatch
 from datamodules.errors import SIZE, UserError, check_numbers
+from datamodules.loader import UnchangedLoader
 from datamodules.sequence_task import SequenceTask, Split, collate, label_next
 from datamodules.text_levels import Level, TextLevel, learned, restored
 from datamodules.text_source import Source, check_predictable, read_text
@@ -123,6 +124,18 @@ class TextCorpus(SequenceTask):
         """Return the tokens of a text."""
         tokens: list[int] = self._vocabulary.encode(text).tolist()
         return tokens
+
+    def predict_dataloader(self) -> UnchangedLoader[TokenBatch]:
+        """Return the inputs, or the first test rows.
+
+        Raises:
+            UserError: A character of an input has no token.
+        """
+        for text in self.inputs or []:
+            if unknown := self.unknown_characters(text):
+                listed = " ".join(map(repr, unknown))
+                raise UserError(f"data.inputs: the vocabulary of the model lacks {listed} of '{text}'")
+        return super().predict_dataloader()
 
     def unknown_characters(self, text: str) -> list[str]:
         """Return the characters of a text that have no token."""

@@ -232,3 +232,10 @@ def test_predictions_of_a_model_with_more_tokens_than_the_text(file, tmp_path):
     likeliest = {token for line in lines for token in line["likeliest"]}
     assert {token for token in likeliest if token.startswith("<")} & {f"<{token}>" for token in range(12, 20)}
     assert likeliest & set("0123456789,")
+
+
+def test_inputs_of_characters_that_have_no_token_are_refused(file):
+    data = TextCorpus("file", file, level="char", inputs=["01", "0a1b"], **SMALL)
+    data.setup("predict")
+    with pytest.raises(UserError, match=r"data\.inputs: the vocabulary of the model lacks 'a' 'b' of '0a1b'"):
+        data.predict_dataloader()
