@@ -39,9 +39,7 @@ class Phases(StepPhases):
     def milliseconds(self) -> dict[str, float]:
         """Return the mean time of each phase per step."""
         sums = spent(self.kept)
-        return {
-            phase: sums["start" if phase == "between steps" else phase] / (self.last - self.first) for phase in PHASES
-        }
+        return {phase: sums[phase] / (self.last - self.first) for phase in PHASES}
 
 
 class Kernels(Callback):

@@ -2,14 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 
 from callbacks.base import EveryNSteps, check_positive, refuse_second
 from callbacks.hooks import HookedCallback, eager
@@ -61,7 +61,7 @@ class StepPhases(HookedCallback):
         check_positive(self, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._checks = EveryNSteps(0)
-        self._has_parts = self._armed = False
+        self._has_parts = self._on_gpu = self._armed = False
         self._marks: list[Mark] = []
         self._sums: Counter[str] = Counter()
         self._steps = 0
@@ -69,36 +69,28 @@ class StepPhases(HookedCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the parts of a module that trains a bridge."""
         refuse_second(trainer, self)
-        self._has_parts = stage == "fit" and isinstance(pl_module, BridgeTraining)
-        if isinstance(pl_module, BridgeTraining) and stage == "fit":
-            self._watch(pl_module.bridge, "source", None)
-            self._watch(pl_module.target.model, "bridge", "target")
+        if stage == "fit" and isinstance(pl_module, BridgeTraining):
+            self._has_parts = True
+            self._handles = [
+                pl_module.bridge.register_forward_pre_hook(self._ends("source")),
+                pl_module.target.model.register_forward_pre_hook(self._ends("bridge")),
+                pl_module.target.model.register_forward_hook(self._ends("target")),
+            ]
 
-    def _watch(self, part: nn.Module, before: str, its_own: str | None) -> None:
-        """Mark the end of the phase `before` when a step first calls a part, and that of its own when it returns."""
+    def _ends(self, phase: str) -> Callable[..., None]:
+        """Return a hook that marks the end of a phase in the first call of a step; later calls belong to the losses."""
 
-        def begin(*_: object) -> None:
-            self._mark_once(before)
+        def mark(*_: object) -> None:
+            if phase not in dict(self._marks):
+                self._mark(phase)
 
-        def end(*_: object) -> None:
-            if its_own:
-                self._mark_once(its_own)
-
-        self._handles.append(part.register_forward_pre_hook(eager(begin, self._is_idle)))
-        self._handles.append(part.register_forward_hook(eager(end, self._is_idle)))
-
-    def _is_idle(self) -> bool:
-        return not self._armed
-
-    def _mark_once(self, phase: str) -> None:
-        if phase not in dict(self._marks):  # a later call belongs to the losses
-            self._mark(phase)
+        return eager(mark, lambda: not self._armed)
 
     def _mark(self, phase: str) -> None:
         if not self._armed:
             return
         mark: Any = time.perf_counter()
-        if torch.cuda.is_available():
+        if self._on_gpu:
             event: Any = torch.cuda.Event
             mark = event(enable_timing=True)
             mark.record()
@@ -112,6 +104,7 @@ class StepPhases(HookedCallback):
         """Count from the step at which the fit starts or resumes."""
         self._checks = EveryNSteps(self.every_n_steps or connected(trainer).log_every_n_steps)
         self._checks.start(trainer.global_step)
+        self._on_gpu = trainer.strategy.root_device.type == "cuda"
         self._sums, self._steps = Counter(), 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
