@@ -22,7 +22,7 @@ import triton.language as tl
 from kernels.gated_delta.tiles import first_slot
 from kernels.phase_scan.gates import load_gates
 from kernels.phase_scan.phases import cos_sin
-from kernels.phase_scan.scans import scan
+from kernels.phase_scan.scans import scan, scan_two
 from kernels.phase_scan.tiles import (
     directions,
     group_of,
@@ -30,6 +30,7 @@ from kernels.phase_scan.tiles import (
     load_direction,
     load_phases,
     load_rows,
+    load_state,
     load_written,
     rows_at,
     store_channels,
@@ -67,6 +68,7 @@ def compute_gradients(
     NORM: tl.constexpr,
     IMAGINARY: tl.constexpr,
     PACKED: tl.constexpr,
+    EVEN: tl.constexpr,
     COMPILED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -96,11 +98,13 @@ def compute_gradients(
     for back in tl.range(0, tiles, num_stages=STAGES):
         tile = tiles - 1 - back
         row = start + tile * C
-        left = length - tile * C
+        left = None
+        if not EVEN:
+            left = length - tile * C
         at = (slot + tile) * (P + 1)
-        phase = load_channels(states, at + P, column, D, BD).to(tl.int32, bitcast=True)
+        phase = load_state(states, at + P, column, D, G, BD).to(tl.int32, bitcast=True)
         # fmt: off
-        phase_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
+        phase_RGD, last_phase = load_phases(omega, phase, row, left, column, D, R, G, BD)
         cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
         write_re_RGD, write_im_RGD = load_direction(
             write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
@@ -118,13 +122,13 @@ def compute_gradients(
         passed_later = None
         if log_decay is not None:
             gate_RGD, passed = load_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
-            later_RGD, passed_later = load_gates(log_decay, channel_decay, row, left, column, 1, D, R, G, BD)
-        s_re, s_im = load_channels(states, at, column, D, BD), load_channels(states, at + 1, column, D, BD)
-        p_re_RGD, _ = scan(gate_RGD, passed, u_re_RGD, s_re, False, R, G)
-        p_im_RGD, _ = scan(gate_RGD, passed, u_im_RGD, s_im, False, R, G)
+            rest = length - tile * C
+            later_RGD, passed_later = load_gates(log_decay, channel_decay, row, rest, column, 1, D, R, G, BD)
+        s_re, s_im = load_state(states, at, column, D, G, BD), load_state(states, at + 1, column, D, G, BD)
+        p_re_RGD, p_im_RGD, _, _ = scan_two(gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, True, False, R, G)
         if NORM:
-            s_mass = load_channels(states, at + 2, column, D, BD)
-            p_mass_RGD, _ = scan(gate_RGD, passed, mass_RGD, s_mass, False, R, G)
+            s_mass = load_state(states, at + 2, column, D, G, BD)
+            p_mass_RGD, _ = scan(gate_RGD, passed, mass_RGD, s_mass, True, False, R, G)
         b_re_RGD = ()
         b_im_RGD = ()
         dsum_RGD = ()
@@ -147,23 +151,25 @@ def compute_gradients(
             b_re_RGD = b_re_RGD + (g_re_GD * read_re_RGD[r] - g_im_GD * read_im_RGD[r],)
             b_im_RGD = b_im_RGD + (g_re_GD * read_im_RGD[r] + g_im_GD * read_re_RGD[r],)
         if dfinal is not None:  # the last state is in the frame of the last position
-            cos_D, sin_D = cos_sin(group_of(phase_RGD[R - 1], G - 1, G).to(tl.int64).to(tl.int32), COMPILED)
+            cos_GD, sin_GD = cos_sin(last_phase, COMPILED)
+            cos_D, sin_D = group_of(cos_GD, 0, G), group_of(sin_GD, 0, G)
             last_re, last_im = cos_D * mu_re - sin_D * mu_im, sin_D * mu_re + cos_D * mu_im
             mu_re, mu_im = tl.where(back == 0, last_re, mu_re), tl.where(back == 0, last_im, mu_im)
-        later_re_RGD, mu_re = scan(later_RGD, passed_later, b_re_RGD, mu_re, True, R, G)
-        later_im_RGD, mu_im = scan(later_RGD, passed_later, b_im_RGD, mu_im, True, R, G)
+        mu_re_RGD, mu_im_RGD, mu_re, mu_im = scan_two(
+            later_RGD, passed_later, b_re_RGD, b_im_RGD, mu_re, mu_im, False, True, R, G
+        )
         if NORM:
-            later_sum_RGD, mu_mass = scan(later_RGD, passed_later, dsum_RGD, mu_mass, True, R, G)
+            mu_mass_RGD, mu_mass = scan(later_RGD, passed_later, dsum_RGD, mu_mass, False, True, R, G)
         for r in tl.static_range(R):
-            mu_re_GD, mu_im_GD = later_re_RGD[r] + b_re_RGD[r], later_im_RGD[r] + b_im_RGD[r]
+            mu_re_GD, mu_im_GD = mu_re_RGD[r], mu_im_RGD[r]
             domega_GD = mu_re_GD * p_im_RGD[r] - mu_im_GD * p_re_RGD[r]
             store_rows(domega, domega_GD, r, row, left, column, D, D, R, G, BD)
             du_GD = mu_re_GD * write_re_RGD[r] + mu_im_GD * write_im_RGD[r]
             dmass_GD = du_GD * x_RGD[r]
             dgate_GD = mu_re_GD * p_re_RGD[r] + mu_im_GD * p_im_RGD[r]
             if NORM:
-                dmass_GD += later_sum_RGD[r] + dsum_RGD[r]
-                dgate_GD += (later_sum_RGD[r] + dsum_RGD[r]) * p_mass_RGD[r]
+                dmass_GD += mu_mass_RGD[r]
+                dgate_GD += mu_mass_RGD[r] * p_mass_RGD[r]
             if mass is None:
                 store_rows(dx, du_GD, r, row, left, column, D, D, R, G, BD)
             else:
@@ -173,7 +179,8 @@ def compute_gradients(
                 dwrite_GD = mu_im_GD * u_re_RGD[r] - mu_re_GD * u_im_RGD[r]
                 store_rows(dwrite_offset, dwrite_GD, r, row, left, column, D, D, R, G, BD)
             if PER_CHANNEL:
-                dgate_GD = tl.where(rows_at(r, R, G) < left, dgate_GD, 0.0)
+                if not EVEN:
+                    dgate_GD = tl.where(rows_at(r, R, G) < left, dgate_GD, 0.0)
                 dchannel += tl.sum(dgate_GD, 0, keep_dims=True)
             elif log_decay is not None:
                 store_rows(dlog_decay, dgate_GD, r, row, left, column, D, D, R, G, BD)

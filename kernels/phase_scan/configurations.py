@@ -33,12 +33,17 @@ class Configuration:
 WINDOW = 3  # in a key: there is a window
 
 # Keys: bytes of a value, and how many there are of: masses, decays, offsets and normalisation; 2 stands for more, too.
-# One warp per program needs no barriers. Fewer rows or more warps need more instructions per value, and more rows need
-# more registers than there are.
+# One warp per program needs no barriers for its scans. More rows of a group need fewer instructions per value; more
+# values of a thread need more registers than there are.
 TABLE = {
-    (size, extras): Configuration(Launch(rows, 8, 16, 1, 3), Launch(rows, 8, 16, 1, 2))
+    (4, 0): Configuration(Launch(8, 8, 16, 1, 3), Launch(16, 4, 16, 1, 2)),
+    (4, 1): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 3)),
+    (2, 0): Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 3)),
+    (2, 1): Configuration(Launch(8, 4, 16, 1, 3), Launch(8, 4, 16, 1, 3)),
+} | {
+    (size, extras): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2))
     for size in (4, 2)
-    for extras, rows in enumerate((8, 6, 4, 4))
+    for extras in (2, WINDOW)
 }
 
 

@@ -14,16 +14,16 @@ import triton.language as tl
 from kernels.gated_delta.tiles import first_slot
 from kernels.phase_scan.gates import load_gates
 from kernels.phase_scan.phases import cos_sin
-from kernels.phase_scan.scans import scan
+from kernels.phase_scan.scans import scan, scan_two
 from kernels.phase_scan.tiles import (
     directions,
-    group_of,
     load_channels,
     load_direction,
     load_phases,
     load_written,
     store_channels,
     store_rows,
+    store_state,
 )
 
 
@@ -51,6 +51,7 @@ def compute_outputs(
     IMAGINARY: tl.constexpr,
     FINAL: tl.constexpr,
     PACKED: tl.constexpr,
+    EVEN: tl.constexpr,
     COMPILED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -78,16 +79,17 @@ def compute_outputs(
         channel_decay = load_channels(log_decay, 0, column, D, BD)
     for tile in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         row = start + tile * C
-        left = length - tile * C
+        left = None
+        if not EVEN:
+            left = length - tile * C
         at = (slot + tile) * (P + 1)
-        store_channels(states, s_re, at, column, D, BD)
-        store_channels(states, s_im, at + 1, column, D, BD)
-        store_channels(states, phase.to(tl.float32, bitcast=True), at + P, column, D, BD)
+        store_state(states, s_re, at, column, D, G, BD)
+        store_state(states, s_im, at + 1, column, D, G, BD)
+        store_state(states, phase.to(tl.float32, bitcast=True), at + P, column, D, G, BD)
         if NORM:
-            store_channels(states, s_mass, at + 2, column, D, BD)
+            store_state(states, s_mass, at + 2, column, D, G, BD)
         # fmt: off
-        phase_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
-        phase = group_of(phase_RGD[R - 1], G - 1, G).to(tl.int64).to(tl.int32)
+        phase_RGD, phase = load_phases(omega, phase, row, left, column, D, R, G, BD)
         cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
         write_re_RGD, write_im_RGD = load_direction(
             write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
@@ -103,16 +105,14 @@ def compute_outputs(
         passed = None
         if log_decay is not None:
             gate_RGD, passed = load_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
-        p_re_RGD, s_re = scan(gate_RGD, passed, u_re_RGD, s_re, False, R, G)
-        p_im_RGD, s_im = scan(gate_RGD, passed, u_im_RGD, s_im, False, R, G)
+        h_re_RGD, h_im_RGD, s_re, s_im = scan_two(gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, False, False, R, G)
         if NORM:
-            p_mass_RGD, s_mass = scan(gate_RGD, passed, mass_RGD, s_mass, False, R, G)
+            h_mass_RGD, s_mass = scan(gate_RGD, passed, mass_RGD, s_mass, False, False, R, G)
         for r in tl.static_range(R):
-            h_re_GD, h_im_GD = p_re_RGD[r] + u_re_RGD[r], p_im_RGD[r] + u_im_RGD[r]
-            y_GD = read_re_RGD[r] * h_re_GD + read_im_RGD[r] * h_im_GD
-            y_im_GD = read_re_RGD[r] * h_im_GD - read_im_RGD[r] * h_re_GD
+            y_GD = read_re_RGD[r] * h_re_RGD[r] + read_im_RGD[r] * h_im_RGD[r]
+            y_im_GD = read_re_RGD[r] * h_im_RGD[r] - read_im_RGD[r] * h_re_RGD[r]
             if NORM:
-                factor_GD = 1.0 / (p_mass_RGD[r] + mass_RGD[r] + EPSILON)
+                factor_GD = 1.0 / (h_mass_RGD[r] + EPSILON)
                 y_GD *= factor_GD
                 y_im_GD *= factor_GD
             store_rows(y, y_GD, r, row, left, column, WIDTH, D, R, G, BD)

@@ -43,18 +43,27 @@ def load_gates(
     """Return the gates of the rows AHEAD rows further, 1 where there is no row, and the logarithm of their product.
 
     `channel_decay` are the log-decays [1, BD] if they are the same for all rows; `log_decay` has [T, D] if it is None.
+    Without `left`, all rows exist.
     """
     gate_RGD = ()
+    existing = None
+    if left is not None:
+        existing = left - AHEAD
     if channel_decay is not None:
-        rows = tl.minimum(tl.maximum(left - AHEAD, 0), R * G).to(tl.float32)
         gate_GD = exp(channel_decay) + tl.zeros([G, BD], tl.float32)
         for r in tl.static_range(R):
-            gate_RGD = gate_RGD + (tl.where(rows_at(r, R, G) < left - AHEAD, gate_GD, 1.0),)
-        return gate_RGD, channel_decay * rows
+            if existing is None:
+                gate_RGD = gate_RGD + (gate_GD,)
+            else:
+                gate_RGD = gate_RGD + (tl.where(rows_at(r, R, G) < existing, gate_GD, 1.0),)
+        if existing is None:
+            return gate_RGD, channel_decay * (R * G)
+        else:
+            return gate_RGD, channel_decay * tl.minimum(tl.maximum(existing, 0), R * G).to(tl.float32)
     else:
         sum_GD = tl.zeros([G, BD], tl.float32)
         for r in tl.static_range(R):
-            log_GD = load_rows(log_decay, r, row + AHEAD, left - AHEAD, column, D, D, R, G, BD).to(tl.float32)
+            log_GD = load_rows(log_decay, r, row + AHEAD, existing, column, D, D, R, G, BD).to(tl.float32)
             sum_GD += log_GD
             gate_RGD = gate_RGD + (exp(log_GD),)
         return gate_RGD, tl.sum(sum_GD, 0, keep_dims=True)

@@ -1,34 +1,34 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """Phases in the kernels: integers, 2^32 of which are one turn, so a sum wraps by itself and no digit is ever lost.
 
-The rounding to 2^-32 of a turn adds up to at most 1.2e-5 rad over 16384 positions, also where all phases are equal. The
-product of an fp32 phase and 1 / (2 pi) has more digits than fp32, so it is computed as a sum of two numbers.
+The rounding to 2^-32 of a turn adds up to at most 1.7e-5 rad over 16384 positions, also where all phases are equal. The
+product of an fp32 phase and 1 / (2 pi) has more digits than fp32, so the nearest of 2^10 parts of a turn is taken off
+first: what is left has few digits, and no instruction of the slow units converts a number.
 """
 
 import triton
 import triton.language as tl
 
-PER_RADIAN = tl.constexpr(0.15915493667125702)  # 1 / (2 pi) in fp32, and what is missing
-PER_RADIAN_REST = tl.constexpr(6.420638326565253e-09)
+STEP_BITS = tl.constexpr(22)  # of the 32 of a turn: a phase is the nearest of 2^10 steps, and what is left
+STEPS_PER_RADIAN = tl.constexpr(162.9746551513672)
+STEP = tl.constexpr(0.006135923322290182)  # 2 pi / 2^10 in fp32, and what is missing
+STEP_REST = tl.constexpr(-1.7074761049507003e-10)
+UNITS_PER_RADIAN = tl.constexpr(683565248.0)  # 2^32 / (2 pi)
 RADIANS = tl.constexpr(1.4629180792671596e-09)  # 2 pi / 2^32
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: behind it, fp32 has no digits after the point
 ROUND_BITS = tl.constexpr(0x4B400000)
-TINY = tl.constexpr(1e-30)  # keeps a compiler from merging a product with the sums that need it rounded
 
 
 @triton.jit
 def to_turns(phase):
-    """Return phases in radians as parts of a turn in int32, to 2^-33 of a turn; to 2^-25 for phases of 16 bits."""
+    """Return phases in radians as parts of a turn in int32, to 0.7 of them up to 25 000 rad, and wrong beyond."""
     wide = phase.to(tl.float32)
-    turns = tl.fma(wide, tl.full(wide.shape, PER_RADIAN, tl.float32), tl.full(wide.shape, TINY, tl.float32))
-    part = turns - ((turns + ROUND) - ROUND)
-    if phase.dtype.primitive_bitwidth == 16:
-        return ((part + wide * PER_RADIAN_REST) * 4294967040.0).to(tl.int32)
-    else:
-        rest = tl.fma(wide, tl.full(wide.shape, PER_RADIAN, tl.float32), -turns) + wide * PER_RADIAN_REST
-        high = part * 65536.0 + ROUND
-        low = (part * 65536.0 - (high - ROUND) + rest * 65536.0) * 65536.0 + ROUND
-        return (high.to(tl.int32, bitcast=True) << 16) + (low.to(tl.int32, bitcast=True) - ROUND_BITS)
+    whole = tl.fma(wide, tl.full(wide.shape, STEPS_PER_RADIAN, tl.float32), tl.full(wide.shape, ROUND, tl.float32))
+    steps = whole - ROUND
+    left = tl.fma(steps, tl.full(wide.shape, -STEP, tl.float32), wide)
+    left = tl.fma(steps, tl.full(wide.shape, -STEP_REST, tl.float32), left)
+    part = tl.fma(left, tl.full(wide.shape, UNITS_PER_RADIAN, tl.float32), tl.full(wide.shape, ROUND, tl.float32))
+    return (whole.to(tl.int32, bitcast=True) << STEP_BITS) + (part.to(tl.int32, bitcast=True) - ROUND_BITS)
 
 
 @triton.jit

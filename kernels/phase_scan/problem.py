@@ -43,8 +43,9 @@ class Problem:
             return
         rows = self.how.forward.rows * self.how.forward.groups
         self.slots = self.T // rows + self.N if self.packed else self.B * -(-self.T // rows)
+        even = not self.packed and self.T % rows == 0  # the last tile, too, has all its rows
         per_channel = log_decay is not None and len(log_decay[0]) == 1
-        self.common |= {"EPSILON": EPSILON, "PER_CHANNEL": per_channel, "NORM": normalise}
+        self.common |= {"EPSILON": EPSILON, "PER_CHANNEL": per_channel, "NORM": normalise, "EVEN": even}
 
     def _set_window(self, window: int) -> None:
         """Choose the tiles for a window; before each, two sums and two phases are kept. See `window_tiles.py`."""

@@ -28,16 +28,28 @@ def rows_at(r, R: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
+def inside_of(rows, columns, left, D: tl.constexpr, BD: tl.constexpr):
+    """Return which of the rows and channels exist; without `left`, all rows do."""
+    if left is None:
+        return (rows >= 0) & (columns < D)
+    elif D % BD == 0:
+        return rows < left
+    else:
+        return (rows < left) & (columns < D)
+
+
+@triton.jit
 def load_rows(
     x, r, row, left, column, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr
 ):
     """Load place r of a tile from `row` on, of which `left` rows exist, for BD of D channels; zeros elsewhere."""
     rows = rows_at(r, R, G)
     columns = columns_of(column, BD)
-    inside = rows < left
-    if D % BD != 0:
-        inside = inside & (columns < D)
-    return tl.load(x + row * STRIDE + rows * STRIDE + columns, mask=inside, other=0.0)
+    places = x + row * STRIDE + rows * STRIDE + columns
+    if left is None and D % BD == 0:
+        return tl.load(places)
+    else:
+        return tl.load(places, mask=inside_of(rows, columns, left, D, BD), other=0.0)
 
 
 @triton.jit
@@ -57,10 +69,11 @@ def store_rows(
     """Store what `load_rows` loads."""
     rows = rows_at(r, R, G)
     columns = columns_of(column, BD)
-    inside = rows < left
-    if D % BD != 0:
-        inside = inside & (columns < D)
-    tl.store(x + row * STRIDE + rows * STRIDE + columns, values.to(x.dtype.element_ty), mask=inside)
+    places = x + row * STRIDE + rows * STRIDE + columns
+    if left is None and D % BD == 0:
+        tl.store(places, values.to(x.dtype.element_ty))
+    else:
+        tl.store(places, values.to(x.dtype.element_ty), mask=inside_of(rows, columns, left, D, BD))
 
 
 @triton.jit
@@ -75,6 +88,24 @@ def store_channels(x, values, row, column, D: tl.constexpr, BD: tl.constexpr):
     """Store what `load_channels` loads."""
     columns = columns_of(column, BD)
     tl.store(x + row * D + columns, values, mask=columns < D)
+
+
+@triton.jit
+def load_state(x, row, column, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
+    """Load BD channels of a row in fp32 for each group, [G, BD], as the kernels hold tiles: no barrier is needed."""
+    columns = columns_of(column, BD) + tl.zeros([G, 1], tl.int32)
+    return tl.load(x + row * D + columns, mask=columns < D, other=0.0)
+
+
+@triton.jit
+def store_state(x, values, row, column, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
+    """Store BD channels of a row, [1, BD], from the first group, as the kernels hold tiles: no barrier is needed.
+
+    Their bits may be those of an integer, so nothing is added to them: a sum has other bits where they look like a NaN.
+    """
+    columns = columns_of(column, BD) + tl.zeros([G, 1], tl.int32)
+    inside = (tl.arange(0, G) == 0)[:, None] & (columns < D)
+    tl.store(x + row * D + columns, tl.broadcast_to(values, [G, BD]), mask=inside)
 
 
 @triton.jit
@@ -105,7 +136,7 @@ def load_written(
     for r in tl.static_range(R):
         x_GD = load_rows(x, r, row, left, column, D, D, R, G, BD).to(tl.float32)
         if mass is None:
-            mass_GD = tl.where(rows_at(r, R, G) < left, 1.0, 0.0) + tl.zeros_like(x_GD)
+            mass_GD = tl.where(inside_of(rows_at(r, R, G), 0, left, 1, 1), 1.0, 0.0) + tl.zeros_like(x_GD)
             u_GD = x_GD
         else:
             mass_GD = load_rows(mass, r, row, left, column, D, D, R, G, BD).to(tl.float32)
@@ -119,18 +150,17 @@ def load_written(
 
 @triton.jit
 def load_phases(omega, phase, row, left, column, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
-    """Return the cumulative phases of a tile as int32, from the phase [1, BD] before it on."""
+    """Return the cumulative phases of a tile as int32, from the phase [1, BD] before it on, and that after it."""
     own_RGD = ()
     sum_GD = tl.zeros([G, BD], tl.int32)
     for r in tl.static_range(R):
         sum_GD += to_turns(load_rows(omega, r, row, left, column, D, D, R, G, BD))
         own_RGD = own_RGD + (sum_GD,)
-    _, before_GD = tl.associative_scan((sum_GD, sum_GD * 0), 0, add)
-    before_GD += phase
+    before_GD = tl.cumsum(sum_GD, 0) - sum_GD + phase
     phase_RGD = ()
     for r in tl.static_range(R):
         phase_RGD = phase_RGD + (before_GD + own_RGD[r],)
-    return phase_RGD
+    return phase_RGD, (phase + tl.sum(sum_GD, 0, keep_dims=True)).to(tl.int64).to(tl.int32)
 
 
 @triton.jit

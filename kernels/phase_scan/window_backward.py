@@ -77,7 +77,7 @@ def _store_gradients(
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
     phase = load_channels(states, at + 2, column, D, BD).to(tl.int32, bitcast=True)
-    phase_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
+    phase_RGD, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
     cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     # fmt: off
     write_re_RGD, write_im_RGD = load_direction(
@@ -156,9 +156,9 @@ def _store_gradients(
             store_rows(dwrite_offset, dwrite_GD, r, row, left, column, D, D, R, G, BD)
     if Q == 1:
         across = tl.sum(pair_GD, 0, keep_dims=True).to(tl.float64)
-    later_RGD, _ = scan(None, None, step_RGD, across.to(tl.float32), True, R, G)
+    domega_RGD, _ = scan(None, None, step_RGD, across.to(tl.float32), False, True, R, G)
     for r in tl.static_range(R):
-        store_rows(domega, later_RGD[r] + step_RGD[r], r, row, left, column, D, D, R, G, BD)
+        store_rows(domega, domega_RGD[r], r, row, left, column, D, D, R, G, BD)
     return s_re, s_im, across + total(step_RGD, R)
 
 

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from kernels.phase_scan.tiles import (
     directions,
-    group_of,
     load_direction,
     load_phases,
     load_written,
@@ -62,8 +61,7 @@ def _store_outputs(
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
     store_channels(states, phase.to(tl.float32, bitcast=True), at + 2, column, D, BD)
-    phase_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
-    phase = group_of(phase_RGD[R - 1], G - 1, G).to(tl.int64).to(tl.int32)
+    phase_RGD, phase = load_phases(omega, phase, row, left, column, D, R, G, BD)
     cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     # fmt: off
     write_re_RGD, write_im_RGD = load_direction(
@@ -82,10 +80,9 @@ def _store_outputs(
         if LATE:
             store_channels(states, late_phase.to(tl.float32, bitcast=True), at + 3, column, D, BD)
             late_left = tl.minimum(length - first + W, rows)
-            late_re_RGD, late_im_RGD, late_phase_RGD = load_writes(
+            late_re_RGD, late_im_RGD, late_phase = load_writes(
                 x, omega, mass, write_offset, late_phase, row - W, late_left, column, D, R, G, BD, COMPILED
             )
-            late_phase = group_of(late_phase_RGD[R - 1], G - 1, G).to(tl.int64).to(tl.int32)
         else:
             late_re_RGD, late_im_RGD = load_terms(initial, n, first, rows, column, W, D, R, G, BD)
         rest_re_RGD = sums_beside(late_re_RGD, True, W, L, R, G, BD)

@@ -81,9 +81,9 @@ def sums_beside(
     """Return for each row the sum over the rows before it, or behind it with REVERSE, of its chunk in the tile."""
     zero = tl.zeros([1, BD], tl.float32)
     if L > W:
-        sum_RGD, _ = scan(chunk_gates(W, L, REVERSE, R, G, BD), zero, u_RGD, zero, REVERSE, R, G)
+        sum_RGD, _ = scan(chunk_gates(W, L, REVERSE, R, G, BD), zero, u_RGD, zero, True, REVERSE, R, G)
     else:
-        sum_RGD, _ = scan(None, zero, u_RGD, zero, REVERSE, R, G)
+        sum_RGD, _ = scan(None, zero, u_RGD, zero, True, REVERSE, R, G)
     return sum_RGD
 
 

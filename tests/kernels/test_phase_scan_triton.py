@@ -68,6 +68,8 @@ def kernel_errors(toy: Toy) -> list[float]:
         (Toy(B=1, T=10, bounds=(0, 0, 5, 9), dtype=F32), 2e-6),
         (Toy(B=1, T=6, decay="channel", strength=0.01, dtype=F32), 2e-6),
         (Toy(B=1, T=9, strength=50.0, extras=False, dtype=F32), 2e-6),
+        (Toy(B=1, T=8, decay="channel", strength=0.5, dtype=F32, rate=2e4), 2e-6),  # all tiles are whole
+        (Toy(T=8, extras=False, dtype=F32), 2e-6),
         (Toy(B=1, T=6, D=1, bounds=(0, 5), decay="channel", extras=False, dtype=F16), 3e-3),
     ],
     ids=str,
