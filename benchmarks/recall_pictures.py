@@ -1,6 +1,9 @@
-"""Draw and print recall against the size of the state, beside the curves of Zoology, from a study's report.
+"""Draw and print recall against the size of the state, beside the curves of Zoology, from the reports of two studies.
 
-python benchmarks/recall_pictures.py assets/recall_mqar.svg runs/studies/recall_mqar/report.json
+python benchmarks/recall_pictures.py assets/recall_mqar.svg studies/results/recall_mqar.json \
+    studies/results/recall_rates.json
+
+Of arms that differ in the learning rate alone, the best counts, as in the published curves.
 """
 
 import argparse
@@ -27,6 +30,7 @@ LABELS = {
     "window": f"attention to {WINDOW} positions",
     "attention": "attention to all positions",
 }
+RATES = {"rate_1": "gated_delta"}  # arms of recall_rates.yaml -> the series to which they belong
 # Read off the figure of the repository that accompanies "Zoology" (Arora et al. 2024, arXiv:2312.04927), which counts
 # bytes. Its models of widths 64, 128 and 256 have one block of the mixer behind a block of a convolution, and the gated
 # delta rule has values twice as wide as keys, so that its states are as large as those of the study at the same width.
@@ -40,14 +44,18 @@ Point = tuple[int, int, Mapping[str, Any]]  # width, size and estimate
 
 
 def points(arms: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """Return the arms of each series that have been tested, by width."""
-    found: dict[str, list[Point]] = {series: [] for series in SIZES}
+    """Return the best arm of each series and width that has been tested, by width."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {series: {} for series in SIZES}
     for arm, data in arms.items():
-        series, _, width = arm.rpartition("_")
-        estimate = data["estimates"].get(MEASURE)
-        if series in found and estimate and estimate["value"] is not None:
-            found[series].append((int(width), SIZES[series](int(width)), estimate))
-    return {series: sorted(own, key=lambda point: point[0]) for series, own in found.items() if own}
+        name, _, width = arm.rpartition("_")
+        own, estimate = found.get(RATES.get(name, name)), data["estimates"].get(MEASURE)
+        if own is not None and estimate and estimate["value"] is not None:
+            own[int(width)] = max(own.get(int(width), estimate), estimate, key=lambda one: one["value"])
+    return {
+        series: [(width, SIZES[series](width), own[width]) for width in sorted(own)]
+        for series, own in found.items()
+        if own
+    }
 
 
 def picture(series: Mapping[str, list[Point]]) -> Figure:
@@ -85,13 +93,13 @@ def table(series: Mapping[str, list[Point]]) -> str:
 
 
 def main() -> None:
-    """Read the report, write the picture and print the table."""
+    """Read the reports, write the picture and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path, help="the SVG file to write")
-    parser.add_argument("report", type=Path, help="report.json of the study recall_mqar")
+    parser.add_argument("reports", type=Path, nargs="+", help="report.json of the studies recall_mqar and recall_rates")
     options = parser.parse_args()
     rcParams["svg.hashsalt"] = "crosstalk"  # the same report gives the same file
-    series = points(json.loads(options.report.read_text())["arms"])
+    series = points({arm: data for path in options.reports for arm, data in json.loads(path.read_text())["arms"].items()})
     picture(series).savefig(options.picture, metadata={"Date": None})
     print(table(series))
 

@@ -1,4 +1,4 @@
-"""The curve of recall takes each arm's point from the report, and leaves out arms that have not run."""
+"""The curve of recall takes the point of the best rate from the reports, and leaves out arms that have not run."""
 
 import json
 import sys
@@ -12,6 +12,8 @@ def test_points_lie_at_the_size_of_each_state(tmp_path, monkeypatch, capsys):
     arms = {
         "gated_delta_128": {"estimates": {recall_pictures.MEASURE: ESTIMATE | {"value": 0.75}}},
         "gated_delta_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE}},
+        "rate_1_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE | {"value": 0.625}}},
+        "rate_1_128": {"estimates": {recall_pictures.MEASURE: ESTIMATE}},
         "two_blocks_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE}},
         "window_64": {"estimates": {recall_pictures.MEASURE: ESTIMATE | {"value": 0.25}}},
         "window_128": {"estimates": {}},
@@ -27,5 +29,7 @@ def test_points_lie_at_the_size_of_each_state(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "curve.svg"
     monkeypatch.setattr(sys, "argv", ["recall_pictures.py", str(picture), str(tmp_path / "report.json")])
     recall_pictures.main()
-    assert "| gated delta rule | 128 | 65536 | 0.750 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| gated delta rule | 128 | 65536 | 0.750 |" in printed
+    assert "| gated delta rule | 64 | 16384 | 0.625 |" in printed  # the better of two rates
     assert picture.read_text().count("<svg")
