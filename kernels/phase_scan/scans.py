@@ -90,14 +90,15 @@ def scan(
     """
     own_RGD, sum_GD = _within(gate_RGD, u_RGD, KEPT, REVERSE, R)
     if gate_RGD is None:
-        _, before_GD = tl.associative_scan((sum_GD, sum_GD * 0), 0, add, REVERSE)
+        _, before_GD = tl.associative_scan((sum_GD, tl.zeros_like(sum_GD)), 0, add, REVERSE)
         last = entered + tl.sum(sum_GD, 0, keep_dims=True)
         return _enter(own_RGD, None, before_GD + entered, REVERSE, R), last
     else:
         end: tl.constexpr = 0 if REVERSE else G - 1
         passed_RGD, product_GD = _passed(gate_RGD, REVERSE, R)
+        zero_GD = tl.zeros_like(sum_GD)
         all_GD, sum_GD, gates_GD, before_GD = tl.associative_scan(
-            (product_GD, sum_GD, sum_GD * 0 + 1, sum_GD * 0), 0, _groups, REVERSE
+            (product_GD, sum_GD, zero_GD + 1, zero_GD), 0, _groups, REVERSE
         )
         last = group_of(sum_GD, end, G) + pass_on(group_of(all_GD, end, G), log_passed, entered)
         return _enter(own_RGD, passed_RGD, before_GD + gates_GD * entered, REVERSE, R), last
@@ -119,8 +120,9 @@ def scan_two(
     """Return what `scan` returns for u and for v, which have the same gates: products of gates are computed once."""
     u_own_RGD, u_GD = _within(gate_RGD, u_RGD, KEPT, REVERSE, R)
     v_own_RGD, v_GD = _within(gate_RGD, v_RGD, KEPT, REVERSE, R)
+    zero_GD = tl.zeros_like(u_GD)
     if gate_RGD is None:
-        _, u_before_GD, _, v_before_GD = tl.associative_scan((u_GD, u_GD * 0, v_GD, v_GD * 0), 0, _add_two, REVERSE)
+        _, u_before_GD, _, v_before_GD = tl.associative_scan((u_GD, zero_GD, v_GD, zero_GD), 0, _add_two, REVERSE)
         u_last = u_entered + tl.sum(u_GD, 0, keep_dims=True)
         v_last = v_entered + tl.sum(v_GD, 0, keep_dims=True)
         result_RGD = _enter(u_own_RGD, None, u_before_GD + u_entered, REVERSE, R)
@@ -129,7 +131,7 @@ def scan_two(
         end: tl.constexpr = 0 if REVERSE else G - 1
         passed_RGD, product_GD = _passed(gate_RGD, REVERSE, R)
         all_GD, u_GD, v_GD, gates_GD, u_before_GD, v_before_GD = tl.associative_scan(
-            (product_GD, u_GD, v_GD, u_GD * 0 + 1, u_GD * 0, v_GD * 0), 0, _groups_two, REVERSE
+            (product_GD, u_GD, v_GD, zero_GD + 1, zero_GD, zero_GD), 0, _groups_two, REVERSE
         )
         all = group_of(all_GD, end, G)
         u_last = group_of(u_GD, end, G) + pass_on(all, log_passed, u_entered)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from typing import Literal
 
 import pytest
 import torch
@@ -163,6 +164,27 @@ def causality_holds() -> bool:
 
 def test_causality_is_exact(interpreter):
     assert interpreter(causality_holds)
+
+
+def nan_stays_behind(decay: Literal["channel", "input"] | None) -> bool:
+    """Return whether a NaN leaves outputs before it, and one of their gradient the gradients after it, as they are."""
+    small_tiles()
+    inputs = Toy(B=1, T=6, D=1, decay=decay, extras=False, dtype=F32).inputs()
+    bad = inputs | {"x": inputs["x"].clone().index_fill(1, torch.tensor(3), torch.nan)}  # the second row of its group
+    clean, found = (phase_scan(**values, backend="triton")[0] for values in (inputs, bad))
+    x = inputs["x"].clone().requires_grad_()
+    y, _ = phase_scan(**inputs | {"x": x}, backend="triton")
+    ones = torch.ones_like(y)
+    late, bad_late = (
+        torch.autograd.grad(y, x, dy, retain_graph=True)[0][:, 3:]
+        for dy in (ones, ones.index_fill(1, torch.tensor(2), torch.nan))
+    )
+    return found[:, :3].equal(clean[:, :3]) and bad_late.equal(late)
+
+
+@pytest.mark.parametrize("decay", [None, "channel", "input"])
+def test_nan_does_not_reach_rows_before_it(interpreter, decay: Literal["channel", "input"] | None):
+    assert interpreter(nan_stays_behind, decay)
 
 
 def member_errors(toy: Toy, compiled: bool) -> list[float]:
