@@ -59,7 +59,8 @@ def load_gates(
         if existing is None:
             return gate_RGD, channel_decay * (R * G)
         else:
-            return gate_RGD, channel_decay * tl.minimum(tl.maximum(existing, 0), R * G).to(tl.float32)
+            rows = tl.minimum(tl.maximum(existing, 0), R * G)  # if there is none, a log-decay of -inf would give a NaN
+            return gate_RGD, tl.where(rows > 0, channel_decay * rows.to(tl.float32), 0.0)
     else:
         sum_GD = tl.zeros([G, BD], tl.float32)
         for r in tl.static_range(R):
