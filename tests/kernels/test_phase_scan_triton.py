@@ -52,16 +52,19 @@ def results(call: Callable, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [y.detach(), final.detach(), *torch.autograd.grad(loss, list(inputs.values()))]
 
 
-def kernel_errors(toy: Toy) -> list[float]:
+def errors_of(inputs: dict[str, Tensor], **options: object) -> list[float]:
+    """Return the errors of all results of the kernels, with small tiles, beside those of the reference in fp64."""
     small_tiles()
 
     def call(**inputs: Tensor) -> tuple[Tensor, Tensor]:
         wide = inputs["x"].dtype == torch.float64
-        backend = "reference" if wide else "triton"
-        return phase_scan(**inputs, **toy.options, output_final_state=True, backend=backend)
+        return phase_scan(**inputs, **options, output_final_state=True, backend="reference" if wide else "triton")
 
-    inputs = toy.inputs()
     return relative_errors(results(call, inputs), results(call, {name: v.double() for name, v in inputs.items()}))
+
+
+def kernel_errors(toy: Toy) -> list[float]:
+    return errors_of(toy.inputs(), **toy.options)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +108,11 @@ def test_window_without_decay(interpreter, toy: Toy, most: float):
 
 def window_of_equal_rows(window: int) -> tuple[list[float], float, float]:
     """Return errors where all rows are alike, and what a large value leaves in outputs and gradients after a window."""
-    small_tiles()
     rows = Toy(B=1, T=90, D=1, decay=None, extras=False, dtype=F32).inputs()
     rows["omega"].fill_(3.1)
     rows["x"].fill_(0.7)
 
-    def call(**inputs: Tensor) -> tuple[Tensor, Tensor]:
-        backend = "reference" if inputs["x"].dtype == torch.float64 else "triton"
-        return phase_scan(**inputs, window=window, output_final_state=True, backend=backend)
-
-    errors = relative_errors(results(call, rows), results(call, {name: v.double() for name, v in rows.items()}))
+    errors = errors_of(rows, window=window)
     rows["x"][:, 5] = 1e6
     large, zero = (
         phase_scan(**values, window=window, backend="triton")[0]
@@ -147,6 +145,20 @@ def drift() -> list[float]:
 
 def test_constant_phases_do_not_drift(interpreter):
     assert interpreter(drift)[0] < 5e-7
+
+
+def nan_phase_errors() -> list[float]:
+    """Return errors where the bits of the phase before the second tile are those of a NaN in fp32."""
+    inputs = Toy(B=1, T=8, D=1, decay=None, extras=False, dtype=F32).inputs()
+    inputs["omega"][:, :4] = 0
+    inputs["omega"][:, 1] = 0x7F812345 / 2**32 * 2 * torch.pi
+    return errors_of(inputs)
+
+
+def test_phases_keep_their_bits(interpreter):
+    """The kernels keep phases, which are integers, among states in fp32."""
+    errors = interpreter(nan_phase_errors)
+    assert max(errors) < 2e-6, errors
 
 
 def causality_holds() -> bool:
