@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """Phases in the kernels: integers, 2^32 of which are one turn, so a sum wraps by itself and no digit is ever lost.
 
-The rounding to 2^-32 of a turn adds up to at most 1.7e-5 rad over 16384 positions, also where all phases are equal. The
+The rounding to 2^-32 of a turn adds up to at most 1.9e-5 rad over 16384 positions, also where all phases are equal. The
 product of an fp32 phase and 1 / (2 pi) has more digits than fp32, so the nearest of 2^10 parts of a turn is taken off
 first: what is left has few digits, and no instruction of the slow units converts a number.
 """
@@ -21,7 +21,10 @@ ROUND_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def to_turns(phase):
-    """Return phases in radians as parts of a turn in int32, to 0.7 of them up to 25 000 rad, and wrong beyond."""
+    """Return phases in radians as parts of a turn in int32, to 0.8 of them up to 25 000 rad.
+
+    Beyond, and for infinities and NaNs, which an integer cannot hold, they are arbitrary.
+    """
     wide = phase.to(tl.float32)
     whole = tl.fma(wide, tl.full(wide.shape, STEPS_PER_RADIAN, tl.float32), tl.full(wide.shape, ROUND, tl.float32))
     steps = whole - ROUND

@@ -7,7 +7,8 @@ First over the rows of each group from zero, then over the groups. No factor abo
 is; nothing is subtracted, so what one row holds never reaches the rows before it. Results are S_t, or a_t S_{t-1} where
 the backward needs it: where a_t is small, the difference S_t - u_t would have no digits of it.
 
-Shapes: tuples of R tiles [G, BD], as `tiles.py` explains; what enters and leaves a tile is [1, BD].
+Shapes: tuples of R tiles [G, BD], as `tiles.py` explains; what enters a tile is [1, BD], or [G, BD] with the same
+numbers for each group, and what leaves it is [1, BD].
 """
 
 import triton
@@ -133,8 +134,8 @@ def scan_two(
         all_GD, u_GD, v_GD, gates_GD, u_before_GD, v_before_GD = tl.associative_scan(
             (product_GD, u_GD, v_GD, zero_GD + 1, zero_GD, zero_GD), 0, _groups_two, REVERSE
         )
-        all = group_of(all_GD, end, G)
-        u_last = group_of(u_GD, end, G) + pass_on(all, log_passed, u_entered)
-        v_last = group_of(v_GD, end, G) + pass_on(all, log_passed, v_entered)
+        product = group_of(all_GD, end, G)
+        u_last = group_of(u_GD, end, G) + pass_on(product, log_passed, u_entered)
+        v_last = group_of(v_GD, end, G) + pass_on(product, log_passed, v_entered)
         result_RGD = _enter(u_own_RGD, passed_RGD, u_before_GD + gates_GD * u_entered, REVERSE, R)
         return result_RGD, _enter(v_own_RGD, passed_RGD, v_before_GD + gates_GD * v_entered, REVERSE, R), u_last, v_last

@@ -17,7 +17,7 @@ from kernels.phase_scan.phases import cos_sin, to_turns
 
 @triton.jit
 def columns_of(column, BD: tl.constexpr):
-    """Return the channels of a program, [1, BD]; a thread gets four, so a warp has eight groups of 16 channels."""
+    """Return the channels of a program, [1, BD]; a thread gets four of eight groups, or two of four, in one load."""
     return tl.max_contiguous(column + tl.arange(0, BD), 4)[None, :]
 
 
@@ -150,7 +150,10 @@ def load_written(
 
 @triton.jit
 def load_phases(omega, phase, row, left, column, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
-    """Return the cumulative phases of a tile as int32, from the phase [1, BD] before it on, and that after it."""
+    """Return the cumulative phases of a tile as int32, from the phase before it on, and the phase after it.
+
+    Both are [1, BD], or [G, BD] with the same phase for each group.
+    """
     own_RGD = ()
     sum_GD = tl.zeros([G, BD], tl.int32)
     for r in tl.static_range(R):
