@@ -46,8 +46,7 @@ def phase_scan(
 
     Args:
         x: Values [B, T, D], fp32, bf16 or fp16, or fp64 for the reference.
-        omega: Phase per position in radians [B, T, D]. The kernels need phases and offsets between -25 000 and 25 000;
-            others, and NaNs, count as arbitrary phases in them.
+        omega: Phase per position in radians [B, T, D]. The kernels return NaN for phases and offsets beyond 25 000.
         mass: Factors of the values [B, T, D], at least 0; 1 by default.
         log_decay: Log-decays, at most 0: [D], one per channel, or [B, T, D], which may depend on the input. No decay
             by default.

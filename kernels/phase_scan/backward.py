@@ -104,7 +104,7 @@ def compute_gradients(
         at = (slot + tile) * (P + 1)
         phase = load_state(states, at + P, column, D, G, BD).to(tl.int32, bitcast=True)
         # fmt: off
-        phase_RGD, last_phase = load_phases(omega, phase, row, left, column, D, R, G, BD)
+        phase_RGD, last_phase, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
         cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
         write_re_RGD, write_im_RGD = load_direction(
             write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
@@ -113,7 +113,7 @@ def compute_gradients(
             read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
         )
         x_RGD, mass_RGD, u_re_RGD, u_im_RGD = load_written(
-            x, mass, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
+            x, mass, None, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
         )
         # fmt: on
         gate_RGD = None

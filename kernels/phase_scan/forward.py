@@ -89,7 +89,7 @@ def compute_outputs(
         if NORM:
             store_state(states, s_mass, at + 2, column, D, G, BD)
         # fmt: off
-        phase_RGD, phase = load_phases(omega, phase, row, left, column, D, R, G, BD)
+        phase_RGD, phase, lost_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
         cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
         write_re_RGD, write_im_RGD = load_direction(
             write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
@@ -98,7 +98,7 @@ def compute_outputs(
             read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
         )
         _, mass_RGD, u_re_RGD, u_im_RGD = load_written(
-            x, mass, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
+            x, mass, lost_RGD, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
         )
         # fmt: on
         gate_RGD = None

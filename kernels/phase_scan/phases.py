@@ -17,14 +17,12 @@ UNITS_PER_RADIAN = tl.constexpr(683565248.0)  # 2^32 / (2 pi)
 RADIANS = tl.constexpr(1.4629180792671596e-09)  # 2 pi / 2^32
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: behind it, fp32 has no digits after the point
 ROUND_BITS = tl.constexpr(0x4B400000)
+BEYOND = tl.constexpr(1.36e34)  # the product with 25 000 is at the end of the range of fp32
 
 
 @triton.jit
 def to_turns(phase):
-    """Return phases in radians as parts of a turn in int32, to 0.8 of them up to 25 000 rad.
-
-    Beyond, and for infinities and NaNs, which an integer cannot hold, they are arbitrary.
-    """
+    """Return phases in radians as parts of a turn in int32, to 0.8 of them; `lost` says where this is not possible."""
     wide = phase.to(tl.float32)
     whole = tl.fma(wide, tl.full(wide.shape, STEPS_PER_RADIAN, tl.float32), tl.full(wide.shape, ROUND, tl.float32))
     steps = whole - ROUND
@@ -32,6 +30,12 @@ def to_turns(phase):
     left = tl.fma(steps, tl.full(wide.shape, -STEP_REST, tl.float32), left)
     part = tl.fma(left, tl.full(wide.shape, UNITS_PER_RADIAN, tl.float32), tl.full(wide.shape, ROUND, tl.float32))
     return (whole.to(tl.int32, bitcast=True) << STEP_BITS) + (part.to(tl.int32, bitcast=True) - ROUND_BITS)
+
+
+@triton.jit
+def lost(phase):
+    """Return 0, or NaN for phases that `to_turns` cannot convert: NaN, infinity, and those beyond 25 000 rad."""
+    return phase.to(tl.float32) * BEYOND * 0.0
 
 
 @triton.jit

@@ -12,7 +12,7 @@ number per R rows, is one of Triton's.
 import triton
 import triton.language as tl
 
-from kernels.phase_scan.phases import cos_sin, to_turns
+from kernels.phase_scan.phases import cos_sin, lost, to_turns
 
 
 @triton.jit
@@ -118,6 +118,7 @@ def group_of(x, g: tl.constexpr, G: tl.constexpr):
 def load_written(
     x,
     mass,
+    lost_RGD,
     cos_RGD,
     sin_RGD,
     row,
@@ -128,13 +129,18 @@ def load_written(
     G: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Return values, masses, and what is written: real and imaginary parts. Without masses, a row has the mass 1."""
+    """Return values, masses, and what is written: real and imaginary parts. Without masses, a row has the mass 1.
+
+    Values are NaN where phases are lost; the backward leaves this out.
+    """
     x_RGD = ()
     mass_RGD = ()
     re_RGD = ()
     im_RGD = ()
     for r in tl.static_range(R):
         x_GD = load_rows(x, r, row, left, column, D, D, R, G, BD).to(tl.float32)
+        if lost_RGD is not None:
+            x_GD += lost_RGD[r]
         if mass is None:
             mass_GD = tl.where(inside_of(rows_at(r, R, G), 0, left, 1, 1), 1.0, 0.0) + tl.zeros_like(x_GD)
             u_GD = x_GD
@@ -150,20 +156,24 @@ def load_written(
 
 @triton.jit
 def load_phases(omega, phase, row, left, column, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
-    """Return the cumulative phases of a tile as int32, from the phase before it on, and the phase after it.
+    """Return the cumulative phases of a tile as int32, from the phase before it on; the phase after it; lost phases.
 
-    Both are [1, BD], or [G, BD] with the same phase for each group.
+    Phases before and after are [1, BD], or [G, BD] with the same for each group. The last result is NaN for rows whose
+    phase is lost, and 0 elsewhere.
     """
     own_RGD = ()
+    lost_RGD = ()
     sum_GD = tl.zeros([G, BD], tl.int32)
     for r in tl.static_range(R):
-        sum_GD += to_turns(load_rows(omega, r, row, left, column, D, D, R, G, BD))
+        omega_GD = load_rows(omega, r, row, left, column, D, D, R, G, BD)
+        sum_GD += to_turns(omega_GD)
         own_RGD = own_RGD + (sum_GD,)
+        lost_RGD = lost_RGD + (lost(omega_GD),)
     before_GD = tl.cumsum(sum_GD, 0) - sum_GD + phase
     phase_RGD = ()
     for r in tl.static_range(R):
         phase_RGD = phase_RGD + (before_GD + own_RGD[r],)
-    return phase_RGD, (phase + tl.sum(sum_GD, 0, keep_dims=True)).to(tl.int64).to(tl.int32)
+    return phase_RGD, (phase + tl.sum(sum_GD, 0, keep_dims=True)).to(tl.int64).to(tl.int32), lost_RGD
 
 
 @triton.jit
@@ -197,11 +207,14 @@ def load_direction(
     if offset is None:
         return cos_RGD, sin_RGD
     else:
-        turned_RGD = ()
+        re_RGD = ()
+        im_RGD = ()
         for r in tl.static_range(R):
-            offset_GD = to_turns(load_rows(offset, r, row, left, column, D, D, R, G, BD))
-            turned_RGD = turned_RGD + (phase_RGD[r] + offset_GD,)
-        return directions(turned_RGD, R, COMPILED)
+            offset_GD = load_rows(offset, r, row, left, column, D, D, R, G, BD)
+            re_GD, im_GD = cos_sin(phase_RGD[r] + to_turns(offset_GD), COMPILED)
+            re_RGD = re_RGD + (re_GD + lost(offset_GD),)
+            im_RGD = im_RGD + (im_GD,)
+        return re_RGD, im_RGD
 
 
 @triton.jit

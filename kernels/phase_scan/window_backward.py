@@ -77,7 +77,7 @@ def _store_gradients(
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
     phase = load_channels(states, at + 2, column, D, BD).to(tl.int32, bitcast=True)
-    phase_RGD, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
+    phase_RGD, _, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
     cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     # fmt: off
     write_re_RGD, write_im_RGD = load_direction(
@@ -87,7 +87,7 @@ def _store_gradients(
         read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
     )
     x_RGD, mass_RGD, u_re_RGD, u_im_RGD = load_written(
-        x, mass, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
+        x, mass, None, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
     )
     # fmt: on
     b_re_RGD, b_im_RGD = load_cotangents(dy, read_re_RGD, read_im_RGD, row, left, column, D, R, G, BD, IMAGINARY)

@@ -61,7 +61,7 @@ def _store_outputs(
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
     store_channels(states, phase.to(tl.float32, bitcast=True), at + 2, column, D, BD)
-    phase_RGD, phase = load_phases(omega, phase, row, left, column, D, R, G, BD)
+    phase_RGD, phase, lost_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
     cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     # fmt: off
     write_re_RGD, write_im_RGD = load_direction(
@@ -71,7 +71,9 @@ def _store_outputs(
         read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
     )
     # fmt: on
-    _, _, u_re_RGD, u_im_RGD = load_written(x, mass, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD)
+    _, _, u_re_RGD, u_im_RGD = load_written(
+        x, mass, lost_RGD, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
+    )
     h_re_RGD = sums_beside(u_re_RGD, False, W, L, R, G, BD)
     h_im_RGD = sums_beside(u_im_RGD, False, W, L, R, G, BD)
     m_re = tl.zeros([1, BD], tl.float32)

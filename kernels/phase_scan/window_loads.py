@@ -37,10 +37,10 @@ def load_writes(
     COMPILED: tl.constexpr,
 ):
     """Return what a tile of rows writes, real and imaginary part, and the phase after it."""
-    phase_RGD, last_phase = load_phases(omega, phase, row, left, column, D, R, G, BD)
+    phase_RGD, last_phase, lost_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
     cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     re_RGD, im_RGD = load_direction(write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED)
-    _, _, u_re_RGD, u_im_RGD = load_written(x, mass, re_RGD, im_RGD, row, left, column, D, R, G, BD)
+    _, _, u_re_RGD, u_im_RGD = load_written(x, mass, lost_RGD, re_RGD, im_RGD, row, left, column, D, R, G, BD)
     return u_re_RGD, u_im_RGD, last_phase
 
 
@@ -91,7 +91,7 @@ def load_reads(
     COMPILED: tl.constexpr,
 ):
     """Return b of a tile of rows."""
-    phase_RGD, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
+    phase_RGD, _, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
     cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     cos_RGD, sin_RGD = load_direction(
         read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED

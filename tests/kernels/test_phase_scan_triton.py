@@ -241,3 +241,28 @@ def member_errors(toy: Toy, compiled: bool) -> list[float]:
 def test_members_of_an_ensemble(interpreter, toy: Toy, compiled: bool):
     errors = interpreter(member_errors, toy, compiled)
     assert max(errors) < 2e-6, errors
+
+
+def rows_without_a_number(name: str, value: float, window: int | None) -> list[list[bool]]:
+    """Return where outputs are NaN if one number of an input, in row 5 of 8, is one that phases cannot have."""
+    small_tiles()
+    rows = Toy(B=1, T=8, D=1, decay=None, dtype=F32, window=window, normalised=False).inputs()
+    del rows["initial_state"]
+    rows[name][:, 5] = value
+    outputs = [phase_scan(**rows, window=window, backend=backend)[0] for backend in ("triton", "reference")]
+    return [y.isnan().flatten().tolist() for y in outputs]
+
+
+@pytest.mark.parametrize("name", ["omega", "read_offset", "write_offset"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_lost_phases_become_nan(interpreter, name: str, window: int | None):
+    """The kernels count phases in integers, which have no NaN: outputs must not look like those of another phase."""
+    for value in (float("nan"), float("inf"), -float("inf")):
+        found, expected = interpreter(rows_without_a_number, name, value, window)
+        last = 8 if window is None else 5 + window  # a window forgets the row
+        assert found[:last] == expected[:last]
+    found, _ = interpreter(rows_without_a_number, name, -1e5, window)
+    assert found[:5] == [False] * 5
+    assert found[5]
+    found, _ = interpreter(rows_without_a_number, name, 2e4, window)
+    assert not any(found)
