@@ -7,11 +7,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.base import EveryNSteps
+from callbacks.held_out import validated_weights
 from datamodules.errors import check_numbers
 
 
 class AtValidations(Callback, ABC):
     """A callback that measures at the end of `validate`, and of some validations during a fit.
+
+    It measures the weights that the validation has measured, which may be an average over steps (EMA).
 
     Checkpoints hold the step up to which validations were counted, so that a resumed run measures where the
     uninterrupted run does: the next validation may be due for a multiple of n that lies before the checkpoint.
@@ -42,7 +45,8 @@ class AtValidations(Callback, ABC):
         if trainer.sanity_checking:
             return
         if trainer.state.fn != TrainerFn.FITTING or self._checks.advance(trainer.global_step):
-            self.at_validation(trainer, pl_module)
+            with validated_weights(trainer, pl_module):
+                self.at_validation(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the step of the last validation, up to which validations were counted."""

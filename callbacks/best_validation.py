@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.base import ReleasingCallback, refuse_second
+from callbacks.held_out import validated_weights
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import HasMembers
 from lightning_modules.core.reporting import ensemble_size, report_members
@@ -26,7 +27,8 @@ class BestValidation(ReleasingCallback):
 
     It keeps a copy of the parameters, on the device and in each checkpoint. The copy takes the place of the model's own
     parameters from the start of a test to its end. Training, validation, `generate` and the weights in a checkpoint are
-    those of the last step. A test with `--ckpt_path` finds the copy in the checkpoint. The validation text must not be
+    those of the last step. Of a run that averages its weights (EMA), the copy is of the average, which is what its
+    validations measure. A test with `--ckpt_path` finds the copy in the checkpoint. The validation text must not be
     the test text, or the test would be too good.
 
     Example::
@@ -60,13 +62,17 @@ class BestValidation(ReleasingCallback):
         better_S = loss_S < self._lowest_S  # False for NaN
         self._lowest_S = torch.where(better_S, loss_S, self._lowest_S)
         self._step_S = torch.where(better_S, float(trainer.global_step), self._step_S)
-        for name, parameter in _trained(pl_module).items():
+        with validated_weights(trainer, pl_module):
+            self._copy(pl_module, better_S)
+        report_members(trainer, pl_module, {"validation/best_step": self._step_S})
+
+    def _copy(self, module: LightningModule, better_S: Tensor) -> None:
+        for name, parameter in _trained(module).items():
             value, before = parameter.detach(), self._best.get(name, parameter.detach())
             better = better_S[0]
             if len(better_S) > 1:
                 better = better_S.view(-1, *[1] * (value.dim() - 1))
             self._best[name] = torch.where(better.to(value.device), value, before.to(value.device))
-        report_members(trainer, pl_module, {"validation/best_step": self._step_S})
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the copy in place."""

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -41,6 +42,24 @@ def evaluation(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """
     with isolate_rng(), eval_mode(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
         yield
+
+
+@contextmanager
+def validated_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Run the block with the weights that the validation has measured, and then restore those of training.
+
+    They differ where a callback averages weights (EMA): it puts its average in place during a validation, and takes it
+    out before `on_validation_end`.
+    """
+    averages = [callback for callback in connected(trainer).callbacks if isinstance(callback, WeightAveraging)]
+    averages = [callback for callback in averages if callback._average_model is not None]
+    for callback in averages:
+        callback._swap_models(pl_module)
+    try:
+        yield
+    finally:
+        for callback in reversed(averages):
+            callback._swap_models(pl_module)
 
 
 @contextmanager

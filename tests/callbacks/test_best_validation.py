@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import QUIET
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 from toy_fit import StopAt, Stopped
@@ -112,3 +113,14 @@ def test_a_module_without_a_held_out_loss_is_refused(tmp_path):
     module.validation_step = lambda batch, batch_idx: None
     with pytest.raises(UserError, match="BestValidation needs validation/loss, and Counter does not log it"):
         trainer(tmp_path, BestValidation()).fit(module, DATA, DATA)
+
+
+def test_an_average_of_the_weights_is_what_is_copied_and_tested(tmp_path):
+    average = EMAWeightAveraging(decay=0.5)
+    module, runner = Counter(ensemble=1), trainer(tmp_path, BestValidation(), average)
+    runner.fit(module, DATA, DATA)
+    runner.test(module, DATA, verbose=False)
+    expected = 1.0  # after the first step
+    for step in range(2, 7):
+        expected = 0.5 * expected + 0.5 * step
+    torch.testing.assert_close(module.tested[0], torch.full((4,), expected))
