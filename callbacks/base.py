@@ -2,7 +2,8 @@
 
 import time
 from abc import ABC, abstractmethod
-from typing import cast
+from collections.abc import Callable, Iterable
+from typing import TypeVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from datamodules.errors import MOST, UserError
 from lightning_modules.core.contracts import connected
+
+C = TypeVar("C", bound=Callback)
 
 # Checks
 
@@ -34,6 +37,24 @@ def refuse_second(trainer: Trainer, callback: Callback) -> None:
     """
     if any(isinstance(other, type(callback)) and other is not callback for other in connected(trainer).callbacks):
         raise UserError(f"Two {type(callback).__name__} callbacks would log under one name; keep one.")
+
+
+def refuse_shared(trainer: Trainer, callback: C, owned: Callable[[C], Iterable[str]], what: str) -> None:
+    """Refuse a second callback of one class that has something in common with this one.
+
+    Args:
+        trainer: The trainer.
+        callback: The callback.
+        owned: Returns the names of what must belong to one callback only.
+        what: What both would do with a name, such as `log`.
+
+    Raises:
+        UserError: The trainer has two of the class that share a name.
+    """
+    callbacks = connected(trainer).callbacks
+    for other in [other for other in callbacks if isinstance(other, type(callback)) and other is not callback]:
+        if both := sorted(set(owned(callback)) & set(owned(other))):
+            raise UserError(f"Two {type(callback).__name__} callbacks would {what} {both[0]!r}; keep one.")
 
 
 # Steps

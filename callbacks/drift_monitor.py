@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from callbacks.base import check_positive
+from callbacks.base import check_positive, refuse_shared
 from datamodules.errors import UserError
 from lightning_modules.core.reporting import ensemble_size, report_members
 from lightning_modules.core.sites import match_parameters
@@ -72,7 +72,7 @@ class DriftMonitor(Callback):
 
     Raises:
         UserError: There is no group, a group has no pattern, or a number is not positive; at `setup` for fit, a pattern
-            matches nothing, or a parameter of an ensemble has no member axis.
+            matches nothing, a parameter of an ensemble has no member axis, or two monitors have a group of one name.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class DriftMonitor(Callback):
         """Check the patterns and the member axes, and forget an earlier fit."""
         if stage != "fit":
             return
+        refuse_shared(trainer, self, lambda monitor: [f"drift/{group}" for group in monitor.groups], "log")
         self._state = {}
         members = ensemble_size(pl_module)
         for group, patterns in self.groups.items():

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from callbacks.base import check_positive
+from callbacks.base import check_positive, refuse_shared
 from datamodules.errors import UserError
 from lightning_modules.core.reporting import ensemble_size, report_members
 from lightning_modules.core.sites import match_parameters
@@ -45,7 +45,8 @@ class GradientRatio(Callback):
         every_n_steps: Optimizer steps between two values.
 
     Raises:
-        UserError: A number is not positive, or there is no pattern; at `setup`, a pattern matches nothing.
+        UserError: A number is not positive, or there is no pattern; at `setup`, a pattern matches nothing, or two of
+            these callbacks have one name.
     """
 
     def __init__(self, name: str, parameters: list[str], over: list[str], every_n_steps: int = 50) -> None:
@@ -56,7 +57,8 @@ class GradientRatio(Callback):
         self.name, self.parameters, self.over, self.every_n_steps = name, parameters, over, every_n_steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse patterns that match nothing."""
+        """Refuse a second callback of the same name, and patterns that match nothing."""
+        refuse_shared(trainer, self, lambda ratio: [f"gradient/{ratio.name}"], "log")
         if stage == "fit":
             for patterns in (self.parameters, self.over):
                 match_parameters(pl_module, patterns, "GradientRatio")

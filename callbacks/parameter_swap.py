@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks.base import ReleasingCallback
+from callbacks.base import ReleasingCallback, refuse_shared
 from datamodules.errors import UserError
 from lightning_modules.core.checkpoints import check_finite, read_checkpoint
 from lightning_modules.core.contracts import connected
@@ -16,6 +16,7 @@ from lightning_modules.core.sites import match_parameters
 from lightning_modules.core.swapping import SwapMode, swap_parameters
 
 DONOR = "ParameterSwap's donor"
+PATTERNS = "ParameterSwap.parameters"
 
 
 class ParameterSwap(ReleasingCallback):
@@ -24,7 +25,7 @@ class ParameterSwap(ReleasingCallback):
     The values are those of `lightning_modules.core.swapping.swap_parameters`. They are in place from the start of an
     evaluation to its end, whatever the order of the callbacks: probes that measure at the end of a test measure them
     too. Then the model has its own parameters again, also if the evaluation fails. The default is to swap the routing:
-    queries and keys of all heads. Two swaps of one trainer must not share a parameter.
+    queries and keys of all heads. A trainer may have several swaps, of different parameters.
 
     Example::
 
@@ -44,8 +45,8 @@ class ParameterSwap(ReleasingCallback):
 
     Raises:
         UserError: The mode lacks its donor, or the seed is negative; at `setup`, the stage is fit, a pattern matches
-            nothing, or the donor does not exist, is damaged or is not finite; at the start of the evaluation, the donor
-            does not fit.
+            nothing, two swaps share a parameter, or the donor does not exist, is damaged or is not finite; at the start
+            of the evaluation, the donor does not fit.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class ParameterSwap(ReleasingCallback):
         """Refuse training, patterns that match nothing, and a donor that cannot be read; become the last callback."""
         if stage == "fit":
             raise UserError("ParameterSwap acts on validate, test and predict; take it out of the callbacks of fit.")
-        match_parameters(pl_module, self.parameters, "ParameterSwap.parameters")
+        match_parameters(pl_module, self.parameters, PATTERNS)
+        refuse_shared(trainer, self, lambda swap: match_parameters(pl_module, swap.parameters, PATTERNS), "replace")
         # Behind those that put other parameters in place at the start, or that measure at the end
         others = [callback for callback in connected(trainer).callbacks if callback is not self]
         connected(trainer).callbacks = [*others, self]

@@ -123,6 +123,7 @@ class TextMonitor(Probe):
         for whose, outputs in pairs.items():
             measures[f"{split}/{whose}repetition"] = repetition_rate(outputs, NGRAM)
             measures[f"{split}/{whose}distinct_2"] = distinct_n(outputs, 2)
+        measures = trainer.strategy.broadcast(measures)  # only rank 0 has samples, and early stopping asks all ranks
         log_scalars(trainer, measures)
         keep_scalars(trainer, measures)
         folder = run_folder(trainer)

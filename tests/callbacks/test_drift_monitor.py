@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from callbacks.drift_monitor import DriftMonitor, drift_rate
+from datamodules.errors import UserError
 
 GROUPS = {"moving": ["a", "b"], "still": ["c"]}
 
@@ -52,7 +53,7 @@ class Trace(DriftMonitor):
 
 def fit(module, tmp_path, monitor, max_steps, ckpt_path=None, **flags):
     flags = QUIET | {"accelerator": "cpu", "max_steps": max_steps, "default_root_dir": tmp_path} | flags
-    trainer = Trainer(callbacks=[monitor], **flags)
+    trainer = Trainer(callbacks=monitor, **flags)
     trainer.fit(module, DataLoader(torch.zeros(100, 1)), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
@@ -148,6 +149,8 @@ def test_user_errors(tmp_path):
         ValueError, match=r"DriftMonitor\.groups: no parameter matches 'aa'; the nearest names are: 'a'"
     ):
         fit(Ramps(), tmp_path, DriftMonitor({"x": ["aa"]}), 1)
+    with pytest.raises(UserError, match="Two DriftMonitor callbacks would log 'drift/x'; keep one"):
+        fit(Ramps(), tmp_path, [DriftMonitor({"x": ["a"]}), DriftMonitor({"x": ["b"]})], 1)
     module = Ramps(ensemble=2, pace=(1.0, 1.0))
     module.lone = nn.Parameter(torch.zeros(5))
     with pytest.raises(ValueError, match=r"lone of 'x' has no axis of 2 members: \(5,\)"):

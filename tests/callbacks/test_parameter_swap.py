@@ -96,6 +96,16 @@ def test_callbacks_see_the_values_at_start_and_end_whatever_their_order(first, t
     assert all((value == 1).all() for value in model.state_dict().values())
 
 
+def test_two_swaps_need_different_parameters(tmp_path):
+    def run_test(*patterns):
+        swaps = [ParameterSwap(mode="random", parameters=[pattern]) for pattern in patterns]
+        trainer_of(tmp_path, *swaps).test(Model(0), loader(), verbose=False)
+
+    run_test("*.q_proj.*", "*.k_proj.*")
+    with pytest.raises(UserError, match=r"^Two ParameterSwap callbacks would replace '.*q_proj.weight'; keep one"):
+        run_test("*.q_proj.*", "*proj.weight")
+
+
 def test_user_errors(tmp_path):
     path = checkpoint(Model(1), tmp_path / "donor.ckpt")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUIET
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from callbacks import ActivationNoise, BitsByPosition, GradientRatio, PhaseMonitor, TextMonitor
 from callbacks.bits_by_position import bits_by_position
@@ -27,10 +27,12 @@ def text(**options) -> TextCorpus:
     return TextCorpus(**sizes | options)
 
 
-def fit(folder: Path, *callbacks, module=None, data=None, steps: int = 4, **options) -> tuple[Phase, Trainer]:
+def fit(
+    folder: Path, *callbacks, module=None, data=None, steps: int = 4, flags=None, **options
+) -> tuple[Phase, Trainer]:
     module = module or Phase(**SIZES | {"pattern": "PP"} | options)
     torch.manual_seed(0)  # of dropout
-    quiet = QUIET | {"accelerator": "cpu", "max_steps": steps, "default_root_dir": folder}
+    quiet = QUIET | {"accelerator": "cpu", "max_steps": steps, "default_root_dir": folder} | (flags or {})
     trainer = Trainer(**quiet, callbacks=list(callbacks), val_check_interval=2, check_val_every_n_epoch=None)
     trainer.fit(module, datamodule=data or text())
     return module, trainer
@@ -60,6 +62,26 @@ def test_samples_and_their_repetition(tmp_path):
     assert measured["own_repetition"] == pytest.approx(repetition_rate(own))
     trainer.test(module, datamodule=data, verbose=False)
     assert (tmp_path / "samples/text-test-4.jsonl").exists()
+
+
+class OnRankOne(Callback):
+    """Writes the measures of the second process, which early stopping reads there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            self.path.write_text(json.dumps({name: float(value) for name, value in trainer.callback_metrics.items()}))
+
+
+def test_all_processes_have_the_repetition_of_the_first(tmp_path):
+    strategy = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
+    monitors = TextMonitor(3, 2, prompt=5, length=200), OnRankOne(tmp_path / "one.json")
+    _, trainer = fit(tmp_path, *monitors, steps=2, flags={"devices": 2, "strategy": strategy})
+    found = json.loads((tmp_path / "one.json").read_text())
+    for name in ("validation/repetition", "validation/distinct_2"):
+        assert found[name] == pytest.approx(trainer.callback_metrics[name].item())
 
 
 def test_bits_by_position(tmp_path):
@@ -187,6 +209,8 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match="TextMonitor: generation runs one position at a time, without the hook"):
         fit(tmp_path, TextMonitor(length=8), noise, module=module)
     assert module.global_step == 0  # not at the first measure
+    with pytest.raises(UserError, match="Two GradientRatio callbacks would log 'gradient/measured'; keep one"):
+        fit(tmp_path, ratio(["*.omega.*"]), ratio(["*.v_proj.weight"]))
     with pytest.raises(UserError, match="no parameter matches"):
         fit(tmp_path, ratio(["*.nothing"]))
     with pytest.raises(UserError, match=r"TextMonitor\.prompt must be at least 1"):
