@@ -67,8 +67,12 @@ class StepPhases(HookedCallback):
         self._steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch the parts of a module that trains a bridge."""
+        """Watch the parts of a module that trains a bridge; become the first callback.
+
+        What other callbacks do at the end of a batch, such as an evaluation, is then no part of the step.
+        """
         refuse_second(trainer, self)
+        connected(trainer).callbacks = [self, *(other for other in connected(trainer).callbacks if other is not self)]
         if stage == "fit" and isinstance(pl_module, BridgeTraining):
             self._has_parts = True
             self._handles = [

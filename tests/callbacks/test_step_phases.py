@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import QUIET
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from toy_logger import Kept
 
@@ -61,6 +61,20 @@ def test_phases_are_logged_every_n_steps_and_their_means_are_kept(tmp_path, monk
     expected = {"phases/forward_ms": 2000.0, "phases/backward_ms": 3000.0, "phases/optimizer_ms": 4000.0}
     assert all(row == expected for _, row in rows)
     assert {name: value for name, value in kept.items() if name in expected} == expected
+
+
+class Slow(Callback):
+    """Takes 50 s at the end of a batch, as an evaluation does."""
+
+    def on_train_batch_end(self, *arguments):
+        Clocked.now += 50
+
+
+def test_what_other_callbacks_do_after_a_step_is_no_phase_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_phases.time, "perf_counter", lambda: Clocked.now)
+    rows, kept = run(tmp_path, Slow(), StepPhases(2))
+    assert [row["phases/optimizer_ms"] for _, row in rows] == [4000.0] * 3
+    assert kept["phases/optimizer_ms"] == 4000.0
 
 
 def test_a_bridge_has_its_parts_and_leaves_other_steps_unwatched(telepathy, fit):
