@@ -30,7 +30,7 @@ def main(args: list[str] | None = None) -> CrosstalkCLI | None:
     if not line or line[0] in ("-h", "--help"):
         print(overview())
         return None
-    refuse_unknown(line[0])
+    refuse_unknown(line)
     if line[0] in ("study", "ledger"):
         from studies.engine.command import run
 

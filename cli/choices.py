@@ -8,6 +8,8 @@ from inspect import isabstract, signature
 
 from jsonargparse import ArgumentParser
 
+NO_CHOICES = ("lightning.pytorch.demos", "lightning_modules.core.")  # modules
+
 
 def arguments(owner: type) -> set[str]:
     """Return the names of all arguments of a class that a config may set; nested ones are dotted."""
@@ -22,14 +24,17 @@ def options(parser: ArgumentParser) -> set[str]:
 
 
 def subclasses(base: str) -> set[str]:
-    """Return the names of the loaded public classes that derive from a class named `base` and can be made."""
+    """Return the names of the loaded public classes that derive from a class named `base` and can be made.
+
+    `lightning_modules.core` has bases for the classes of the lines, which no config names.
+    """
     named = [getattr(module, base, None) for module in list(sys.modules.values())]
     stack = [cls for cls in named if isinstance(cls, type) and cls.__module__ != "collections.abc"]
     found = set()
     while stack:
         classes: list[type] = type.__subclasses__(stack.pop())
         stack += classes
-        made = [cls for cls in classes if not cls.__module__.startswith("lightning.pytorch.demos")]
+        made = [cls for cls in classes if not cls.__module__.startswith(NO_CHOICES)]
         found |= {cls.__name__ for cls in made if not isabstract(cls)}
     return {name for name in found if not name.startswith("_")}
 

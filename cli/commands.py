@@ -55,15 +55,20 @@ def speed_up_help(line: list[str]) -> None:
         import_torchmetrics_alone()
 
 
-def refuse_unknown(word: str) -> None:
-    """Exit with code 2 and the nearest command if `word` is neither a command nor an option."""
-    if word in COMMANDS or word.startswith("-"):
+def refuse_unknown(line: list[str]) -> None:
+    """Exit with code 2 and the nearest command if a command line does not begin with a command."""
+    word, *others = line
+    if word in COMMANDS:
         return
     import difflib
 
-    close = difflib.get_close_matches(word, COMMANDS, 1)
-    advice = f"; did you mean '{close[0]}'?" if close else ""
-    sys.stderr.write(f"error: there is no command '{word}'{advice}\nCommands: {', '.join(COMMANDS)}\n")
+    if word.startswith("-"):
+        given = next((other for other in others if other in COMMANDS), None)
+        message = f"the command comes first, before {word}" + (f": python main.py {given} ..." if given else "")
+    else:
+        close = difflib.get_close_matches(word, COMMANDS, 1)
+        message = f"there is no command '{word}'" + (f"; did you mean '{close[0]}'?" if close else "")
+    sys.stderr.write(f"error: {message}\nCommands: {', '.join(COMMANDS)}\n")
     sys.exit(2)
 
 

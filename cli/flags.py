@@ -17,6 +17,12 @@ SLOW = (  # what `trainer.barebones` turns off
     *("detect_anomaly", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"),
     *("fast_dev_run", "logger", "profiler"),
 )
+LIMITS = {  # command -> the flag that limits its batches, and what it does with them
+    "fit": ("limit_train_batches", "trained"),
+    "validate": ("limit_val_batches", "measured"),
+    "test": ("limit_test_batches", "measured"),
+    "predict": ("limit_predict_batches", "predicted"),
+}
 PATHS = {"default_root_dir", "dirpath", "path", "reference", "save_dir", "save_to", "test_path"}
 
 
@@ -62,8 +68,9 @@ def check_flags(command: str | None, config: Mapping[str, Any]) -> None:
         raise UserError(f"trainer.max_time must be longer than nothing, not {limit}")
     if flags["barebones"]:
         _check_barebones(command, flags)
-    if command == "fit" and flags["limit_train_batches"] == 0:
-        raise UserError("trainer.limit_train_batches must not be 0: nothing would be trained")
+    limit_of, done = LIMITS[command] if command else ("", "")
+    if limit_of and flags[limit_of] == 0:
+        raise UserError(f"trainer.{limit_of} must not be 0: nothing would be {done}")
     _check_processes(flags["accelerator"], flags["devices"])
     for key, value in _values(config, ""):
         if value != value:

@@ -3,9 +3,9 @@
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class PlainParser(ArgumentParser):
@@ -18,12 +18,23 @@ class PlainParser(ArgumentParser):
             formatter_class=RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._line: list[str] = []
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse, and remember the command line for `error`."""
+        self._line = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(self._line, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the error on stderr and exit with code 2."""
         from cli.choices import near
 
-        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+        unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
+        if "required" in message:  # an option may only seem to be missing, because its name is wrong
+            names = [text.partition("=")[0] for text in self._line if text.startswith("--") and len(text) > 2]
+            wrong = [name for name in names if name not in self._option_string_actions]
+            unknown = re.match("(.*)", wrong[0]) if wrong else None
+        if unknown:
             kind = "option" if unknown[1].startswith("-") else "use for the argument"
             message = f"there is no {kind} {unknown[1]}{near(unknown[1], self._option_string_actions)}"
         sys.stderr.write(f"error: {message}\nList options: python {self.prog} --help\n")

@@ -65,7 +65,9 @@ def read(path: str) -> StudyFile:
             raise UserError(f"the study {path} cannot be read: it is not a file")
         Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"there is no study {path}") from error
+        from lightning_modules.core.archive import nearest_file  # imports torch
+
+        raise UserError(f"there is no study {path}{nearest_file(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the study {path} cannot be read: {error}") from error
     study = StudyFile(**_parsed(StudyFile, lambda parser: parser.parse_path(path)))

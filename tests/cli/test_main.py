@@ -44,6 +44,36 @@ def test_a_wrong_command_names_the_nearest(word, near, capsys):
     assert "fit, validate, test, predict, generate, export, study, ledger" in errors
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--data.seed", "5", "fit"], "the command comes first, before --data.seed: python main.py fit"),
+        (["--config", "x.yaml", "study"], "the command comes first, before --config: python main.py study"),
+        (["-x"], "the command comes first, before -x\n"),
+    ],
+)
+def test_options_before_the_command_are_told(line, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(line)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["generate", "--ckpt_path", "x", "--promt", "hi"], "there is no option --promt; did you mean '--prompt'?"),
+        (["export", "--ckpt_pat=x"], "there is no option --ckpt_pat; did you mean '--ckpt_path'?"),
+        (["generate", "--ckpt_path", "x"], "one of the arguments --prompt --file is required"),
+    ],
+)
+def test_a_wrong_name_of_a_required_option_is_told(line, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(line)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_reader_that_ends_early_leaves_no_trace():
     reading, writing = os.pipe()
     os.close(reading)

@@ -57,3 +57,12 @@ def test_what_a_barebones_run_cannot_have(run, capsys, command, option, said):
     with pytest.raises(SystemExit):
         run(command, "--trainer.barebones=true", option)
     assert f"error: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "flag"), [("validate", "val"), ("test", "test"), ("predict", "predict")])
+def test_a_command_without_batches_is_refused(run, capsys, command, flag):
+    with pytest.raises(SystemExit) as ended:
+        run(command, f"--trainer.limit_{flag}_batches", "0")
+    assert ended.value.code == 2
+    assert f"trainer.limit_{flag}_batches must not be 0: nothing would be" in capsys.readouterr().err
+    assert not Path("runs").exists()

@@ -177,11 +177,13 @@ def test_help_reads_well(workplace, capsys):
         (["question.yaml", "--setup", "[a, 1]"], "argument --setup: [a, 1] is not a list of shell lines"),
         (["question.yaml", "twice.yaml"], "there is no use for the argument twice.yaml"),
         (["nothing.yaml"], "there is no study nothing.yaml"),
+        (["queston.yaml"], "there is no study queston.yaml; did you mean question.yaml?"),
         (["configs"], "the study configs cannot be read"),
         ([], "the following arguments are required: FILE"),
     ],
 )
 def test_options_are_checked(workplace, capsys, line, sentence):
+    write_study()
     with pytest.raises(SystemExit) as ended:
         cli.main(["study", *line])
     assert ended.value.code == 2
