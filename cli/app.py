@@ -28,9 +28,9 @@ from callbacks.run_record import RunRecord
 from cli import output, renames
 from cli.checkpoint import check_files, check_fit
 from cli.commands import run_help
-from cli.config_errors import FriendlyParser
 from cli.device import device_of_run
 from cli.flags import check_flags
+from cli.friendly_parser import FriendlyParser
 from cli.given_folder import GivenFolder
 from cli.run_folder import make_run_dir, tidy_run_dir
 from cli.trainer import build, make_trainer, with_defaults

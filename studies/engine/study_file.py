@@ -25,7 +25,7 @@ from studies.engine.arms import LIKE_REFERENCE, Arm, expand
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from cli.config_errors import FriendlyParser
+    from cli.friendly_parser import FriendlyParser
 
 NAME = re.compile(r"[A-Za-z_]\w*")
 MOST_SEEDS = 100_000
@@ -98,7 +98,7 @@ def _arm(path: str, name: Any, keys: Any) -> Arm:
 
 def _parsed(kind: type[StudyFile] | type[Arm], parse: Callable[["FriendlyParser"], "Namespace"]) -> dict[str, Any]:
     """Return the keys of a class in a file, without those that have no value; exits on a wrong key."""
-    from cli.config_errors import FriendlyParser
+    from cli.friendly_parser import FriendlyParser
 
     parser = FriendlyParser(prog="main.py study FILE")
     parser.add_class_arguments(kind)
