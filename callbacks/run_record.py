@@ -19,7 +19,7 @@ from callbacks.hyperparameters import log_end, log_settings, main_settings
 from callbacks.provenance import git_state, hardware, run_seed, versions
 from lightning_modules.core.contracts import HasCounts, HasMembers
 from lightning_modules.core.files import replacing
-from lightning_modules.core.reporting import ensemble_size, is_dry_run
+from lightning_modules.core.reporting import ensemble_size, is_dry_run, log_last_losses
 from lightning_modules.core.signals import Interrupted
 
 FIT = TrainerFn.FITTING.value
@@ -83,6 +83,10 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that training has begun."""
         self.trained = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the loggers the losses of the last step of a run that was stopped early."""
+        log_last_losses(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add the duration, the metrics, and the samples behind them."""

@@ -9,6 +9,7 @@ Shapes: S ensemble members.
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,6 +21,9 @@ from lightning_modules.core.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_last_losses: WeakKeyDictionary[Trainer, dict[str, Tensor]] = WeakKeyDictionary()  # of the last optimizer step
 
 
 @runtime_checkable
@@ -54,8 +58,9 @@ def log_losses(module: LightningModule, losses: Mapping[str, Tensor]) -> None:
     """Record the losses of a training step as `train/<name>`, each a mean over the processes of the run.
 
     `trainer.callback_metrics` and `trainer.logged_metrics` have them after every step, as tensors: a program on a GPU
-    does not wait for them. The loggers get them every `log_every_n_steps` steps. `LightningModule.log` does the same
-    and takes a tenth of a small model's step, since it moves each field of each value's record to the device again.
+    does not wait for them. The loggers get them every `log_every_n_steps` steps, and `log_last_losses` gives them those
+    of a stop in between. `LightningModule.log` does the same and takes a tenth of a small model's step, since it moves
+    each field of each value's record to the device again.
 
     All processes call it in the same steps. Without a Trainer it does nothing.
 
@@ -73,8 +78,19 @@ def log_losses(module: LightningModule, losses: Mapping[str, Tensor]) -> None:
     means = {f"train/{name}": mean for name, mean in zip(losses, mean_N.unbind(), strict=True)}
     trainer.callback_metrics.update(means)
     trainer.logged_metrics.update(means)
-    if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+    if trainer.fit_loop._should_accumulate():
+        return
+    _last_losses[trainer] = means
+    every = connected(trainer).log_every_n_steps  # 0 in barebones mode
+    if every and (logged_step(trainer) + 1) % every == 0:
         trainer._logger_connector.log_metrics(means)  # with the epoch; files have the values at once
+
+
+def log_last_losses(trainer: Trainer) -> None:
+    """Log the losses of the step at which training was stopped early, unless the loggers have them; at its end."""
+    losses, every, steps = _last_losses.pop(trainer, None), connected(trainer).log_every_n_steps, logged_step(trainer)
+    if losses and trainer.should_stop and every and steps % every:
+        trainer._logger_connector.log_metrics(losses, step=steps - 1)
 
 
 def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:

@@ -6,6 +6,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from toy_logger import Kept
 
+from callbacks import RunRecord
 from lightning_modules.core.reporting import log_losses
 
 
@@ -59,6 +60,38 @@ def test_loggers_and_callbacks_get_what_lightning_gives_them(tmp_path, every, ac
     assert found[0] == found[1]
     assert len([row for row in logger.rows if "train/loss" in row[1]]) == 12 // every // accumulate
     assert found[1][1][-1] == {"train/loss": 11.0, "train/half": 5.5}
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+@pytest.mark.parametrize(("stop", "steps"), [(3, [1, 2]), (4, [1, 3]), (None, [1, 3])])
+def test_loggers_get_the_losses_of_the_step_at_which_a_run_is_stopped(tmp_path, hook, stop, steps):
+    class Stopping(Callback):
+        pass
+
+    def ask(self, trainer, *args):
+        trainer.should_stop |= trainer.global_step == stop
+
+    setattr(Stopping, hook, ask)
+    model, logger = Numbered(), Kept()
+    Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=logger,
+        callbacks=[RunRecord(), Stopping()],
+        max_steps=5,
+        limit_train_batches=1 if hook == "on_train_epoch_end" else 9,
+        limit_val_batches=1,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=2,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(model)
+    rows = [(row[0], row[1]["train/loss"]) for row in logger.rows if "train/loss" in row[1]]
+    assert [step for step, _ in rows] == steps
+    if hook != "on_train_epoch_end":
+        assert [loss for _, loss in rows] == steps  # the loss of a batch is its number
 
 
 def test_a_step_without_a_trainer_logs_nothing():
