@@ -77,7 +77,7 @@ def _unknown_key(problem: Problem) -> Explanation | None:
     heads = {option.partition(".")[0] for option in valid}
     if name.partition(".")[0] not in heads:  # modle.class_path: only the first part is wrong
         valid, name = heads, name.partition(".")[0]
-    where = ".".join([*keys, name])
+    where = ".".join([*problem.finding.places, name])
     if owner and owner.__module__.startswith("lightning.pytorch.core"):  # LightningModule and LightningDataModule
         hint = problem._replace(finding=Finding("")).hint  # the class has no arguments to list
         return f"{where}: no config names a class for '{keys[0]}': an overlay comes after a whole config", hint

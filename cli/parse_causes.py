@@ -4,6 +4,7 @@ jsonargparse reports a wrong key or value as nested exceptions, each of which re
 what is at the two ends: the keys that lead to the mistake, and the innermost cause.
 """
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ class Finding:
         owner: The class whose arguments were being set, if any.
         union: The types that would have been accepted, if there were several.
         value: The value in the command line or the config, as text.
+        callbacks: The list of callbacks so far, as text, if the error lies in one of them.
     """
 
     cause: str
@@ -33,14 +35,21 @@ class Finding:
     owner: type | None = None
     union: list[str] = field(default_factory=list)
     value: str = ""
+    callbacks: str = ""
 
     @property
     def path(self) -> str:
         """The keys, dotted; those of a callback begin with its class, as `trainer.callbacks: QuickEval.n_samples`."""
-        first, *rest = self.keys or [""]
-        if first == "trainer.callbacks" and rest and self.owner:
+        first, *rest = self.places or [""]
+        if first.startswith("trainer.callbacks") and rest and self.owner:
             return f"{first}: {'.'.join([self.owner.__name__, *rest])}"
-        return ".".join(self.keys)
+        return ".".join(self.places)
+
+    @property
+    def places(self) -> list[str]:
+        """The keys, with the number of a callback where the list has several of its class: `trainer.callbacks[2]`."""
+        number = _unparsed(self.callbacks, self.owner.__name__) if self.owner else None
+        return self.keys if number is None else [f"{self.keys[0]}[{number}]", *self.keys[1:]]
 
     def enter(self, text: str) -> None:
         """Add the message of the next inner level."""
@@ -53,6 +62,8 @@ class Finding:
             self.union = [kind for kind in _split(plain(match[1])) if kind != "NoneType"]
             value = VALUE.search(self.cause)
             self.value = value[1] if value else ""
+            if self.keys == ["trainer.callbacks"]:
+                self.callbacks = self.value
 
 
 def find(message: str, error: BaseException | None) -> Finding:
@@ -97,6 +108,26 @@ def _split(types: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts]
+
+
+def _unparsed(callbacks: str, name: str) -> int | None:
+    """Return which callback of a list is not parsed yet, if the list has several of the class; None if it is unknown.
+
+    jsonargparse parses the members in their order and replaces each by a `Namespace`, so that the first mapping is the
+    one that it could not parse.
+
+    Args:
+        callbacks: The list as Python writes it.
+        name: The class.
+    """
+    try:
+        written = ast.parse(callbacks, mode="eval").body
+    except (SyntaxError, ValueError):  # an object among the arguments that no text stands for
+        return None
+    members = written.elts if isinstance(written, ast.List) else []
+    of_class = [member for member in members if re.search(rf"class_path\W+([\w.]*\.)?{name}'", ast.unparse(member))]
+    numbers = (number for number, member in enumerate(members) if isinstance(member, ast.Dict))
+    return next(numbers, None) if len(of_class) > 1 else None
 
 
 def _imported(class_path: str) -> type | None:

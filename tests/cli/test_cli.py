@@ -96,6 +96,18 @@ WRONG_YAML = {
 }
 
 
+def test_one_of_several_callbacks_of_a_class_is_named_by_its_number(refused):
+    def watcher(**arguments):
+        return {"class_path": "CliWatcher", "init_args": arguments}
+
+    several = [watcher(every_n_steps=1), watcher(every_n_steps="x"), watcher()]
+    said = "trainer.callbacks[1]: CliWatcher.every_n_steps: expected int, got 'x'"
+    assert said in refused("fit", "--config", overlay({"trainer": {"callbacks": several}}))
+    several[1] = watcher(every_steps=1)
+    said = "CliWatcher has no argument 'every_steps' (trainer.callbacks[1].every_steps); did you mean 'every_n_steps'?"
+    assert said in refused("fit", "--config", overlay({"trainer": {"callbacks": several}}))
+
+
 @pytest.mark.parametrize("case", WRONG_YAML)
 def test_a_typo_in_yaml_is_found_at_any_depth(refused, run, case):
     content, said = WRONG_YAML[case]
