@@ -72,8 +72,10 @@ class ActivationNoise(InterveningCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add hooks to the modules that match the site."""
-        for index, module in enumerate(match_modules(pl_module, self.site, "ActivationNoise.site").values()):
-            self._handles.append(module.register_forward_hook(self._hook(trainer, index)))
+        # The number among all modules, so that two callbacks at different sites add different noise
+        numbers = {module: number for number, module in enumerate(pl_module.modules())}
+        for module in match_modules(pl_module, self.site, "ActivationNoise.site").values():
+            self._handles.append(module.register_forward_hook(self._hook(trainer, numbers[module])))
 
     def _hook(self, trainer: Trainer, index: int) -> Callable[[nn.Module, object, object], object]:
         def noisy(x: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUIET
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import DataLoader
@@ -211,3 +213,21 @@ def test_user_errors(tmp_path):
             ActivationNoise("residual.*", 0.1, seed=seed)
     with pytest.raises(ValueError, match=r"ActivationNoise\.site: no module matches 'residul'; the nearest names are"):
         run_test(Watched(), tmp_path, ActivationNoise("residul", 0.1))
+
+
+def test_two_callbacks_at_different_sites_add_different_noise():
+    class Two(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Identity(), nn.Identity()
+
+    module, trainer = (
+        Two(),
+        SimpleNamespace(state=SimpleNamespace(stage=RunningStage.TESTING), global_rank=0, global_step=3),
+    )
+    for site in ("a", "b"):
+        noise = ActivationNoise(site, 1.0, relative=False)
+        noise.setup(trainer, module, "test")
+        noise.on_stage_batch_start(trainer, module, None, 0)
+    x = torch.zeros(2, 4)
+    assert not torch.equal(module.a(x), module.b(x))
