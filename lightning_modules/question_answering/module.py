@@ -21,7 +21,7 @@ from lightning_modules.core.contracts import OnNonfinite, Workload, connected
 from lightning_modules.core.files import replacing_files
 from lightning_modules.core.metrics import Proportion
 from lightning_modules.core.precision import check_precision
-from lightning_modules.core.reporting import is_dry_run, log_losses, record_proportion
+from lightning_modules.core.reporting import is_dry_run, log_losses, record_proportion, write_predictions
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
 from lightning_modules.pretrained.from_pretrained import quiet
@@ -42,7 +42,7 @@ class QuestionAnswering(LightningModule):
     A share of the training problems asks the model to repeat the question instead, so that it learns to copy names and
     numbers exactly. The loss is next-token cross-entropy in nats, on all positions or on the answer alone. Test sets
     give `<set>/accuracy` of generated answers, and `<set>/blind_accuracy`, which is the accuracy of the one answer that
-    the model gives to a prompt without a question.
+    the model gives to a prompt without a question. `predict` writes the answers to `samples/predictions.jsonl`.
 
     Args:
         pretrained: The model to fine-tune, with its tokenizer. Alternative to `config`.
@@ -90,6 +90,7 @@ class QuestionAnswering(LightningModule):
         self.validation_loss = MeanMetric()  # over the labelled tokens of all ranks
         self.proportions: dict[str, Proportion] = {}
         self.blind_output, self.diverged = "", False  # of the current test
+        self.predictions: list[EvalSample] = []
         self.intervals: dict[str, tuple[float, float]] = {}
         self.counts: dict[str, int] = {}
         self.hits: dict[str, list[int]] = {}
@@ -164,6 +165,17 @@ class QuestionAnswering(LightningModule):
             if not self.diverged:
                 record_proportion(self, name, torch.tensor([share * count]), int(count))
         self.proportions.clear()
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> list[EvalSample]:
+        """Answer a batch."""
+        samples = self.sample_eval(batch)
+        self.predictions += samples
+        return samples
+
+    def on_predict_epoch_end(self) -> None:
+        """Write question, answer and output of all ranks to `samples/predictions.jsonl` in the folder of the run."""
+        write_predictions(self.trainer, self.predictions)
+        self.predictions = []
 
     def _answers(self, prompts: list[list[int]]) -> list[str]:
         """Answer prompts, each a list of tokens."""

@@ -5,7 +5,6 @@ Shapes: B batch, K soft tokens, D target width.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +16,8 @@ from torchmetrics import MeanMetric
 from datamodules.errors import UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.contracts import connected
-from lightning_modules.core.reporting import is_dry_run, run_folder
-from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
+from lightning_modules.core.reporting import write_predictions
+from lightning_modules.core.samples import EvalSample
 from lightning_modules.pretrained.prompts import LONGEST
 from lightning_modules.pretrained.sharding import is_sharded
 from lightning_modules.telepathy.answer_limit import longest_answer
@@ -149,7 +148,5 @@ class BridgeEvaluation(LightningModule, ABC):
 
     def on_predict_epoch_end(self) -> None:
         """Write question, answer and output of all ranks to `samples/predictions.jsonl` in the folder of the run."""
-        samples = [sample for part in gather_objects(self.predictions) for sample in part]
-        folder, self.predictions = run_folder(self.trainer), []
-        if self.trainer.is_global_zero and not is_dry_run(self.trainer):
-            write_jsonl(Path(folder, "samples", "predictions.jsonl"), samples)
+        write_predictions(self.trainer, self.predictions)
+        self.predictions = []

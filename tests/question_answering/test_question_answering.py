@@ -1,5 +1,6 @@
 """Question answering: causality, batches, generation, training, and the accuracy of the embedded target."""
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_the_target_answers_what_it_reads_and_nothing_blindly(tmp_path):
     assert module.hits.keys() == module.counts.keys()
     for name, (hits,) in module.hits.items():
         assert hits / module.counts[name] == pytest.approx(metrics[name])
+
+
+def test_predict_writes_the_answers(tmp_path):
+    data = WordProblems(test_sets={"test": 5}, validation_size=1, eval_batch_size=2)
+    predictor = trainer(tmp_path)
+    predictor.predict(of_pair("target"), data)
+    rows = [json.loads(line) for line in Path(tmp_path, "samples", "predictions.jsonl").read_text().splitlines()]
+    assert {row["prompt"]: row["reference"] for row in rows} == {
+        problem.question: problem.answer for problem in data.eval_problems["test"]
+    }
+    assert all(row["output"] and set(row["scores"]) == {"accuracy"} for row in rows)
 
 
 def test_a_model_that_diverged_has_no_accuracy(tmp_path):
