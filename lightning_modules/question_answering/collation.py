@@ -45,7 +45,12 @@ class Collation:
     answer_only: bool
 
     def batch(
-        self, problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", end: list[int], training: bool
+        self,
+        problems: Sequence[Problem],
+        tokenizer: "PreTrainedTokenizerBase",
+        end: list[int],
+        filler: int,
+        training: bool,
     ) -> TokenBatch | EvaluationBatch:
         """Return a batch; the label of a position is the next token, and a batch for evaluation also has the prompts.
 
@@ -53,9 +58,10 @@ class Collation:
             problems: The problems, one per row.
             tokenizer: The tokenizer.
             end: The tokens behind an answer.
+            filler: The token behind the end of a row.
             training: Whether the batch is for training.
         """
-        before, filler = added_tokens(tokenizer)[0], tokenizer.pad_token_id or 0
+        before = added_tokens(tokenizer)[0]
         questions, outputs = [], []
         for problem in problems:
             # By hash, so that it is the same on every rank, in every worker and after a resume

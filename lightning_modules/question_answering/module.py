@@ -25,10 +25,11 @@ from lightning_modules.core.reporting import is_dry_run, log_losses, record_prop
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
 from lightning_modules.pretrained.from_pretrained import quiet
-from lightning_modules.pretrained.generation import end_tokens, generate
+from lightning_modules.pretrained.generation import end_tokens, filler_token, generate
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.pretrained.prompts import LONGEST, Prompt, added_tokens, encode, with_added
 from lightning_modules.question_answering.collation import Collation, EvaluationBatch
+from lightning_modules.question_answering.limits import Limits
 from lightning_modules.question_answering.start_model import start_model
 from lightning_modules.question_answering.tokenizer import ByteLevelBPE
 
@@ -87,6 +88,7 @@ class QuestionAnswering(LightningModule):
         self.collation = Collation(self.prompt, Prompt(repeat_prompt), repeat_fraction, answer_only)
         self.bpe = tokenizer if isinstance(tokenizer, ByteLevelBPE) else None
         self.model, self._tokenizer = start_model(pretrained, config, tokenizer)
+        self.limits = Limits.of(self.model, pretrained.path if pretrained else None)
         self.validation_loss = MeanMetric()  # over the labelled tokens of all ranks
         self.proportions: dict[str, Proportion] = {}
         self.blind_output, self.diverged = "", False  # of the current test
@@ -118,9 +120,15 @@ class QuestionAnswering(LightningModule):
         return cast(Tensor, self.model(input_ids=tokens_BT).logits)
 
     def collate(self, problems: Sequence[Problem], training: bool) -> TokenBatch | EvaluationBatch:
-        """Make a batch; a batch for evaluation also has the prompts."""
-        end = end_tokens(self.model, self.tokenizer)[:1]
-        return self.collation.batch(problems, self.tokenizer, end, training)
+        """Make a batch; a batch for evaluation also has the prompts.
+
+        Raises:
+            UserError: The model lacks a token of a text, or has too few positions for a row.
+        """
+        end, filler = end_tokens(self.model, self.tokenizer)[:1], filler_token(self.model, self.tokenizer)
+        batch = self.collation.batch(problems, self.tokenizer, end, filler, training)
+        self.limits.check(batch["tokens"].tolist())
+        return batch
 
     def loss(self, batch: TokenBatch) -> Tensor:
         """Return the mean cross-entropy over the labelled positions, in nats."""
@@ -178,7 +186,12 @@ class QuestionAnswering(LightningModule):
         self.predictions = []
 
     def _answers(self, prompts: list[list[int]]) -> list[str]:
-        """Answer prompts, each a list of tokens."""
+        """Answer prompts, each a list of tokens.
+
+        Raises:
+            UserError: The model has too few positions for the longest prompt with its answer.
+        """
+        self.limits.check(prompts, self.max_new_tokens)
         answers = generate(self.model, self.tokenizer, prompts, self.max_new_tokens, self.prompt.stop)
         return [answer.text for answer in answers]
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import UserError
 from lightning_modules.core.attention import leave_out_cudnn_attention
+from lightning_modules.pretrained.causal_lm import reads_ahead
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.question_answering.tokenizer import ByteLevelBPE
 
@@ -20,7 +21,7 @@ SPECIAL_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id")  # tokens 0, 1
 def start_model(
     pretrained: Pretrained | None, config: Mapping[str, Any] | None, tokenizer: ByteLevelBPE | str | None
 ) -> tuple["CausalLM", "PreTrainedTokenizerBase | None"]:
-    """Return a causal language model, and its tokenizer if that is not one to train.
+    """Return a causal language model in training mode, and its tokenizer if that is not one to train.
 
     Args:
         pretrained: The model to fine-tune, with its tokenizer. Alternative to `config`.
@@ -28,11 +29,12 @@ def start_model(
         tokenizer: With `config`: the settings of a tokenizer to train, or a folder with a tokenizer.
 
     Raises:
-        UserError: Both models are given or neither, a new one has no tokenizer, or a model cannot be made.
+        UserError: Both models are given or neither, a new one has no tokenizer, a model cannot be made, or it reads the
+            tokens that it predicts.
     """
     if pretrained is not None and config is None:
         known = pretrained.load_tokenizer()
-        return pretrained.load_causal_lm(), known
+        return _trainable(pretrained.load_causal_lm(), f"model.pretrained: '{pretrained.path}'"), known
     if config is None or pretrained is not None:
         raise UserError("model needs either 'pretrained' or 'config', not both and not neither")
     if tokenizer is None:
@@ -55,12 +57,14 @@ def new_model(config: Mapping[str, Any], tokens: int, special: Mapping[str, Any]
     Raises:
         UserError: There is no such model type or field, or the fields do not fit each other.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         known = "one that transformers knows, such as llama or mistral"
         raise UserError(f"model.config.model_type must be {known}, not {kind!r}")
+    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"model.config.model_type {kind!r} is no causal language model, such as llama or mistral")
     loader: Any = AutoModelForCausalLM
     leave_out_cudnn_attention()
     try:
@@ -71,9 +75,20 @@ def new_model(config: Mapping[str, Any], tokens: int, special: Mapping[str, Any]
             raise UserError(f"model.config: {kind} has no '{name}'; the nearest names are: {nearest}")
         if made.vocab_size < tokens:
             raise UserError(f"model.config.vocab_size must be at least {tokens}, the tokens of the tokenizer")
-        return cast("CausalLM", loader.from_config(made, attn_implementation="sdpa"))
+        return _trainable(loader.from_config(made, attn_implementation="sdpa"), f"model.config: {kind}")
     except UserError:
         raise
     except Exception as error:  # transformers has no class of errors for fields that do not fit each other
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"model.config makes no model: {reason}") from error
+
+
+def _trainable(model: "CausalLM", name: str) -> "CausalLM":
+    """Return a model in training mode, in which its dropout acts; transformers loads models in the other mode.
+
+    Raises:
+        UserError: It reads the tokens that it predicts; begins with `name`.
+    """
+    if reads_ahead(model.eval()):
+        raise UserError(f"{name} reads the tokens that it predicts: choose a causal model")
+    return model.train()
