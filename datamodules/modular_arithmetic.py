@@ -14,6 +14,7 @@ from datamodules.batch import IGNORE, Integers
 from datamodules.batches import Batches
 from datamodules.errors import SEEDS, UserError, check_numbers
 from datamodules.sequence_task import TASK, TRAINING, SequenceTask, Split, by_member, stream
+from datamodules.token_rows import number_below
 
 LARGEST = 4096  # of p: there are p^2 pairs in memory
 EPOCH = 1000  # approximate steps per epoch, so that the work between epochs takes a negligible part of the time
@@ -179,8 +180,8 @@ class ModularArithmetic(SequenceTask):
         sign = SYMBOLS[self.op]
         if not (found := re.fullmatch(rf"\s*(\d+)(?:\s*{re.escape(sign)}\s*|\s+)(\d+)\s*=?\s*", text)):
             raise UserError(f"'{text}' is not of the form '3 {sign} 5'")
-        a, b = map(int, found.groups())
-        if max(a, b) >= self.p:
+        a, b = (number_below(self.p, word) for word in found.groups())
+        if a is None or b is None:
             raise UserError(f"'{text}' has a number that is not below data.p ({self.p})")
         if self.op == "div" and b == 0:
             raise UserError(f"'{text}' divides by zero")

@@ -32,7 +32,7 @@ def product_table(group: str) -> Integers:
     Raises:
         UserError: There is no such group here.
     """
-    found = re.fullmatch(r"([SAZ])(\d+)", group)
+    found = re.fullmatch(r"([SAZ])(\d{1,4})", group)
     family, n = (found[1], int(found[2])) if found else ("Z", 0)
     if not (2 if family == "Z" else 3) <= n <= LARGEST[family]:
         raise UserError(f"data.group '{group}' must be S3, S4, S5, A3 to A6, or Z2 to Z1024")

@@ -81,17 +81,24 @@ def recalled(tokens: list[int], keys: range, values: range) -> list[int]:
     return labels
 
 
+def number_below(bound: int, word: str) -> int | None:
+    """Return the number that a word is, or None if it is none from 0 to `bound` - 1."""
+    digits = word.lstrip("0") or "0"
+    short = word.isdecimal() and len(digits) <= len(str(bound))  # Python reads no number of thousands of digits
+    return int(digits) if short and int(digits) < bound else None
+
+
 def parse_numbers(text: str, vocab_size: int) -> list[int]:
     """Return the tokens of a text of numbers separated by spaces.
 
     Raises:
         UserError: The text has something else, or a number that is no token.
     """
-    words = text.split()
-    digits = len(str(vocab_size))  # Python reads no number of thousands of digits
-    if not all(word.isdecimal() and len(word.lstrip("0")) <= digits and int(word) < vocab_size for word in words):
+    numbers = [number_below(vocab_size, word) for word in text.split()]
+    tokens = [number for number in numbers if number is not None]
+    if len(tokens) < len(numbers):
         raise UserError(f"'{text}' is not a row of numbers from 0 to {vocab_size - 1}")
-    return [int(word) for word in words]
+    return tokens
 
 
 def octaves(longest: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from datamodules.batch import IGNORE
-from datamodules.errors import UserError
+from datamodules.errors import check_numbers
 from lightning_modules.core.checkpoints import check_finite, load_network
 from lightning_modules.core.ensemble import call_members
 
@@ -34,11 +34,13 @@ class Orthogonality:
         anchor: Checkpoint of the anchor: a model of the same shape, or an ensemble, member by member.
         weight: lambda, the factor of the penalty; 0 only measures.
         form: `squared` or `seed`, as above.
+
+    Raises:
+        UserError: The weight is negative or not finite.
     """
 
     def __init__(self, anchor: str, weight: float = 1.0, form: Literal["squared", "seed"] = "squared"):
-        if weight < 0:
-            raise UserError(f"model.orthogonality.weight must be at least 0, not {weight}")
+        check_numbers("model.orthogonality", 0, weight=weight)
         self.anchor, self.weight, self.form = anchor, weight, form
         self.network: nn.Module | None = None
         self.members = 1

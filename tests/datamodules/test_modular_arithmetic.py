@@ -109,6 +109,7 @@ def test_inputs():
         ("3 + 5", "is not of the form"),
         ("-3 / 5", "is not of the form"),
         ("113 / 5", r"not below data.p \(113\)"),
+        (5000 * "1" + " / 5", r"not below data.p \(113\)"),
         ("3 / 0", "divides by zero"),
     ],
 )

@@ -1,5 +1,6 @@
 """A penalty on streams that point where an anchor's do."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from test_separability import SIZES, streams, trainer
 
 from callbacks import ActivationClamp
+from datamodules.errors import UserError
 from lightning_modules.separability import Orthogonality, Separability
 
 
@@ -82,3 +84,9 @@ def test_a_clamp_does_not_reach_the_anchor(tmp_path):
     ((clamped, anchor_SBTD),) = seen
     assert clamped == 0
     assert torch.equal(anchor_SBTD, expected)
+
+
+def test_a_weight_that_is_no_finite_number_of_at_least_zero_is_refused():
+    for weight, reason in ((-1.0, "at least 0, not -1.0"), (math.inf, "a finite number, not inf")):
+        with pytest.raises(UserError, match=rf"^model\.orthogonality\.weight must be {reason}"):
+            Orthogonality("anchor.ckpt", weight)
