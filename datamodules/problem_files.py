@@ -4,11 +4,13 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from datamodules.errors import UserError
 from datamodules.problem_rows import LONGEST, Row
-from datamodules.sources import check_path, reading
+from datamodules.sources import check_path, check_start, reading
 
 SAVED_DICT, SAVED = "dataset_dict.json", "dataset_info.json"  # what save_to_disk writes for several splits, and for one
 
@@ -39,9 +41,17 @@ def local_rows(path: str, key: str, split: str | None = None) -> Iterator[Row]:
     return readers.get(Path(path).suffix.lower(), _lines)(path, key)
 
 
+@contextmanager
+def _opened(path: str, key: str, newline: str | None = None) -> Iterator[TextIO]:
+    with reading(path, key):
+        check_start(path, key)
+        # A wrong encoding spoils one row only: its bytes become surrogates, which no question may hold
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
+            yield file
+
+
 def _lines(path: str, key: str) -> Iterator[Row]:
-    # A wrong encoding spoils one line only: its bytes become surrogates, which no question may hold
-    with reading(path, key), open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+    with _opened(path, key) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield f"line {number}", _parsed(line)
@@ -66,7 +76,7 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _json(path: str, key: str) -> Iterator[Row]:
     """Read a list of objects; a file that is no list has an object per line."""
-    with reading(path, key), open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+    with _opened(path, key) as file:
         text = file.read()
     if not text.lstrip().startswith("["):
         yield from _lines(path, key)
@@ -81,7 +91,7 @@ def _json(path: str, key: str) -> Iterator[Row]:
 
 def _table(path: str, key: str) -> Iterator[Row]:
     """Read a table with a header. All cells are texts: no type is guessed from the first rows."""
-    with reading(path, key), open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with _opened(path, key, newline="") as file:
         delimiter = max(",;\t", key=file.readline().count)
         file.seek(0)
         rows = csv.reader(file, delimiter=delimiter)

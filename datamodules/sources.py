@@ -12,6 +12,10 @@ from datamodules.errors import UserError
 from datamodules.hub import offline_without_hub, reason_of
 
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:/+")
+# First bytes of files whose content is compressed
+PACKED = {b"PK\3\4": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+SPREADSHEETS = (".xlsx", ".ods")  # are zip files
+WIDE = (b"\xff\xfe", b"\xfe\xff")  # first bytes of texts in UTF-16 and UTF-32
 VARIABLE = re.compile(r"\$\w|\$\{|%\w+%")
 
 
@@ -70,6 +74,27 @@ def reading(path: str | Path, key: str) -> Iterator[None]:
         raise UserError(f"no data file at '{path}' ({key})") from error
     except OSError as error:
         raise UserError(f"{key}: cannot read '{path}': {error.strerror or error}") from error
+
+
+def check_start(path: str | Path, key: str, as_bytes: bool = False) -> None:
+    """Check by the first bytes of a file that it can be read as a text in UTF-8.
+
+    Args:
+        path: The file.
+        key: The setting that names the file.
+        as_bytes: Whether any encoding will do.
+
+    Raises:
+        UserError: The file is compressed, or a text in UTF-16 or UTF-32.
+    """
+    with open(path, "rb") as file:
+        start = file.read(max(map(len, PACKED)))
+    for magic, kind in PACKED.items():
+        if start.startswith(magic):
+            advice = "save it as .csv" if Path(path).suffix.lower() in SPREADSHEETS else "unpack it first"
+            raise UserError(f"'{path}' ({key}) is compressed ({kind}): {advice}")
+    if start.startswith(WIDE) and not as_bytes:
+        raise UserError(f"'{path}' ({key}) is a text in UTF-16 or UTF-32: save it in UTF-8")
 
 
 def hub_rows(

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from datamodules.errors import UserError
-from datamodules.sources import hub_rows, reading
+from datamodules.sources import check_start, hub_rows, reading
 
 Source = Literal["docs", "file", "hub"]
-# First bytes of files whose content is compressed
-PACKED = {b"PK\3\4": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def read_text(source: Source, path: str, column: str, size: int | None, as_bytes: bool) -> str | bytes:
@@ -61,13 +59,9 @@ def check_predictable(text: str | bytes, name: str) -> None:
 
 def _read_file(path: str, size: int | None, as_bytes: bool) -> str | bytes:
     with reading(path, "data.path"):
-        with open(path, "rb") as file:
-            start = file.read(max(map(len, PACKED)))
-            for magic, kind in PACKED.items():
-                if start.startswith(magic):
-                    raise UserError(f"'{path}' (data.path) is compressed ({kind}): unpack it first")
-            if as_bytes:
-                file.seek(0)
+        check_start(path, "data.path", as_bytes)
+        if as_bytes:
+            with open(path, "rb") as file:
                 return file.read(-1 if size is None else size)
         try:
             with open(path, encoding="utf-8-sig", newline="") as text_file:

@@ -1,6 +1,7 @@
 """Word problems from files of every form: SVAMP, GSM-Hard, ASDiv and MAWPS in one line of YAML each."""
 
 import csv
+import gzip
 import json
 
 import pytest
@@ -174,7 +175,7 @@ WRONG = {
     "l.json": ('[{"question": "1?", "answer": true}]', r"\('answer' is no text, but True\)"),
     "m.json": ('[{"question": "1?", "answer": null}]', r"\('answer' is empty\)"),
     "n.parquet": ("PAR1", r"^data.path: cannot read 'n.parquet' as parquet: "),
-    "o.xlsx": ("PK\3\4", r"first line 1 \(not JSON: "),
+    "o.xlsx": ("PK\3\4", r"^'o.xlsx' \(data.path\) is compressed \(zip\): save it as .csv$"),
 }
 
 
@@ -228,3 +229,16 @@ def test_splits_of_a_file(folder):
     write(folder / "a.jsonl", [{"question": f"{i}?", "answer": i} for i in range(20)])
     with pytest.raises(UserError, match=r"data.splits goes with hub data sets and saved ones .*, not 'a.jsonl'"):
         WordProblems("file", "a.jsonl", splits={"test": "a"}).setup("test")
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".json", ".csv"])
+def test_a_compressed_file_and_another_encoding_are_told(folder, form):
+    text = write(folder / f"train{form}", MAWPS).read_text()
+    packed, wide = folder / f"train{form}.gz", folder / f"wide{form}"
+    packed.write_bytes(gzip.compress(text.encode()))
+    wide.write_text(text, encoding="utf-16")
+    options = {"columns": {"question": "sQuestion", "answer": "lSolutions"}}
+    with pytest.raises(UserError, match=r"gz' \(data\.path\) is compressed \(gzip\): unpack it first$"):
+        WordProblems("file", str(packed), **options).setup("fit")
+    with pytest.raises(UserError, match=r"' \(data\.path\) is a text in UTF-16 or UTF-32: save it in UTF-8$"):
+        WordProblems("file", str(wide), **options).setup("fit")

@@ -203,7 +203,6 @@ def test_lines_that_no_tokenizer_takes_are_skipped(tmp_path):
         (b"", "it is empty"),
         (b"\n\n", "it is empty"),
         (bytes(range(256)) * 4, "first line 1"),
-        ('{"question": "q", "answer": "#### 1"}\n'.encode("utf-16"), "first line 1"),
         (b'{"question": 1, "answer": "#### 1"}\n', "first line 1 ('question' is no text, but 1)"),
         (b'{"question": "q", "answer": "none"}\n', "the answer 'none' is no number, and has no '####'"),
     ],
