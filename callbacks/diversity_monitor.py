@@ -17,7 +17,7 @@ from callbacks.hooks import HookedCallback, eager, first_tensor
 from callbacks.throughput import off_the_clock
 from datamodules.errors import UserError, check_numbers
 from lightning_modules.core.diversity import between_input_variance, cosine_matrix, effective_rank, mean_pairwise_cosine
-from lightning_modules.core.reporting import add_figure, keep_scalars, log_scalars, logged_step
+from lightning_modules.core.reporting import add_figure, ensemble_size, keep_scalars, log_scalars, logged_step
 from lightning_modules.core.sites import match_modules
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class DiversityMonitor(HookedCallback):
 
     Raises:
         UserError: A number is out of range; at `setup`, there are two of these callbacks, or for fit the site is not
-            one module; in a step, the module returns no tensor.
+            one module or the model is an ensemble; in a step, the module returns no tensor.
     """
 
     def __init__(
@@ -99,6 +99,8 @@ class DiversityMonitor(HookedCallback):
         refuse_second(trainer, self)
         if stage != "fit":
             return
+        if (members := ensemble_size(pl_module)) > 1:
+            raise UserError(f"DiversityMonitor reads a single model: set model.ensemble to 1, not {members}")
         modules = match_modules(pl_module, self.site, "DiversityMonitor.site")
         if len(modules) > 1:
             names = ", ".join(map(repr, modules))

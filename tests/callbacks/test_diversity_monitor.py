@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from callbacks import diversity_monitor
 from callbacks.diversity_monitor import DiversityMonitor
+from datamodules.errors import UserError
 from lightning_modules.core.diversity import between_input_variance, effective_rank, mean_pairwise_cosine
 
 COLLAPSE = "nearly the same for every input"
@@ -272,3 +273,10 @@ def test_user_errors(tmp_path):
         fit(tmp_path, DiversityMonitor("*"))
     with pytest.raises(ValueError, match="nearest names are: 'bridge'"):
         fit(tmp_path, DiversityMonitor("brigde"))
+
+
+def test_an_ensemble_is_refused():
+    module = Sender()
+    module.ensemble = 2
+    with pytest.raises(UserError, match=r"^DiversityMonitor reads a single model: set model\.ensemble to 1, not 2$"):
+        DiversityMonitor().setup(Trainer(barebones=True, callbacks=[]), module, "fit")
