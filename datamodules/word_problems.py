@@ -109,6 +109,8 @@ class WordProblems(TaskDataModule):
             if size > FIXED:
                 raise UserError(f"data.{name} must be at most {FIXED}, the size of the generated set, not {size}")
         known = [name for name in GENERATORS if name != "validation"] if source == "generated" else ["test"]
+        if not test_sets:
+            raise UserError(f"data.test_sets is empty: name at least one of {known}, or leave the key out")
         for name in test_sets:
             if name not in known:
                 raise UserError(f"data.test_sets has no set '{name}' with data.source '{source}': use one of {known}")
@@ -212,7 +214,7 @@ class WordProblems(TaskDataModule):
 
     def predict_dataloader(self) -> UnchangedLoader[object]:
         """Return the first test set."""
-        return UnchangedLoader(self._eval_loader(next(iter(self.test_sets), "validation")))
+        return UnchangedLoader(self._eval_loader(next(iter(self.test_sets))))
 
     def sample_dataloader(self, count: int) -> BatchLoader[object]:
         """Return the first `count` validation problems, an unbiased sample for evaluation during training."""

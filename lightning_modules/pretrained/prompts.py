@@ -25,6 +25,7 @@ class Prompt:
 
     Args:
         template: The text.
+        name: The setting that holds it, for error messages.
 
     Attributes:
         before: The text before the question.
@@ -36,11 +37,9 @@ class Prompt:
         UserError: The template does not contain `{question}` exactly once.
     """
 
-    def __init__(self, template: str):
+    def __init__(self, template: str, name: str = "model.prompt"):
         if template.count(QUESTION) != 1:
-            raise UserError(
-                f"the prompt needs one '{QUESTION}', where the question or its soft tokens go: {template!r}"
-            )
+            raise UserError(f"{name} needs one '{QUESTION}', where the question or its soft tokens go: {template!r}")
         self.before, after = template.split(QUESTION)
         self.after = after.rstrip(" ")
         self.separator = "" if self.after[-1:].isspace() else after[len(self.after) :] or " "

@@ -85,7 +85,9 @@ class QuestionAnswering(LightningModule):
         self.optimizer, self.warmup_steps, self.save_to = optimizer, warmup_steps, save_to
         self.on_nonfinite = on_nonfinite
         self.prompt, self.max_new_tokens = Prompt(prompt), max_new_tokens
-        self.collation = Collation(self.prompt, Prompt(repeat_prompt), repeat_fraction, answer_only)
+        self.collation = Collation(
+            self.prompt, Prompt(repeat_prompt, "model.repeat_prompt"), repeat_fraction, answer_only
+        )
         self.bpe = tokenizer if isinstance(tokenizer, ByteLevelBPE) else None
         self.model, self._tokenizer = start_model(pretrained, config, tokenizer)
         self.limits = Limits.of(self.model, pretrained.path if pretrained else None)

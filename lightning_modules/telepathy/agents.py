@@ -52,7 +52,7 @@ class Writer:
     def __init__(self, pretrained: Pretrained, prompt: str, device: torch.device):
         self.model = pretrained.load_causal_lm().to(device).eval()
         self.tokenizer = pretrained.load_tokenizer()
-        self.prompt, self.added = Prompt(prompt), added_tokens(self.tokenizer)[0]
+        self.prompt, self.added = Prompt(prompt, "AgentChain.prompt"), added_tokens(self.tokenizer)[0]
 
     def write(self, question: str, limit: int | None = None) -> str:
         """Return the message, of at most `limit` tokens, or of twice as many as the question has."""

@@ -83,7 +83,7 @@ class Source(Frozen):
         if prompt == CHAT and tokenizer.chat_template:
             whole = Prompt.chat(tokenizer, self.path)
         else:
-            whole = Prompt(QUESTION if prompt == CHAT else prompt)
+            whole = Prompt(QUESTION if prompt == CHAT else prompt, "model.source_prompt or model.prompt")
         self.before = whole.before
         self.added = ([], []) if whole.has_special_tokens else added_tokens(tokenizer)
 

@@ -68,7 +68,7 @@ VALUES = {
     "layer 0": (["--model.source_layer", "0"], "model.source_layer 0 names no layer"),
     "no objective": (["--model.objectives", "{}"], "model.objectives is empty"),
     "objective": (["--model.objectives", "{lm: 1, klt: 1}"], "model.objectives has no 'klt': choose among lm, "),
-    "prompt": (["--model.prompt", "Answer:"], "the prompt needs one '{question}'"),
+    "prompt": (["--model.prompt", "Answer:"], "model.prompt needs one '{question}'"),
     "model folder": (["--model.source.path", "assets/pair/sorce"], "cannot load"),
     "data file": (jsonl("nothing.jsonl"), "no data file at 'nothing.jsonl'"),
     "no data file": (["--data.source", "jsonl"], "data.source 'file' needs data.path"),

@@ -279,3 +279,8 @@ def test_a_rank_without_problems():
     data, *_ = on_ranks(4, **SMALL)
     with pytest.raises(ValueError, match=r"epoch_size \(64\) is smaller than a batch of all devices \(256\)"):
         data.train_dataloader()
+
+
+def test_no_test_set_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"^data\.test_sets is empty: name at least one of \['test', 'heldout', "):
+        WordProblems(test_sets={})

@@ -207,8 +207,10 @@ def test_mistakes_are_told():
         untrained.setup("fit")
     with pytest.raises(ValueError, match="vocab_size must be at least 259"):
         ByteLevelBPE(100, True)
-    with pytest.raises(ValueError, match=r"needs one '{question}'"):
+    with pytest.raises(ValueError, match=r"^model\.prompt needs one '{question}'"):
         Prompt("Question:")
+    with pytest.raises(ValueError, match=r"^model\.repeat_prompt needs one '{question}'"):
+        of_pair("target", repeat_prompt="Repeat:")
 
 
 def test_prompts_and_padding():
