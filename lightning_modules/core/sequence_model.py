@@ -28,6 +28,7 @@ from lightning_modules.core.reporting import is_dry_run, log_losses, run_folder
 from lightning_modules.core.schedule import Schedule, with_schedule
 from lightning_modules.core.sequence_evaluation import SequenceEvaluation
 from lightning_modules.core.sizes import check_sizes
+from lightning_modules.core.token_weight import weigh_labels
 
 MOST_MEMBERS = 4096  # of an ensemble
 Penalties = dict[str, tuple[float | Tensor, Tensor]]  # name -> (weight or weight_S, value_S)
@@ -167,6 +168,7 @@ class SequenceModel(SequenceEvaluation, ABC):
         """Return the sum of the members' losses, so that each member has the gradient of a separate run."""
         self.last_step.outcome = None  # frees the logits before there are new ones
         loss_S, *outputs = self._step(batch["tokens"], batch["labels"])
+        loss_S = weigh_labels(self, loss_S, batch["labels"])  # gradients are means over ranks
         self.members["train/loss"] = loss_S.detach()
         logged = {"loss": loss_S}
         for name, (weight, value_S) in self.penalties(tuple(outputs), batch).items():

@@ -24,6 +24,7 @@ from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run, log_losses, record_proportion, write_predictions
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
+from lightning_modules.core.token_weight import weigh_labels
 from lightning_modules.pretrained.from_pretrained import quiet
 from lightning_modules.pretrained.generation import end_tokens, filler_token, generate
 from lightning_modules.pretrained.loading import Pretrained
@@ -138,8 +139,8 @@ class QuestionAnswering(LightningModule):
         return torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """Log and return the loss."""
-        loss = self.loss(batch)
+        """Log and return the loss; over all ranks it is a mean over their labelled tokens."""
+        loss = weigh_labels(self, self.loss(batch), batch["labels"])
         log_losses(self, {"loss": loss})
         return loss
 

@@ -5,7 +5,6 @@ Shapes: B batch, F features.
 
 from typing import cast
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,19 +19,6 @@ def all_rows(module: LightningModule, x_BF: Tensor) -> Tensor:
     if module.trainer.world_size == 1:
         return x_BF
     return cast(Tensor, module.all_gather(x_BF, sync_grads=True)).flatten(0, 1)
-
-
-def token_weight(module: LightningModule, count: Tensor | int) -> Tensor | float:
-    """Return this rank's answer tokens over the mean of all ranks; a mean over ranks becomes one over tokens.
-
-    Args:
-        module: The module.
-        count: The number of tokens, or the sum of their weights.
-    """
-    if module.trainer.world_size == 1:
-        return 1.0
-    count_1 = torch.as_tensor(count, dtype=torch.float32, device=module.device)
-    return count_1 / cast(Tensor, module.all_gather(count_1)).mean()
 
 
 def shard_over(trainer: Trainer, *models: nn.Module) -> None:

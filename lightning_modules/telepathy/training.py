@@ -22,13 +22,14 @@ from lightning_modules.core.graphs import obstacle, records
 from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import is_dry_run, log_losses
 from lightning_modules.core.schedule import Schedule, with_schedule
+from lightning_modules.core.token_weight import token_weight
 from lightning_modules.telepathy.batch import TelepathyBatch, TrainingBatch
 from lightning_modules.telepathy.bridges import Bridge
 from lightning_modules.telepathy.evaluation import BridgeEvaluation
 from lightning_modules.telepathy.flaws import Flaw
 from lightning_modules.telepathy.normalizer import calibrate
 from lightning_modules.telepathy.objectives import BridgeStep, Objective, ObjectiveName, lm, weighted
-from lightning_modules.telepathy.ranks import all_rows, shard_over, token_weight
+from lightning_modules.telepathy.ranks import all_rows, shard_over
 from lightning_modules.telepathy.recording import RECORDED, LossesOf, RecordedLosses
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.source_cache import fixed_questions
