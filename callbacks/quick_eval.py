@@ -31,7 +31,8 @@ class QuickEval(Callback):
 
     The numbers go to every logger and into `trainer.callback_metrics`, where checkpoints and early stopping find them.
     The course of training is the same as without the callback: random states come back, and random numbers inside are
-    the same at each evaluation. The time does not count in `Throughput`.
+    the same at each evaluation. The time does not count in `Throughput`. Of a run that averages its weights (EMA), it
+    measures those of training; validations measure the average.
 
     Example::
 
@@ -47,9 +48,8 @@ class QuickEval(Callback):
         n_shown: Samples in the table. They are spread evenly, because loaders may sort by length.
 
     Raises:
-        UserError: A number is not positive; at `setup`, there are two of these callbacks, or
-            the module of a fit has no `sample_eval`; at the first
-            evaluation, there is no held-out data.
+        UserError: A number is not positive; at `setup`, there are two of these callbacks, or the module of a fit has no
+            `sample_eval`; at the first evaluation, there is no held-out data.
     """
 
     def __init__(self, every_n_steps: int = 500, n_samples: int = 64, n_shown: int = 8) -> None:
