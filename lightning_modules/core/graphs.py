@@ -78,6 +78,8 @@ class GraphedStep:
 
     def _record(self, step: nn.Module, batch: tuple[Tensor, ...]) -> Any:
         inputs, device = tuple(x.clone() for x in batch), batch[0].device  # a replay reads its batch from here
+        # The nodes that add up gradients belong to the stream of the record, and PyTorch warns at the first replay
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         mixed, kind = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         try:
             # The passes before the record draw random numbers that an ordinary step does not draw
