@@ -323,7 +323,7 @@ UNUSABLE = {
 for name, line in UNUSABLE.items():
     add_data(name, "qa", "d", "'d' (data.path) holds no problem: first line 1", file("d", line))
 add_data("latin-1", "qa", "d", "holds no problem", file("d", '{"question": "é", "answer": "#### 1"}'.encode("latin-1")))
-add_data("compressed", "qa", "d", "holds no problem", file("d", b"\x1f\x8b\x08\x00" + bytes(range(256))))
+add_data("compressed", "qa", "d", "is compressed (gzip)", file("d", b"\x1f\x8b\x08\x00" + bytes(range(256))))
 add_data("parquet", "qa", "d.parquet", "cannot read 'd.parquet' as parquet", file("d.parquet", b"PAR1" * 9))
 TABLE = file("d.csv", "Body,answer\n1?,1\n")
 add_data("columns", "qa", "d.csv", "there is no 'question', only 'Body', 'answer': set data.columns", TABLE)

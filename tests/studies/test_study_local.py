@@ -149,5 +149,5 @@ print(sys.argv[1:], code, os.environ["SHARE"])
         [sys.executable, "-c", code, str(tmp_path / "log.txt")], cwd=local.MAIN.parent, check=True, timeout=120
     )
     shown = (tmp_path / "log.txt").read_text()
-    assert shown.startswith("error: the following arguments are required: FILE")
+    assert shown.startswith("error: there is no option --nothing")
     assert "['study', '--nothing'] 2 4" in shown

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from callbacks.throughput import Throughput
 from datamodules import WordProblems
+from lightning_modules.core.token_weight import token_weight
 from lightning_modules.telepathy import PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.layout import Packing
-from lightning_modules.telepathy.ranks import token_weight
 
 EVERYTHING = {"lm": 1.0, "autoencode": 0.1, "readback": 0.1, "kl_text": 0.1, "anchor": 0.1}
 MOST = 700
@@ -82,7 +82,7 @@ class Ranks:
     """A module's view of two ranks, of which one has gathered the counts of both."""
 
     device = torch.device("cpu")
-    trainer = SimpleNamespace(world_size=2)
+    _trainer = SimpleNamespace(world_size=2)
 
     def __init__(self, counts: list[int]):
         self.counts = torch.tensor(counts, dtype=torch.float32)
