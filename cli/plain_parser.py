@@ -29,14 +29,14 @@ class PlainParser(ArgumentParser):
         """Print the error on stderr and exit with code 2."""
         from cli.choices import near
 
-        unknown = re.match(r"unrecognized arguments: ([^\s=]+)", message)
+        found = re.match(r"unrecognized arguments: ([^\s=]+)", message)
+        unknown = found[1] if found else None
         if "required" in message:  # an option may only seem to be missing, because its name is wrong
             names = [text.partition("=")[0] for text in self._line if text.startswith("--") and len(text) > 2]
-            wrong = [name for name in names if name not in self._option_string_actions]
-            unknown = re.match("(.*)", wrong[0]) if wrong else None
+            unknown = next((name for name in names if name not in self._option_string_actions), None)
         if unknown:
-            kind = "option" if unknown[1].startswith("-") else "use for the argument"
-            message = f"there is no {kind} {unknown[1]}{near(unknown[1], self._option_string_actions)}"
+            kind = "option" if unknown.startswith("-") else "use for the argument"
+            message = f"there is no {kind} {unknown}{near(unknown, self._option_string_actions)}"
         sys.stderr.write(f"error: {message}\nList options: python {self.prog} --help\n")
         self.exit(2)
 
