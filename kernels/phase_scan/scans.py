@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 
 from kernels.phase_scan.gates import pass_on
-from kernels.phase_scan.tiles import add, group_of
+from kernels.phase_scan.tiles import group_of
+
+
+@triton.jit
+def _add(u1, b1, u2, b2):
+    """Add; b is without the last group."""
+    return u1 + u2, u1 + b2
 
 
 @triton.jit
@@ -91,7 +97,7 @@ def scan(
     """
     own_RGD, sum_GD = _within(gate_RGD, u_RGD, KEPT, REVERSE, R)
     if gate_RGD is None:
-        _, before_GD = tl.associative_scan((sum_GD, tl.zeros_like(sum_GD)), 0, add, REVERSE)
+        _, before_GD = tl.associative_scan((sum_GD, tl.zeros_like(sum_GD)), 0, _add, REVERSE)
         last = entered + tl.sum(sum_GD, 0, keep_dims=True)
         return _enter(own_RGD, None, before_GD + entered, REVERSE, R), last
     else:

@@ -215,9 +215,3 @@ def load_direction(
             re_RGD = re_RGD + (re_GD + lost(offset_GD),)
             im_RGD = im_RGD + (im_GD,)
         return re_RGD, im_RGD
-
-
-@triton.jit
-def add(u1, k1, u2, k2):
-    """Add; k is the sum without the last term."""
-    return u1 + u2, u1 + k2
