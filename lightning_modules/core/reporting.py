@@ -6,7 +6,7 @@ trained parameters then has a first axis of S, under the name that the parameter
 Shapes: S ensemble members.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -18,7 +18,6 @@ from torch import Tensor, distributed
 from datamodules.batch import HasEnsemble
 from lightning_modules.core.contracts import HasCounts, HasMembers, connected
 from lightning_modules.core.intervals import wilson_interval
-from lightning_modules.core.samples import EvalSample, gather_objects, write_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,14 +144,6 @@ def record_proportion(module: HasCounts, name: str, hits_S: Tensor, count: int) 
     module.hits[name] = [0 if hit.isnan() else round(hit.item()) for hit in hits_S]
     if len(hits_S) == 1:
         module.intervals[name] = wilson_interval(module.hits[name][0], count)
-
-
-def write_predictions(trainer: Trainer, samples: Sequence[EvalSample]) -> None:
-    """Write the samples of all ranks to `samples/predictions.jsonl` in the run's folder; every rank must call it."""
-    everyone = [sample for part in gather_objects(samples) for sample in part]
-    folder = run_folder(trainer)
-    if trainer.is_global_zero and not is_dry_run(trainer):
-        write_jsonl(folder / "samples" / "predictions.jsonl", everyone)
 
 
 def run_folder(trainer: Trainer) -> Path:

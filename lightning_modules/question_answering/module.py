@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -17,11 +16,12 @@ from torchmetrics import MeanMetric
 from datamodules.batch import IGNORE, TokenBatch
 from datamodules.errors import check_numbers
 from datamodules.problems import Problem
+from lightning_modules.core.answer_file import WritesAnswers
 from lightning_modules.core.contracts import OnNonfinite, Workload, connected
 from lightning_modules.core.files import replacing_files
 from lightning_modules.core.metrics import Proportion
 from lightning_modules.core.precision import check_precision
-from lightning_modules.core.reporting import is_dry_run, log_losses, record_proportion, write_predictions
+from lightning_modules.core.reporting import is_dry_run, log_losses, record_proportion
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.core.schedule import with_schedule
 from lightning_modules.core.token_weight import weigh_labels
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class QuestionAnswering(LightningModule):
+class QuestionAnswering(WritesAnswers):
     """A causal language model that reads a question and writes its answer.
 
     A share of the training problems asks the model to repeat the question instead, so that it learns to copy names and
@@ -95,7 +95,6 @@ class QuestionAnswering(LightningModule):
         self.validation_loss = MeanMetric()  # over the labelled tokens of all ranks
         self.proportions: dict[str, Proportion] = {}
         self.blind_output, self.diverged = "", False  # of the current test
-        self.predictions: list[EvalSample] = []
         self.intervals: dict[str, tuple[float, float]] = {}
         self.counts: dict[str, int] = {}
         self.hits: dict[str, list[int]] = {}
@@ -176,17 +175,6 @@ class QuestionAnswering(LightningModule):
             if not self.diverged:
                 record_proportion(self, name, torch.tensor([share * count]), int(count))
         self.proportions.clear()
-
-    def predict_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> list[EvalSample]:
-        """Answer a batch."""
-        samples = self.sample_eval(batch)
-        self.predictions += samples
-        return samples
-
-    def on_predict_epoch_end(self) -> None:
-        """Write question, answer and output of all ranks to `samples/predictions.jsonl` in the folder of the run."""
-        write_predictions(self.trainer, self.predictions)
-        self.predictions = []
 
     def _answers(self, prompts: list[list[int]]) -> list[str]:
         """Answer prompts, each a list of tokens.

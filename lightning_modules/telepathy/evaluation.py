@@ -9,14 +9,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning import LightningModule
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torchmetrics import MeanMetric
 
 from datamodules.errors import UserError, check_numbers
 from datamodules.problems import Problem
+from lightning_modules.core.answer_file import WritesAnswers
 from lightning_modules.core.contracts import connected
-from lightning_modules.core.reporting import write_predictions
 from lightning_modules.core.samples import EvalSample
 from lightning_modules.pretrained.prompts import LONGEST
 from lightning_modules.pretrained.sharding import is_sharded
@@ -30,7 +29,7 @@ from lightning_modules.telepathy.target import Target
 from lightning_modules.telepathy.text_prefix import TextPrefix
 
 
-class BridgeEvaluation(LightningModule, ABC):
+class BridgeEvaluation(WritesAnswers, ABC):
     """A module that returns soft tokens, as far as validation, test and prediction go.
 
     Args:
@@ -59,7 +58,6 @@ class BridgeEvaluation(LightningModule, ABC):
         self._limit_of: tuple[object, int] | None = None  # the data and its limit
         self.validation_loss = MeanMetric()  # over the tokens of all ranks
         self.examinations: list[Examination] = []
-        self.predictions: list[EvalSample] = []
         self.intervals: dict[str, tuple[float, float]] = {}
         self.counts: dict[str, int] = {}
         self.hits: dict[str, list[int]] = {}
@@ -139,14 +137,3 @@ class BridgeEvaluation(LightningModule, ABC):
         batch = cast(EvaluationBatch, move_data_to_device(collated, self.device))
         answers = self.target.answers(batch["soft_rows"], limit, self(batch), batch["soft_mask"])
         return [answer.text for answer in answers]
-
-    def predict_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> list[EvalSample]:
-        """Answer a batch."""
-        samples = self.sample_eval(batch)
-        self.predictions += samples
-        return samples
-
-    def on_predict_epoch_end(self) -> None:
-        """Write question, answer and output of all ranks to `samples/predictions.jsonl` in the folder of the run."""
-        write_predictions(self.trainer, self.predictions)
-        self.predictions = []
