@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.phase_scan_peers import VARIANTS, inputs, ours
 from benchmarks.timing import DEVICE, graph_milliseconds, milliseconds
-from kernels.phase_scan.configurations import TABLE, WINDOW, Configuration, Launch
+from kernels.phase_scan.configurations import TABLE, Configuration, Launch
 from kernels.phase_scan.launch import forget_plans
 
 LAUNCHES = [
@@ -55,7 +55,7 @@ def main() -> None:
             dtype = getattr(torch, name)
             values = inputs(variant, B, T, D, dtype, DEVICE)
             window = options.window if variant == "window" else None
-            key = dtype.itemsize, WINDOW if window else int(variant != "plain")
+            key = dtype.itemsize, "one" if variant == "input" else variant
             before, rows = TABLE[key], []
             for launch in [Launch(*map(int, text.split(","))) for text in options.launches]:
                 TABLE[key] = Configuration(launch, launch)

@@ -25,12 +25,10 @@ from kernels.phase_scan.phases import cos_sin
 from kernels.phase_scan.scans import scan, scan_two
 from kernels.phase_scan.tiles import (
     directions,
-    group_of,
     load_channels,
     load_direction,
     load_phases,
     load_rows,
-    load_state,
     load_written,
     rows_at,
     store_channels,
@@ -82,18 +80,18 @@ def compute_gradients(
     n = program // blocks
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     head = n.to(tl.int64) * P
-    mu_re = tl.zeros([1, BD], tl.float32)
-    mu_im = tl.zeros([1, BD], tl.float32)
-    mu_mass = tl.zeros([1, BD], tl.float32)
-    dchannel = tl.zeros([1, BD], tl.float32)
+    mu_re = tl.zeros([G, BD], tl.float32)
+    mu_im = tl.zeros([G, BD], tl.float32)
+    mu_mass = tl.zeros([G, BD], tl.float32)
+    dchannel = tl.zeros([G, BD], tl.float32)
     if dfinal is not None:
-        mu_re += load_channels(dfinal, head, column, D, BD)
-        mu_im += load_channels(dfinal, head + 1, column, D, BD)
+        mu_re += load_channels(dfinal, head, column, D, G, BD)
+        mu_im += load_channels(dfinal, head + 1, column, D, G, BD)
         if NORM:
-            mu_mass += load_channels(dfinal, head + 2, column, D, BD)
+            mu_mass += load_channels(dfinal, head + 2, column, D, G, BD)
     channel_decay = None
     if PER_CHANNEL:
-        channel_decay = load_channels(log_decay, 0, column, D, BD)
+        channel_decay = load_channels(log_decay, 0, column, D, G, BD)
     tiles = tl.cdiv(length, C)
     for back in tl.range(0, tiles, num_stages=STAGES):
         tile = tiles - 1 - back
@@ -102,7 +100,7 @@ def compute_gradients(
         if not EVEN:
             left = length - tile * C
         at = (slot + tile) * (P + 1)
-        phase = load_state(states, at + P, column, D, G, BD).to(tl.int32, bitcast=True)
+        phase = load_channels(states, at + P, column, D, G, BD).to(tl.int32, bitcast=True)
         # fmt: off
         phase_RGD, last_phase, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
         cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
@@ -124,10 +122,10 @@ def compute_gradients(
             gate_RGD, passed = load_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
             rest = length - tile * C
             later_RGD, passed_later = load_gates(log_decay, channel_decay, row, rest, column, 1, D, R, G, BD)
-        s_re, s_im = load_state(states, at, column, D, G, BD), load_state(states, at + 1, column, D, G, BD)
+        s_re, s_im = load_channels(states, at, column, D, G, BD), load_channels(states, at + 1, column, D, G, BD)
         p_re_RGD, p_im_RGD, _, _ = scan_two(gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, True, False, R, G)
         if NORM:
-            s_mass = load_state(states, at + 2, column, D, G, BD)
+            s_mass = load_channels(states, at + 2, column, D, G, BD)
             p_mass_RGD, _ = scan(gate_RGD, passed, mass_RGD, s_mass, True, False, R, G)
         b_re_RGD = ()
         b_im_RGD = ()
@@ -152,8 +150,7 @@ def compute_gradients(
             b_im_RGD = b_im_RGD + (g_re_GD * read_im_RGD[r] + g_im_GD * read_re_RGD[r],)
         if dfinal is not None:  # the last state is in the frame of the last position
             cos_GD, sin_GD = cos_sin(last_phase, COMPILED)
-            cos_D, sin_D = group_of(cos_GD, 0, G), group_of(sin_GD, 0, G)
-            last_re, last_im = cos_D * mu_re - sin_D * mu_im, sin_D * mu_re + cos_D * mu_im
+            last_re, last_im = cos_GD * mu_re - sin_GD * mu_im, sin_GD * mu_re + cos_GD * mu_im
             mu_re, mu_im = tl.where(back == 0, last_re, mu_re), tl.where(back == 0, last_im, mu_im)
         mu_re_RGD, mu_im_RGD, mu_re, mu_im = scan_two(
             later_RGD, passed_later, b_re_RGD, b_im_RGD, mu_re, mu_im, False, True, R, G
@@ -181,18 +178,18 @@ def compute_gradients(
             if PER_CHANNEL:
                 if not EVEN:
                     dgate_GD = tl.where(rows_at(r, R, G) < left, dgate_GD, 0.0)
-                dchannel += tl.sum(dgate_GD, 0, keep_dims=True)
+                dchannel += dgate_GD
             elif log_decay is not None:
                 store_rows(dlog_decay, dgate_GD, r, row, left, column, D, D, R, G, BD)
     if PER_CHANNEL:
-        store_channels(dlog_decay, dchannel, n.to(tl.int64), column, D, BD)
+        store_channels(dlog_decay, tl.sum(dchannel, 0, keep_dims=True), n.to(tl.int64), column, D, G, BD)
     if initial is not None:
         if log_decay is not None:
             first_RGD, _ = load_gates(log_decay, channel_decay, start, length, column, 0, D, 1, 1, BD)
             mu_re *= first_RGD[0]
             mu_im *= first_RGD[0]
             mu_mass *= first_RGD[0]
-        store_channels(dinitial, mu_re, head, column, D, BD)
-        store_channels(dinitial, mu_im, head + 1, column, D, BD)
+        store_channels(dinitial, mu_re, head, column, D, G, BD)
+        store_channels(dinitial, mu_im, head + 1, column, D, G, BD)
         if NORM:
-            store_channels(dinitial, mu_mass, head + 2, column, D, BD)
+            store_channels(dinitial, mu_mass, head + 2, column, D, G, BD)

@@ -21,29 +21,38 @@ class Launch:
     warps: int
     stages: int
 
+    @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return self.rows * self.groups
+
 
 @dataclass(frozen=True)
 class Configuration:
-    """How the forward and the backward run, with tiles of the same length: the state before each tile is kept."""
+    """How the forward and the backward run; a tile of the backward is a multiple of the forward's rows of a group."""
 
     forward: Launch
     backward: Launch
 
 
-WINDOW = 3  # in a key: there is a window
-
-# Keys: bytes of a value, and how many there are of: masses, decays, offsets and normalisation; 2 stands for more, too.
-# One warp per program needs no barriers for its scans. More rows of a group need fewer instructions per value; more
-# values of a thread need more registers than there are.
+# Keys: bytes of a value, and what there is beside values and phases: "mass" and "channel" have masses and a decay per
+# channel alone, "one" has a decay per position, an offset or normalisation, "more" several of these; "window" has a
+# window, with the same tiles forward and backward. One warp per program needs no barriers for its scans, several read
+# longer pieces of rows. More rows of a group need fewer instructions per value; more values of a thread need more
+# registers than there are.
 TABLE = {
-    (4, 0): Configuration(Launch(8, 8, 16, 1, 3), Launch(16, 4, 16, 1, 2)),
-    (4, 1): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 3)),
-    (2, 0): Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 8, 16, 1, 3)),
-    (2, 1): Configuration(Launch(8, 4, 16, 1, 3), Launch(8, 4, 16, 1, 3)),
-} | {
-    (size, extras): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2))
-    for size in (4, 2)
-    for extras in (2, WINDOW)
+    (4, "plain"): Configuration(Launch(8, 8, 32, 2, 4), Launch(8, 8, 32, 2, 3)),
+    (4, "mass"): Configuration(Launch(8, 8, 32, 2, 3), Launch(4, 16, 32, 4, 3)),
+    (4, "channel"): Configuration(Launch(8, 8, 16, 1, 3), Launch(4, 8, 16, 1, 3)),
+    (4, "one"): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 3)),
+    (4, "more"): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2)),
+    (4, "window"): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 3)),
+    (2, "plain"): Configuration(Launch(8, 16, 16, 2, 3), Launch(8, 16, 16, 2, 3)),
+    (2, "mass"): Configuration(Launch(8, 16, 16, 2, 3), Launch(4, 16, 32, 4, 3)),
+    (2, "channel"): Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 4, 16, 1, 3)),
+    (2, "one"): Configuration(Launch(8, 4, 16, 1, 3), Launch(8, 4, 16, 1, 3)),
+    (2, "more"): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2)),
+    (2, "window"): Configuration(Launch(4, 16, 32, 4, 3), Launch(4, 16, 16, 2, 3)),
 }
 
 
@@ -52,7 +61,7 @@ def window_tiles(launch: Launch, window: int) -> tuple[Launch, int, int]:
 
     A group has no more rows than such a tile needs.
     """
-    most = launch.rows * launch.groups
+    most = launch.tile
     per_chunk = -(-window // most)
     rows = most // window * window if per_chunk == 1 else -(-window // per_chunk)
     return replace(launch, rows=-(-rows // launch.groups)), rows, per_chunk

@@ -2,7 +2,7 @@
 """The kernel of the forward: a program carries the memory of BD channels through a sequence, C rows at a time.
 
 It computes in the frame of the first position: with the cumulative phase p_t, written values turn by p_t, their scan
-has real gates, and what is read turns back. The memory and the phase before each tile are kept for the backward.
+has real gates, and what is read turns back. The memory and the phase before each tile of the backward, of KEEP rows, are kept for it.
 
 Shapes: T rows of the input, D channels, N sequences, C = R G rows of a tile, BD channels of a program, P parts of a
 state: real and imaginary part, and the sum of masses. Tiles are tuples, as in `tiles.py`.
@@ -17,13 +17,13 @@ from kernels.phase_scan.phases import cos_sin
 from kernels.phase_scan.scans import scan, scan_two
 from kernels.phase_scan.tiles import (
     directions,
+    keep_rows,
     load_channels,
     load_direction,
     load_phases,
     load_written,
     store_channels,
     store_rows,
-    store_state,
 )
 
 
@@ -51,6 +51,7 @@ def compute_outputs(
     IMAGINARY: tl.constexpr,
     FINAL: tl.constexpr,
     PACKED: tl.constexpr,
+    KEEP: tl.constexpr,
     EVEN: tl.constexpr,
     COMPILED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -63,31 +64,31 @@ def compute_outputs(
     program = tl.program_id(0)
     column = (program % blocks) * BD
     n = program // blocks
-    slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
+    slot, start, length = first_slot(n, cu_seqlens, T, KEEP, PACKED)
     head = n.to(tl.int64) * P
-    s_re = tl.zeros([1, BD], tl.float32)
-    s_im = tl.zeros([1, BD], tl.float32)
-    s_mass = tl.zeros([1, BD], tl.float32)
-    phase = tl.zeros([1, BD], tl.int32)
+    s_re = tl.zeros([G, BD], tl.float32)
+    s_im = tl.zeros([G, BD], tl.float32)
+    s_mass = tl.zeros([G, BD], tl.float32)
+    phase = tl.zeros([G, BD], tl.int32)
     if initial is not None:
-        s_re += load_channels(initial, head, column, D, BD)
-        s_im += load_channels(initial, head + 1, column, D, BD)
+        s_re += load_channels(initial, head, column, D, G, BD)
+        s_im += load_channels(initial, head + 1, column, D, G, BD)
         if NORM:
-            s_mass += load_channels(initial, head + 2, column, D, BD)
+            s_mass += load_channels(initial, head + 2, column, D, G, BD)
     channel_decay = None
     if PER_CHANNEL:
-        channel_decay = load_channels(log_decay, 0, column, D, BD)
+        channel_decay = load_channels(log_decay, 0, column, D, G, BD)
+    if length > 0:
+        store_channels(states, s_re, slot * (P + 1), column, D, G, BD)
+        store_channels(states, s_im, slot * (P + 1) + 1, column, D, G, BD)
+        store_channels(states, phase.to(tl.float32, bitcast=True), slot * (P + 1) + P, column, D, G, BD)
+        if NORM:
+            store_channels(states, s_mass, slot * (P + 1) + 2, column, D, G, BD)
     for tile in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         row = start + tile * C
         left = None
         if not EVEN:
             left = length - tile * C
-        at = (slot + tile) * (P + 1)
-        store_state(states, s_re, at, column, D, G, BD)
-        store_state(states, s_im, at + 1, column, D, G, BD)
-        store_state(states, phase.to(tl.float32, bitcast=True), at + P, column, D, G, BD)
-        if NORM:
-            store_state(states, s_mass, at + 2, column, D, G, BD)
         # fmt: off
         phase_RGD, phase, lost_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
         cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
@@ -108,6 +109,11 @@ def compute_outputs(
         h_re_RGD, h_im_RGD, s_re, s_im = scan_two(gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, False, False, R, G)
         if NORM:
             h_mass_RGD, s_mass = scan(gate_RGD, passed, mass_RGD, s_mass, False, False, R, G)
+            keep_rows(states, h_mass_RGD[R - 1], slot, 2, P + 1, tile * C, length, column, KEEP, D, R, G, BD)
+        keep_rows(states, h_re_RGD[R - 1], slot, 0, P + 1, tile * C, length, column, KEEP, D, R, G, BD)
+        keep_rows(states, h_im_RGD[R - 1], slot, 1, P + 1, tile * C, length, column, KEEP, D, R, G, BD)
+        last_GD = phase_RGD[R - 1].to(tl.float32, bitcast=True)
+        keep_rows(states, last_GD, slot, P, P + 1, tile * C, length, column, KEEP, D, R, G, BD)
         for r in tl.static_range(R):
             y_GD = read_re_RGD[r] * h_re_RGD[r] + read_im_RGD[r] * h_im_RGD[r]
             y_im_GD = read_re_RGD[r] * h_im_RGD[r] - read_im_RGD[r] * h_re_RGD[r]
@@ -119,8 +125,8 @@ def compute_outputs(
             if IMAGINARY:
                 store_rows(y + D, y_im_GD, r, row, left, column, WIDTH, D, R, G, BD)
     if FINAL:
-        cos_D, sin_D = cos_sin(phase, COMPILED)
-        store_channels(final, cos_D * s_re + sin_D * s_im, head, column, D, BD)
-        store_channels(final, cos_D * s_im - sin_D * s_re, head + 1, column, D, BD)
+        cos_GD, sin_GD = cos_sin(phase, COMPILED)
+        store_channels(final, cos_GD * s_re + sin_GD * s_im, head, column, D, G, BD)
+        store_channels(final, cos_GD * s_im - sin_GD * s_re, head + 1, column, D, G, BD)
         if NORM:
-            store_channels(final, s_mass, head + 2, column, D, BD)
+            store_channels(final, s_mass, head + 2, column, D, G, BD)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.call import Call
-from kernels.phase_scan.configurations import TABLE, WINDOW, Configuration, Launch, window_tiles
+from kernels.phase_scan.configurations import TABLE, Configuration, Launch, window_tiles
 from kernels.phase_scan.options import EPSILON
 
 Tensors = tuple[Tensor, ...]
@@ -34,18 +34,19 @@ class Problem:
         self.packed, on_gpu = bounds is not None, self.device.type == "cuda"
         self.width, self.parts = self.D * (1 + imaginary), 2 + normalise
         extras = normalise + sum(v is not None for v in (mass, log_decay, read_offset, write_offset))
-        self.how = TABLE[dtype.itemsize, min(extras, 2) if window is None else WINDOW]
+        per_channel = log_decay is not None and len(log_decay[0]) == 1
+        one = "channel" if per_channel else "mass" if mass is not None else "one"
+        kind = ("plain", one, "more")[min(extras, 2)]
+        self.how = TABLE[dtype.itemsize, kind if window is None else "window"]
         self.N = self.B if bounds is None else bounds[0][0] - 1
         self.common: dict[str, Any] = {"T": self.T, "D": self.D, "IMAGINARY": imaginary}
         self.common |= {"PACKED": self.packed, "COMPILED": on_gpu}
         if window is not None:
             self._set_window(window)
             return
-        rows = self.how.forward.rows * self.how.forward.groups
+        rows = self.how.backward.tile
         self.slots = self.T // rows + self.N if self.packed else self.B * -(-self.T // rows)
-        even = not self.packed and self.T % rows == 0  # the last tile, too, has all its rows
-        per_channel = log_decay is not None and len(log_decay[0]) == 1
-        self.common |= {"EPSILON": EPSILON, "PER_CHANNEL": per_channel, "NORM": normalise, "EVEN": even}
+        self.common |= {"EPSILON": EPSILON, "PER_CHANNEL": per_channel, "NORM": normalise, "KEEP": rows}
 
     def _set_window(self, window: int) -> None:
         """Choose the tiles for a window; before each, two sums and two phases are kept. See `window_tiles.py`."""
@@ -64,7 +65,8 @@ class Problem:
     def call(self, kernel: Any, launch: Launch, **options: object) -> Call:
         """Return a launch of a program per sequence and block of channels."""
         channels = min(launch.channels, max(4, 1 << (self.D - 1).bit_length()))
-        options |= {"R": launch.rows, "G": launch.groups, "BD": channels, "STAGES": launch.stages}
+        even = not self.packed and self.T % launch.tile == 0  # the last tile, too, has all its rows
+        options |= {"R": launch.rows, "G": launch.groups, "BD": channels, "STAGES": launch.stages, "EVEN": even}
         return Call(kernel, self.N * -(-self.D // channels), {"num_warps": launch.warps}, options | self.common)
 
     def forward_buffers(self, x: Tensor, output_final_state: bool) -> Tensors:

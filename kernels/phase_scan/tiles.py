@@ -77,35 +77,46 @@ def store_rows(
 
 
 @triton.jit
-def load_channels(x, row, column, D: tl.constexpr, BD: tl.constexpr):
-    """Load BD channels of a row in fp32, [1, BD]."""
-    columns = columns_of(column, BD)
+def load_channels(x, row, column, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
+    """Load BD channels of a row in fp32 for each group, [G, BD], as the kernels hold tiles: no barrier is needed."""
+    columns = columns_of(column, BD) + tl.zeros([G, 1], tl.int32)
     return tl.load(x + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_channels(x, values, row, column, D: tl.constexpr, BD: tl.constexpr):
-    """Store what `load_channels` loads."""
-    columns = columns_of(column, BD)
-    tl.store(x + row * D + columns, values, mask=columns < D)
-
-
-@triton.jit
-def load_state(x, row, column, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
-    """Load BD channels of a row in fp32 for each group, [G, BD], as the kernels hold tiles: no barrier is needed."""
-    columns = columns_of(column, BD) + tl.zeros([G, 1], tl.int32)
-    return tl.load(x + row * D + columns, mask=columns < D, other=0.0)
-
-
-@triton.jit
-def store_state(x, values, row, column, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
-    """Store BD channels of a row, [1, BD], from the first group, as the kernels hold tiles: no barrier is needed.
+def store_channels(x, values, row, column, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
+    """Store BD channels of a row, [1, BD] or the first group of [G, BD].
 
     Their bits may be those of an integer, so nothing is added to them: a sum has other bits where they look like a NaN.
     """
     columns = columns_of(column, BD) + tl.zeros([G, 1], tl.int32)
-    inside = (tl.arange(0, G) == 0)[:, None] & (columns < D)
-    tl.store(x + row * D + columns, tl.broadcast_to(values, [G, BD]), mask=inside)
+    tl.store(x + row * D + columns, tl.broadcast_to(values, [G, BD]), mask=(tl.arange(0, G) == 0)[:, None] & (columns < D))
+
+
+@triton.jit
+def keep_rows(
+    states,
+    last_GD,
+    slot,
+    part,
+    PARTS: tl.constexpr,
+    done,
+    length,
+    column,
+    KEEP: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Store one part of the states after the last rows of groups, where a multiple of KEEP rows of the sequence ends.
+
+    The tile begins after `done` of `length` rows, and R divides KEEP. Nothing is kept after the last row.
+    """
+    end = done + (tl.arange(0, G) + 1) * R
+    places = states + ((slot + end // KEEP) * PARTS + part)[:, None] * D + columns_of(column, BD)
+    kept = ((end % KEEP == 0) & (end < length))[:, None]
+    tl.store(places, last_GD, mask=kept & (columns_of(column, BD) < D))
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def _store_gradients(
     row = start + first
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
-    phase = load_channels(states, at + 2, column, D, BD).to(tl.int32, bitcast=True)
+    phase = load_channels(states, at + 2, column, D, G, BD).to(tl.int32, bitcast=True)
     phase_RGD, _, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
     cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     # fmt: off
@@ -95,7 +95,7 @@ def _store_gradients(
     h_im_RGD = sums_beside(u_im_RGD, False, W, L, R, G, BD)
     if LATE or initial is not None:
         if LATE:
-            late_phase = load_channels(states, at + 3, column, D, BD).to(tl.int32, bitcast=True)
+            late_phase = load_channels(states, at + 3, column, D, G, BD).to(tl.int32, bitcast=True)
             late_left = tl.minimum(length - first + W, rows)
             late_re_RGD, late_im_RGD, _ = load_writes(
                 x, omega, mass, write_offset, late_phase, row - W, late_left, column, D, R, G, BD, COMPILED
@@ -106,7 +106,7 @@ def _store_gradients(
         rest_im_RGD = sums_beside(late_im_RGD, True, W, L, R, G, BD)
     if Q > 1:
         early_at = (slot + tl.minimum(tile + Q, tiles - 1)) * 4 + 2
-        early_phase = load_channels(states, early_at, column, D, BD).to(tl.int32, bitcast=True)
+        early_phase = load_channels(states, early_at, column, D, G, BD).to(tl.int32, bitcast=True)
     else:
         early_phase = phase_at(phase_RGD, W - 1, R, G)
     early_left = tl.minimum(length - first - W, rows)
@@ -121,7 +121,7 @@ def _store_gradients(
         s_re -= total(early_re_RGD, R)
         s_im -= total(early_im_RGD, R)
         n_re, n_im = s_re.to(tl.float32), s_im.to(tl.float32)
-        m_re, m_im = load_channels(states, at, column, D, BD), load_channels(states, at + 1, column, D, BD)
+        m_re, m_im = load_channels(states, at, column, D, G, BD), load_channels(states, at + 1, column, D, G, BD)
         s_re += total(b_re_RGD, R)
         s_im += total(b_im_RGD, R)
     step_RGD = ()
@@ -221,7 +221,7 @@ def compute_window_gradients(
             first, rows = tile_rows(Q - 1 - back, W, L, Q)
             left = tl.minimum(length - first, rows)
             early_at = (slot + tl.maximum(tl.minimum(Q - 1 - back, tiles - 1), 0)) * 4 + 2
-            phase = load_channels(states, early_at, column, D, BD).to(tl.int32, bitcast=True)
+            phase = load_channels(states, early_at, column, D, G, BD).to(tl.int32, bitcast=True)
             b_re_RGD, b_im_RGD = load_reads(
                 omega, read_offset, dy, phase, start + first, left, column, D, R, G, BD, IMAGINARY, COMPILED
             )

@@ -60,7 +60,7 @@ def _store_outputs(
     row = start + first
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
-    store_channels(states, phase.to(tl.float32, bitcast=True), at + 2, column, D, BD)
+    store_channels(states, phase.to(tl.float32, bitcast=True), at + 2, column, D, G, BD)
     phase_RGD, phase, lost_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
     cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     # fmt: off
@@ -80,7 +80,7 @@ def _store_outputs(
     m_im = tl.zeros([1, BD], tl.float32)
     if LATE or initial is not None:
         if LATE:
-            store_channels(states, late_phase.to(tl.float32, bitcast=True), at + 3, column, D, BD)
+            store_channels(states, late_phase.to(tl.float32, bitcast=True), at + 3, column, D, G, BD)
             late_left = tl.minimum(length - first + W, rows)
             late_re_RGD, late_im_RGD, late_phase = load_writes(
                 x, omega, mass, write_offset, late_phase, row - W, late_left, column, D, R, G, BD, COMPILED
@@ -95,8 +95,8 @@ def _store_outputs(
     if Q > 1:
         m_re += s_re.to(tl.float32)
         m_im += s_im.to(tl.float32)
-        store_channels(states, m_re, at, column, D, BD)
-        store_channels(states, m_im, at + 1, column, D, BD)
+        store_channels(states, m_re, at, column, D, G, BD)
+        store_channels(states, m_im, at + 1, column, D, G, BD)
         s_re += total(u_re_RGD, R)
         s_im += total(u_im_RGD, R)
     for r in tl.static_range(R):
@@ -147,8 +147,8 @@ def compute_window_outputs(
     slot, start, length, tiles = window_slot(n, cu_seqlens, T, W, L, Q, PACKED)
     s_re = tl.zeros([1, BD], tl.float64)
     s_im = tl.zeros([1, BD], tl.float64)
-    phase = tl.zeros([1, BD], tl.int32)
-    late_phase = tl.zeros([1, BD], tl.int32)
+    phase = tl.zeros([G, BD], tl.int32)
+    late_phase = tl.zeros([G, BD], tl.int32)
     if Q > 1 and initial is not None:
         for tile in range(0, Q):
             first, rows = tile_rows(tile, W, L, Q)

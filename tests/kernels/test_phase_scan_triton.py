@@ -29,12 +29,19 @@ def interpreter() -> Iterator[Callable]:
         yield lambda call, *arguments: pool.submit(call, *arguments).result()
 
 
-def small_tiles() -> None:
-    """Let the kernels have tiles of few rows and channels: the interpreter treats each number on its own."""
+def small_tiles(forward: int = 2, backward: int = 2) -> None:
+    """Let tiles have these numbers of groups, and few rows and channels: the interpreter treats each number on its own.
+
+    Args:
+        forward: Groups of a tile of the forward; each group has two rows.
+        backward: Groups of a tile of the backward.
+    """
     from kernels.phase_scan import configurations
 
-    launch = configurations.Launch(rows=2, groups=2, channels=4, warps=1, stages=1)
-    configurations.TABLE.update(dict.fromkeys(configurations.TABLE, configurations.Configuration(launch, launch)))
+    how = configurations.Configuration(
+        *(configurations.Launch(rows=2, groups=n, channels=4, warps=1, stages=1) for n in (forward, backward))
+    )
+    configurations.TABLE.update(dict.fromkeys(configurations.TABLE, how))
 
 
 def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
@@ -52,9 +59,9 @@ def results(call: Callable, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [y.detach(), final.detach(), *torch.autograd.grad(loss, list(inputs.values()))]
 
 
-def errors_of(inputs: dict[str, Tensor], **options: object) -> list[float]:
+def errors_of(inputs: dict[str, Tensor], groups: tuple[int, int] = (2, 2), **options: object) -> list[float]:
     """Return the errors of all results of the kernels, with small tiles, beside those of the reference in fp64."""
-    small_tiles()
+    small_tiles(*groups)
 
     def call(**inputs: Tensor) -> tuple[Tensor, Tensor]:
         wide = inputs["x"].dtype == torch.float64
@@ -63,8 +70,8 @@ def errors_of(inputs: dict[str, Tensor], **options: object) -> list[float]:
     return relative_errors(results(call, inputs), results(call, {name: v.double() for name, v in inputs.items()}))
 
 
-def kernel_errors(toy: Toy) -> list[float]:
-    return errors_of(toy.inputs(), **toy.options)
+def kernel_errors(toy: Toy, groups: tuple[int, int] = (2, 2)) -> list[float]:
+    return errors_of(toy.inputs(), groups, **toy.options)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +91,14 @@ def kernel_errors(toy: Toy) -> list[float]:
 def test_values_and_gradients(interpreter, toy: Toy, most: float):
     errors = interpreter(kernel_errors, toy)
     assert max(errors) < most, errors
+
+
+@pytest.mark.parametrize("groups", [(4, 2), (2, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("toy", [Toy(T=17, D=5, dtype=F32), Toy(B=1, T=18, bounds=(0, 0, 8, 17), dtype=F32)], ids=str)
+def test_tiles_of_two_lengths(interpreter, toy: Toy, groups: tuple[int, int]):
+    """The forward keeps states inside its tiles, or after several of them."""
+    errors = interpreter(kernel_errors, toy, groups)
+    assert max(errors) < 2e-6, errors
 
 
 SUMS = Toy(B=1, T=13, D=3, decay=None, normalised=False, dtype=F32)
