@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
-from kernels.phase_scan.gates import load_gates
+from kernels.phase_scan.gates import load_gates, load_later_gates, log_product
 from kernels.phase_scan.phases import cos_sin
 from kernels.phase_scan.scans import scan, scan_two
 from kernels.phase_scan.tiles import (
@@ -119,9 +119,13 @@ def compute_gradients(
         later_RGD = None
         passed_later = None
         if log_decay is not None:
-            gate_RGD, passed = load_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
+            gate_RGD, log_RGD = load_gates(log_decay, channel_decay, row, left, column, D, R, G, BD, COMPILED)
             rest = length - tile * C
-            later_RGD, passed_later = load_gates(log_decay, channel_decay, row, rest, column, 1, D, R, G, BD)
+            later_RGD, log_later_RGD = load_later_gates(
+                gate_RGD, log_RGD, log_decay, channel_decay, row, rest, column, D, R, G, BD, COMPILED
+            )
+            passed = log_product(log_RGD, channel_decay, left, R, G)
+            passed_later = log_product(log_later_RGD, channel_decay, rest - 1, R, G)
         s_re, s_im = load_channels(states, at, column, D, G, BD), load_channels(states, at + 1, column, D, G, BD)
         p_re_RGD, p_im_RGD, _, _ = scan_two(gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, True, False, R, G)
         if NORM:
@@ -185,7 +189,7 @@ def compute_gradients(
         store_channels(dlog_decay, tl.sum(dchannel, 0, keep_dims=True), n.to(tl.int64), column, D, G, BD)
     if initial is not None:
         if log_decay is not None:
-            first_RGD, _ = load_gates(log_decay, channel_decay, start, length, column, 0, D, 1, 1, BD)
+            first_RGD, _ = load_gates(log_decay, channel_decay, start, length, column, D, 1, 1, BD, COMPILED)
             mu_re *= first_RGD[0]
             mu_im *= first_RGD[0]
             mu_mass *= first_RGD[0]

@@ -2,7 +2,8 @@
 """The kernel of the forward: a program carries the memory of BD channels through a sequence, C rows at a time.
 
 It computes in the frame of the first position: with the cumulative phase p_t, written values turn by p_t, their scan
-has real gates, and what is read turns back. The memory and the phase before each tile of the backward, of KEEP rows, are kept for it.
+has real gates, and what is read turns back. For the backward it keeps the memory and the phase before each tile there,
+of KEEP rows.
 
 Shapes: T rows of the input, D channels, N sequences, C = R G rows of a tile, BD channels of a program, P parts of a
 state: real and imaginary part, and the sum of masses. Tiles are tuples, as in `tiles.py`.
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
-from kernels.phase_scan.gates import load_gates
+from kernels.phase_scan.gates import load_gates, log_product
 from kernels.phase_scan.phases import cos_sin
 from kernels.phase_scan.scans import scan, scan_two
 from kernels.phase_scan.tiles import (
@@ -105,7 +106,8 @@ def compute_outputs(
         gate_RGD = None
         passed = None
         if log_decay is not None:
-            gate_RGD, passed = load_gates(log_decay, channel_decay, row, left, column, 0, D, R, G, BD)
+            gate_RGD, log_RGD = load_gates(log_decay, channel_decay, row, left, column, D, R, G, BD, COMPILED)
+            passed = log_product(log_RGD, channel_decay, left, R, G)
         h_re_RGD, h_im_RGD, s_re, s_im = scan_two(gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, False, False, R, G)
         if NORM:
             h_mass_RGD, s_mass = scan(gate_RGD, passed, mass_RGD, s_mass, False, False, R, G)

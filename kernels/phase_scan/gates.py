@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kernels.phase_scan.tiles import load_rows, rows_at
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 NEAR = tl.constexpr(-0.03125)  # log-decays above this are treated as small
 
 
@@ -22,9 +23,13 @@ def exp_minus_one(x):
 
 
 @triton.jit
-def exp(x):
-    """Return exp(x) for x of at most 0."""
-    return tl.where(x > NEAR, 1.0 + exp_minus_one(x), tl.exp(x))
+def exp(x, COMPILED: tl.constexpr):
+    """Return exp(x) for x of at most 0; 0 in place of the numbers too small for all digits of fp32."""
+    if COMPILED:
+        far = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], tl.float32, True, 1)
+    else:
+        far = tl.exp(x)
+    return tl.where(x > NEAR, 1.0 + exp_minus_one(x), far)
 
 
 @triton.jit
@@ -34,44 +39,81 @@ def load_gates(
     row,
     left,
     column,
-    AHEAD: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
     BD: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
-    """Return the gates of the rows AHEAD rows further, 1 where there is no row, and the logarithm of their product.
+    """Return the gates of a tile and their logarithms; where there is no row, 1 and 0.
 
-    `channel_decay` are the log-decays [1, BD] if they are the same for all rows; `log_decay` has [T, D] if it is None.
+    `channel_decay` are the log-decays [G, BD] if they are the same for all rows; `log_decay` has [T, D] if it is None.
     Without `left`, all rows exist.
     """
     gate_RGD = ()
-    existing = None
-    if left is not None:
-        existing = left - AHEAD
+    log_RGD = ()
     if channel_decay is not None:
-        gate_GD = exp(channel_decay) + tl.zeros([G, BD], tl.float32)
-        for r in tl.static_range(R):
-            if existing is None:
-                gate_RGD = gate_RGD + (gate_GD,)
-            else:
-                gate_RGD = gate_RGD + (tl.where(rows_at(r, R, G) < existing, gate_GD, 1.0),)
-        if existing is None:
-            return gate_RGD, channel_decay * (R * G)
+        gate_GD = exp(channel_decay, COMPILED)
+    for r in tl.static_range(R):
+        if channel_decay is None:
+            log_GD = load_rows(log_decay, r, row, left, column, D, D, R, G, BD).to(tl.float32)
+            gate_RGD = gate_RGD + (exp(log_GD, COMPILED),)
+            log_RGD = log_RGD + (log_GD,)
+        elif left is None:
+            gate_RGD = gate_RGD + (gate_GD,)
+            log_RGD = log_RGD + (channel_decay,)
         else:
-            rows = tl.minimum(tl.maximum(existing, 0), R * G)  # if there is none, a log-decay of -inf would give a NaN
-            return gate_RGD, tl.where(rows > 0, channel_decay * rows.to(tl.float32), 0.0)
-    else:
-        sum_GD = tl.zeros([G, BD], tl.float32)
-        for r in tl.static_range(R):
-            log_GD = load_rows(log_decay, r, row + AHEAD, existing, column, D, D, R, G, BD).to(tl.float32)
-            sum_GD += log_GD
-            gate_RGD = gate_RGD + (exp(log_GD),)
-        return gate_RGD, tl.sum(sum_GD, 0, keep_dims=True)
+            exists = rows_at(r, R, G) < left
+            gate_RGD = gate_RGD + (tl.where(exists, gate_GD, 1.0),)
+            log_RGD = log_RGD + (tl.where(exists, channel_decay, 0.0),)
+    return gate_RGD, log_RGD
 
 
 @triton.jit
-def pass_on(product, log_product, entered):
+def load_later_gates(
+    gate_RGD,
+    log_RGD,
+    log_decay,
+    channel_decay,
+    row,
+    left,
+    column,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    BD: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Return gates and logarithms one row later: those of the tile, and for the last row of each group the next one."""
+    later_RGD = ()
+    log_later_RGD = ()
+    for r in tl.static_range(1, R):
+        later_RGD = later_RGD + (gate_RGD[r],)
+        log_later_RGD = log_later_RGD + (log_RGD[r],)
+    if channel_decay is None:
+        next_GD = load_rows(log_decay, R, row, left, column, D, D, R, G, BD).to(tl.float32)
+    else:
+        next_GD = tl.where(rows_at(R, R, G) < left, channel_decay, 0.0)
+    return later_RGD + (exp(next_GD, COMPILED),), log_later_RGD + (next_GD,)
+
+
+@triton.jit
+def log_product(log_RGD, channel_decay, left, R: tl.constexpr, G: tl.constexpr):
+    """Return the logarithm of the product of the gates of a tile, of which `left` belong to rows."""
+    if channel_decay is None:
+        sum_GD = log_RGD[0]
+        for r in tl.static_range(1, R):
+            sum_GD += log_RGD[r]
+        return tl.sum(sum_GD, 0, keep_dims=True)
+    elif left is None:
+        return channel_decay * (R * G)
+    else:
+        rows = tl.minimum(tl.maximum(left, 0), R * G)  # if there is none, a log-decay of -inf would give a NaN
+        return tl.where(rows > 0, channel_decay * rows.to(tl.float32), 0.0)
+
+
+@triton.jit
+def pass_on(product, log, entered):
     """Return what is left of `entered` after gates with this rounded product and the logarithm of their product."""
-    missing = tl.where(log_product > NEAR, exp_minus_one(log_product), tl.exp(log_product) - 1.0) - (product - 1.0)
+    missing = tl.where(log > NEAR, exp_minus_one(log), tl.exp(log) - 1.0) - (product - 1.0)
     return product * entered + missing * entered

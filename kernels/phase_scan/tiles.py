@@ -90,7 +90,8 @@ def store_channels(x, values, row, column, D: tl.constexpr, G: tl.constexpr, BD:
     Their bits may be those of an integer, so nothing is added to them: a sum has other bits where they look like a NaN.
     """
     columns = columns_of(column, BD) + tl.zeros([G, 1], tl.int32)
-    tl.store(x + row * D + columns, tl.broadcast_to(values, [G, BD]), mask=(tl.arange(0, G) == 0)[:, None] & (columns < D))
+    inside = (tl.arange(0, G) == 0)[:, None] & (columns < D)
+    tl.store(x + row * D + columns, tl.broadcast_to(values, [G, BD]), mask=inside)
 
 
 @triton.jit
