@@ -50,7 +50,7 @@ TABLE = {
     (2, "plain"): Configuration(Launch(8, 16, 16, 2, 3), Launch(8, 16, 16, 2, 3)),
     (2, "mass"): Configuration(Launch(8, 16, 16, 2, 3), Launch(4, 16, 32, 4, 3)),
     (2, "channel"): Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 4, 16, 1, 3)),
-    (2, "one"): Configuration(Launch(8, 4, 16, 1, 3), Launch(8, 4, 16, 1, 3)),
+    (2, "one"): Configuration(Launch(4, 8, 16, 1, 3), Launch(8, 4, 16, 1, 3)),
     (2, "more"): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2)),
     (2, "window"): Configuration(Launch(4, 16, 32, 4, 3), Launch(4, 16, 16, 2, 3)),
 }
