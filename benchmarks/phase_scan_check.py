@@ -33,7 +33,7 @@ BACKEND = "triton" if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == 
 NAMES = "x", "omega", "mass", "log_decay", "read_offset", "write_offset", "initial_state"
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DECAYS = (None, -1e-4, -1e-2, -0.5, -8.0, -50.0)
-WINDOWS = (2, 7, 31, 32, 33, 64, 100, 1000)  # a tile has up to 32 rows
+WINDOWS = (2, 7, 31, 32, 33, 64, 100, 1000)  # a tile has up to 32 rows, in bf16 up to 64
 RATES = (("random", torch.pi), ("constant", 3.0), ("random", 20.0))
 CHANNELS = 20
 
