@@ -21,19 +21,10 @@ import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
 from kernels.phase_scan.gates import load_gates, load_later_gates, log_product
+from kernels.phase_scan.loads import load_directions, load_written
 from kernels.phase_scan.phases import cos_sin
 from kernels.phase_scan.scans import scan, scan_two
-from kernels.phase_scan.tiles import (
-    directions,
-    load_channels,
-    load_direction,
-    load_phases,
-    load_rows,
-    load_written,
-    rows_at,
-    store_channels,
-    store_rows,
-)
+from kernels.phase_scan.tiles import load_channels, load_rows, rows_at, store_channels, store_rows
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -102,13 +93,8 @@ def compute_gradients(
         at = (slot + tile) * (P + 1)
         phase = load_channels(states, at + P, column, D, G, BD).to(tl.int32, bitcast=True)
         # fmt: off
-        phase_RGD, last_phase, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
-        cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
-        write_re_RGD, write_im_RGD = load_direction(
-            write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
-        )
-        read_re_RGD, read_im_RGD = load_direction(
-            read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
+        _, last_phase, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = load_directions(
+            omega, read_offset, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
         )
         x_RGD, mass_RGD, u_re_RGD, u_im_RGD = load_written(
             x, mass, None, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD

@@ -14,18 +14,10 @@ import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
 from kernels.phase_scan.gates import load_gates, log_product
+from kernels.phase_scan.loads import load_directions, load_written
 from kernels.phase_scan.phases import cos_sin
 from kernels.phase_scan.scans import scan, scan_two
-from kernels.phase_scan.tiles import (
-    directions,
-    keep_rows,
-    load_channels,
-    load_direction,
-    load_phases,
-    load_written,
-    store_channels,
-    store_rows,
-)
+from kernels.phase_scan.tiles import keep_rows, load_channels, store_channels, store_rows
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -91,13 +83,8 @@ def compute_outputs(
         if not EVEN:
             left = length - tile * C
         # fmt: off
-        phase_RGD, phase, lost_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
-        cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
-        write_re_RGD, write_im_RGD = load_direction(
-            write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
-        )
-        read_re_RGD, read_im_RGD = load_direction(
-            read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
+        phase_RGD, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = load_directions(
+            omega, read_offset, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
         )
         _, mass_RGD, u_re_RGD, u_im_RGD = load_written(
             x, mass, lost_RGD, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD

@@ -21,16 +21,9 @@ Shapes: as in `forward.py`.
 import triton
 import triton.language as tl
 
+from kernels.phase_scan.loads import load_directions, load_written
 from kernels.phase_scan.scans import scan
-from kernels.phase_scan.tiles import (
-    directions,
-    load_channels,
-    load_direction,
-    load_phases,
-    load_written,
-    rows_at,
-    store_rows,
-)
+from kernels.phase_scan.tiles import load_channels, rows_at, store_rows
 from kernels.phase_scan.window_loads import load_cotangents, load_reads, load_terms, load_writes, store_terms
 from kernels.phase_scan.window_tiles import phase_at, sums_beside, tile_rows, total, window_slot
 
@@ -77,14 +70,9 @@ def _store_gradients(
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
     phase = load_channels(states, at + 2, column, D, G, BD).to(tl.int32, bitcast=True)
-    phase_RGD, _, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
-    cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     # fmt: off
-    write_re_RGD, write_im_RGD = load_direction(
-        write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
-    )
-    read_re_RGD, read_im_RGD = load_direction(
-        read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
+    phase_RGD, _, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = load_directions(
+        omega, read_offset, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
     )
     x_RGD, mass_RGD, u_re_RGD, u_im_RGD = load_written(
         x, mass, None, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD

@@ -11,14 +11,8 @@ Shapes: as in `forward.py`.
 import triton
 import triton.language as tl
 
-from kernels.phase_scan.tiles import (
-    directions,
-    load_direction,
-    load_phases,
-    load_written,
-    store_channels,
-    store_rows,
-)
+from kernels.phase_scan.loads import load_directions, load_written
+from kernels.phase_scan.tiles import store_channels, store_rows
 from kernels.phase_scan.window_loads import load_terms, load_writes
 from kernels.phase_scan.window_tiles import sums_beside, tile_rows, total, window_slot
 
@@ -61,19 +55,14 @@ def _store_outputs(
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
     store_channels(states, phase.to(tl.float32, bitcast=True), at + 2, column, D, G, BD)
-    phase_RGD, phase, lost_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
-    cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
     # fmt: off
-    write_re_RGD, write_im_RGD = load_direction(
-        write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
+    _, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = load_directions(
+        omega, read_offset, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
     )
-    read_re_RGD, read_im_RGD = load_direction(
-        read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
-    )
-    # fmt: on
     _, _, u_re_RGD, u_im_RGD = load_written(
         x, mass, lost_RGD, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
     )
+    # fmt: on
     h_re_RGD = sums_beside(u_re_RGD, False, W, L, R, G, BD)
     h_im_RGD = sums_beside(u_im_RGD, False, W, L, R, G, BD)
     m_re = tl.zeros([1, BD], tl.float32)

@@ -9,15 +9,8 @@ Shapes: as in `forward.py`.
 import triton
 import triton.language as tl
 
-from kernels.phase_scan.tiles import (
-    columns_of,
-    directions,
-    load_direction,
-    load_phases,
-    load_rows,
-    load_written,
-    rows_at,
-)
+from kernels.phase_scan.loads import load_directions, load_written
+from kernels.phase_scan.tiles import columns_of, load_rows, rows_at
 
 
 @triton.jit
@@ -37,9 +30,9 @@ def load_writes(
     COMPILED: tl.constexpr,
 ):
     """Return what a tile of rows writes, real and imaginary part, and the phase after it."""
-    phase_RGD, last_phase, lost_RGD = load_phases(omega, phase, row, left, column, D, R, G, BD)
-    cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
-    re_RGD, im_RGD = load_direction(write_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED)
+    _, last_phase, lost_RGD, re_RGD, im_RGD, _, _ = load_directions(
+        omega, None, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
+    )
     _, _, u_re_RGD, u_im_RGD = load_written(x, mass, lost_RGD, re_RGD, im_RGD, row, left, column, D, R, G, BD)
     return u_re_RGD, u_im_RGD, last_phase
 
@@ -91,10 +84,8 @@ def load_reads(
     COMPILED: tl.constexpr,
 ):
     """Return b of a tile of rows."""
-    phase_RGD, _, _ = load_phases(omega, phase, row, left, column, D, R, G, BD)
-    cos_RGD, sin_RGD = directions(phase_RGD, R, COMPILED)
-    cos_RGD, sin_RGD = load_direction(
-        read_offset, phase_RGD, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, COMPILED
+    _, _, _, _, _, cos_RGD, sin_RGD = load_directions(
+        omega, read_offset, None, phase, row, left, column, D, R, G, BD, COMPILED
     )
     return load_cotangents(dy, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, IMAGINARY)
 
