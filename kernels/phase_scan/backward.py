@@ -1,4 +1,3 @@
-# ruff: noqa: RUF005  (Triton has no unpacking in tuples)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # mypy: disable-error-code="import-untyped, assignment"
 """The kernel of the backward: one sweep from the last tile to the first, in which each tile computes its memory again.
@@ -21,10 +20,11 @@ import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
 from kernels.phase_scan.gates import load_gates, load_later_gates, log_product
+from kernels.phase_scan.gradients import read_cotangents, store_gradients
 from kernels.phase_scan.loads import load_directions, load_written
 from kernels.phase_scan.phases import cos_sin
 from kernels.phase_scan.scans import scan, scan_two
-from kernels.phase_scan.tiles import load_channels, load_rows, rows_at, store_channels, store_rows
+from kernels.phase_scan.tiles import load_channels, store_channels
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -64,7 +64,6 @@ def compute_gradients(
     """Compute all gradients; one program per sequence and BD channels. That of a log_decay [D] is one per sequence."""
     C: tl.constexpr = R * G
     P: tl.constexpr = 3 if NORM else 2
-    WIDTH: tl.constexpr = 2 * D if IMAGINARY else D
     blocks: tl.constexpr = (D + BD - 1) // BD
     program = tl.program_id(0)
     column = (program % blocks) * BD
@@ -114,30 +113,16 @@ def compute_gradients(
             passed_later = log_product(log_later_RGD, channel_decay, rest - 1, R, G)
         s_re, s_im = load_channels(states, at, column, D, G, BD), load_channels(states, at + 1, column, D, G, BD)
         p_re_RGD, p_im_RGD, _, _ = scan_two(gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, True, False, R, G)
+        p_mass_RGD = None
         if NORM:
             s_mass = load_channels(states, at + 2, column, D, G, BD)
             p_mass_RGD, _ = scan(gate_RGD, passed, mass_RGD, s_mass, True, False, R, G)
-        b_re_RGD = ()
-        b_im_RGD = ()
-        dsum_RGD = ()
-        for r in tl.static_range(R):
-            g_re_GD = load_rows(dy, r, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
-            g_im_GD = tl.zeros_like(g_re_GD)
-            if IMAGINARY:
-                g_im_GD = load_rows(dy + D, r, row, left, column, WIDTH, D, R, G, BD).to(tl.float32)
-            h_re_GD, h_im_GD = p_re_RGD[r] + u_re_RGD[r], p_im_RGD[r] + u_im_RGD[r]
-            z_re_GD = read_re_RGD[r] * h_re_GD + read_im_RGD[r] * h_im_GD
-            z_im_GD = read_re_RGD[r] * h_im_GD - read_im_RGD[r] * h_re_GD
-            if NORM:
-                factor_GD = 1.0 / (p_mass_RGD[r] + mass_RGD[r] + EPSILON)
-                g_re_GD *= factor_GD
-                g_im_GD *= factor_GD
-                dsum_RGD = dsum_RGD + (-(g_re_GD * z_re_GD + g_im_GD * z_im_GD) * factor_GD,)
-            if read_offset is not None:
-                dread_GD = g_re_GD * z_im_GD - g_im_GD * z_re_GD
-                store_rows(dread_offset, dread_GD, r, row, left, column, D, D, R, G, BD)
-            b_re_RGD = b_re_RGD + (g_re_GD * read_re_RGD[r] - g_im_GD * read_im_RGD[r],)
-            b_im_RGD = b_im_RGD + (g_re_GD * read_im_RGD[r] + g_im_GD * read_re_RGD[r],)
+        # fmt: off
+        b_re_RGD, b_im_RGD, dsum_RGD = read_cotangents(
+            dy, dread_offset, p_re_RGD, p_im_RGD, p_mass_RGD, u_re_RGD, u_im_RGD, mass_RGD, read_re_RGD, read_im_RGD,
+            row, left, column, read_offset is not None, EPSILON, D, R, G, BD, NORM, IMAGINARY,
+        )
+        # fmt: on
         if dfinal is not None:  # the last state is in the frame of the last position
             cos_GD, sin_GD = cos_sin(last_phase, COMPILED)
             last_re, last_im = cos_GD * mu_re - sin_GD * mu_im, sin_GD * mu_re + cos_GD * mu_im
@@ -145,32 +130,16 @@ def compute_gradients(
         mu_re_RGD, mu_im_RGD, mu_re, mu_im = scan_two(
             later_RGD, passed_later, b_re_RGD, b_im_RGD, mu_re, mu_im, False, True, R, G
         )
+        mu_mass_RGD = None
         if NORM:
             mu_mass_RGD, mu_mass = scan(later_RGD, passed_later, dsum_RGD, mu_mass, False, True, R, G)
-        for r in tl.static_range(R):
-            mu_re_GD, mu_im_GD = mu_re_RGD[r], mu_im_RGD[r]
-            domega_GD = mu_re_GD * p_im_RGD[r] - mu_im_GD * p_re_RGD[r]
-            store_rows(domega, domega_GD, r, row, left, column, D, D, R, G, BD)
-            du_GD = mu_re_GD * write_re_RGD[r] + mu_im_GD * write_im_RGD[r]
-            dmass_GD = du_GD * x_RGD[r]
-            dgate_GD = mu_re_GD * p_re_RGD[r] + mu_im_GD * p_im_RGD[r]
-            if NORM:
-                dmass_GD += mu_mass_RGD[r]
-                dgate_GD += mu_mass_RGD[r] * p_mass_RGD[r]
-            if mass is None:
-                store_rows(dx, du_GD, r, row, left, column, D, D, R, G, BD)
-            else:
-                store_rows(dx, du_GD * mass_RGD[r], r, row, left, column, D, D, R, G, BD)
-                store_rows(dmass, dmass_GD, r, row, left, column, D, D, R, G, BD)
-            if write_offset is not None:
-                dwrite_GD = mu_im_GD * u_re_RGD[r] - mu_re_GD * u_im_RGD[r]
-                store_rows(dwrite_offset, dwrite_GD, r, row, left, column, D, D, R, G, BD)
-            if PER_CHANNEL:
-                if not EVEN:
-                    dgate_GD = tl.where(rows_at(r, R, G) < left, dgate_GD, 0.0)
-                dchannel += dgate_GD
-            elif log_decay is not None:
-                store_rows(dlog_decay, dgate_GD, r, row, left, column, D, D, R, G, BD)
+        # fmt: off
+        dchannel = store_gradients(
+            dx, domega, dmass, dlog_decay, dwrite_offset, dchannel, mu_re_RGD, mu_im_RGD, mu_mass_RGD, p_re_RGD,
+            p_im_RGD, p_mass_RGD, u_re_RGD, u_im_RGD, x_RGD, mass_RGD, write_re_RGD, write_im_RGD, row, left, column,
+            mass is not None, log_decay is not None, write_offset is not None, D, R, G, BD, NORM, PER_CHANNEL,
+        )
+        # fmt: on
     if PER_CHANNEL:
         store_channels(dlog_decay, tl.sum(dchannel, 0, keep_dims=True), n.to(tl.int64), column, D, G, BD)
     if initial is not None:
