@@ -5,8 +5,8 @@
     python -m benchmarks.step_losses one.json two.json
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,11 @@ class StepLosses(Callback):
 
 def main() -> None:
     """Print the losses of two runs side by side, and the largest difference."""
-    first, second = (json.loads(Path(name).read_text()) for name in sys.argv[1:3])
-    print(f"| step | {sys.argv[1]} | {sys.argv[2]} | difference |\n|---|---|---|---|")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs=2, type=Path, help="files of StepLosses, of as many steps")
+    files = parser.parse_args().files
+    first, second = (json.loads(file.read_text()) for file in files)
+    print(f"| step | {files[0]} | {files[1]} | difference |\n|---|---|---|---|")
     for step, (one, two) in enumerate(zip(first, second, strict=True), 1):
         print(f"| {step} | {one:.6f} | {two:.6f} | {two - one:+.1e} |")
     print(f"\nlargest difference: {max(abs(one - two) for one, two in zip(first, second, strict=True)):.1e}")
