@@ -16,10 +16,10 @@ from lightning_modules.phase import Phase
 from lightning_modules.phase.sampling import mixed_tokens
 
 
-def fit(folder: Path, *callbacks: Callback, seed: int = 0, steps: int = 4, **options) -> Phase:
+def fit(folder: Path, *callbacks: Callback, seed: int = 0, steps: int = 4, more_tokens: int = 0, **options) -> Phase:
     data = TextCorpus(level="char", max_size=9000, seq_len=16, batch_size=4, validation_size=4, test_size=4, seed=seed)
     torch.manual_seed(seed)
-    module = Phase(data.vocab_size, 16, 16, 2, warmup_steps=2, seed=seed, **options)
+    module = Phase(data.vocab_size + more_tokens, 16, 16, 2, warmup_steps=2, seed=seed, **options)
     quiet = QUIET | {"accelerator": "cpu", "limit_val_batches": 0, "max_steps": steps, "default_root_dir": folder}
     Trainer(**quiet, callbacks=list(callbacks)).fit(module, datamodule=data)
     return module
