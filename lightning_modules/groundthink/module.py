@@ -140,8 +140,10 @@ class GroundThink(PenalisedModel):
         carries no state from batch to batch, since the rows of two batches do not continue each other.
 
         Raises:
-            UserError: The model is an ensemble, or it reads the state after the last position.
+            UserError: The model is an ensemble or reads the state after the last position, or the piece is empty.
         """
         if self.ensemble > 1:
             raise UserError("an ensemble cannot carry a state between calls: use a model with model.ensemble 1")
+        if not tokens_BT.shape[1]:
+            raise UserError("a piece has no tokens: read at least one token of each row")
         return self.network.extend(tokens_BT, state or self.network.init_state(len(tokens_BT)))
