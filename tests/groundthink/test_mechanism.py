@@ -205,6 +205,8 @@ def test_a_test_measures_the_memory(workplace):
     assert orthogonal["recall_at_16"] == 1
     repeated = metrics("--model.repeat", "true")
     assert repeated["state_norm_at_16"] == pytest.approx(repeated["state_norm_at_4"], rel=1e-5)
+    single = ["--data.items", "1", "--model.read_after", "[1]", "--model.beta", "0.5", "--model.corrections", "2"]
+    assert metrics(*single)["error_at_1"] == pytest.approx(1 - 0.5 * (1 + 0.5 * 0.5 + 0.5 * (1 - 0.5 * 1.25)))
     noisy = metrics("--model.query_noise", "0.5")
     assert noisy["last_error_at_16"] > 0.1
     similar = ("--model.keys", "alike", "--model.strength", "0.3", "--model.read_after", "null")
