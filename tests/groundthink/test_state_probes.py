@@ -197,9 +197,10 @@ def test_queries_match_the_keys_of_their_needles_at_the_lag_of_the_write():
     assert (measures.lag, measures.head) == (2, 1)
     assert measures.values["query_match"] == pytest.approx(1, abs=1e-5)
     assert measures.values["write_lag"] == 2
-    filler_BT = batch["tokens"] == 0
-    filler_BT[queries.row_Q, queries.place_Q + 2] = False  # the writes
-    assert measures.values["beta_filler"] == pytest.approx(float(sites["gates.beta"][filler_BT][:, 1].mean()))
+    written_BT = torch.zeros_like(batch["tokens"], dtype=torch.bool)
+    written_BT[queries.row_Q, queries.place_Q + 2] = True
+    apart_H = mean_absolute_cosine(writes.k_BTHK, written_BT, (batch["tokens"] == 0) & ~written_BT)
+    assert measures.values["key_cosine_filler"] == pytest.approx(float(apart_H[1]))
     read_BTHV = writes.read(normalize(sites["query"], dim=-1))
     found = []
     for b, t, place in zip(queries.row_Q.tolist(), queries.time_Q.tolist(), queries.place_Q.tolist(), strict=True):

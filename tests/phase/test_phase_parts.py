@@ -1,13 +1,17 @@
 """The parts of the phase line: initial weights, norms and dropout of the mixer, and the numbers of its training."""
 
+from copy import deepcopy
+
 import pytest
 import torch
-from test_phase import SIZES
+from test_phase import SIZES, make, rows
 from test_phase_training import fit
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from lightning_modules.phase import Phase, module
+from lightning_modules.core.ensemble import call_members, stack_members
+from lightning_modules.phase import Phase
+from lightning_modules.phase import module as phase_module
 from lightning_modules.phase.angles import Angles
 from lightning_modules.phase.lstm import LSTM
 from lightning_modules.phase.mixer import PhaseMixer
@@ -62,6 +66,15 @@ def test_dropout_zeroes_inputs_of_the_output_map_behind_a_gelu():
     torch.testing.assert_close(kept["before"], gelu(kept["up_proj.0"]))
 
 
+def test_members_drop_outputs_of_their_own():
+    module = make("P", residual_dropout=0.5)
+    stacked = stack_members(lambda: deepcopy(module.network), [5, 5])
+    (logits_SBTV,) = call_members(stacked, 2, rows())
+    assert not torch.isclose(*logits_SBTV).any(2).all()
+    (logits_SBTV,) = call_members(stacked.eval(), 2, rows())
+    torch.testing.assert_close(*logits_SBTV)
+
+
 def test_equal_inputs_find_each_other_from_the_start():
     memory = PhaseMixer(16, 2, frequencies=3).memory
     assert torch.equal(memory.q_proj.weight, memory.k_proj.weight)
@@ -104,7 +117,7 @@ def test_the_share_of_samples_rises_and_samples_are_tokens_of_the_data(tmp_path,
         calls.append((*numbers, logits_SBTV.shape[3], logits_SBTV.requires_grad))
         return mixed_tokens(tokens, labels, logits_SBTV, *numbers)
 
-    monkeypatch.setattr(module, "mixed_tokens", spy)
+    monkeypatch.setattr(phase_module, "mixed_tokens", spy)
     trained = fit(tmp_path, pattern="P", scheduled_sampling=0.8, more_tokens=5)
     size = trained.vocab_size - 5
     assert calls == [(pytest.approx(0.2 * step), [0], step, step, 0, size, False) for step in range(4)]
