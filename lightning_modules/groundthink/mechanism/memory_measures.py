@@ -146,7 +146,7 @@ class GradientError(Metric):
             self.squares[place] += reference.square().flatten(1).sum(1)
 
     def compute(self) -> Tensor:
-        """Return the values_S; an input without an error counts 0, and gradients that are not finite give no finite value."""
+        """Return the values_S; 0 for inputs without an error, and no finite value for gradients that are not finite."""
         return torch.where(self.errors == 0, 0.0, self.errors / self.squares).sqrt().amax(0)
 
 
