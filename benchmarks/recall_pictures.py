@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("reports", type=Path, nargs="+", help="report.json of the studies recall_mqar and recall_rates")
     options = parser.parse_args()
     rcParams["svg.hashsalt"] = "crosstalk"  # the same report gives the same file
-    reports = [json.loads(path.read_text()) for path in options.reports]
-    series = points({arm: data for report in reports for arm, data in report["arms"].items()})
+    reports = [json.loads(path.read_text())["arms"] for path in options.reports]
+    series = points({arm: data for arms in reports for arm, data in arms.items()})
     picture(series).savefig(options.picture, metadata={"Date": None})
     print(table(series))
 

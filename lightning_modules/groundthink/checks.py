@@ -54,11 +54,15 @@ def check_delta_options(pattern: str, keys: str, of_tokens: Mapping[str, object]
     Raises:
         UserError: An option would change nothing; names it.
     """
-    if keys == "position" and (named := [name for name, value in of_tokens.items() if value]):
+    if keys == "position" and (named := _set(of_tokens)):
         raise UserError(f"model.{named[0]} needs keys of tokens: set model.keys to token or both, not position")
-    for name, value in (dict(of_tokens) | options).items():
-        if value and "G" not in pattern:
-            raise UserError(f"model.{name} needs a G in model.pattern, which is {pattern}")
+    named = _set({**of_tokens, **options, "keys": keys != "token"})
+    if named and "G" not in pattern:
+        raise UserError(f"model.{named[0]} needs a G in model.pattern, which is {pattern}")
+
+
+def _set(options: Mapping[str, object]) -> list[str]:
+    return [name for name, value in options.items() if value is not None and value is not False]
 
 
 def check_final_state(final_state: bool, window_reads_state: bool, piece_len: int | None) -> None:

@@ -97,11 +97,14 @@ class GroundThink(PenalisedModel):
         penalties = {"key_orthogonality": key_orthogonality, "beta_sparsity": beta_sparsity}
         of_tokens: dict[str, object] = {"rotary_keys": rotary_keys, "key_conv_width": key_conv_width}
         of_tokens["key_orthogonality"] = key_orthogonality
-        checks.check_delta_options(pattern, keys, of_tokens, key_bank=key_bank, beta_sparsity=beta_sparsity)
-        checks.check_final_state(bool(reproduce_flaws), window_reads_state, piece_len)
         widths = {"key_width": key_width, "value_width": value_width}
+        others: dict[str, object] = {"key_bank": key_bank, "beta_sparsity": beta_sparsity, "gates": gates != "spread"}
+        others |= {"shifted_value": shifted_value, "allow_negative_eigenvalues": allow_negative_eigenvalues}
+        checks.check_delta_options(pattern, keys, of_tokens, **others, **widths)
+        checks.check_final_state(bool(reproduce_flaws), window_reads_state, piece_len)
         sizes = {name: width // heads if size is None else size for name, size in widths.items()}
-        checks.check_kernel(**sizes)
+        if "G" in pattern:
+            checks.check_kernel(**sizes)
         if key_bank:
             key_bank.check(vocab_size)
         self.width, self.heads, self.pattern, self.window = width, heads, pattern, window
@@ -137,8 +140,10 @@ class GroundThink(PenalisedModel):
         carries no state from batch to batch, since the rows of two batches do not continue each other.
 
         Raises:
-            UserError: The model is an ensemble, or it reads the state after the last position.
+            UserError: The model is an ensemble or reads the state after the last position, or the piece is empty.
         """
         if self.ensemble > 1:
             raise UserError("an ensemble cannot carry a state between calls: use a model with model.ensemble 1")
+        if not tokens_BT.shape[1]:
+            raise UserError("a piece has no tokens: read at least one token of each row")
         return self.network.extend(tokens_BT, state or self.network.init_state(len(tokens_BT)))

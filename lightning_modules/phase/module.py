@@ -135,7 +135,7 @@ class Phase(SequenceModel):
         if self.scheduled_sampling:
             share = self.scheduled_sampling * min(1.0, self.global_step / self.trainer.max_steps)
             with torch.no_grad():
-                logits_SBTV = self.call(batch["tokens"])[0]
+                logits_SBTV = self.call(batch["tokens"], batch["labels"])[0]
             if isinstance(data := self._data, HasVocabulary):
                 logits_SBTV = logits_SBTV[..., : data.vocab_size]  # a model may have more tokens than its data
             step = self.seeds, self.global_step, batch_idx, self.global_rank

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_modules.core.block import MLP
 from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.ensemble import call_members, fit_state, member_call, member_state, observe, stack_members
+from lightning_modules.core.ensemble_module import EnsembleModule
 from lightning_modules.separability.attention import Attention
 
 SEEDS = [5, 6, 7]
@@ -121,3 +122,19 @@ def test_a_state_that_does_not_fit_is_refused_in_words(stacked, change, said):
     change(state)
     with pytest.raises(ValueError, match=said):
         fit_state(state, stack_members(make, SEEDS).state_dict(), 3, "a.ckpt")
+
+
+def test_gradients_are_clipped_by_the_norm_of_each_member_or_by_value(monkeypatch):
+    module = EnsembleModule(make, SEEDS)
+    norms_S = torch.tensor([0.1, 0.5, 8.0])
+    directions = [torch.randn_like(parameter) for parameter in module.network.parameters()]
+    length_S = torch.stack([x.flatten(1).square().sum(1) for x in directions]).sum(0).sqrt()
+    for parameter, x in zip(module.network.parameters(), directions, strict=True):
+        parameter.grad = x * (norms_S / length_S).view(-1, *[1] * (x.dim() - 1))
+    module.configure_gradient_clipping(None, 0.5, "norm")
+    clipped_S = torch.stack([x.grad.flatten(1).square().sum(1) for x in module.network.parameters()]).sum(0).sqrt()
+    torch.testing.assert_close(clipped_S, torch.tensor([0.1, 0.5, 0.5]), rtol=1e-4, atol=0)
+    calls = []
+    monkeypatch.setattr(module, "clip_gradients", lambda *arguments: calls.append(arguments))
+    module.configure_gradient_clipping(None, 0.5, "value")
+    assert calls == [(None, 0.5, "value")]

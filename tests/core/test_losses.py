@@ -39,6 +39,16 @@ def test_losses_gradients_and_predictions_are_those_of_all_logits(own_labels, sh
     assert torch.equal(predicted_SBT, logits_SBTV.argmax(3).where(labels != IGNORE, IGNORE))
 
 
+@pytest.mark.parametrize("labelled", [0, 1, 4])
+def test_a_loss_is_the_mean_over_labels(labelled):
+    x_SBTD, weight_SVD, labels_BT = inputs(False, 1.0)
+    labels_BT = labels_BT.where(torch.arange(B * T).view(B, T) < labelled, IGNORE)
+    logits_SNV = torch.einsum("sbtd,svd->sbtv", x_SBTD, weight_SVD).flatten(1, 2)[:, :labelled]
+    own_SN = logits_SNV.log_softmax(2).gather(2, labels_BT.flatten()[:labelled].expand(S, -1)[..., None])[..., 0]
+    expected_S = -own_SN.sum(1) / max(labelled, 1)
+    torch.testing.assert_close(linear_member_losses(x_SBTD, weight_SVD, labels_BT, double=True)[0], expected_S)
+
+
 def test_a_model_that_diverged_predicts_no_token():
     x_SBTD, weight_SVD, labels = inputs(False, 1.0)
     x_SBTD.data[1, 0, 0] = torch.nan

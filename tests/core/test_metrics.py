@@ -64,6 +64,13 @@ def test_a_member_that_diverged_has_no_accuracy():
     assert values["loss"][1].isnan()
 
 
+def test_a_label_needs_the_strictly_largest_logit_to_be_a_hit():
+    """A model that gives equal logits has not answered, whatever `argmax` takes."""
+    measures = TokenMeasures(1)
+    measures.update(torch.tensor([[[[2.0, 2, 1], [2, 1, 1]]]]), torch.tensor([[0, 0]]))
+    assert measures.compute()[1]["accuracy"].item() == 1
+
+
 def test_a_proportion_without_a_value_has_neither_hits_nor_interval():
     module = SimpleNamespace(counts={}, hits={"test/accuracy": [3]}, intervals={"test/accuracy": (0.1, 0.9)})
     record_proportion(module, "test/accuracy", torch.tensor(torch.nan), 4)

@@ -210,6 +210,13 @@ def test_gates_and_state_stay_in_fp32_under_bf16():
         ({"pattern": "S", "rotary_keys": True}, "model.rotary_keys needs a G in model.pattern, which is S"),
         ({"pattern": "S", "key_bank": KeyBank(1)}, "model.key_bank needs a G"),
         ({"pattern": "S", "beta_sparsity": Penalty(0.1)}, "model.beta_sparsity needs a G"),
+        ({"key_conv_width": 0, "keys": "position"}, "model.key_conv_width needs keys of tokens"),
+        ({"pattern": "S", "key_conv_width": 0}, "model.key_conv_width needs a G"),
+        ({"pattern": "S", "keys": "position"}, "model.keys needs a G"),
+        ({"pattern": "S", "gates": "seed"}, "model.gates needs a G"),
+        ({"pattern": "S", "shifted_value": True}, "model.shifted_value needs a G"),
+        ({"pattern": "S", "allow_negative_eigenvalues": True}, "model.allow_negative_eigenvalues needs a G"),
+        ({"pattern": "S", "value_width": 8}, "model.value_width needs a G"),
         ({"key_bank": KeyBank(-1)}, "model.key_bank.first_marker must be at least 0, not -1"),
         ({"key_bank": KeyBank(9, 3)}, "model.key_bank: 3 markers from token 9 on are more than the 11 tokens"),
         ({"key_bank": KeyBank(9, 0)}, "model.key_bank.markers must be at least 1, not 0"),
@@ -227,3 +234,7 @@ def test_gates_and_state_stay_in_fp32_under_bf16():
 def test_a_mistake_is_told_in_a_sentence(options, message):
     with pytest.raises(UserError, match=message):
         GroundThink(**SIZES | options)
+
+
+def test_window_attention_alone_takes_heads_that_the_delta_rule_does_not():
+    assert GroundThink(**SIZES | {"width": 12}, pattern="SS")(rows()).shape == (2, LENGTH, VOCAB)

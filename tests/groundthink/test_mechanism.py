@@ -12,7 +12,7 @@ from datamodules.errors import UserError
 from datamodules.memory_items import MemoryItems
 from lightning_modules.groundthink.mechanism import DeltaMemory
 from lightning_modules.groundthink.mechanism.item_keys import OF_CONTEXT, make_keys
-from lightning_modules.groundthink.mechanism.memory_measures import MemoryMeasures, measure
+from lightning_modules.groundthink.mechanism.memory_measures import GradientError, MemoryMeasures, measure
 from lightning_modules.mixers.keys import hashed_keys
 
 DATA = {"items": 12, "key_width": 8, "value_width": 12, "test_size": 5, "eval_batch_size": 2, "seed": 3}
@@ -69,6 +69,35 @@ def test_measures_by_hand():
     weight = 1 / (1 + math.exp(0.6 - 1))
     blend = [weight * 3 + (1 - weight) * 1.8, (1 - weight) * 3 + weight * 1.8]
     assert soft == pytest.approx((math.hypot(2, blend[0]) / 2 + abs(blend[1] - 1)) / 2)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_no_exact_gradient(wrong):
+    error, exact = GradientError(2, 3), torch.ones(2, 4, 5)
+    broken = exact.clone()
+    broken[1, 0, 0] = wrong
+    nothing = torch.zeros_like(exact)  # as the gradient by a gate that changes nothing
+    error.update([exact, broken, nothing], [exact.double(), exact.double(), nothing.double()])
+    assert error.compute()[0] == 0
+    assert not error.compute()[1].isfinite()
+    error.reset()
+    error.update([exact, exact, exact], [exact.double(), exact.double(), nothing.double()])
+    assert not error.compute().isfinite().any()
+
+
+def test_a_memory_that_has_diverged_has_no_recall_and_equal_keys_are_not_told_apart():
+    memory = DeltaMemory("marker", beta=2.0, decay=0.88, rule="seed", read_after=[900])
+    batch = items(items=900)
+    key = memory.make_keys(batch, batch["context_SBNWK"])
+    (state,) = memory.states(key, batch["value_SBNV"])
+    measures = MemoryMeasures(1, [900])
+    measures.update([(state, key @ state)], key, key, batch["value_SBNV"])
+    means, shares = measures.compute()
+    assert not means["error_at_900"].isfinite()
+    assert shares["recall_at_900"][0].isnan()
+    assert shares["first_recall_at_900"][0].isnan()
+    equal = torch.ones(1, 2, 4, 4) / 2  # keys of four items, and their values and the state
+    assert (measure(equal, equal, equal, equal, equal)[1][2] == 0).all()
 
 
 def test_measures_do_not_depend_on_the_batch_size():
@@ -176,6 +205,8 @@ def test_a_test_measures_the_memory(workplace):
     assert orthogonal["recall_at_16"] == 1
     repeated = metrics("--model.repeat", "true")
     assert repeated["state_norm_at_16"] == pytest.approx(repeated["state_norm_at_4"], rel=1e-5)
+    single = ["--data.items", "1", "--model.read_after", "[1]", "--model.beta", "0.5", "--model.corrections", "2"]
+    assert metrics(*single)["error_at_1"] == pytest.approx(1 - 0.5 * (1 + 0.5 * 0.5 + 0.5 * (1 - 0.5 * 1.25)))
     noisy = metrics("--model.query_noise", "0.5")
     assert noisy["last_error_at_16"] > 0.1
     similar = ("--model.keys", "alike", "--model.strength", "0.3", "--model.read_after", "null")

@@ -73,6 +73,11 @@ def test_an_ensemble_carries_no_state_between_calls():
         GroundThink(**SIZES, ensemble=2).read(rows())
 
 
+def test_a_piece_has_tokens():
+    with pytest.raises(UserError, match="a piece has no tokens"):
+        make().read(rows()[:, :0])
+
+
 @pytest.mark.parametrize("pattern", ["GS", "GSGS"])
 def test_the_final_state_leaks_later_tokens_and_the_causal_read_does_not(pattern):
     """The logit of a position has a gradient at later positions: the model reads what it has to predict."""

@@ -73,6 +73,9 @@ def test_found_are_the_answers_among_as_many_most_likely_tokens():
     found = recall.found(logits, torch.tensor([[1, 0], [0, 2], [3, 2], [0, 1]]))
     assert found[0, :3].tolist() == [2, 1, 0]
     assert found[0, 3].isnan()
+    equal = torch.tensor([[[2.0, 2, 2, 1]]])
+    assert [recall.found(equal, torch.tensor([[answer]])).item() for answer in range(4)] == [0, 0, 0, 0]
+    assert recall.found(equal, torch.tensor([[0, 1, 2]])).item() == 3
 
 
 def test_tally_by_depth_and_window():

@@ -197,6 +197,10 @@ def test_queries_match_the_keys_of_their_needles_at_the_lag_of_the_write():
     assert (measures.lag, measures.head) == (2, 1)
     assert measures.values["query_match"] == pytest.approx(1, abs=1e-5)
     assert measures.values["write_lag"] == 2
+    written_BT = torch.zeros_like(batch["tokens"], dtype=torch.bool)
+    written_BT[queries.row_Q, queries.place_Q + 2] = True
+    apart_H = mean_absolute_cosine(writes.k_BTHK, written_BT, (batch["tokens"] == 0) & ~written_BT)
+    assert measures.values["key_cosine_filler"] == pytest.approx(float(apart_H[1]))
     read_BTHV = writes.read(normalize(sites["query"], dim=-1))
     found = []
     for b, t, place in zip(queries.row_Q.tolist(), queries.time_Q.tolist(), queries.place_Q.tolist(), strict=True):
@@ -229,6 +233,7 @@ def test_all_measures_of_a_mixer():
     assert found["key_cosine_needles"] == pytest.approx(float(off.sum() / (B * 6)))
     spectrum_BHR = torch.linalg.svdvals(writes.state_before(end_B))
     assert found["effective_rank"] == pytest.approx(float(rank_of(spectrum_BHR)[:, head].mean()))
+    assert found["top_singular_value"] == pytest.approx(float(spectrum_BHR[:, head, 0].mean()))
     assert [name for name in found if name.startswith("cosine_after_")] == [f"cosine_after_{r}" for r in (0, 1, 2)]
     last = cosine_similarity(read_later(writes, place_BN, 2), v_BNHV[:, :1], dim=-1)[..., head].mean()
     assert found["cosine_after_2"] == pytest.approx(float(last))
@@ -261,6 +266,10 @@ def test_rows_without_filler_and_with_fewer_needles_have_measures():
     batch["tokens"][0, 4:6], batch["labels"][0, 6:] = 0, IGNORE  # row 0 has two needles, and one query
     batch["labels"][0, 8] = batch["tokens"][0, 1]
     batch["tokens"][0, 8] = batch["tokens"][0, 0]
-    measures = measure_state(batch, observed(batch), False, range(20, 40))
+    measures = measure_state(batch, sites := observed(batch), False, range(20, 40))
     assert measures.counts == {"self_retrieval": 8, "query_retrieval": 7}
+    writes, place_BN = Writes.of(sites, False), torch.tensor([[0, 2, 4]] * B) + measures.lag
+    cosine_BMH = cosine_similarity(read_later(writes, place_BN, 1), writes.at(place_BN).v_BTHV[:, :2], dim=-1)
+    pairs = cosine_BMH[..., measures.head].flatten()[[0, 2, 3, 4, 5]]  # row 0 has one pair
+    assert measures.values["cosine_after_1"] == pytest.approx(float(pairs.mean()), abs=1e-6)
     assert all(math.isfinite(x) for name, x in measures.values.items() if "filler" not in name)

@@ -6,20 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUIET
-from lightning import Trainer
+from lightning import Callback, Trainer
+from safetensors.torch import save_file
 
+from callbacks import ActivationClamp
 from datamodules import Mixture, StateTracking, TextCorpus
 from datamodules.errors import UserError
 from lightning_modules.phase import Phase
 from lightning_modules.phase.sampling import mixed_tokens
 
 
-def fit(folder: Path, seed: int = 0, steps: int = 4, **options) -> Phase:
+def fit(folder: Path, *callbacks: Callback, seed: int = 0, steps: int = 4, more_tokens: int = 0, **options) -> Phase:
     data = TextCorpus(level="char", max_size=9000, seq_len=16, batch_size=4, validation_size=4, test_size=4, seed=seed)
     torch.manual_seed(seed)
-    module = Phase(data.vocab_size, 16, 16, 2, warmup_steps=2, seed=seed, **options)
+    module = Phase(data.vocab_size + more_tokens, 16, 16, 2, warmup_steps=2, seed=seed, **options)
     quiet = QUIET | {"accelerator": "cpu", "limit_val_batches": 0, "max_steps": steps, "default_root_dir": folder}
-    Trainer(**quiet).fit(module, datamodule=data)
+    Trainer(**quiet, callbacks=list(callbacks)).fit(module, datamodule=data)
     return module
 
 
@@ -38,6 +40,14 @@ def test_an_ensemble_with_scheduled_sampling_has_the_losses_of_separate_runs(tmp
     for member in range(2):
         alone = fit(tmp_path, seed=3 + member, pattern="P", scheduled_sampling=0.9)
         torch.testing.assert_close(together.members["train/loss"][member], alone.members["train/loss"][0])
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_a_clamp_by_class_knows_the_labels_while_the_model_samples(tmp_path, ensemble):
+    save_file({"network.final_residual.spread.target": torch.tensor(1.0)}, tmp_path / "reference.safetensors")
+    clamp = ActivationClamp("final_residual", "mean_preserving", str(tmp_path / "reference.safetensors"))
+    module = fit(tmp_path, clamp, pattern="P", scheduled_sampling=0.9, ensemble=ensemble)
+    assert module.members["train/loss"].isfinite().all()
 
 
 def test_scheduled_sampling_needs_the_last_step(tmp_path):

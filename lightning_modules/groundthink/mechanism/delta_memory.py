@@ -50,7 +50,7 @@ class DeltaMemory(LightningModule):
       with every other value; chance is 1 / n, and with `repeat`, where all values are equal, it means nothing;
     - `key_similarity_at_n`: mean |cosine| of the keys of two items; `state_norm_at_n`: |S|;
     - `soft_error_at_n`, `soft_recall_at_n`: error of a read that blends what lies under all keys, with the weights
-      softmax(keys q), and the share of items whose own key has the largest weight.
+      softmax(keys q), and the share of items whose own key has a larger weight than every other key.
 
     `gradient_error`, if `check_gradients` is set: the relative error of the gradients of the chunked form in fp32,
     against those of the recurrence in fp64; the largest of those by queries, keys, values, log-decays and betas.

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torchmetrics import Metric
 
+from lightning_modules.core.metrics import strictly_above
+
 MEANS = (
     "error",
     "first_error",
@@ -81,7 +83,7 @@ def measure(
     """Return the means of `MEANS`, and the numbers of hits of `SHARES`, of each row: [S, B]."""
     error_SBN = _relative_error(read_SBNV, v)
     similarity_SBN = cosine_similarity(read_SBNV, v, dim=-1)
-    hit_SBN = _nearest(read_SBNV, v)
+    hit_SBN = _own_is_largest(normalize(read_SBNV, dim=-1) @ normalize(v, dim=-1).mT)
     # What attention over the keys reads: one blend of what lies under each key
     score_SBNN = query_SBNK @ key_SBNK.mT
     soft_SBNV = score_SBNN.softmax(-1) @ (key_SBNK @ state_SBKV)
@@ -96,8 +98,7 @@ def measure(
         state_SBKV.flatten(2).norm(dim=2),
         _relative_error(soft_SBNV, v).mean(2),
     ]
-    own_N = torch.arange(score_SBNN.shape[-1], device=score_SBNN.device)
-    shares = [hit_SBN.sum(2), hit_SBN[:, :, 0].long(), (score_SBNN.argmax(-1) == own_N).sum(2)]
+    shares = [hit_SBN.sum(2), hit_SBN[:, :, 0], _own_is_largest(score_SBNN).sum(2)]
     return means, shares
 
 
@@ -106,12 +107,11 @@ def _relative_error(read_SBNV: Tensor, v: Tensor) -> Tensor:
     return error_SBN
 
 
-def _nearest(read_SBNV: Tensor, v: Tensor) -> Tensor:
-    """Return for each item whether what it reads has a larger cosine with its value than with every other value."""
-    cosine_SBNN = normalize(read_SBNV, dim=-1) @ normalize(v, dim=-1).mT
-    own_SBN = cosine_SBNN.diagonal(dim1=-2, dim2=-1)
-    itself_NN = torch.eye(cosine_SBNN.shape[-1], dtype=torch.bool, device=v.device)
-    return own_SBN > cosine_SBNN.masked_fill(itself_NN, -torch.inf).amax(-1)
+def _own_is_largest(score_SBNN: Tensor) -> Tensor:
+    """Return 1 where an item has a larger score with itself than with every other item, else 0; NaN for NaN."""
+    itself_NN = torch.eye(score_SBNN.shape[-1], dtype=torch.bool, device=score_SBNN.device)
+    others_SBN = score_SBNN.masked_fill(itself_NN, -torch.inf).amax(-1)
+    return strictly_above(score_SBNN.diagonal(dim1=-2, dim2=-1), others_SBN)
 
 
 def _pair_similarity(key_SBNK: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ class GradientError(Metric):
             self.squares[place] += reference.square().flatten(1).sum(1)
 
     def compute(self) -> Tensor:
-        """Return the values_S."""
-        return (self.errors / self.squares).nan_to_num().sqrt().amax(0)
+        """Return the values_S; 0 for inputs without an error, and no finite value for gradients that are not finite."""
+        return torch.where(self.errors == 0, 0.0, self.errors / self.squares).sqrt().amax(0)
 
 
 def gradients(

@@ -28,12 +28,14 @@ def hits(logits_SQV: Tensor, label_Q: Tensor) -> Tensor:
 def found(logits_SQV: Tensor, answer_QR: Tensor) -> Tensor:
     """Return how many of the R answers are among the R most likely tokens, [S, Q]; NaN where a logit is NaN.
 
+    An answer has to be strictly more likely than the token behind these R, so equal logits find nothing.
+
     The sum over all queries, divided by the number of answers, is `string_match_all` of RULER (Hsieh et al. 2024,
     arXiv:2404.06654): the share of the answers that the output contains. A model gives one distribution per query
     here, whose R most likely tokens stand for the output.
     """
-    top_SQR = logits_SQV.topk(answer_QR.shape[1], dim=2).indices
-    count_SQ = (top_SQR[..., None] == answer_QR[:, None]).any(3).sum(2)
+    behind_SQ1 = logits_SQV.topk(answer_QR.shape[1] + 1, dim=2).values[..., -1:]
+    count_SQ = (logits_SQV.gather(2, answer_QR.expand(len(logits_SQV), -1, -1)) > behind_SQ1).sum(2)
     return count_SQ.double().masked_fill(logits_SQV.isnan().any(2), torch.nan)
 
 
