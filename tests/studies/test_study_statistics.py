@@ -54,6 +54,10 @@ def test_common_seeds_are_paired(seed, count):
 def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs():
     x, y = draw(0, 5), draw(1, 4)
     assert difference(series(x), series(y)) == difference(series(x[:4]), series(y))
+    far = series([1.0, 1.2, -50.0]), series([0.5, 0.8])  # the third seed of the second arm has failed
+    assert difference(*far).value == pytest.approx(0.45)
+    assert effect_size(*far) == effect_size(series([1.0, 1.2]), series([0.5, 0.8]))
+    assert ratio(*far) == ratio(series([1.0, 1.2]), series([0.5, 0.8]))
 
 
 @pytest.mark.parametrize(("seed", "count"), CASES)
@@ -144,6 +148,11 @@ def test_effect_size_is_hedges():
 def test_rounding_is_no_variation():
     x, y = series([0.3, 0.4]), series([0.1, 0.2])  # the differences are 0.2 and, by rounding, 0.19999999999999998
     assert p_value(x, y) is None
+    paired = difference(x, y)
+    assert paired.low == paired.value == paired.high
+    for one, other in np.random.default_rng(0).random((200, 2)).round(3):
+        equal = ratio(series([one] * 3), series([other + 0.01] * 3))
+        assert equal.low == equal.value == equal.high
     assert effect_size(series([0.3, 0.1 + 0.2]), series([0.5, 0.5])) is None
     apart = series([0.0, 0.0], first=5)
     found = difference(series([1.0, 1.0, 1.0]), apart)
