@@ -106,6 +106,16 @@ def test_a_damaged_last_checkpoint_leaves_the_newest_neighbour(make, tmp_path, p
     assert (attempt.folder / "notes.txt").read_text() == note
 
 
+def test_a_newer_checkpoint_that_cannot_be_read_now_is_kept(make, tmp_path):
+    save(tmp_path / "run.interrupted", 4)
+    save(tmp_path / "run", 9)
+    damage(tmp_path / "run" / LAST)  # or the file system has failed for a moment
+    attempt, seen = make(), []
+    attempt(trains_to(12, "finished", 0, seen))
+    assert seen == [4]
+    assert (tmp_path / "run.kept-1" / LAST).is_file()
+
+
 def test_without_a_whole_checkpoint_a_run_begins_anew_and_says_so(make, tmp_path):
     save(tmp_path / "run", 9)
     damage(tmp_path / "run" / LAST)
