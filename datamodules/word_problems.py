@@ -228,7 +228,7 @@ class WordProblems(TaskDataModule):
 
     def _finite(self, name: str, problems: list[Problem], size: int) -> FiniteBatches[Problem]:
         training = name == "training"
-        batches = FiniteBatches(problems, size, _length, self.seed if training else 0, drop_last=training)
+        batches = FiniteBatches(problems, size, _length, self.seed if training else 0, training, self._world)
         self._check_shares(f"{len(problems)} {name} problems", len(batches), batches.smallest)
         return batches
 

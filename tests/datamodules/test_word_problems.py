@@ -136,6 +136,23 @@ def test_the_proportion_of_passkeys():
     assert share == pytest.approx(0.05, abs=0.01)
 
 
+def test_the_seed_is_that_of_the_training_problems_alone(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", rows(60)))
+
+    def questions(*source, **options):
+        data = WordProblems(*source, **SMALL | {"batch_size": 8} | options)
+        data.setup("fit")
+        held_out = [problem.question for part in data.eval_problems.values() for problem in part]
+        return [[p.question for p in batch] for batch in data.train_dataloader()], held_out
+
+    for source, options in (((), {}), ((), {"passkey_fraction": 1.0}), (("file", path), {})):
+        one, again, other = (questions(*source, seed=seed, **options) for seed in (0, 0, 1))
+        assert one == again
+        assert one[1] == other[1]
+        assert one[0] != other[0]
+        assert not {question for batch in one[0] for question in batch} & set(one[1])
+
+
 def test_a_file_of_gsm8k_scores_against_itself(tmp_path):
     problems = read(write(tmp_path / "gsm8k.jsonl", GSM8K))
     assert len(problems) == len(GSM8K)
