@@ -112,6 +112,18 @@ def test_held_out_rows_depend_neither_on_the_seed_nor_on_an_ensemble(name):
     assert name == "modular" or not torch.equal(validation, test[: len(validation)])
 
 
+@pytest.mark.parametrize("name", ["iid-round_robin", "permutation-random", "affine-round_robin", "recall", "phases"])
+def test_training_rows_of_seed_0_are_not_the_held_out_rows(name):
+    """Held-out rows have the seed 0 as well, and as many of them are drawn at once as in a batch."""
+    sizes = {"batch_size": 8, "validation_size": 8, "test_size": 8}
+    sets = {"train_sets": [[16, 3, 8]] * 3} if name == "recall" else {}
+    data = attach(TASKS[name](seed=0, **sizes, **sets))
+    rows = [tokens for tokens, _ in batches(data)]
+    rows += [batch["tokens"] for loader in (data.val_dataloader(), data.test_dataloader()) for batch in loader]
+    drawn = [tuple(row) for tokens in rows for row in tokens.tolist()]
+    assert len(set(drawn)) == len(drawn)
+
+
 @pytest.mark.parametrize("name", ["permutation-random", "text", "modular", "recall", "mixture", "phases"])
 @pytest.mark.parametrize("ensemble", [1, 3])
 def test_ranks_share_the_same_global_batches(name, ensemble):
