@@ -67,6 +67,8 @@ def test_other_seeds_are_welchs(seed, count):
     assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval()))
     assert p_value(series(x), series(y, first=50)) == pytest.approx(test.pvalue)
     assert found.note == "seeds are not paired"
+    assert found.spread == pytest.approx(math.hypot(x.std(ddof=1), y.std(ddof=1)))
+    assert (found.seeds, difference(series(y, first=50), series(x)).seeds) == (count, count)
 
 
 @pytest.mark.parametrize(("seed", "count"), [(seed, count) for seed in range(4) for count in (3, 8)])
@@ -82,6 +84,8 @@ def test_the_ratios_interval_is_where_the_paired_test_does_not_reject(seed, coun
 def test_a_denominator_that_may_be_zero_leaves_the_ratio_open():
     found = ratio(series([1.0, 1.1, 0.9]), series([-0.1, 0.1, 0.2]))
     assert (found.low, found.high) == (-math.inf, math.inf)
+    zero = ratio(series([1.0, 1.1, 0.9]), series([0.0, 0.0, 0.0]))
+    assert (math.isnan(zero.value), zero.low, zero.high, zero.spread) == (True, -math.inf, math.inf, None)
 
 
 def test_a_wilson_interval_is_scipys():
@@ -110,6 +114,7 @@ def test_seeds_that_are_one_sample_each_are_counted():
     found = mean({seed: proportion(int(seed < 3), 1) for seed in range(64)})
     assert (found.value, found.low, found.high) == (3 / 64, *wilson_interval(3, 64))
     assert found.is_rate
+    assert not mean({0: proportion(1, 1), 1: proportion(50, 100)}).is_rate
 
 
 def test_one_seed_has_the_interval_of_its_run():
@@ -121,6 +126,8 @@ def test_one_seed_has_the_interval_of_its_run():
     assert found.low == pytest.approx(0.6 - math.hypot(0.8 - l1, u2 - 0.2))
     assert found.high == pytest.approx(0.6 + math.hypot(u1 - 0.8, 0.2 - l2))
     assert "one seed" in found.note
+    many = {seed: proportion(20 + seed, 100) for seed in range(3)}
+    assert difference(many, one).note == difference(one, many).note == ratio(many, one).note == mean(one).note
 
 
 @pytest.mark.parametrize("statistic", [lambda x, y: mean(x), difference, ratio], ids=["mean", "difference", "ratio"])
