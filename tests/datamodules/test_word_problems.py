@@ -12,7 +12,7 @@ from datamodules import WordProblems
 from datamodules.errors import UserError
 from datamodules.problem_files import local_rows
 from datamodules.problem_rows import Columns, read_problems
-from datamodules.problems import Problem
+from datamodules.problems import Problem, generate, split_of
 
 GSM8K = [
     ("Ann has 1,200 eggs and sells 200. How many?", "Ann keeps 1,200-200=<<1200-200=1000>>1,000 eggs.\n#### 1,000"),
@@ -126,6 +126,8 @@ def test_generated_sets(tmp_path):
     twins = sorted(p.pair for p in data.eval_problems["twin"])
     assert twins == [0, 0, 1, 1, 2, 2]
     assert [p.template[:7] for p in data.eval_problems["passkey"]] == ["passkey"] * 4
+    assert {split_of(p.question) for p in data.eval_problems["validation"]} == {"validation"}
+    assert data.eval_problems["heldout"] == [generate(0, "test", i, held_out=True) for i in range(4)]
     sample = [q for batch in data.sample_dataloader(5) for q in batch["questions"]]
     assert sorted(sample) == sorted(p.question for p in data.eval_problems["validation"][:5])
 
