@@ -116,6 +116,13 @@ def test_ranks_partition_the_global_batch(kind, world):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_takes_no_random_number_from_the_training(workers):
+    before = torch.get_rng_state()
+    list(loader(StreamBatches(sample_of, 40, 4, length), num_workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_loader_gives_exactly_the_remaining_batches(workers):
     def make(num_workers):
         return loader(StreamBatches(sample_of, 4 * 30, 4, length), num_workers=num_workers)

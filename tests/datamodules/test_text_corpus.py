@@ -116,6 +116,7 @@ def test_another_text_is_read_with_the_vocabulary_of_a_checkpoint(file, tmp_path
     expected = TextCorpus("file", file, level=level, bpe_vocab=280, **SMALL)
     assert data.parse("01,") == expected.parse("01,")
     assert data.vocab_size == expected.vocab_size
+    assert data.chance == np.bincount(data._tokens["train"]).max() / len(data._tokens["train"])
     (batch,) = data.test_dataloader()
     assert data.decode(batch["tokens"][0].tolist()).startswith("����0123" if level == "char" else "abc 0")
     assert data.unknown_characters("0a1") == (["a"] if level == "char" else [])

@@ -79,6 +79,7 @@ def test_the_ratios_interval_is_where_the_paired_test_does_not_reject(seed, coun
         assert stats.ttest_1samp(x - end * y, 0).pvalue == pytest.approx(0.05, abs=1e-6)
     assert found.value == pytest.approx(x.mean() / y.mean())
     assert found.low < found.value < found.high
+    assert found.spread == pytest.approx((x - found.value * y).std(ddof=1) / y.mean())
 
 
 def test_a_denominator_that_may_be_zero_leaves_the_ratio_open():
@@ -157,6 +158,8 @@ def test_rounding_is_no_variation():
     assert p_value(x, y) is None
     paired = difference(x, y)
     assert paired.low == paired.value == paired.high
+    large = difference(series([1e6 + 0.1, 2e6 + 0.1]), series([1e6, 2e6]))
+    assert large.low == large.value == large.high
     for one, other in np.random.default_rng(0).random((200, 2)).round(3):
         equal = ratio(series([one] * 3), series([other + 0.01] * 3))
         assert equal.low == equal.value == equal.high
