@@ -68,16 +68,27 @@ class FiniteBatches(Generic[T]):
         size: Largest global batch, over all ranks.
         length: The length of a sample; batches hold samples of similar length.
         seed: Seed of the order.
-        drop_last: Leave out, in each epoch, the samples that do not fill a batch.
+        drop_last: Leave out, in each epoch, the samples that do not fill a batch; of fewer samples than a batch, those
+            that do not fill a row of all ranks.
+        world: Number of ranks.
 
     Attributes:
         smallest: Size of the smallest batch.
     """
 
-    def __init__(self, samples: Sequence[T], size: int, length: Callable[[T], int], seed: int, drop_last: bool):
+    def __init__(
+        self,
+        samples: Sequence[T],
+        size: int,
+        length: Callable[[T], int],
+        seed: int,
+        drop_last: bool,
+        world: int = 1,
+    ):
         self.samples, self.length, self.seed = samples, length, seed
         full, rest = divmod(len(samples), size)
-        dropped = rest if drop_last and full else 0
+        # Objectives that compare the rows of all ranks need as many on each
+        dropped = (rest if full else rest % world) if drop_last else 0
         self.used = len(samples) - dropped
         self.batches = -(-self.used // size)
         self.smallest = self.used // max(self.batches, 1)

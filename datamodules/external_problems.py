@@ -1,7 +1,9 @@
 """Training, validation and test problems from local data or from the hub."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.errors import UserError
 from datamodules.problem_files import has_splits, local_rows
@@ -66,6 +68,7 @@ class ExternalProblems:
             train, test = self._split(train, max(len(train) // 10, 1))
         if validation is None:
             train, validation = self._split(train, max(min(validation_size, len(train) // 10), 1))
+        _tell_overlap(train, {"validation": validation, "test": test})
         return train, validation[:validation_size], test
 
     def _split(self, problems: list[Problem], size: int) -> tuple[list[Problem], list[Problem]]:
@@ -96,3 +99,11 @@ class ExternalProblems:
         config = self.hub_config or (GSM8K_CONFIG if name == GSM8K_ON_HUB else None)
         rows = hub_rows(name, *filter(None, [config]), split=split, local_source="file")
         return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _tell_overlap(train: list[Problem], held_out: Mapping[str, list[Problem]]) -> None:
+    """Warn where held-out problems have the question of a training problem: the same file twice, or a row twice."""
+    trained = {problem.question for problem in train}
+    for name, problems in held_out.items():
+        if shared := sum(problem.question in trained for problem in problems):
+            rank_zero_warn(f"data: {shared} of {len(problems)} {name} problems are training problems too")

@@ -92,10 +92,13 @@ def _json(path: str, key: str) -> Iterator[Row]:
 def _table(path: str, key: str) -> Iterator[Row]:
     """Read a table with a header. All cells are texts: no type is guessed from the first rows."""
     with _opened(path, key, newline="") as file:
-        delimiter = max(",;\t", key=file.readline().count)
+        delimiter = max(",;\t", key=next(filter(str.strip, file), "").count)
         file.seek(0)
         rows = csv.reader(file, delimiter=delimiter)
-        header = next(rows, [])
+        try:
+            header = next(filter(None, rows), [])  # a blank line has no cells
+        except csv.Error as error:
+            raise UserError(f"'{path}' ({key}) has no header that can be read: {error}") from error
         for name in header:
             if header.count(name) > 1:
                 raise UserError(f"'{path}' ({key}) has the column '{name}' twice")

@@ -138,7 +138,8 @@ def generate(seed: int, split: str, index: int, held_out: bool = False) -> Probl
         seed: Seed of the stream of problems.
         split: `train`, `validation` or `test`. The hash of a question determines its split, so splits never overlap.
         index: Position in the stream.
-        held_out: Use the tenth of the (name, object) pairs and number pairs that no other problem uses.
+        held_out: Use the tenth of the pairs of first name and first object, and of pairs of the first two numbers, that
+            no training problem has in these places. A second name or object may stand beside any other.
     """
     rng = Random(f"{seed}/{split}/{index}/{held_out}")
     while True:

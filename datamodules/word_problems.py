@@ -67,9 +67,9 @@ class WordProblems(TaskDataModule):
         epoch_size: Generated problems per epoch, with `max_tokens` about; each epoch draws new ones.
         validation_size: Problems of the validation set: at most 2000 if generated, else at most a tenth of the training
             data, from their end.
-        test_sets: Test set -> number of problems. Generated: `test`, `heldout` (name-object and number pairs that
-            training never sees), `twin` (pairs that differ in one number) and `passkey` (a string to copy). Other
-            sources: `test` only.
+        test_sets: Test set -> number of problems. Generated: `test`, `heldout` (first name with first object, and
+            first two numbers, that training never has in these places), `twin` (pairs that differ in one number) and
+            `passkey` (a string to copy). Other sources: `test` only.
         passkey_fraction: Proportion of passkey problems in the generated training stream.
         eval_batch_size: Problems per device and step in validation and test.
         num_workers: Processes that prepare training batches: 0, 1, 2, 4 or 8.
@@ -228,7 +228,7 @@ class WordProblems(TaskDataModule):
 
     def _finite(self, name: str, problems: list[Problem], size: int) -> FiniteBatches[Problem]:
         training = name == "training"
-        batches = FiniteBatches(problems, size, _length, self.seed if training else 0, drop_last=training)
+        batches = FiniteBatches(problems, size, _length, self.seed if training else 0, training, self._world)
         self._check_shares(f"{len(problems)} {name} problems", len(batches), batches.smallest)
         return batches
 

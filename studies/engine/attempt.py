@@ -143,7 +143,7 @@ class Attempt:
             _remove(aside)
             self.folder.rename(aside)
         else:
-            _remove(self.folder)
+            _put_away(self.folder, self.folder)  # a checkpoint in it that cannot be read now may be newer
         return aside / saved.path.relative_to(place), note
 
     def _write_config(self) -> Path:

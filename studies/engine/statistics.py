@@ -63,10 +63,23 @@ class Estimate:
     is_rate: bool = False
 
 
-def t_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Return Student's 95 % interval of the mean: m ± t(n-1) s / sqrt(n)."""
-    half = _t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+def t_interval(values: NDArray[np.float64], scale: NDArray[np.float64] | None = None) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean: m ± t(n-1) s / sqrt(n); (m, m) of values that do not vary.
+
+    Args:
+        values: The values.
+        scale: Numbers whose rounding is in the values, as that of the terms is in differences; None for the values.
+    """
+    centre = _mean(values)
+    if not _vary(values, values if scale is None else scale):
+        return centre, centre
+    half = float(_t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return centre - half, centre + half
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Return the mean; that of equal values is their value, without the rounding of a sum."""
+    return float(values[0] if (values == values[0]).all() else values.mean())
 
 
 def _t_quantile(freedom: int) -> float:
@@ -96,9 +109,9 @@ def mean(series: Series) -> Estimate:
     low, high = t_interval(values)
     if pooled := _pooled(series):
         if all(measured.count == 1 for measured in series.values()):
-            return Estimate(float(values.mean()), *pooled, seeds=len(values), is_rate=True)
+            return Estimate(_mean(values), *pooled, seeds=len(values), is_rate=True)
         low, high = max(min(low, pooled[0]), 0.0), min(max(high, pooled[1]), 1.0)
-    return Estimate(float(values.mean()), low, high, len(values), float(values.std(ddof=1)))
+    return Estimate(_mean(values), low, high, len(values), float(values.std(ddof=1)))
 
 
 def _pooled(series: Series) -> tuple[float, float] | None:
@@ -128,12 +141,13 @@ def difference(first: Series, second: Series) -> Estimate:
     """
     first, second = _common(first, second)
     x, y = _values(first), _values(second)
-    value, seeds = float(x.mean() - y.mean()), min(len(x), len(y))
+    value, seeds = _mean(x) - _mean(y), min(len(x), len(y))
     if seeds == 1:
         one, other = mean(first), mean(second)
         return Estimate(value, *_combine(one, other), seeds, note=one.note or other.note)
     if first.keys() == second.keys():
-        (low, high), spread, note = t_interval(x - y), float((x - y).std(ddof=1)), ""
+        value, spread, note = _mean(x - y), float((x - y).std(ddof=1)), ""
+        low, high = t_interval(x - y, np.stack((x, y)))
     else:
         from scipy import stats
 
@@ -150,7 +164,7 @@ def difference(first: Series, second: Series) -> Estimate:
 def _pooled_mean(series: Series) -> Estimate | None:
     """Return the mean of a proportion with the Wilson interval of all samples; None for every other measure."""
     pooled = _pooled(series)
-    return Estimate(float(_values(series).mean()), *pooled) if pooled else None
+    return Estimate(_mean(_values(series)), *pooled) if pooled else None
 
 
 def _combine(x: Estimate, y: Estimate) -> tuple[float, float]:
@@ -167,16 +181,18 @@ def ratio(first: Series, second: Series) -> Estimate:
     """
     first, second = _common(first, second)
     x, y = _values(first), _values(second)
-    value, seeds = float(x.mean() / y.mean()) if y.mean() else math.nan, min(len(x), len(y))
+    value, seeds = _mean(x) / _mean(y) if _mean(y) else math.nan, min(len(x), len(y))
     if seeds == 1 or first.keys() != second.keys():
         one, other = mean(first), mean(second)
         return Estimate(value, *_fieller_of(one, other), seeds, note=one.note or other.note)
     ((vx, cxy), (_, vy)) = (np.cov(x, y) * _t_quantile(seeds - 1) ** 2 / seeds).tolist()
-    low, high = _fieller(float(x.mean()), float(y.mean()), vx, vy, cxy)
+    low, high = _fieller(_mean(x), _mean(y), vx, vy, cxy)
+    if math.isfinite(low) and not _vary(x - value * y, np.stack((x, y))):
+        low = high = value  # the root would enlarge the rounding
     if (one_pooled := _pooled_mean(first)) and (other_pooled := _pooled_mean(second)):
         least = _fieller_of(one_pooled, other_pooled)
         low, high = min(low, least[0]), max(high, least[1])
-    spread = float((x - value * y).std(ddof=1) / abs(y.mean())) if y.mean() else None
+    spread = float((x - value * y).std(ddof=1) / abs(_mean(y))) if _mean(y) else None
     return Estimate(value, low, high, seeds, spread)
 
 
@@ -203,8 +219,10 @@ def rate(series: Series, condition: Callable[[float], bool]) -> Estimate:
 def effect_size(first: Series, second: Series) -> float | None:
     """Return Hedges' g: mean difference / pooled standard deviation, times 1 - 3 / (4 (n + m) - 9) (Hedges 1981).
 
-    None if either series has fewer than two seeds or nothing varies.
+    Over common seeds if there are at least two, as `difference`. None if either series has fewer than two seeds or
+    nothing varies.
     """
+    first, second = _common(first, second)
     x, y = _values(first), _values(second)
     if min(len(x), len(y)) < 2 or not (_vary(x, x) or _vary(y, y)):
         return None

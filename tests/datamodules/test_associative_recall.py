@@ -78,6 +78,15 @@ def test_gaps_follow_the_power_law_without_replacement():
     assert second == pytest.approx(np.r_[0, weight[1:] / weight[1:].sum()], abs=0.015)
 
 
+def test_a_set_smaller_than_a_batch_is_one_batch_unless_a_device_gets_no_row():
+    data = make(train_sets=[[16, 2, 3]])
+    assert [len(batch["tokens"]) for batch in data.train_dataloader()] == [3]
+    data = make(train_sets=[[16, 2, 10], [20, 4, 1]])
+    data.trainer.world_size = 2
+    with pytest.raises(ValueError, match=r"data.train_sets in 3 batches leave some of 2 devices without any"):
+        data.train_dataloader()
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -41,6 +41,8 @@ def test_finite_batches_hold_every_sample_once_an_epoch(count):
     assert len(batches) == -(-count // 7)
     if count > 7:
         assert epochs[0] != epochs[1]
+        other = FiniteBatches(range(count), 7, length, seed=1, drop_last=False)
+        assert epochs[0] != [other.batch(0, i) for i in range(len(other))]
 
 
 def test_drop_last_leaves_out_less_than_a_batch():
@@ -51,6 +53,15 @@ def test_drop_last_leaves_out_less_than_a_batch():
     small = FiniteBatches(range(5), 7, length, seed=0, drop_last=True)
     assert len(small) == 1
     assert sorted(small.batch(0, 0)) == list(range(5))
+
+
+def test_ranks_train_on_as_many_rows_where_the_samples_are_fewer_than_a_batch():
+    batches = FiniteBatches(range(13), 64, length, seed=0, drop_last=True, world=4)
+    (shares,) = zip(*(list(loader(batches, rank, 4)) for rank in range(4)), strict=True)
+    assert [len(share) for share in shares] == [3] * 4
+    assert batches.smallest == 12
+    assert len(FiniteBatches(range(13), 64, length, seed=0, drop_last=False, world=4).batch(0, 0)) == 13
+    assert len(FiniteBatches(range(3), 64, length, seed=0, drop_last=True, world=4)) == 0
 
 
 @pytest.mark.parametrize("count", [LANES * POOL, 3, 100, LANES * POOL + 5])
@@ -102,6 +113,13 @@ def test_ranks_partition_the_global_batch(kind, world):
         assert sorted(chain(*(share[number] for share in shares))) == sorted(batch)
         sizes = [len(share[number]) for share in shares]
         assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_takes_no_random_number_from_the_training(workers):
+    before = torch.get_rng_state()
+    list(loader(StreamBatches(sample_of, 40, 4, length), num_workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

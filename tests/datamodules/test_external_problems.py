@@ -167,6 +167,11 @@ WRONG = {
     "e.csv": ("question,answer,answer\n", r"^'e.csv' \(data.path\) has the column 'answer' twice$"),
     "f.csv": ("question;answer\n1?;one\n", r"first line 2 \(the answer 'one' is no number, and has no '####'\)"),
     "g.csv": ('question,answer\n"' + "1" * 200_000, r"first line 2 \(field larger than field limit"),
+    "long.csv": (
+        "question," + "a" * 200_000,
+        r"^'long.csv' \(data.path\) has no header that can be read: field",
+    ),
+    "blank.csv": ("\n\nquestion;answer\n1?;one\n", r"first line 4 \(the answer 'one' is no number"),
     "g.json": ('[{"question": "1?"},', r"^'g.json' \(data.path\) is not valid JSON: "),
     "h.json": ('{"data": []}', r"first line 1 \(there is no 'question', only 'data': set data.columns.question\)"),
     "i.json": ("[]", "it is empty"),
@@ -223,6 +228,18 @@ def test_damaged_and_other_folders(folder):
 def test_settings_that_contradict_each_other(options, reason):
     with pytest.raises(UserError, match=reason):
         WordProblems(**options)
+
+
+def test_held_out_problems_that_are_trained_on_are_told(folder, recwarn):
+    rows = [{"question": f"{i}?", "answer": i} for i in range(40)]
+    write(folder / "a.jsonl", rows)
+    WordProblems("file", "a.jsonl").setup("fit")
+    assert not [str(one.message) for one in recwarn if "training problems too" in str(one.message)]
+    with pytest.warns(UserWarning, match=r"^data: 36 of 40 test problems are training problems too$"):
+        WordProblems("file", "a.jsonl", "a.jsonl").setup("fit")
+    write(folder / "b.jsonl", [*rows[:39], rows[0]])  # a row twice: at the beginning and among the test problems
+    with pytest.warns(UserWarning, match=r"^data: 1 of 4 test problems are training problems too$"):
+        WordProblems("file", "b.jsonl").setup("fit")
 
 
 def test_splits_of_a_file(folder):

@@ -120,6 +120,11 @@ def test_user_errors(options, reason):
         make(**options)
 
 
+def test_a_phase_may_not_have_longer_rows_than_the_data():
+    with pytest.raises(UserError, match=r"^Curriculum.phases\[1\]: its seq_len is 17, and the data has 16, which no"):
+        make().plan([{}, {"seq_len": 17}])
+
+
 def test_no_task():
     with pytest.raises(ValueError, match=r"data.tasks is empty"):
         Mixture([])

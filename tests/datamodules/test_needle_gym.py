@@ -71,6 +71,7 @@ def test_a_label_is_the_value_last_written_to_the_key(name):
     assert min(distances) == data.distance
     assert len(distances) > 15
     assert (len(places) > 20) == (task == "mqar")  # elsewhere the queries are the last tokens
+    assert max(places) == 39
     assert data.ceiling == 1
     assert data.chance == 1 / len(VALUES)
     assert NeedleGym(needles=2, value_count=4).chance == 1 / 4
@@ -87,6 +88,7 @@ def test_identical_markers_have_one_key_and_each_value_once():
         hits += [label == last for _, label, last, _ in queries]
     assert np.mean(hits) == data.ceiling == 1 / 5  # always the last value
     assert 0 < np.mean(hits[-1::-5]) < 0.5  # the order is random
+    assert make(task="identical_markers", queries=2).ceiling == 1 / 5
 
 
 def test_rows_have_the_first_values_alone():

@@ -112,6 +112,39 @@ def test_held_out_rows_depend_neither_on_the_seed_nor_on_an_ensemble(name):
     assert name == "modular" or not torch.equal(validation, test[: len(validation)])
 
 
+@pytest.mark.parametrize("name", ["iid-round_robin", "permutation-random", "affine-round_robin", "recall", "phases"])
+def test_training_rows_of_seed_0_are_not_the_held_out_rows(name):
+    """Held-out rows have the seed 0 as well, and as many of them are drawn at once as in a batch."""
+    sizes = {"batch_size": 8, "validation_size": 8, "test_size": 8}
+    sets = {"train_sets": [[16, 3, 8]] * 3} if name == "recall" else {}
+    data = attach(TASKS[name](seed=0, **sizes, **sets))
+    rows = [tokens for tokens, _ in batches(data)]
+    rows += [batch["tokens"] for loader in (data.val_dataloader(), data.test_dataloader()) for batch in loader]
+    assert_all_differ(rows)
+
+
+@pytest.mark.parametrize("name", ["iid-round_robin", "affine-round_robin", "mixture"])
+def test_no_epoch_repeats_a_row(name):
+    loader = attach(TASKS[name]()).train_dataloader()
+    rows = []
+    for epoch in range(4):
+        loader.sampler.set_epoch(epoch)
+        rows += [batch["tokens"] for batch in loader]
+    assert_all_differ(rows)
+
+
+def assert_all_differ(rows):
+    drawn = [tuple(row) for tokens in rows for row in tokens.tolist()]
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("name", ["iid-round_robin", "recall"])
+def test_a_device_gets_batches_of_its_evaluation_size_whatever_the_number_of_ranks(name):
+    for world in (1, 2):
+        data = attach(TASKS[name](test_size=16), 0, world)
+        assert [len(batch["tokens"]) for batch in data.test_dataloader()] == [4] * (4 // world)
+
+
 @pytest.mark.parametrize("name", ["permutation-random", "text", "modular", "recall", "mixture", "phases"])
 @pytest.mark.parametrize("ensemble", [1, 3])
 def test_ranks_share_the_same_global_batches(name, ensemble):

@@ -57,6 +57,14 @@ def test_windows_of_each_part_lie_in_it_and_held_out_ones_do_not_overlap(file, l
     assert data.decode(data.parse("00012,")) == "00012,"
 
 
+def test_training_windows_begin_at_every_place_that_has_room(file):
+    data = TextCorpus("file", file, **SMALL)
+    (starts,) = data.randomness(np.random.default_rng(0), 200_000)
+    assert set(starts.tolist()) == set(range(5400 - 8))
+    last = data.rows(np.array([starts.max()]))[0]
+    assert data.decode([*last[0], last[1, -1]]) == numbered(1000)[5391:5400]
+
+
 def test_chance_is_the_most_frequent_token(file):
     data = TextCorpus("file", file, **SMALL)
     train = numbered(1000)[:5400]
@@ -108,6 +116,7 @@ def test_another_text_is_read_with_the_vocabulary_of_a_checkpoint(file, tmp_path
     expected = TextCorpus("file", file, level=level, bpe_vocab=280, **SMALL)
     assert data.parse("01,") == expected.parse("01,")
     assert data.vocab_size == expected.vocab_size
+    assert data.chance == np.bincount(data._tokens["train"]).max() / len(data._tokens["train"])
     (batch,) = data.test_dataloader()
     assert data.decode(batch["tokens"][0].tolist()).startswith("����0123" if level == "char" else "abc 0")
     assert data.unknown_characters("0a1") == (["a"] if level == "char" else [])
@@ -188,6 +197,7 @@ def test_an_ensemble_has_a_crop_for_each_member(file):
         (b"PK\3\4ab" * 100, "byte", r"is compressed \(zip\): unpack it first"),
         (b"\x1f\x8bab" * 100, "bpe", r"is compressed \(gzip\)"),
         (b"ab\xff" * 100, "char", "is not a text in UTF-8 .*data.level 'byte' takes any file"),
+        (b"abcdefgh" * 20, "byte", "its validation part has 8 tokens, and a row of data.seq_len 8 needs 9"),
         (b"abc" * 20, "byte", "its validation part has 3 tokens, and a row of data.seq_len 8 needs 9"),
     ],
 )

@@ -12,7 +12,7 @@ from datamodules import WordProblems
 from datamodules.errors import UserError
 from datamodules.problem_files import local_rows
 from datamodules.problem_rows import Columns, read_problems
-from datamodules.problems import Problem
+from datamodules.problems import Problem, generate, split_of
 
 GSM8K = [
     ("Ann has 1,200 eggs and sells 200. How many?", "Ann keeps 1,200-200=<<1200-200=1000>>1,000 eggs.\n#### 1,000"),
@@ -126,6 +126,8 @@ def test_generated_sets(tmp_path):
     twins = sorted(p.pair for p in data.eval_problems["twin"])
     assert twins == [0, 0, 1, 1, 2, 2]
     assert [p.template[:7] for p in data.eval_problems["passkey"]] == ["passkey"] * 4
+    assert {split_of(p.question) for p in data.eval_problems["validation"]} == {"validation"}
+    assert data.eval_problems["heldout"] == [generate(0, "test", i, held_out=True) for i in range(4)]
     sample = [q for batch in data.sample_dataloader(5) for q in batch["questions"]]
     assert sorted(sample) == sorted(p.question for p in data.eval_problems["validation"][:5])
 
@@ -134,6 +136,23 @@ def test_the_proportion_of_passkeys():
     data = WordProblems(passkey_fraction=0.05)
     share = sum(data.train_problem(i).template.startswith("passkey") for i in range(4000)) / 4000
     assert share == pytest.approx(0.05, abs=0.01)
+
+
+def test_the_seed_is_that_of_the_training_problems_alone(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", rows(60)))
+
+    def questions(*source, **options):
+        data = WordProblems(*source, **SMALL | {"batch_size": 8} | options)
+        data.setup("fit")
+        held_out = [problem.question for part in data.eval_problems.values() for problem in part]
+        return [[p.question for p in batch] for batch in data.train_dataloader()], held_out
+
+    for source, options in (((), {}), ((), {"passkey_fraction": 1.0}), (("file", path), {})):
+        one, again, other = (questions(*source, seed=seed, **options) for seed in (0, 0, 1))
+        assert one == again
+        assert one[1] == other[1]
+        assert one[0] != other[0]
+        assert not {question for batch in one[0] for question in batch} & set(one[1])
 
 
 def test_a_file_of_gsm8k_scores_against_itself(tmp_path):

@@ -62,6 +62,15 @@ def test_arms_by_seeds_in_waves(study):
         assert [callback["class_path"] for callback in config["trainer"]["callbacks"]] == ["callbacks.ActivationClamp"]
 
 
+def test_no_two_runs_share_a_seed_of_a_member(study):
+    base = ["configs/separability_interleaved.yaml"]
+    arms = {"one": {}, "many": {"set": {"model.ensemble": 4}}}
+    made = study(base=base, arms=arms, seeds=[0, 1, 3], claims={})
+    assert [(run.arm, run.seed, run.members) for run in made.runs] == [
+        ("one", 0, 1), ("one", 1, 1), ("one", 3, 1), ("many", 0, 4), ("many", 4, 4), ("many", 12, 4),
+    ]  # fmt: skip
+
+
 def test_a_run_is_known_by_its_whole_config(study):
     first, again = study(), study()
     assert [run.folder for run in first.runs] == [run.folder for run in again.runs]

@@ -95,8 +95,8 @@ def test_a_damaged_last_checkpoint_leaves_the_newest_neighbour(make, tmp_path, p
     folder = tmp_path / place
     save(folder, 9)
     damage(folder / LAST)
-    save(folder, 5, "previous.ckpt")
     save(folder, 7, "epoch=0-step=7.ckpt")
+    save(folder, 5, "previous.ckpt")  # written later: the step counts, not the time
     torch.save({"state_dict": {}, "global_step": 8}, folder / "checkpoints" / "weights.ckpt")  # no optimizer to go on
     torch.save([1], folder / "checkpoints" / "list.ckpt")
     attempt, seen = make(), []
@@ -104,6 +104,16 @@ def test_a_damaged_last_checkpoint_leaves_the_newest_neighbour(make, tmp_path, p
     assert seen == [7]
     note = f"{folder / LAST} is damaged: continues from epoch=0-step=7.ckpt, step 7\n"
     assert (attempt.folder / "notes.txt").read_text() == note
+
+
+def test_a_newer_checkpoint_that_cannot_be_read_now_is_kept(make, tmp_path):
+    save(tmp_path / "run.interrupted", 4)
+    save(tmp_path / "run", 9)
+    damage(tmp_path / "run" / LAST)  # or the file system has failed for a moment
+    attempt, seen = make(), []
+    attempt(trains_to(12, "finished", 0, seen))
+    assert seen == [4]
+    assert (tmp_path / "run.kept-1" / LAST).is_file()
 
 
 def test_without_a_whole_checkpoint_a_run_begins_anew_and_says_so(make, tmp_path):
@@ -125,6 +135,19 @@ def test_the_newer_of_two_folders_counts(make, tmp_path, ours, aside, expected):
     attempt(trains_to(None, "failed", 1, seen))
     assert seen == [expected]
     assert attempt.saved().step == expected
+
+
+@pytest.mark.parametrize(
+    ("ours", "aside", "stays"),
+    [(9, 4, False), (9, 9, False), (4, 9, True), (None, 4, True), (None, None, False), (9, None, False)],
+)
+def test_what_an_attempt_has_left_is_removed_only_if_it_is_older(make, tmp_path, ours, aside, stays):
+    for name, step in (("run", ours), ("run.interrupted", aside)):
+        (tmp_path / name).mkdir()
+        if step is not None:
+            save(tmp_path / name, step)
+    attempts.remove_aside(tmp_path / "run")
+    assert (tmp_path / "run.interrupted").exists() == stays
 
 
 def test_a_run_whose_inputs_changed_runs_again(make, tmp_path):

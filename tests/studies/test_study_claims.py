@@ -104,9 +104,13 @@ def test_verdicts_are_where_the_interval_lies(text, verdict):
 
 
 def test_an_interval_that_ends_on_the_bound_knows_open_from_closed():
-    arms = {"control": series(0.5, 0.5, 0.5)}
-    found = [weigh(f"control {sign} 0.5", **arms).verdict for sign in ("<", "<=", ">", ">=")]
-    assert found == ["refuted", "held", "refuted", "held"]
+    for value in (0.5, 0.1, 0.7, 0.95, 0.317, 0.0):
+        for seeds in range(2, 12):  # of which some have a sum that is rounded
+            arms = {"control": series(*[value] * seeds), "naive": series(*[value / 2] * seeds)}
+            found = [weigh(f"control {sign} {value}", **arms).verdict for sign in ("<", "<=", ">", ">=")]
+            assert found == ["refuted", "held", "refuted", "held"], (value, seeds)
+            assert weigh(f"difference(control, naive) >= {value / 2}", **arms).verdict == "held"
+            assert not value or weigh("ratio(control, naive) in [2, 2]", **arms).verdict == "held"
 
 
 def test_without_runs_nothing_is_decided():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from datamodules.errors import UserError
 from lightning_modules.core.intervals import wilson_interval
 from studies.engine import report
 from studies.engine.attempt import Attempt
@@ -138,3 +139,25 @@ def test_members_and_seconds_are_in_the_report(study):
     assert data["arms"]["together"]["values"]["test/margin"] == {"0": 2.0, "1": 2.5, "2": 3.0}
     assert data["arms"]["together"]["values"]["seconds/fit"] == {"0": 4.0}
     assert "| 2 2.5 3 " in text
+
+
+def test_every_member_of_a_diverged_ensemble_is_a_seed_without_a_value(tmp_path):
+    ends = record([2.0, 2.5, 3.0], 4.0), record(1.0, 4.0) | {"status": "diverged", "metrics": {}, "step": 7}
+    runs = []
+    for seed, results in zip((0, 3), ends, strict=True):
+        runs.append(Run("together", seed, "fit", "", tmp_path / "runs" / str(seed), 0, members=3))
+        runs[-1].folder.mkdir(parents=True)
+        (runs[-1].folder / "results.json").write_text(json.dumps(results))
+    texts = {"far": "together > 1", "often": "rate(together > 1) > 0.1"}
+    claims = [parse(name, text, ["together"], MEASURES) for name, text in texts.items()]
+    made = Study("question", tmp_path, ["together"], MEASURES, [], claims, runs)
+    values = report.collect(made)["together"]
+    assert [measured.diverged for measured in values["test/margin"].values()] == [False] * 3 + [True] * 3
+    assert [measured.diverged for measured in values["seconds/fit"].values()] == [False, True]
+    for name in texts:
+        judged = verdict(made, name)
+        assert judged.verdict == "undecided"
+        assert judged.note == "diverged: together, seed 3; together, seed 4; together, seed 5"
+    unknown = Study("question", tmp_path, ["together"], ["test/nothing"], [], [], runs)
+    with pytest.raises(UserError, match="no finished run has 'test/nothing'"):
+        report.write(unknown)

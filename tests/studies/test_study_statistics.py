@@ -54,6 +54,10 @@ def test_common_seeds_are_paired(seed, count):
 def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs():
     x, y = draw(0, 5), draw(1, 4)
     assert difference(series(x), series(y)) == difference(series(x[:4]), series(y))
+    far = series([1.0, 1.2, -50.0]), series([0.5, 0.8])  # the third seed of the second arm has failed
+    assert difference(*far).value == pytest.approx(0.45)
+    assert effect_size(*far) == effect_size(series([1.0, 1.2]), series([0.5, 0.8]))
+    assert ratio(*far) == ratio(series([1.0, 1.2]), series([0.5, 0.8]))
 
 
 @pytest.mark.parametrize(("seed", "count"), CASES)
@@ -63,6 +67,8 @@ def test_other_seeds_are_welchs(seed, count):
     assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval()))
     assert p_value(series(x), series(y, first=50)) == pytest.approx(test.pvalue)
     assert found.note == "seeds are not paired"
+    assert found.spread == pytest.approx(math.hypot(x.std(ddof=1), y.std(ddof=1)))
+    assert (found.seeds, difference(series(y, first=50), series(x)).seeds) == (count, count)
 
 
 @pytest.mark.parametrize(("seed", "count"), [(seed, count) for seed in range(4) for count in (3, 8)])
@@ -73,11 +79,14 @@ def test_the_ratios_interval_is_where_the_paired_test_does_not_reject(seed, coun
         assert stats.ttest_1samp(x - end * y, 0).pvalue == pytest.approx(0.05, abs=1e-6)
     assert found.value == pytest.approx(x.mean() / y.mean())
     assert found.low < found.value < found.high
+    assert found.spread == pytest.approx((x - found.value * y).std(ddof=1) / y.mean())
 
 
 def test_a_denominator_that_may_be_zero_leaves_the_ratio_open():
     found = ratio(series([1.0, 1.1, 0.9]), series([-0.1, 0.1, 0.2]))
     assert (found.low, found.high) == (-math.inf, math.inf)
+    zero = ratio(series([1.0, 1.1, 0.9]), series([0.0, 0.0, 0.0]))
+    assert (math.isnan(zero.value), zero.low, zero.high, zero.spread) == (True, -math.inf, math.inf, None)
 
 
 def test_a_wilson_interval_is_scipys():
@@ -106,6 +115,7 @@ def test_seeds_that_are_one_sample_each_are_counted():
     found = mean({seed: proportion(int(seed < 3), 1) for seed in range(64)})
     assert (found.value, found.low, found.high) == (3 / 64, *wilson_interval(3, 64))
     assert found.is_rate
+    assert not mean({0: proportion(1, 1), 1: proportion(50, 100)}).is_rate
 
 
 def test_one_seed_has_the_interval_of_its_run():
@@ -117,6 +127,8 @@ def test_one_seed_has_the_interval_of_its_run():
     assert found.low == pytest.approx(0.6 - math.hypot(0.8 - l1, u2 - 0.2))
     assert found.high == pytest.approx(0.6 + math.hypot(u1 - 0.8, 0.2 - l2))
     assert "one seed" in found.note
+    many = {seed: proportion(20 + seed, 100) for seed in range(3)}
+    assert difference(many, one).note == difference(one, many).note == ratio(many, one).note == mean(one).note
 
 
 @pytest.mark.parametrize("statistic", [lambda x, y: mean(x), difference, ratio], ids=["mean", "difference", "ratio"])
@@ -144,6 +156,13 @@ def test_effect_size_is_hedges():
 def test_rounding_is_no_variation():
     x, y = series([0.3, 0.4]), series([0.1, 0.2])  # the differences are 0.2 and, by rounding, 0.19999999999999998
     assert p_value(x, y) is None
+    paired = difference(x, y)
+    assert paired.low == paired.value == paired.high
+    large = difference(series([1e6 + 0.1, 2e6 + 0.1]), series([1e6, 2e6]))
+    assert large.low == large.value == large.high
+    for one, other in np.random.default_rng(0).random((200, 2)).round(3):
+        equal = ratio(series([one] * 3), series([other + 0.01] * 3))
+        assert equal.low == equal.value == equal.high
     assert effect_size(series([0.3, 0.1 + 0.2]), series([0.5, 0.5])) is None
     apart = series([0.0, 0.0], first=5)
     found = difference(series([1.0, 1.0, 1.0]), apart)
