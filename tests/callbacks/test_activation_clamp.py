@@ -144,6 +144,13 @@ def test_modes_that_remove_the_input(site, tmp_path):
         assert torch.equal(x[1:], original[:-1])
 
 
+@pytest.mark.parametrize("mode", ["mean", "shuffle"])
+def test_a_batch_of_one_row_has_no_other_row_and_a_warning_says_so(mode, tmp_path):
+    module = Classifier()
+    with pytest.warns(UserWarning, match=rf"ActivationClamp\(mode='{mode}'\) changes nothing in a batch of one row"):
+        trainer(tmp_path, ActivationClamp("residual", mode)).test(module, loader(1), verbose=False)
+
+
 def test_random_direction_moves_as_far_as_naive_elsewhere(tmp_path, reference):
     module = Classifier()
     trainer(tmp_path, ActivationClamp("residual", "random_direction", reference)).test(module, loader(), verbose=False)
