@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,16 @@ def test_only_labelled_positions_count(tmp_path, form, expected):
     anchor = anchored(tmp_path, cosine_SBT, form)
     torch.testing.assert_close(anchor.penalty(None, None, labels_BT), torch.tensor(expected))
     assert anchor.penalty(None, None, torch.full((1, 3), -100)).tolist() == [0, 0]
+
+
+def test_the_mean_of_the_ranks_is_the_mean_over_their_labelled_positions(tmp_path):
+    module = Separability(**SIZES, orthogonality=anchored(tmp_path, torch.tensor([[[0.5, 1.0, 0.0]]]), "squared"))
+    labels_BT = [torch.tensor([[3, -100, -100]]), torch.tensor([[-100, 3, 4]])]
+    module._trainer = SimpleNamespace(world_size=2)
+    module.all_gather = lambda _: torch.tensor([1.0, 2.0])  # labels of the ranks
+    penalties = [module.penalties((None, None), {"tokens": None, "labels": own}) for own in labels_BT]
+    (first_S,), (second_S,) = ((value_S for _, value_S in penalty.values()) for penalty in penalties)
+    torch.testing.assert_close((first_S + second_S) / 2, torch.tensor([(0.25 + 1.0 + 0.0) / 3]))
 
 
 def test_a_clamp_does_not_reach_the_anchor(tmp_path):
