@@ -143,6 +143,15 @@ def test_resumed_run_reports_the_same(stop, tmp_path):
         torch.testing.assert_close(measures, whole[1].trace[step], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_second_fit_begins_anew(tmp_path):
+    monitor = Trace(GROUPS, every_n_steps=2, patience=2)
+    fit(Ramps(pace=(0.0,)), tmp_path, monitor, 4)
+    trainer = fit(module := Ramps(), tmp_path, monitor, 2)
+    assert trainer.callback_metrics["drift/still_freeze_step"].isnan()
+    assert torch.equal(monitor._state["before"]["a"], module.a)
+    assert monitor.trace[2]["drift/moving"].item() == pytest.approx(1 / (2 * 9))
+
+
 def _in(pair, tmp_path):
     return pair[0], tmp_path, pair[1]
 
