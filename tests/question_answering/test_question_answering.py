@@ -119,6 +119,15 @@ def test_a_set_without_a_batch_has_no_accuracy(tmp_path):
     assert module.counts == {}
 
 
+def test_the_held_out_loss_does_not_depend_on_the_batch_size(tmp_path):
+    losses = []
+    for size in (2, 7):
+        data = WordProblems(test_sets={"test": 1}, validation_size=7, eval_batch_size=size)
+        (metrics,) = trainer(tmp_path).validate(of_pair("target"), data, verbose=False)
+        losses.append(metrics["validation/loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_left_padding_changes_no_answer(problems):
     module = of_pair("target")
     prompts = module.collate(problems, training=False)["prompts"]

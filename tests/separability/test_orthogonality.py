@@ -62,6 +62,17 @@ def test_a_constant_that_layer_norm_takes_away_turns_no_stream(tmp_path):
     assert zero.abs().max() < 1e-6
 
 
+def test_the_mean_is_taken_over_features_at_each_position(tmp_path):
+    other = Separability(**SIZES)
+    anchor = Orthogonality(saved(tmp_path / "anchor.ckpt"))
+    anchor.load(other.network, 1)
+    x_SBTD, y_SBTD = torch.randn(2, 1, 2, 3, 16)
+    normed = (torch.nn.functional.layer_norm(side, (16,)) for side in (x_SBTD, y_SBTD))
+    expected = torch.nn.functional.cosine_similarity(*normed, dim=-1)
+    offset_T1 = torch.tensor([[5.0], [-3.0], [40.0]])
+    torch.testing.assert_close(anchor.cosine(x_SBTD + offset_T1, y_SBTD), expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(("form", "expected"), [("squared", [0.25, 0.5]), ("seed", [0.0, 0.5])])
 def test_only_labelled_positions_count(tmp_path, form, expected):
     cosine_SBT = torch.tensor([[[0.5, -0.5, 1.0]], [[-1.0, 0.0, 1.0]]])
