@@ -161,6 +161,9 @@ class ActivationClamp(InterveningCallback):
         match self.mode:
             case "zero":
                 return torch.zeros_like(x)
+            case "mean" | "shuffle" if len(x) == 1:
+                rank_zero_warn(f"ActivationClamp(mode={self.mode!r}) changes nothing in a batch of one row.")
+                return x
             case "mean":
                 return x.mean(0, keepdim=True).expand_as(x)
             case "shuffle":

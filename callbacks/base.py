@@ -134,5 +134,10 @@ class ReleasingCallback(Callback, ABC):
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Undo the changes here too, because Lightning skips `teardown` when a run fails."""
-        self._release()
+        """Undo the changes here too, because Lightning skips `teardown` when a run fails.
+
+        The callbacks behind this one undo theirs first: they have kept what this one had put in place.
+        """
+        for callback in reversed(connected(trainer).callbacks):
+            if isinstance(callback, ReleasingCallback):
+                callback._release()

@@ -32,7 +32,7 @@ def drift_rate(now: Sequence[Tensor], before: Sequence[Tensor], steps: int, memb
         v_S, a fraction of the norm per step.
     """
     moved_S = _norm([new - old for new, old in zip(now, before, strict=True)], members)
-    return torch.where(moved_S > 0, moved_S / (steps * _norm(now, members)), 0.0)
+    return torch.where(moved_S == 0, 0.0, moved_S / (steps * _norm(now, members)))  # NaN stays: it is not at rest
 
 
 def _norm(tensors: Sequence[Tensor], members: int) -> Tensor:

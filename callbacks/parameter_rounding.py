@@ -9,6 +9,7 @@ from torch import nn
 
 from callbacks.base import refuse_second
 from datamodules.errors import UserError
+from lightning_modules.core.contracts import connected
 from lightning_modules.core.sites import match_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,7 +20,8 @@ class ParameterRounding(Callback):
 
     An update is lost if it is smaller than half of the distance to the next number: in bf16, 1/512 to 1/256 of the
     parameter. Modules refuse `trainer.precision: bf16-true` for that reason; this callback shows what it
-    costs. The moments of the optimizer and the arithmetic of the step keep the trainer's precision.
+    costs. The moments of the optimizer and the arithmetic of the step keep the trainer's precision. The callback rounds
+    before the other callbacks see the step, whatever their order: averages and monitors see rounded parameters.
 
     Example::
 
@@ -30,7 +32,7 @@ class ParameterRounding(Callback):
 
     Args:
         dtype: `bf16` or `fp16`.
-        parameters: Name patterns, see `lightning_modules.core.sites`; all parameters by default.
+        parameters: Name patterns, see `lightning_modules.core.sites`; all trained parameters by default.
 
     Raises:
         UserError: There is no pattern; at `setup`, a pattern matches nothing, or there are two of these callbacks.
@@ -39,17 +41,19 @@ class ParameterRounding(Callback):
     def __init__(self, dtype: Literal["bf16", "fp16"] = "bf16", parameters: list[str] | None = None) -> None:
         if parameters is not None and not parameters:
             raise UserError("ParameterRounding.parameters is empty: name a parameter, or leave the key out")
-        self.dtype, self.parameters = dtype, parameters or ["*"]
+        self.dtype, self.parameters = dtype, parameters
         self._matched: list[nn.Parameter] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second callback of the class, and match the patterns."""
+        """Refuse a second callback of the class, match the patterns, and become the first callback."""
         refuse_second(trainer, self)
-        match_parameters(pl_module, self.parameters, "ParameterRounding.parameters")
+        self._match(pl_module)
+        others = [callback for callback in connected(trainer).callbacks if callback is not self]
+        connected(trainer).callbacks = [self, *others]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Round the initial values. A sharding strategy may have replaced the parameters since `setup`."""
-        self._matched = list(match_parameters(pl_module, self.parameters).values())
+        self._matched = self._match(pl_module)
         self._round()
 
     def on_train_batch_end(
@@ -57,6 +61,11 @@ class ParameterRounding(Callback):
     ) -> None:
         """Round what the step has changed."""
         self._round()
+
+    def _match(self, module: LightningModule) -> list[nn.Parameter]:
+        if self.parameters is None:  # frozen models stay as they are
+            return [parameter for parameter in module.parameters() if parameter.requires_grad]
+        return list(match_parameters(module, self.parameters, "ParameterRounding.parameters").values())
 
     @torch.no_grad()
     def _round(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from datamodules.batch import IGNORE, TokenBatch
-from datamodules.errors import check_numbers
+from datamodules.errors import UserError, check_numbers
 from datamodules.problems import Problem
 from lightning_modules.core.answer_file import WritesAnswers
 from lightning_modules.core.contracts import OnNonfinite, Workload, connected
@@ -36,6 +36,8 @@ from lightning_modules.question_answering.tokenizer import ByteLevelBPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MEASURES = ("accuracy", "blind_accuracy")
 
 
 class QuestionAnswering(WritesAnswers):
@@ -91,6 +93,7 @@ class QuestionAnswering(WritesAnswers):
         )
         self.bpe = tokenizer if isinstance(tokenizer, ByteLevelBPE) else None
         self.model, self._tokenizer = start_model(pretrained, config, tokenizer)
+        self.static_cache = pretrained is not None and pretrained.static_cache
         self.limits = Limits.of(self.model, pretrained.path if pretrained else None)
         self.validation_loss = MeanMetric()  # over the labelled tokens of all ranks
         self.proportions: dict[str, Proportion] = {}
@@ -110,12 +113,21 @@ class QuestionAnswering(WritesAnswers):
         """Train the tokenizer if there is none yet. All ranks use the same texts and so get the same tokenizer.
 
         Raises:
-            UserError: The data has no texts to train a tokenizer on, or the precision rounds updates away.
+            UserError: The data has no texts to train a tokenizer on, or a precision rounds updates away.
         """
         if stage == "fit":
             check_precision(self.trainer)
+            self._check_dtype()
         if self._tokenizer is None and self.bpe is not None:
             self._tokenizer = self.bpe.train_on(connected(self.trainer).datamodule)
+
+    def _check_dtype(self) -> None:
+        kinds = {parameter.dtype for parameter in self.model.parameters()} & {torch.bfloat16, torch.float16}
+        if kinds:
+            owner, kind = "pretrained" if self.limits.path else "config", str(kinds.pop()).removeprefix("torch.")
+            raise UserError(
+                f"model.{owner}.dtype: {kind} rounds small updates away, use float32 with trainer.precision bf16-mixed"
+            )
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return logits_BTV."""
@@ -151,6 +163,9 @@ class QuestionAnswering(WritesAnswers):
 
     def on_test_epoch_start(self) -> None:
         """Generate the answer to a prompt without a question; only chance makes it right."""
+        # New ones, for a test that failed leaves its own; all on every rank, since their sums are collectives
+        names = [f"{name}/{measure}" for name in self.trainer.test_dataloaders or () for measure in MEASURES]
+        self.proportions = {name: Proportion().to(self.device) for name in names}
         row = with_added(encode(self.tokenizer, [self.prompt.fill("")])[0], added_tokens(self.tokenizer)[0])
         self.blind_output = self._answers([row])[0]
         blind_BT = torch.tensor([row], device=self.device)
@@ -162,14 +177,14 @@ class QuestionAnswering(WritesAnswers):
         hits = {"accuracy": sum(sample.scores["accuracy"] for sample in self.sample_eval(batch))}
         hits["blind_accuracy"] = sum(problem.is_correct(self.blind_output) for problem in problems)
         for measure, number in hits.items():
-            if (key := f"{name}/{measure}") not in self.proportions:
-                self.proportions[key] = Proportion().to(self.device)
-            self.proportions[key].update(number, len(problems))
+            self.proportions[f"{name}/{measure}"].update(number, len(problems))
 
     def on_test_epoch_end(self) -> None:
         """Log each proportion and record its hits, samples and interval; a model that diverged has no accuracy."""
         for name, metric in self.proportions.items():
             share, _, _, count = metric.compute().tolist()
+            if not count:
+                continue
             self.log(name, torch.nan if self.diverged else share)
             self.counts[name] = int(count)
             if not self.diverged:
@@ -183,7 +198,14 @@ class QuestionAnswering(WritesAnswers):
             UserError: The model has too few positions for the longest prompt with its answer.
         """
         self.limits.check(prompts, self.max_new_tokens)
-        answers = generate(self.model, self.tokenizer, prompts, self.max_new_tokens, self.prompt.stop)
+        answers = generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            self.max_new_tokens,
+            self.prompt.stop,
+            static_cache=self.static_cache,
+        )
         return [answer.text for answer in answers]
 
     def sample_eval(self, batch: EvaluationBatch) -> list[EvalSample]:

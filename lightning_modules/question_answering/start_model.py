@@ -29,10 +29,12 @@ def start_model(
         tokenizer: With `config`: the settings of a tokenizer to train, or a folder with a tokenizer.
 
     Raises:
-        UserError: Both models are given or neither, a new one has no tokenizer, a model cannot be made, or it reads the
-            tokens that it predicts.
+        UserError: Both models are given or neither, a new one has no tokenizer, a pretrained one has another one, a
+            model cannot be made, or it reads the tokens that it predicts.
     """
     if pretrained is not None and config is None:
+        if tokenizer is not None:
+            raise UserError("model.tokenizer is for model.config: use model.pretrained.tokenizer for another tokenizer")
         known = pretrained.load_tokenizer()
         return _trainable(pretrained.load_causal_lm(), f"model.pretrained: '{pretrained.path}'"), known
     if config is None or pretrained is not None:

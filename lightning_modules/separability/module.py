@@ -14,6 +14,7 @@ from lightning_modules.core.block import MLP
 from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.sequence_model import Penalties, SequenceModel
 from lightning_modules.core.sizes import check_heads, check_sizes
+from lightning_modules.core.token_weight import weigh_labels
 from lightning_modules.separability.anchor import Orthogonality
 from lightning_modules.separability.attention import Attention
 from lightning_modules.separability.measures import Separation, position_overlap
@@ -89,7 +90,8 @@ class Separability(SequenceModel):
         if self.orthogonality is None:
             return {}
         penalty_S = self.orthogonality.penalty(outputs[1], batch["tokens"], batch["labels"])
-        return {"orthogonality": (self.orthogonality.weight, penalty_S)}
+        # A mean over the labelled positions of this rank, of which ranks may have other numbers
+        return {"orthogonality": (self.orthogonality.weight, weigh_labels(self, penalty_S, batch["labels"]))}
 
     def update_measures(self, outputs: tuple[Tensor, ...], batch: TokenBatch) -> None:
         """Add a held-out batch to the measures."""

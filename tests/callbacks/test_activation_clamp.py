@@ -1,15 +1,18 @@
 """Clamps set their statistic, and change nothing else."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from safetensors.torch import save_file
 from torch import nn
 from toy_classifier import Classifier, loader, trainer, within_class_spread
 
 from callbacks.activation_clamp import ActivationClamp, clamp_mean_radius, clamp_radius, clamp_spread
 from datamodules.errors import UserError
+from lightning_modules.core.ensemble import call_members, stack_members
 
 REFERENCE = {"radius": 3.0, "spread.target": 0.7, "spread.batch": 2.5}
 
@@ -144,6 +147,13 @@ def test_modes_that_remove_the_input(site, tmp_path):
         assert torch.equal(x[1:], original[:-1])
 
 
+@pytest.mark.parametrize("mode", ["mean", "shuffle"])
+def test_a_batch_of_one_row_has_no_other_row_and_a_warning_says_so(mode, tmp_path):
+    module = Classifier()
+    with pytest.warns(UserWarning, match=rf"ActivationClamp\(mode='{mode}'\) changes nothing in a batch of one row"):
+        trainer(tmp_path, ActivationClamp("residual", mode)).test(module, loader(1), verbose=False)
+
+
 def test_random_direction_moves_as_far_as_naive_elsewhere(tmp_path, reference):
     module = Classifier()
     trainer(tmp_path, ActivationClamp("residual", "random_direction", reference)).test(module, loader(), verbose=False)
@@ -216,6 +226,29 @@ def test_user_errors(tmp_path, reference):
         trainer(tmp_path, damaged).fit(Classifier(), loader())
     with pytest.warns(UserWarning, match="ignores `reference`"):
         ActivationClamp("residual", "zero", reference)
+
+
+def test_members_with_data_of_their_own_have_their_own_classes(tmp_path, reference):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.residual = nn.Embedding(7, 4), nn.Identity()
+
+        def forward(self, tokens):
+            return self.residual(self.embed(tokens))
+
+    network, module = stack_members(Network, [0, 1]), Classifier()
+    network.residual = module.residual
+    clamp = ActivationClamp("residual", "mean_preserving", reference)
+    tokens_SBT, labels_SBT = torch.randint(7, (2, 5, 6)), torch.randint(3, (2, 5, 6))
+    stub = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.TRAINING), predicting=False)
+    stub.global_rank = stub.global_step = 0
+    plain_SBTD = call_members(network, 2, tokens_SBT, labels_SBT)[0]
+    clamp.setup(stub, module, "fit")
+    clamp.on_stage_batch_start(stub, module, {"labels": labels_SBT}, 0)
+    clamped_SBTD = call_members(network, 2, tokens_SBT, labels_SBT)[0]
+    for x, plain, labels in zip(clamped_SBTD, plain_SBTD, labels_SBT, strict=True):
+        torch.testing.assert_close(x, clamp_spread(plain, labels, REFERENCE["spread.target"]))
 
 
 def test_two_clamps_have_different_state_keys():

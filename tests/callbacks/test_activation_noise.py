@@ -231,3 +231,17 @@ def test_two_callbacks_at_different_sites_add_different_noise():
         noise.on_stage_batch_start(trainer, module, None, 0)
     x = torch.zeros(2, 4)
     assert not torch.equal(module.a(x), module.b(x))
+
+
+def test_noise_differs_between_steps_epochs_and_ranks_and_is_the_same_again():
+    noise, x = ActivationNoise("residual", 1.0), torch.zeros(3)
+
+    def drawn(rank, step):
+        stub = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.TRAINING), global_rank=rank, global_step=step)
+        noise.on_stage_batch_start(stub, None, None, 0)  # the first batch of an epoch
+        return torch.randn(3, generator=noise._generator(x, 0))
+
+    first = drawn(0, 0)
+    assert torch.equal(drawn(0, 0), first)
+    assert not torch.equal(drawn(0, 1), first)
+    assert not torch.equal(drawn(1, 0), first)

@@ -1,5 +1,7 @@
 """References record the statistics that clamps need."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -8,6 +10,7 @@ from toy_classifier import Classifier, loader, trainer, within_class_spread
 
 from callbacks.activation_clamp import ActivationClamp
 from callbacks.activation_reference import ActivationReference
+from callbacks.moments import Moments
 from datamodules.errors import UserError
 
 
@@ -45,6 +48,29 @@ def test_reference_without_fitting_labels_takes_every_position(tmp_path):
     assert recorded.keys() == {"residual.radius", "residual.spread.batch"}
     x = torch.cat([x for _, x in module.outputs])
     torch.testing.assert_close(recorded["residual.radius"], x.double().norm(dim=-1).mean())
+
+
+def test_a_forward_between_steps_is_not_recorded(tmp_path):
+    class Between(Classifier):
+        def on_test_batch_end(self, *_):
+            self(torch.zeros(2, 6, dtype=torch.long))
+
+    paths = [tmp_path / "plain.safetensors", tmp_path / "between.safetensors"]
+    for path, module in zip(paths, (Classifier(), Between()), strict=True):
+        trainer(tmp_path, ActivationReference("residual", str(path))).test(module, loader(), verbose=False)
+    plain, between = map(load_file, paths)
+    assert plain.keys() == between.keys()
+    assert all(torch.equal(plain[key], between[key]) for key in plain)
+
+
+def test_one_batch_without_labels_leaves_no_spread_about_class_means():
+    strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
+    labelled = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+    for batches in ([labelled, (torch.randn(4, 3), None)], [(torch.randn(4, 3), None), labelled]):
+        moments = Moments(torch.device("cpu"))
+        for batch in batches:
+            moments.add(*batch)
+        assert moments.compute(strategy).keys() == {"radius", "spread.batch"}
 
 
 def test_reference_covers_both_processes(tmp_path):

@@ -78,6 +78,15 @@ def test_zeros_that_stay_have_rate_0_and_values_that_become_zero_have_an_infinit
     assert drift_rate(zero, one, 5).item() == math.inf
 
 
+def test_a_member_that_is_not_finite_is_not_at_rest(tmp_path):
+    lost = [torch.tensor([[torch.nan, 1.0], [1.0, 1.0], [torch.inf, 1.0]])]
+    assert drift_rate(lost, lost, 5, members=3).isnan().tolist() == [True, False, True]
+    module, monitor = Ramps(ensemble=2, pace=(0.0, 0.0)), Trace(GROUPS, every_n_steps=1, patience=2)
+    module.a.data[0] = torch.nan
+    fit(module, tmp_path, monitor, 4)
+    assert module.members["drift/moving_frozen"].tolist() == [0, 1]
+
+
 def test_checks_of_a_ramp(tmp_path):
     module, monitor = Ramps(), Trace(GROUPS, every_n_steps=4, patience=2)
     trainer = fit(module, tmp_path, monitor, 10)
@@ -132,6 +141,15 @@ def test_resumed_run_reports_the_same(stop, tmp_path):
     assert list(first[1].trace) + list(second[1].trace) == list(whole[1].trace)
     for step, measures in (first[1].trace | second[1].trace).items():
         torch.testing.assert_close(measures, whole[1].trace[step], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_second_fit_begins_anew(tmp_path):
+    monitor = Trace(GROUPS, every_n_steps=2, patience=2)
+    fit(Ramps(pace=(0.0,)), tmp_path, monitor, 4)
+    trainer = fit(module := Ramps(), tmp_path, monitor, 2)
+    assert trainer.callback_metrics["drift/still_freeze_step"].isnan()
+    assert torch.equal(monitor._state["before"]["a"], module.a)
+    assert monitor.trace[2]["drift/moving"].item() == pytest.approx(1 / (2 * 9))
 
 
 def _in(pair, tmp_path):

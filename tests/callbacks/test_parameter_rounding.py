@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -27,14 +28,17 @@ class Ascent(LightningModule):
 
 class Seen(Callback):
     def __init__(self):
-        self.values = []
+        self.values, self.ends = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.ends.append(pl_module.own[0][0].item())
 
     def on_train_batch_start(self, trainer, pl_module, *_):
         self.values.append(pl_module.own[0][0].item())
 
 
-def fit(rate, *callbacks, steps=4):
-    module = Ascent(rate)
+def fit(rate, *callbacks, steps=4, module=None):
+    module = module or Ascent(rate)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = Trainer(max_steps=steps, enable_model_summary=False, callbacks=list(callbacks), **options)
     trainer.fit(module, DataLoader(torch.zeros(8), batch_size=1))
@@ -60,6 +64,26 @@ def test_only_matched_parameters_are_rounded():
     module = fit(2.0**-9, ParameterRounding(parameters=["own.*"]))
     assert torch.equal(module.own[0], torch.ones(3))
     assert torch.equal(module.other[0], torch.full((3,), 1 + 5 * 2.0**-9))
+
+
+def test_all_callbacks_see_rounded_parameters_whatever_their_order():
+    seen, average = Seen(), EMAWeightAveraging(decay=0.5)
+    fit(2.0**-9, seen, average, ParameterRounding())
+    assert seen.ends == [1.0] * 4
+    module = fit(2.0**-9, EMAWeightAveraging(decay=0.5), ParameterRounding())
+    assert torch.equal(module.own[0], torch.ones(3))
+
+
+def test_frozen_parameters_keep_every_bit_unless_they_are_named():
+    def frozen(*callbacks):
+        module = Ascent(2.0**-9)
+        module.other.requires_grad_(False)
+        return fit(2.0**-9, *callbacks, module=module)
+
+    module = frozen(ParameterRounding())
+    assert torch.equal(module.own[0], torch.ones(3))
+    assert torch.equal(module.other[0], torch.full((3,), 1 + 2.0**-9))
+    assert torch.equal(frozen(ParameterRounding(parameters=["other.*"])).other[0], torch.ones(3))
 
 
 def test_mistakes_are_sentences():

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 from toy_attention import QK, TOKENS, Failing, Model, Sequences, assert_equal, state_of
 
+from callbacks.base import ReleasingCallback
 from callbacks.parameter_swap import ParameterSwap
 from datamodules.errors import UserError
 from lightning_modules.core.sites import match_parameters
@@ -80,6 +81,30 @@ class Watching(Callback):
 
     def on_test_end(self, trainer, pl_module):
         self.found = state_of(pl_module)
+
+
+class Filling(ReleasingCallback):
+    """Puts parameters of 1 in place for a test, as `BestValidation` does with its copy."""
+
+    def on_test_start(self, trainer, pl_module):
+        self.own = {parameter: parameter.detach().clone() for parameter in pl_module.parameters()}
+        for parameter in self.own:
+            parameter.data.fill_(1.0)
+
+    def _release(self):
+        for parameter, value in self.own.items():
+            parameter.data.copy_(value)
+        self.own = {}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_parameters_are_restored_when_a_test_with_other_replacements_fails(first, tmp_path):
+    module = Failing(0)
+    before = state_of(module)
+    swap, filling = ParameterSwap(checkpoint(Model(1), tmp_path / "donor.ckpt")), Filling()
+    with pytest.raises(RuntimeError, match="lost"):
+        trainer_of(tmp_path, *((swap, filling) if first else (filling, swap))).test(module, loader())
+    assert_equal(state_of(module), before)
 
 
 @pytest.mark.parametrize("first", [True, False])

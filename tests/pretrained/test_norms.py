@@ -65,3 +65,13 @@ def test_a_norm_of_another_formula_stays():
 
     norm = ShiftedRMSNorm(8)
     assert fused(norm) is norm
+
+
+def test_a_norm_that_adds_eps_elsewhere_stays():
+    class OtherRMSNorm(LlamaRMSNorm):
+        def forward(self, x):
+            return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+    model = nn.Sequential(OtherRMSNorm(8, eps=1e-6), LlamaRMSNorm(8, eps=1e-6))
+    fuse_norms(model)
+    assert [isinstance(norm, FusedNorm) for norm in model] == [False, True]

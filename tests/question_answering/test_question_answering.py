@@ -12,6 +12,7 @@ from lightning import LightningDataModule, Trainer, seed_everything
 
 from datamodules import WordProblems
 from datamodules.batch import IGNORE
+from datamodules.errors import UserError
 from datamodules.problems import generate, generate_passkey
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.pretrained.prompts import Prompt, encode, pad
@@ -89,6 +90,42 @@ def test_a_model_that_diverged_has_no_accuracy(tmp_path):
     (metrics,) = trainer(tmp_path).test(module, data, verbose=False)
     assert all(math.isnan(value) for value in metrics.values())
     assert (module.counts, module.hits, module.intervals) == (dict.fromkeys(metrics, 2), {}, {})
+
+
+def test_a_test_begins_without_the_counts_of_one_that_failed(tmp_path):
+    module = of_pair("target", max_new_tokens=2)
+    data = WordProblems(test_sets={"test": 4, "passkey": 2}, validation_size=1, eval_batch_size=2)
+    step = module.test_step
+
+    def failing(batch, batch_idx, dataloader_idx=0):
+        step(batch, batch_idx, dataloader_idx)
+        raise RuntimeError("lost")
+
+    module.test_step = failing
+    with pytest.raises(RuntimeError, match="lost"):
+        trainer(tmp_path).test(module, data, verbose=False)
+    # Every rank sums over ranks for every set, also for one of which it has no batch
+    measures = ("accuracy", "blind_accuracy")
+    assert set(module.proportions) == {f"{name}/{measure}" for name in ("test", "passkey") for measure in measures}
+    module.test_step = step
+    trainer(tmp_path).test(module, data, verbose=False)
+    assert module.counts == {f"{name}/{m}": n for name, n in (("test", 4), ("passkey", 2)) for m in measures}
+
+
+def test_a_set_without_a_batch_has_no_accuracy(tmp_path):
+    module = of_pair("target", max_new_tokens=2)
+    data = WordProblems(test_sets={"test": 2}, validation_size=1)
+    trainer(tmp_path, limit_test_batches=0).test(module, data, verbose=False)
+    assert module.counts == {}
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batch_size(tmp_path):
+    losses = []
+    for size in (2, 7):
+        data = WordProblems(test_sets={"test": 1}, validation_size=7, eval_batch_size=size)
+        (metrics,) = trainer(tmp_path).validate(of_pair("target"), data, verbose=False)
+        losses.append(metrics["validation/loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_left_padding_changes_no_answer(problems):
@@ -194,6 +231,8 @@ def test_mistakes_are_told():
         QuestionAnswering()
     with pytest.raises(ValueError, match=r"model.config needs model.tokenizer"):
         QuestionAnswering(config=TINY)
+    with pytest.raises(UserError, match=r"^model\.tokenizer is for model\.config: use model\.pretrained\.tokenizer"):
+        of_pair("target", tokenizer=str(PAIR / "source"))
     with pytest.raises(ValueError, match=r"model_type must be .* not 'lama'"):
         QuestionAnswering(config=TINY | {"model_type": "lama"}, tokenizer=ByteLevelBPE(300, True))
     with pytest.raises(ValueError, match="repeat_fraction must be at most 1, not 20"):
@@ -211,6 +250,27 @@ def test_mistakes_are_told():
         Prompt("Question:")
     with pytest.raises(ValueError, match=r"^model\.repeat_prompt needs one '{question}'"):
         of_pair("target", repeat_prompt="Repeat:")
+
+
+@pytest.mark.parametrize("owner", ["pretrained", "config"])
+def test_weights_of_a_low_precision_answer_and_do_not_train(owner):
+    rounded = Pretrained(str(PAIR / "target"), dtype="bfloat16")
+    made = {"config": TINY | {"dtype": "bfloat16"}, "tokenizer": str(PAIR / "target")}
+    module = QuestionAnswering(rounded) if owner == "pretrained" else QuestionAnswering(**made)
+    module.trainer = SimpleNamespace(datamodule=LightningDataModule(), precision="32-true")
+    module.setup("test")
+    with pytest.raises(UserError, match=rf"^model\.{owner}\.dtype: bfloat16 rounds small updates away, use float32"):
+        module.setup("fit")
+
+
+def test_a_static_cache_is_used_where_it_is_asked_for(monkeypatch, problems):
+    asked = []
+    generation = "lightning_modules.question_answering.module.generate"
+    monkeypatch.setattr(generation, lambda *_, static_cache, **__: asked.append(static_cache) or [])
+    for static in (False, True):
+        module = QuestionAnswering(Pretrained(str(PAIR / "target"), static_cache=static)).eval()
+        module._answers([[1, 5]])
+    assert asked == [False, True]
 
 
 def test_prompts_and_padding():

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,17 @@ def test_a_constant_that_layer_norm_takes_away_turns_no_stream(tmp_path):
     assert zero.abs().max() < 1e-6
 
 
+def test_the_mean_is_taken_over_features_at_each_position(tmp_path):
+    other = Separability(**SIZES)
+    anchor = Orthogonality(saved(tmp_path / "anchor.ckpt"))
+    anchor.load(other.network, 1)
+    x_SBTD, y_SBTD = torch.randn(2, 1, 2, 3, 16)
+    normed = (torch.nn.functional.layer_norm(side, (16,)) for side in (x_SBTD, y_SBTD))
+    expected = torch.nn.functional.cosine_similarity(*normed, dim=-1)
+    offset_T1 = torch.tensor([[5.0], [-3.0], [40.0]])
+    torch.testing.assert_close(anchor.cosine(x_SBTD + offset_T1, y_SBTD), expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(("form", "expected"), [("squared", [0.25, 0.5]), ("seed", [0.0, 0.5])])
 def test_only_labelled_positions_count(tmp_path, form, expected):
     cosine_SBT = torch.tensor([[[0.5, -0.5, 1.0]], [[-1.0, 0.0, 1.0]]])
@@ -68,6 +80,16 @@ def test_only_labelled_positions_count(tmp_path, form, expected):
     anchor = anchored(tmp_path, cosine_SBT, form)
     torch.testing.assert_close(anchor.penalty(None, None, labels_BT), torch.tensor(expected))
     assert anchor.penalty(None, None, torch.full((1, 3), -100)).tolist() == [0, 0]
+
+
+def test_the_mean_of_the_ranks_is_the_mean_over_their_labelled_positions(tmp_path):
+    module = Separability(**SIZES, orthogonality=anchored(tmp_path, torch.tensor([[[0.5, 1.0, 0.0]]]), "squared"))
+    labels_BT = [torch.tensor([[3, -100, -100]]), torch.tensor([[-100, 3, 4]])]
+    module._trainer = SimpleNamespace(world_size=2)
+    module.all_gather = lambda _: torch.tensor([1.0, 2.0])  # labels of the ranks
+    penalties = [module.penalties((None, None), {"tokens": None, "labels": own}) for own in labels_BT]
+    (first_S,), (second_S,) = ((value_S for _, value_S in penalty.values()) for penalty in penalties)
+    torch.testing.assert_close((first_S + second_S) / 2, torch.tensor([(0.25 + 1.0 + 0.0) / 3]))
 
 
 def test_a_clamp_does_not_reach_the_anchor(tmp_path):

@@ -181,3 +181,9 @@ def test_evaluation_draws_the_same_noise_and_training_does_not(telepathy, proble
 def test_sizes_that_make_no_bridge(options, message):
     with pytest.raises(ValueError, match=message):
         MADE(**options)
+
+
+def test_a_number_that_is_drawn_for_a_step_is_the_same_for_all_rows():
+    tokens_BS, mask_BS = torch.tensor([[3, 4, 5]] * 2), torch.ones(2, 3, dtype=torch.bool)
+    first, second = row_seeds(tokens_BS, mask_BS, drawn=True)
+    assert first == second != row_seeds(tokens_BS, mask_BS, drawn=True)[0]

@@ -1,0 +1,43 @@
+"""Where an answer ends, and whether the length limit has cut it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightning_modules.pretrained.answers import Answer, answers_of, have_ended
+
+WORDS = ["<end>", " 7", "\nQ:", " IQ:", " x"]
+END, SEVEN, STOP, INNER, OTHER = range(5)
+
+
+class Words:
+    """A tokenizer whose tokens are words; the model has tokens behind its last one."""
+
+    def __len__(self):
+        return len(WORDS)
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join(WORDS[token] for token in row if token) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ([SEVEN, END, OTHER], Answer("7", False)),
+        ([SEVEN, OTHER, OTHER], Answer("7 x x", True)),
+        ([SEVEN, OTHER, STOP], Answer("7 x", False)),  # the stop text at the limit ends it too
+        ([SEVEN, INNER, OTHER], Answer("7 IQ: x", True)),  # within a word it is no stop text
+        ([SEVEN, 99, END], Answer("7", False)),  # a token that only the model has
+        ([END, SEVEN, STOP], Answer("", False)),
+    ],
+)
+def test_ends(row, answer):
+    assert answers_of(Words(), [row], [END], "Q:", 3) == [answer]
+    ended = have_ended(Words(), [END], "Q:", torch.tensor([row]))
+    assert ended.item() is not answer.is_cut
+
+
+def test_without_a_stop_text_only_end_tokens_count():
+    rows = torch.tensor([[SEVEN, STOP, OTHER], [SEVEN, STOP, END]])
+    assert have_ended(SimpleNamespace(), [END], None, rows).tolist() == [False, True]
