@@ -57,6 +57,15 @@ def refuse_shared(trainer: Trainer, callback: C, owned: Callable[[C], Iterable[s
             raise UserError(f"Two {type(callback).__name__} callbacks would {what} {both[0]!r}; keep one.")
 
 
+# Order
+
+
+def come_first(trainer: Trainer, callback: Callback) -> None:
+    """Let a callback act before all others of the trainer, whatever their order in the config."""
+    others = [other for other in connected(trainer).callbacks if other is not callback]
+    connected(trainer).callbacks = [callback, *others]
+
+
 # Steps
 
 

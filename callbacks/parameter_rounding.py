@@ -7,9 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from callbacks.base import refuse_second
+from callbacks.base import come_first, refuse_second
 from datamodules.errors import UserError
-from lightning_modules.core.contracts import connected
 from lightning_modules.core.sites import match_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,8 +47,7 @@ class ParameterRounding(Callback):
         """Refuse a second callback of the class, match the patterns, and become the first callback."""
         refuse_second(trainer, self)
         self._match(pl_module)
-        others = [callback for callback in connected(trainer).callbacks if callback is not self]
-        connected(trainer).callbacks = [self, *others]
+        come_first(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Round the initial values. A sharding strategy may have replaced the parameters since `setup`."""

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from callbacks.base import EveryNSteps, check_positive, refuse_second
+from callbacks.base import EveryNSteps, check_positive, come_first, refuse_second
 from callbacks.hooks import HookedCallback, eager
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.reporting import keep_scalars, log_scalars
@@ -72,7 +72,7 @@ class StepPhases(HookedCallback):
         What other callbacks do at the end of a batch, such as an evaluation, is then no part of the step.
         """
         refuse_second(trainer, self)
-        connected(trainer).callbacks = [self, *(other for other in connected(trainer).callbacks if other is not self)]
+        come_first(trainer, self)
         if stage == "fit" and isinstance(pl_module, BridgeTraining):
             self._has_parts = True
             self._handles = [
