@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
-from kernels.phase_scan.gates import load_gates, load_later_gates, log_product
+from kernels.phase_scan.gates import gates, later_gates, log_product
 from kernels.phase_scan.gradients import read_cotangents, store_gradients
-from kernels.phase_scan.loads import load_directions, load_written
+from kernels.phase_scan.loads import directions, load_inputs, load_tile, written
 from kernels.phase_scan.phases import cos_sin
 from kernels.phase_scan.scans import scan, scan_two
 from kernels.phase_scan.tiles import load_channels, store_channels
@@ -82,31 +82,29 @@ def compute_gradients(
     channel_decay = None
     if PER_CHANNEL:
         channel_decay = load_channels(log_decay, 0, column, D, G, BD)
+    inputs = x, omega, mass, None if PER_CHANNEL else log_decay, read_offset, write_offset
     tiles = tl.cdiv(length, C)
     for back in tl.range(0, tiles, num_stages=STAGES):
         tile = tiles - 1 - back
         row = start + tile * C
-        left = None
-        if not EVEN:
-            left = length - tile * C
+        left = None if EVEN else length - tile * C
         at = (slot + tile) * (P + 1)
         phase = load_channels(states, at + P, column, D, G, BD).to(tl.int32, bitcast=True)
-        # fmt: off
-        _, last_phase, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = load_directions(
-            omega, read_offset, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
+        x_RGD, omega_RGD, mass_RGD, log_RGD, read_RGD, write_RGD = load_inputs(
+            inputs, start, tile * C, length, column, D, R, G, BD, EVEN
         )
-        x_RGD, mass_RGD, u_re_RGD, u_im_RGD = load_written(
-            x, mass, None, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
+        _, last_phase, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
+            omega_RGD, read_RGD, write_RGD, phase, R, G, BD, COMPILED
         )
-        # fmt: on
+        x_RGD, mass_RGD, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, None, write_re_RGD, write_im_RGD, left, R, G)
         gate_RGD = None
         passed = None
         later_RGD = None
         passed_later = None
         if log_decay is not None:
-            gate_RGD, log_RGD = load_gates(log_decay, channel_decay, row, left, column, D, R, G, BD, COMPILED)
+            gate_RGD, log_RGD = gates(log_RGD, channel_decay, left, R, G, COMPILED)
             rest = length - tile * C
-            later_RGD, log_later_RGD = load_later_gates(
+            later_RGD, log_later_RGD = later_gates(
                 gate_RGD, log_RGD, log_decay, channel_decay, row, rest, column, D, R, G, BD, COMPILED
             )
             passed = log_product(log_RGD, channel_decay, left, R, G)
@@ -144,7 +142,8 @@ def compute_gradients(
         store_channels(dlog_decay, tl.sum(dchannel, 0, keep_dims=True), n.to(tl.int64), column, D, G, BD)
     if initial is not None:
         if log_decay is not None:
-            first_RGD, _ = load_gates(log_decay, channel_decay, start, length, column, D, 1, 1, BD, COMPILED)
+            first_RGD = load_tile(inputs[3], start, length, column, D, D, 1, 1, BD)
+            first_RGD, _ = gates(first_RGD, channel_decay, length, 1, 1, COMPILED)
             mu_re *= first_RGD[0]
             mu_im *= first_RGD[0]
             mu_mass *= first_RGD[0]

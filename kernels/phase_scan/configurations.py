@@ -12,14 +12,15 @@ class Launch:
         groups: Groups of a tile, G.
         channels: Channels of a program, BD.
         warps: Warps of a program.
-        stages: Tiles that it loads ahead, and one.
+        stages: Tiles that the backward and windows load ahead, and one; the forward without a window always has one
+            tile ahead, in registers.
     """
 
     rows: int
     groups: int
     channels: int
     warps: int
-    stages: int
+    stages: int = 1
 
     @property
     def tile(self) -> int:
@@ -41,17 +42,17 @@ class Configuration:
 # longer pieces of rows. More rows of a group need fewer instructions per value; more values of a thread need more
 # registers than there are.
 TABLE = {
-    (4, "plain"): Configuration(Launch(8, 8, 32, 2, 4), Launch(8, 8, 32, 2, 3)),
-    (4, "mass"): Configuration(Launch(8, 8, 32, 2, 3), Launch(4, 16, 32, 4, 3)),
-    (4, "channel"): Configuration(Launch(8, 8, 16, 1, 3), Launch(4, 8, 16, 1, 3)),
-    (4, "one"): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 3)),
-    (4, "more"): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2)),
+    (4, "plain"): Configuration(Launch(16, 16, 32, 8), Launch(8, 8, 32, 2, 3)),
+    (4, "mass"): Configuration(Launch(8, 8, 32, 4), Launch(4, 16, 32, 4, 3)),
+    (4, "channel"): Configuration(Launch(16, 16, 32, 8), Launch(4, 8, 16, 1, 3)),
+    (4, "one"): Configuration(Launch(8, 8, 32, 4), Launch(4, 8, 16, 1, 3)),
+    (4, "more"): Configuration(Launch(4, 8, 16, 1), Launch(4, 8, 16, 1, 2)),
     (4, "window"): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 3)),
-    (2, "plain"): Configuration(Launch(8, 16, 16, 2, 3), Launch(8, 16, 16, 2, 3)),
-    (2, "mass"): Configuration(Launch(8, 16, 16, 2, 3), Launch(4, 16, 32, 4, 3)),
-    (2, "channel"): Configuration(Launch(8, 8, 16, 1, 3), Launch(8, 4, 16, 1, 3)),
-    (2, "one"): Configuration(Launch(4, 8, 16, 1, 3), Launch(8, 4, 16, 1, 3)),
-    (2, "more"): Configuration(Launch(4, 8, 16, 1, 3), Launch(4, 8, 16, 1, 2)),
+    (2, "plain"): Configuration(Launch(16, 8, 32, 4), Launch(8, 8, 32, 4, 3)),
+    (2, "mass"): Configuration(Launch(16, 8, 32, 4), Launch(8, 8, 32, 4, 3)),
+    (2, "channel"): Configuration(Launch(16, 8, 32, 4), Launch(8, 4, 16, 1, 3)),
+    (2, "one"): Configuration(Launch(16, 8, 32, 4), Launch(8, 4, 16, 1, 3)),
+    (2, "more"): Configuration(Launch(4, 8, 16, 1), Launch(4, 8, 16, 1, 2)),
     (2, "window"): Configuration(Launch(4, 16, 32, 4, 3), Launch(4, 16, 16, 2, 3)),
 }
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import first_slot
-from kernels.phase_scan.gates import load_gates, log_product
-from kernels.phase_scan.loads import load_directions, load_written
+from kernels.phase_scan.gates import gates, log_product
+from kernels.phase_scan.loads import directions, load_inputs, written
 from kernels.phase_scan.phases import cos_sin
 from kernels.phase_scan.scans import scan, scan_two
 from kernels.phase_scan.tiles import keep_rows, load_channels, store_channels, store_rows
@@ -47,7 +47,6 @@ def compute_outputs(
     KEEP: tl.constexpr,
     EVEN: tl.constexpr,
     COMPILED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Compute outputs, final states and the states before tiles; one program per sequence and BD channels."""
     C: tl.constexpr = R * G
@@ -77,23 +76,22 @@ def compute_outputs(
         store_channels(states, phase.to(tl.float32, bitcast=True), slot * (P + 1) + P, column, D, G, BD)
         if NORM:
             store_channels(states, s_mass, slot * (P + 1) + 2, column, D, G, BD)
-    for tile in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
+    inputs = x, omega, mass, None if PER_CHANNEL else log_decay, read_offset, write_offset
+    tiles = tl.cdiv(length, C)
+    ahead = load_inputs(inputs, start, 0, length, column, D, R, G, BD, EVEN)
+    for tile in range(0, tiles):
         row = start + tile * C
-        left = None
-        if not EVEN:
-            left = length - tile * C
-        # fmt: off
-        phase_RGD, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = load_directions(
-            omega, read_offset, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
+        left = None if EVEN else length - tile * C
+        x_RGD, omega_RGD, mass_RGD, log_RGD, read_RGD, write_RGD = ahead
+        ahead = load_inputs(inputs, start, tl.minimum(tile + 1, tiles - 1) * C, length, column, D, R, G, BD, EVEN)
+        phase_RGD, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
+            omega_RGD, read_RGD, write_RGD, phase, R, G, BD, COMPILED
         )
-        _, mass_RGD, u_re_RGD, u_im_RGD = load_written(
-            x, mass, lost_RGD, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
-        )
-        # fmt: on
+        _, mass_RGD, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, lost_RGD, write_re_RGD, write_im_RGD, left, R, G)
         gate_RGD = None
         passed = None
         if log_decay is not None:
-            gate_RGD, log_RGD = load_gates(log_decay, channel_decay, row, left, column, D, R, G, BD, COMPILED)
+            gate_RGD, log_RGD = gates(log_RGD, channel_decay, left, R, G, COMPILED)
             passed = log_product(log_RGD, channel_decay, left, R, G)
         h_re_RGD, h_im_RGD, s_re, s_im = scan_two(gate_RGD, passed, u_re_RGD, u_im_RGD, s_re, s_im, False, False, R, G)
         if NORM:

@@ -33,44 +33,33 @@ def exp(x, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def load_gates(
-    log_decay,
-    channel_decay,
-    row,
-    left,
-    column,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    BD: tl.constexpr,
-    COMPILED: tl.constexpr,
-):
-    """Return the gates of a tile and their logarithms; where there is no row, 1 and 0.
+def gates(log_RGD, channel_decay, left, R: tl.constexpr, G: tl.constexpr, COMPILED: tl.constexpr):
+    """Return the gates of a tile and their logarithms in fp32; where there is no row, 1 and 0.
 
-    `channel_decay` are the log-decays [G, BD] if they are the same for all rows; `log_decay` has [T, D] if it is None.
-    Without `left`, all rows exist.
+    `channel_decay` are the log-decays [G, BD] if they are the same for all rows, or None. Without `left`, all rows
+    exist.
     """
     gate_RGD = ()
-    log_RGD = ()
+    wide_RGD = ()
     if channel_decay is not None:
         gate_GD = exp(channel_decay, COMPILED)
     for r in tl.static_range(R):
         if channel_decay is None:
-            log_GD = load_rows(log_decay, r, row, left, column, D, D, R, G, BD).to(tl.float32)
+            log_GD = log_RGD[r].to(tl.float32)
             gate_RGD = gate_RGD + (exp(log_GD, COMPILED),)
-            log_RGD = log_RGD + (log_GD,)
+            wide_RGD = wide_RGD + (log_GD,)
         elif left is None:
             gate_RGD = gate_RGD + (gate_GD,)
-            log_RGD = log_RGD + (channel_decay,)
+            wide_RGD = wide_RGD + (channel_decay,)
         else:
             exists = rows_at(r, R, G) < left
             gate_RGD = gate_RGD + (tl.where(exists, gate_GD, 1.0),)
-            log_RGD = log_RGD + (tl.where(exists, channel_decay, 0.0),)
-    return gate_RGD, log_RGD
+            wide_RGD = wide_RGD + (tl.where(exists, channel_decay, 0.0),)
+    return gate_RGD, wide_RGD
 
 
 @triton.jit
-def load_later_gates(
+def later_gates(
     gate_RGD,
     log_RGD,
     log_decay,

@@ -11,12 +11,13 @@ import triton.language as tl
 
 STEP_BITS = tl.constexpr(22)  # of the 32 of a turn: a phase is the nearest of 2^10 steps, and what is left
 STEPS_PER_RADIAN = tl.constexpr(162.9746551513672)
-STEP = tl.constexpr(0.006135923322290182)  # 2 pi / 2^10 in fp32, and what is missing
-STEP_REST = tl.constexpr(-1.7074761049507003e-10)
-UNITS_PER_RADIAN = tl.constexpr(683565248.0)  # 2^32 / (2 pi)
+STEP = tl.constexpr(4194304.0)  # 2^22
+UNITS = tl.constexpr(683565248.0)  # 2^32 / (2 pi) in fp32, and what is missing
+UNITS_REST = tl.constexpr(27.576431274414062)
 RADIANS = tl.constexpr(1.4629180792671596e-09)  # 2 pi / 2^32
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: behind it, fp32 has no digits after the point
 ROUND_BITS = tl.constexpr(0x4B400000)
+FROM_ROUND = tl.constexpr(52776570716160.0)  # (ROUND + 3) 2^22, and 3 * 2^22 is ROUND
 BEYOND = tl.constexpr(1.36e34)  # the product with 25 000 is at the end of the range of fp32
 
 
@@ -25,10 +26,9 @@ def to_turns(phase):
     """Return phases in radians as parts of a turn in int32, to 0.8 of them; `lost` says where this is not possible."""
     wide = phase.to(tl.float32)
     whole = tl.fma(wide, tl.full(wide.shape, STEPS_PER_RADIAN, tl.float32), tl.full(wide.shape, ROUND, tl.float32))
-    steps = whole - ROUND
-    left = tl.fma(steps, tl.full(wide.shape, -STEP, tl.float32), wide)
-    left = tl.fma(steps, tl.full(wide.shape, -STEP_REST, tl.float32), left)
-    part = tl.fma(left, tl.full(wide.shape, UNITS_PER_RADIAN, tl.float32), tl.full(wide.shape, ROUND, tl.float32))
+    part = tl.fma(whole, tl.full(wide.shape, -STEP, tl.float32), tl.full(wide.shape, FROM_ROUND, tl.float32))
+    part = tl.fma(wide, tl.full(wide.shape, UNITS, tl.float32), part)
+    part = tl.fma(wide, tl.full(wide.shape, UNITS_REST, tl.float32), part)
     return (whole.to(tl.int32, bitcast=True) << STEP_BITS) + (part.to(tl.int32, bitcast=True) - ROUND_BITS)
 
 

@@ -21,7 +21,7 @@ Shapes: as in `forward.py`.
 import triton
 import triton.language as tl
 
-from kernels.phase_scan.loads import load_directions, load_written
+from kernels.phase_scan.loads import directions, load_inputs, written
 from kernels.phase_scan.scans import scan
 from kernels.phase_scan.tiles import load_channels, rows_at, store_rows
 from kernels.phase_scan.window_loads import load_cotangents, load_reads, load_terms, load_writes, store_terms
@@ -70,14 +70,13 @@ def _store_gradients(
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
     phase = load_channels(states, at + 2, column, D, G, BD).to(tl.int32, bitcast=True)
-    # fmt: off
-    phase_RGD, _, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = load_directions(
-        omega, read_offset, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
+    x_RGD, omega_RGD, mass_RGD, _, read_RGD, write_RGD = load_inputs(
+        (x, omega, mass, None, read_offset, write_offset), row, 0, left, column, D, R, G, BD, False
     )
-    x_RGD, mass_RGD, u_re_RGD, u_im_RGD = load_written(
-        x, mass, None, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
+    phase_RGD, _, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
+        omega_RGD, read_RGD, write_RGD, phase, R, G, BD, COMPILED
     )
-    # fmt: on
+    x_RGD, mass_RGD, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, None, write_re_RGD, write_im_RGD, left, R, G)
     b_re_RGD, b_im_RGD = load_cotangents(dy, read_re_RGD, read_im_RGD, row, left, column, D, R, G, BD, IMAGINARY)
     h_re_RGD = sums_beside(u_re_RGD, False, W, L, R, G, BD)
     h_im_RGD = sums_beside(u_im_RGD, False, W, L, R, G, BD)

@@ -11,7 +11,7 @@ Shapes: as in `forward.py`.
 import triton
 import triton.language as tl
 
-from kernels.phase_scan.loads import load_directions, load_written
+from kernels.phase_scan.loads import directions, load_inputs, written
 from kernels.phase_scan.tiles import store_channels, store_rows
 from kernels.phase_scan.window_loads import load_terms, load_writes
 from kernels.phase_scan.window_tiles import sums_beside, tile_rows, total, window_slot
@@ -55,14 +55,13 @@ def _store_outputs(
     left = tl.minimum(length - first, rows)
     at = (slot + tile) * 4
     store_channels(states, phase.to(tl.float32, bitcast=True), at + 2, column, D, G, BD)
-    # fmt: off
-    _, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = load_directions(
-        omega, read_offset, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
+    x_RGD, omega_RGD, mass_RGD, _, read_RGD, write_RGD = load_inputs(
+        (x, omega, mass, None, read_offset, write_offset), row, 0, left, column, D, R, G, BD, False
     )
-    _, _, u_re_RGD, u_im_RGD = load_written(
-        x, mass, lost_RGD, write_re_RGD, write_im_RGD, row, left, column, D, R, G, BD
+    _, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
+        omega_RGD, read_RGD, write_RGD, phase, R, G, BD, COMPILED
     )
-    # fmt: on
+    _, _, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, lost_RGD, write_re_RGD, write_im_RGD, left, R, G)
     h_re_RGD = sums_beside(u_re_RGD, False, W, L, R, G, BD)
     h_im_RGD = sums_beside(u_im_RGD, False, W, L, R, G, BD)
     m_re = tl.zeros([1, BD], tl.float32)

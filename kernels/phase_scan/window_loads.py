@@ -9,7 +9,7 @@ Shapes: as in `forward.py`.
 import triton
 import triton.language as tl
 
-from kernels.phase_scan.loads import load_directions, load_written
+from kernels.phase_scan.loads import directions, load_inputs, written
 from kernels.phase_scan.tiles import columns_of, load_rows, rows_at
 
 
@@ -30,10 +30,11 @@ def load_writes(
     COMPILED: tl.constexpr,
 ):
     """Return what a tile of rows writes, real and imaginary part, and the phase after it."""
-    _, last_phase, lost_RGD, re_RGD, im_RGD, _, _ = load_directions(
-        omega, None, write_offset, phase, row, left, column, D, R, G, BD, COMPILED
+    x_RGD, omega_RGD, mass_RGD, _, _, write_RGD = load_inputs(
+        (x, omega, mass, None, None, write_offset), row, 0, left, column, D, R, G, BD, False
     )
-    _, _, u_re_RGD, u_im_RGD = load_written(x, mass, lost_RGD, re_RGD, im_RGD, row, left, column, D, R, G, BD)
+    _, last_phase, lost_RGD, re_RGD, im_RGD, _, _ = directions(omega_RGD, (), write_RGD, phase, R, G, BD, COMPILED)
+    _, _, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, lost_RGD, re_RGD, im_RGD, left, R, G)
     return u_re_RGD, u_im_RGD, last_phase
 
 
@@ -84,9 +85,10 @@ def load_reads(
     COMPILED: tl.constexpr,
 ):
     """Return b of a tile of rows."""
-    _, _, _, _, _, cos_RGD, sin_RGD = load_directions(
-        omega, read_offset, None, phase, row, left, column, D, R, G, BD, COMPILED
+    _, omega_RGD, _, _, read_RGD, _ = load_inputs(
+        (None, omega, None, None, read_offset, None), row, 0, left, column, D, R, G, BD, False
     )
+    _, _, _, _, _, cos_RGD, sin_RGD = directions(omega_RGD, read_RGD, (), phase, R, G, BD, COMPILED)
     return load_cotangents(dy, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, IMAGINARY)
 
 
