@@ -68,5 +68,5 @@ def _texts(tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]]) -> list[
 
 def _place(stop: str | None, text: str) -> int | None:
     """Return where the stop text begins, which is not within a word; None if nowhere."""
-    found = re.search(rf"(?<!\w){re.escape(stop)}", text) if stop else None
+    found = re.search(rf"(?<!\w(?=\w)){re.escape(stop)}", text) if stop else None
     return found.start() if found else None
