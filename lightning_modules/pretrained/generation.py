@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lightning_modules.pretrained.answers import Answer, answers_of, have_ended
+from lightning_modules.pretrained.answers import Answer, answers_of, have_ended, written
 from lightning_modules.pretrained.causal_lm import Sites, embedding_of, inserted, vocabulary
 from lightning_modules.pretrained.decoding import decode, rows_can_leave
 from lightning_modules.pretrained.positions import first_position
@@ -80,7 +80,7 @@ def generate(
             parts = [prompts[row] for row in rows], limit, stop, some, [columns[row] for row in rows]
             answers |= zip(rows, generate(model, tokenizer, *parts, sites, static_cache), strict=True)
         return [answers[row] for row in range(len(prompts))]
-    ends, filler = end_tokens(model, tokenizer), filler_token(model, tokenizer)
+    ends, filler, stop = end_tokens(model, tokenizer), filler_token(model, tokenizer), written(tokenizer, stop)
     tokens_BT, mask_BT = _padded(prompts, filler, model.device)
     column_BT, _ = _padded(columns, -1, model.device)
     has_ended = partial(have_ended, tokenizer, ends, stop)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_modules.pretrained.answers import Answer, answers_of, have_ended
+from lightning_modules.pretrained.answers import Answer, answers_of, have_ended, written
 
 WORDS = ["<end>", " 7", "\nQ:", " IQ:", " x", "[Q]"]
 END, SEVEN, STOP, INNER, OTHER, MARKS = range(6)
@@ -47,3 +47,10 @@ def test_a_stop_text_of_marks_may_follow_a_word_and_is_no_pattern():
 def test_without_a_stop_text_only_end_tokens_count():
     rows = torch.tensor([[SEVEN, STOP, OTHER], [SEVEN, STOP, END]])
     assert have_ended(SimpleNamespace(), [END], None, rows).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("stop", "wanted"), [("<s>[INST]", "[INST]"), ("<s> Q:", "Q:"), ("Q:", "Q:"), ("<user>:", None), (None, None)]
+)
+def test_a_stop_text_has_no_special_tokens_as_an_answer_has_none(stop, wanted):
+    assert written(SimpleNamespace(all_special_tokens=["<s>", "<user>"]), stop) == wanted

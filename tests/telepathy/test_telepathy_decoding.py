@@ -106,6 +106,10 @@ def test_a_stop_text_ends_a_row_like_an_end_token(telepathy, problems):
     assert [answer.text for answer in stopped] == [answer.text.partition("####")[0].strip() for answer in plain]
     assert not any(answer.is_cut for answer in stopped)
     assert all("####" in answer.text for answer in plain)
+    stop = f"{target.tokenizer.bos_token}They"  # of which an answer has the word alone
+    stopped = generation.generate(target.model, target.tokenizer, prompts, 90, stop)
+    assert [answer.text for answer in stopped] == [answer.text.partition("They")[0].strip() for answer in plain]
+    assert stopped != plain
 
 
 def test_a_target_generates_with_a_static_cache(telepathy, problems, monkeypatch):
