@@ -9,6 +9,7 @@ import pytest
 from conftest import QUIET, ROOT, SMALL
 from lightning import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import main
 from callbacks import AgentChain
@@ -94,6 +95,13 @@ def test_a_test_reports_the_chain(workplace):
     assert record["metrics"]["chain/message_accuracy"] >= 2 / 3
     assert {record["n"][f"chain/{name}"] for name in ("text_ms", "saving", "soft_accuracy")} == {3}
     assert len(record["intervals"]["chain/saving"]) == 2
+
+
+def test_an_encoder_is_no_writer(tmp_path):
+    config = AutoConfig.for_model("bert", hidden_size=24, intermediate_size=48, num_hidden_layers=1, vocab_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^AgentChain\.writer: '.*' reads the tokens that it predicts: choose another"):
+        Writer(Pretrained(str(tmp_path)), REPEAT, "cpu")
 
 
 def test_what_is_refused(telepathy):
