@@ -64,6 +64,7 @@ def test_each_row_is_what_it_is_alone(monkeypatch, name, cache):
     expected = [cut(row, ends) for row in whole]
     assert len({*map(len, expected)}) > 3
     by_length = generation.reads_padding(model, tokenizer)
+    assert by_length == (name == "recurrent_gemma")
     assert generation.gives_cache(model, tokenizer) == (name not in STATES)
     if cache == "foreign":  # of a model that has a cache of its own kind
         monkeypatch.setattr(generation, "gives_cache", lambda *_: False)

@@ -144,6 +144,7 @@ def test_vectors_are_standardised_and_statistics_stay_out_of_state_dicts(tmp_pat
     assert read.sites.layer_widths == [32, 32]
     tokens_BT = torch.randint(3, 512, (40, 60), generator=torch.Generator().manual_seed(1))
     vectors_ND = read(tokens_BT, tokens_BT > 0)[:, 1:].flatten(0, 1)
+    assert not any(site._forward_hooks for site in read.sites.sites)
     outputs_ND = read.sites.outputs(vectors_ND)
     for x_ND, fits in ((vectors_ND, True), (outputs_ND, False)):
         assert (x_ND.mean(0).abs().mean() < 0.3) == fits

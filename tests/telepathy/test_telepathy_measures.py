@@ -153,11 +153,14 @@ def test_entity_transfer_is_one_for_all_zero_for_none_and_zero_for_chance(many, 
     assert low <= 0 <= high
     assert abs(others.values["entity_transfer"]) < 0.03
 
-    half = measure(make(many, [p.answer if i % 2 else "" for i, p in enumerate(many)])).values
+    measures = measure(make(many, [p.answer if i % 2 else "" for i, p in enumerate(many)]))
+    half, intervals = measures.values, measures.intervals
     entities = [[sum(map(len, p.entities.values())) for p in many[k::2]] for k in (0, 1)]
     assert half["entity_recall"] == pytest.approx(sum(entities[1]) / (sum(entities[0]) + sum(entities[1])))
     e, e0 = half["entity_recall"], half["entity_chance"]
     assert half["entity_transfer"] == pytest.approx((e - e0) / (1 - e0))
+    low, high = intervals["entity_transfer"]
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(200) / (1 - e0), rel=0.15)
 
 
 def test_entities_are_whole_words_by_type():
@@ -166,13 +169,22 @@ def test_entities_are_whole_words_by_type():
         Problem("q2", "a #### 2", {"name": ("Bob",)}),
         Problem("q3", "a #### 3", {}),
     ]
-    measures = measure(make(problems, ["Anna has 12 and 33", "Bob", "Eve"]))
+    measures = measure(make(problems, ["Anna has 12 and 33", "Bob", "Eve and Ann"]))
     assert measures.values["entity_recall_name"] == 0.5
     assert measures.values["entity_recall_number"] == 0.5
     assert measures.values["entity_recall"] == 0.5
+    # One of the two outputs for other questions has Ann, none has Bob or a number
+    assert measures.values["entity_chance_name"] == 0.5 / 2
+    assert measures.values["entity_chance"] == 0.5 / 4
     assert "entity_transfer_object" not in measures.values
     answers = {"entity_recall_name": 2, "entity_recall_number": 1, "entity_recall": 2}  # those with such entities
     assert {name: measures.counts[name] for name in answers} == answers
+
+
+def test_few_problems_with_entities_have_an_interval():
+    problems = [Problem(f"q{i}", "#### 1", {} if i else {"name": ("Ann",)}) for i in range(4)]
+    measures = measure(make(problems, ["Ann", "", "", ""]))
+    assert measures.intervals["entity_transfer"] == (0, 1)  # some resamples have no entity
 
 
 def test_a_kind_without_entities_has_no_score():
@@ -247,6 +259,8 @@ def test_without_wrong_objects_of_two_questions_there_is_no_category_transfer(ma
     assert not names & measure(make(many, [""] * 200)).values.keys()
     assert not names & measure(wrong_objects(WRONG[:1] + WRONG[3:4])).values.keys()
     assert not names & measure(wrong_objects(WRONG[:1] * 2)).values.keys()  # twice the same question
+    same = measure(wrong_objects((WRONG[0], ("Bob has bananas.", "bananas", "pears")))).values
+    assert (same["category_share"], same["category_chance"], "category_transfer" in same) == (1, 1, False)
     diverged = wrong_objects(WRONG)
     diverged[0].losses["bridge"] = np.array([math.nan])
     assert all(math.isnan(measure(diverged).values[name]) for name in names)
@@ -335,6 +349,9 @@ def test_spread_of_soft_tokens(many):
     assert measures.values["between_input_variance"] > 0.9
     assert measures.values["effective_rank"] > 35
     assert (measures.counts["cosine"], measures.counts["accuracy"]) == (40, 50)
+    ragged = [[[1.0]], [[-1.0]], [[1.0], [5.0]]]  # a single input has a second soft token, which does not count
+    three = [replace(result, soft_KD=np.array(soft_KD)) for result, soft_KD in zip(results[:3], ragged, strict=True)]
+    assert measure(three).values["between_input_variance"] == pytest.approx(8 / 9)
     assert stack_soft([result.soft_KD for result in results]).shape == (40, 6, 40)
 
 

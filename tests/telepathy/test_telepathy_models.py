@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from datamodules.problems import generate_passkey
 from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.positions import positions
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 
@@ -90,6 +91,18 @@ def test_losses_answers_and_states_are_the_models_own(tmp_path, name):
         assert losses_A == pytest.approx(alone_A, abs=1e-4)
 
 
+def test_a_target_in_bf16_takes_vectors_in_fp32_and_its_head_reads_the_answer_alone(tmp_path):
+    path, seen = folder(tmp_path, "llama", AutoModelForCausalLM), []
+    whole, target = (Target(Pretrained(path, dtype=dtype), "{question}") for dtype in ("float32", "bfloat16"))
+    target.model.lm_head.register_forward_hook(lambda head, args, output: seen.append(output.shape[:-1].numel()))
+    vectors_BKD, mask_BK = torch.randn(4, 5, target.width), torch.ones(4, 5, dtype=torch.bool)
+    rows = target.rows.soft(QUESTIONS, ANSWERS)
+    for half_A, losses_A in zip(*(t.losses(rows, vectors_BKD, mask_BK) for t in (target, whole)), strict=True):
+        assert half_A == pytest.approx(losses_A, rel=0.1)
+    assert seen == [sum(len(row.answer) for row in rows)]
+    assert len(target.answers(rows, 3, vectors_BKD, mask_BK)) == 4
+
+
 @pytest.mark.parametrize("name", [name for name in DECODERS | ENCODERS if name not in ("llama tied", "mamba")])
 @torch.no_grad()
 def test_states_are_the_models_own(tmp_path, name):
@@ -122,3 +135,22 @@ def test_layers_are_read_from_the_encoder_of_a_pair_of_encoder_and_decoder(tmp_p
     assert read.is_bidirectional
     torch.testing.assert_close(read(tokens_BT, tokens_BT > 0), states[2], atol=1e-4, rtol=1e-4)
     assert not any("decoder" in name for name, _ in read.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "limit"),
+    [
+        ("bert", {}, 160),
+        ("roberta", {"pad_token_id": 1}, 158),  # its first position is 2
+        ("llama", {"vocab_size": 160}, 160),  # as many tokens as positions
+        ("xlnet", {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 48}, None),  # writes -1
+    ],
+)
+def test_the_positions_that_a_model_reads(name, options, limit):
+    sizes = {"vocab_size": 512} if limit is None else SIZES
+    model = AutoModel.from_config(AutoConfig.for_model(name, **sizes | options)).eval()
+    assert positions(model) == limit
+    model(input_ids=torch.full((1, limit or 200), 5))
+    if name in ENCODERS:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5))
