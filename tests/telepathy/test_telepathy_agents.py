@@ -17,7 +17,9 @@ from datamodules import WordProblems
 from datamodules.errors import UserError
 from datamodules.problems import generate
 from lightning_modules.core.intervals import wilson_interval
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.telepathy import agents
 from lightning_modules.telepathy.agents import Passage, Writer, measure_chain, pass_on
 
 SOURCE = Pretrained(str(ROOT / "assets" / "pair" / "source"))
@@ -95,6 +97,12 @@ def test_a_test_reports_the_chain(workplace):
     assert record["metrics"]["chain/message_accuracy"] >= 2 / 3
     assert {record["n"][f"chain/{name}"] for name in ("text_ms", "saving", "soft_accuracy")} == {3}
     assert len(record["intervals"]["chain/saving"]) == 2
+
+
+def test_a_message_ends_where_the_next_question_begins(writer, monkeypatch):
+    stops = []
+    monkeypatch.setattr(agents, "generate", lambda *args: stops.append(args[4]) or [Answer("7", False)])
+    assert (writer.write("x"), stops) == ("7", ["Question:"])
 
 
 def test_an_encoder_is_no_writer(tmp_path):
