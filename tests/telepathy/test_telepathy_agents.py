@@ -99,10 +99,12 @@ def test_a_test_reports_the_chain(workplace):
     assert len(record["intervals"]["chain/saving"]) == 2
 
 
-def test_a_message_ends_where_the_next_question_begins(writer, monkeypatch):
-    stops = []
-    monkeypatch.setattr(agents, "generate", lambda *args: stops.append(args[4]) or [Answer("7", False)])
-    assert (writer.write("x"), stops) == ("7", ["Question:"])
+def test_a_writer_reads_the_bos_and_ends_where_the_next_question_begins(writer, monkeypatch):
+    calls = []
+    monkeypatch.setattr(agents, "generate", lambda *args: calls.append(args[2:]) or [Answer("7", False)])
+    assert writer.write("x", 5) == "7"
+    tokens = writer.tokenizer("Question: x\nRepeat:", add_special_tokens=False)["input_ids"]
+    assert calls == [([[writer.tokenizer.bos_token_id, *tokens]], 5, "Question:")]
 
 
 def test_an_encoder_is_no_writer(tmp_path):

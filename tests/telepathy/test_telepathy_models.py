@@ -39,6 +39,7 @@ DECODERS: dict[str, dict] = {
     "mamba": {},
 }
 ENCODERS: dict[str, dict] = {"bert": {}, "roberta": {"pad_token_id": 1}, "albert": {"embedding_size": 16}}
+ENCODERS |= {"fnet": {}}  # it has no mask, so padding changes its states
 PROBLEMS = [generate_passkey(0, "train", index) for index in range(4)]
 QUESTIONS, ANSWERS = [p.question[: 40 + 9 * i] for i, p in enumerate(PROBLEMS)], [p.answer for p in PROBLEMS]
 
@@ -111,6 +112,7 @@ def test_states_are_the_models_own(tmp_path, name):
     for layers in ([1], [2, 1], [3, 1]):
         source = Source(Pretrained(path), layers, "Q:{question}")
         assert source.model.is_bidirectional == (name in ENCODERS)
+        assert source.model.reads_padding == (name == "fnet")
         batch = source.tokenize(QUESTIONS)
         for states_SC, place_S, mask_S, tokens_T, real_T in zip(
             source.read(batch),
