@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tokenizers_of_kinds as kinds
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertForMaskedLM
 
 from datamodules.problems import generate_passkey
 from lightning_modules.pretrained.loading import Pretrained
@@ -40,6 +40,8 @@ DECODERS: dict[str, dict] = {
 }
 ENCODERS: dict[str, dict] = {"bert": {}, "roberta": {"pad_token_id": 1}, "albert": {"embedding_size": 16}}
 ENCODERS |= {"fnet": {}}  # it has no mask, so padding changes its states
+BART = {"encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+PAIRS: dict[str, dict] = {"t5": {"d_kv": 8, "d_ff": 32}, "bart": BART | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48}}
 PROBLEMS = [generate_passkey(0, "train", index) for index in range(4)]
 QUESTIONS, ANSWERS = [p.question[: 40 + 9 * i] for i, p in enumerate(PROBLEMS)], [p.answer for p in PROBLEMS]
 
@@ -126,17 +128,26 @@ def test_states_are_the_models_own(tmp_path, name):
     assert (part < 0.9 * whole) == (name != "albert")  # whose layers share their weights
 
 
-def test_layers_are_read_from_the_encoder_of_a_pair_of_encoder_and_decoder(tmp_path):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("t5", **SIZES, d_kv=8, d_ff=32)
-    own = AutoModel.from_config(config).eval()
+@pytest.mark.parametrize("name", PAIRS)
+@torch.no_grad()
+def test_layers_are_read_from_the_encoder_of_a_pair_of_encoder_and_decoder(tmp_path, name):
+    own = AutoModel.from_config(AutoConfig.for_model(name, **SIZES | PAIRS[name])).eval()
     own.save_pretrained(tmp_path)
     tokens_BT = torch.randint(3, 512, (1, 9))
     states = own.get_encoder()(tokens_BT, output_hidden_states=True).hidden_states
     read = Pretrained(str(tmp_path)).load_first_layers([2])
     assert read.is_bidirectional
     torch.testing.assert_close(read(tokens_BT, tokens_BT > 0), states[2], atol=1e-4, rtol=1e-4)
-    assert not any("decoder" in name for name, _ in read.named_parameters())
+    assert name != "t5" or not any("decoder" in name for name, _ in read.named_parameters())
+
+
+def test_a_masked_language_model_needs_no_pooler(tmp_path):
+    own = BertForMaskedLM(AutoConfig.for_model("bert", **SIZES))
+    own.save_pretrained(tmp_path)
+    tokens_BT = torch.randint(3, 512, (1, 9))
+    states = own.eval().bert(tokens_BT, output_hidden_states=True).hidden_states
+    read = Pretrained(str(tmp_path)).load_first_layers([2])
+    torch.testing.assert_close(read(tokens_BT, tokens_BT > 0), states[2], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
