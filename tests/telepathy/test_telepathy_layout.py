@@ -163,7 +163,7 @@ def test_where_an_answer_stops_and_what_stands_before_it(template, stop, separat
 
 def test_a_chat_template_has_its_special_tokens_and_no_stop_text(tmp_path):
     tokenizer = kinds.llama_3()
-    tokenizer.chat_template = kinds.CHATML
+    tokenizer.chat_template = "[INST] {{ messages[0].content }} [/INST]"
     tokenizer.save_pretrained(tmp_path)
     source, target = Source(model("source", str(tmp_path)), [1], "chat"), Target(model("target", str(tmp_path)), "chat")
     assert target.prompt.stop is None
