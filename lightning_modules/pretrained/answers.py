@@ -57,6 +57,14 @@ def have_ended(tokenizer: "PreTrainedTokenizerBase", ends: list[int], stop: str 
     return ended_B
 
 
+def written(tokenizer: "PreTrainedTokenizerBase", stop: str | None) -> str | None:
+    """Return a stop text as it stands in answers, which lack special tokens; None if only marks are left of it."""
+    rest = stop or ""
+    for token in tokenizer.all_special_tokens:
+        rest = rest.replace(token, "").strip()
+    return rest if rest == stop or any(map(str.isalpha, rest)) else None
+
+
 def _texts(tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]]) -> list[str]:
     """Return rows as texts, without special tokens and without those that only the model has."""
     size = len(tokenizer)
@@ -68,5 +76,5 @@ def _texts(tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]]) -> list[
 
 def _place(stop: str | None, text: str) -> int | None:
     """Return where the stop text begins, which is not within a word; None if nowhere."""
-    found = re.search(rf"(?<!\w){re.escape(stop)}", text) if stop else None
+    found = re.search(rf"(?<!\w(?=\w)){re.escape(stop)}", text) if stop else None
     return found.start() if found else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.pretrained.causal_lm import vocabulary
 from lightning_modules.pretrained.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -70,6 +71,36 @@ def decode(
             tokens_BT, mask_BT, cache = tokens_BT[stays_R], mask_BT[stays_R], cache_of(output)
             next(iter(cache.values())).reorder_cache(stays_R)
     return made
+
+
+@torch.no_grad()
+def rows_can_leave(model: "CausalLM", settings: "GenerationConfig") -> bool:
+    """Return whether a row of a model goes on as before when another one leaves its batch.
+
+    It does not where the cache is not one of transformers' own, or has a state that a second call of `generate` feeds
+    with the whole row again (Mamba) or begins anew (RecurrentGemma).
+    """
+
+    def run(tokens_BT: Tensor, count: int, **cache: Any) -> Any:
+        options = {"max_new_tokens": count, "output_logits": True, "return_dict_in_generate": True}
+        mask_BT = torch.ones_like(tokens_BT)
+        return model.generate(
+            input_ids=tokens_BT, attention_mask=mask_BT, generation_config=settings, **options, **cache
+        )
+
+    tokens_BT = torch.arange(12, device=model.device).view(2, 6) % vocabulary(model)
+    whole, part = run(tokens_BT, 3), run(tokens_BT, 2)
+    try:
+        cache = cache_of(part)
+        (kept,) = cache.values()
+        kept.reorder_cache(torch.tensor([1], device=model.device))
+        is_read = kept.get_seq_length() == part.sequences.shape[1] - 1
+        found_V = run(part.sequences[1:], 1, **cache).logits[0][0]
+    except Exception:  # of any class: every architecture has code of its own
+        return False
+    expected_V = whole.logits[2][1]
+    rounding = torch.finfo(model.dtype).eps ** 0.5 * expected_V.abs().max()
+    return is_read and bool(((found_V - expected_V).abs() <= rounding).all())
 
 
 def cache_of(output: Any) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lightning_modules.pretrained.answers import Answer, answers_of, have_ended
+from lightning_modules.pretrained.answers import Answer, answers_of, have_ended, written
 from lightning_modules.pretrained.causal_lm import Sites, embedding_of, inserted, vocabulary
-from lightning_modules.pretrained.decoding import cache_of, decode
+from lightning_modules.pretrained.decoding import decode, rows_can_leave
 from lightning_modules.pretrained.positions import first_position
 from lightning_modules.pretrained.sharding import is_sharded
 
@@ -80,7 +80,7 @@ def generate(
             parts = [prompts[row] for row in rows], limit, stop, some, [columns[row] for row in rows]
             answers |= zip(rows, generate(model, tokenizer, *parts, sites, static_cache), strict=True)
         return [answers[row] for row in range(len(prompts))]
-    ends, filler = end_tokens(model, tokenizer), filler_token(model, tokenizer)
+    ends, filler, stop = end_tokens(model, tokenizer), filler_token(model, tokenizer), written(tokenizer, stop)
     tokens_BT, mask_BT = _padded(prompts, filler, model.device)
     column_BT, _ = _padded(columns, -1, model.device)
     has_ended = partial(have_ended, tokenizer, ends, stop)
@@ -122,18 +122,11 @@ def reads_padding(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> bo
 
 @torch.no_grad()
 def gives_cache(model: "CausalLM", tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether rows can leave a batch of a model: it generates with a cache of transformers, not of its own."""
+    """Return whether rows can leave a batch of a model, see `rows_can_leave`."""
     if model not in _gives_cache:
-        one_BT = torch.ones(1, 1, dtype=torch.long, device=model.device)
-        with _greedy(model, [], filler_token(model, tokenizer)) as settings:
-            output = model.generate(
-                input_ids=one_BT,
-                attention_mask=one_BT,
-                generation_config=settings,
-                max_new_tokens=1,
-                return_dict_in_generate=True,
-            )
-        _gives_cache[model] = bool(cache_of(output))
+        exact = torch.autocast(model.device.type, enabled=False)
+        with _greedy(model, [], filler_token(model, tokenizer)) as settings, exact:
+            _gives_cache[model] = rows_can_leave(model, settings)
     return _gives_cache[model]
 
 

@@ -12,7 +12,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
+from datamodules.errors import UserError
 from datamodules.problems import Problem
+from lightning_modules.pretrained.causal_lm import reads_ahead
 from lightning_modules.pretrained.generation import generate
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.pretrained.prompts import Prompt, added_tokens, encode, with_added
@@ -46,11 +48,14 @@ class Writer:
         device: The device of the model.
 
     Raises:
-        UserError: The model cannot be loaded, or is no causal language model; the prompt has no `{question}`.
+        UserError: The model cannot be loaded, or is an encoder or another model that is not causal; the prompt has no
+            `{question}`.
     """
 
     def __init__(self, pretrained: Pretrained, prompt: str, device: torch.device):
         self.model = pretrained.load_causal_lm().to(device).eval()
+        if reads_ahead(self.model):
+            raise UserError(f"AgentChain.writer: '{pretrained.path}' reads the tokens that it predicts: choose another")
         self.tokenizer = pretrained.load_tokenizer()
         self.prompt, self.added = Prompt(prompt, "AgentChain.prompt"), added_tokens(self.tokenizer)[0]
 

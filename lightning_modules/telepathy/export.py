@@ -113,7 +113,8 @@ def restore(module: Telepathy, exported: Exported, option: str) -> None:
     """Give a module, built from the file's config, the weights of the file.
 
     Raises:
-        UserError: The module has another source or target than those that the bridge was trained between.
+        UserError: The module has another source or target than those that the bridge was trained between, or another
+            bridge.
     """
     for which, found in (("source", _of_source(module)), ("target", _of_target(module))):
         if found != exported.about[which]["fingerprint"]:
@@ -123,7 +124,12 @@ def restore(module: Telepathy, exported: Exported, option: str) -> None:
                 "configuration differ"
             )
     state = {name: value for name, value in module.state_dict().items() if name.startswith(TRAINING)}
-    module.load_state_dict(state | {n: v for n, v in exported.tensors.items() if not n.startswith("probe.")})
+    state |= {name: value for name, value in exported.tensors.items() if not name.startswith("probe.")}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[1].strip()  # below a heading
+        raise UserError(f"{option}: the bridge does not fit the config: {fault}") from error
 
 
 def _of_source(module: Telepathy) -> str:

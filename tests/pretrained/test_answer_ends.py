@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_modules.pretrained.answers import Answer, answers_of, have_ended
+from lightning_modules.pretrained.answers import Answer, answers_of, have_ended, written
 
-WORDS = ["<end>", " 7", "\nQ:", " IQ:", " x"]
-END, SEVEN, STOP, INNER, OTHER = range(5)
+WORDS = ["<end>", " 7", "\nQ:", " IQ:", " x", "[Q]"]
+END, SEVEN, STOP, INNER, OTHER, MARKS = range(6)
 
 
 class Words:
@@ -28,7 +28,7 @@ class Words:
         ([SEVEN, OTHER, OTHER], Answer("7 x x", True)),
         ([SEVEN, OTHER, STOP], Answer("7 x", False)),  # the stop text at the limit ends it too
         ([SEVEN, INNER, OTHER], Answer("7 IQ: x", True)),  # within a word it is no stop text
-        ([SEVEN, 99, END], Answer("7", False)),  # a token that only the model has
+        ([SEVEN, len(WORDS), END], Answer("7", False)),  # a token that only the model has
         ([END, SEVEN, STOP], Answer("", False)),
     ],
 )
@@ -38,6 +38,19 @@ def test_ends(row, answer):
     assert ended.item() is not answer.is_cut
 
 
+def test_a_stop_text_of_marks_may_follow_a_word_and_is_no_pattern():
+    rows = torch.tensor([[SEVEN, MARKS, OTHER], [SEVEN, STOP, OTHER]])
+    assert have_ended(Words(), [END], "[Q]", rows).tolist() == [True, False]
+    assert answers_of(Words(), rows.tolist(), [END], "[Q]", 3) == [Answer("7", False), Answer("7\nQ: x", True)]
+
+
 def test_without_a_stop_text_only_end_tokens_count():
     rows = torch.tensor([[SEVEN, STOP, OTHER], [SEVEN, STOP, END]])
     assert have_ended(SimpleNamespace(), [END], None, rows).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("stop", "wanted"), [("<s>[INST]", "[INST]"), ("<s> Q:", "Q:"), ("Q:", "Q:"), ("<user>:", None), (None, None)]
+)
+def test_a_stop_text_has_no_special_tokens_as_an_answer_has_none(stop, wanted):
+    assert written(SimpleNamespace(all_special_tokens=["<s>", "<user>"]), stop) == wanted

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM, ViTConfig, core_model_loading
 
+from lightning_modules.pretrained.first_layers import layer_stack
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.pretrained.loading_device import loading_to
 
@@ -25,10 +27,20 @@ def tokens(which: str) -> torch.Tensor:
     return torch.tensor([[tokenizer.bos_token_id, *row]])
 
 
-@pytest.mark.parametrize("layers", [-1, 0, 7])
+@pytest.mark.parametrize("layers", [-1, 0, 5])
 def test_a_layer_that_does_not_exist(layers):
     with pytest.raises(ValueError, match=f"source_layer {layers} does not exist: .* has layers 1 to 4"):
         Pretrained(str(PAIR / "source")).load_first_layers([layers])
+
+
+def test_the_layers_of_a_model_are_its_one_outer_list_of_that_length():
+    def layers(count: int) -> nn.ModuleList:  # each with as many experts
+        return nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList([nn.Identity()] * 3)}) for _ in range(count))
+
+    text, image = layers(3), layers(3)
+    assert layer_stack(nn.ModuleDict({"text": text, "image": nn.ModuleList([nn.Identity()] * 2)}), 3) is text
+    assert layer_stack(nn.ModuleDict({"text": text, "image": image}), 3) is None
+    assert layer_stack(text[0], 2) is None
 
 
 def test_a_model_that_is_no_language_model(tmp_path):

@@ -200,6 +200,22 @@ def test_a_text_prefix_learns_and_does_not_change_the_course_of_the_bridge(telep
     assert set(modules[1].state_dict()) - set(modules[0].state_dict()) == {"text_prefix.vectors_KD"}
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "precision"), [("norm", "32-true"), ("value", "32-true"), ("value", "bf16-mixed"), (None, "32-true")]
+)
+def test_a_bridge_and_its_text_prefix_are_clipped_apart(telepathy, fit, algorithm, precision):
+    optimizer = partial(torch.optim.SGD, lr=1e3)
+    module = telepathy(text_prefix=4, optimizer=optimizer, warmup_steps=0, schedule="constant")
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    clip = {"gradient_clip_val": 1e-5, "gradient_clip_algorithm": algorithm} if algorithm else {}
+    fit(module, 1, precision=precision, **clip)
+    moved = {name: (value - start[name]).flatten() for name, value in module.state_dict().items()}
+    for moved_F in (moved.pop("text_prefix.vectors_KD"), torch.cat([*moved.values()])):
+        largest, length = moved_F.abs().max().item(), moved_F.norm().item()
+        assert {"norm": length, "value": largest}.get(algorithm, 1e-2) == pytest.approx(1e-2, rel=1e-2)
+        assert (length > 2e-2) == (algorithm != "norm")
+
+
 def test_a_fused_optimizer_is_clipped_in_bf16_as_another_one(telepathy, fit):
     start, moved = telepathy().state_dict(), []
     for fused in (False, True):

@@ -9,6 +9,7 @@ import pytest
 from conftest import QUIET, ROOT, SMALL
 from lightning import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import main
 from callbacks import AgentChain
@@ -16,7 +17,9 @@ from datamodules import WordProblems
 from datamodules.errors import UserError
 from datamodules.problems import generate
 from lightning_modules.core.intervals import wilson_interval
+from lightning_modules.pretrained.answers import Answer
 from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.telepathy import agents
 from lightning_modules.telepathy.agents import Passage, Writer, measure_chain, pass_on
 
 SOURCE = Pretrained(str(ROOT / "assets" / "pair" / "source"))
@@ -94,6 +97,21 @@ def test_a_test_reports_the_chain(workplace):
     assert record["metrics"]["chain/message_accuracy"] >= 2 / 3
     assert {record["n"][f"chain/{name}"] for name in ("text_ms", "saving", "soft_accuracy")} == {3}
     assert len(record["intervals"]["chain/saving"]) == 2
+
+
+def test_a_writer_reads_the_bos_and_ends_where_the_next_question_begins(writer, monkeypatch):
+    calls = []
+    monkeypatch.setattr(agents, "generate", lambda *args: calls.append(args[2:]) or [Answer("7", False)])
+    assert writer.write("x", 5) == "7"
+    tokens = writer.tokenizer("Question: x\nRepeat:", add_special_tokens=False)["input_ids"]
+    assert calls == [([[writer.tokenizer.bos_token_id, *tokens]], 5, "Question:")]
+
+
+def test_an_encoder_is_no_writer(tmp_path):
+    config = AutoConfig.for_model("bert", hidden_size=24, intermediate_size=48, num_hidden_layers=1, vocab_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^AgentChain\.writer: '.*' reads the tokens that it predicts: choose another"):
+        Writer(Pretrained(str(tmp_path)), REPEAT, "cpu")
 
 
 def test_what_is_refused(telepathy):

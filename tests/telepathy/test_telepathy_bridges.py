@@ -9,11 +9,13 @@ from conftest import QUIET, SMALL
 from lightning import Trainer
 
 from datamodules import WordProblems
+from lightning_modules.telepathy import normalizer
 from lightning_modules.telepathy.bridges import PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.flaws import NOTES_SCALE
 from lightning_modules.telepathy.normalizer import StatisticalNormalizer
 from lightning_modules.telepathy.output_scale import OutputScale
 from lightning_modules.telepathy.places import place_bias
+from lightning_modules.telepathy.text_prefix import TextPrefix
 
 SOURCE, TARGET = 12, 8
 NORMALIZERS = ("statistical", "learned_statistical")
@@ -186,11 +188,27 @@ def test_the_output_scale_is_learned_and_stays_fp32():
 def test_the_statistical_normalizer_is_numpys():
     values_NC = np.random.default_rng(0).normal(size=(50, SOURCE)) * np.arange(1, SOURCE + 1) + 3
     states_NC = torch.tensor(values_NC)
-    normalizer = StatisticalNormalizer(SOURCE, scale=0.1)
-    normalizer.calibrate(states_NC.sum(0), states_NC.square().sum(0), torch.full((SOURCE,), 50.0))
+    made = StatisticalNormalizer(SOURCE, scale=0.1)
+    made.calibrate(states_NC.sum(0), states_NC.square().sum(0), torch.full((SOURCE,), 50.0))
     wanted_NC = 0.1 * (values_NC - values_NC.mean(0)) / values_NC.std(0)
-    np.testing.assert_allclose(normalizer(states_NC.float()).numpy(), wanted_NC, atol=1e-5)
-    assert set(normalizer.state_dict()) == {"mean_C", "std_C"}
+    np.testing.assert_allclose(made(states_NC.float()).numpy(), wanted_NC, atol=1e-5)
+    assert set(made.state_dict()) == {"mean_C", "std_C"}
+    assert not [*normalizer.make_normalizer("layer_norm", SOURCE).parameters()]
+
+
+def test_statistics_are_of_all_ranks_and_exact_far_from_zero(monkeypatch):
+    states_RNC = torch.randn(2, 40, SOURCE) + 1000
+    states_RNC[..., 0] = 1000.0  # no feature is divided by nothing
+    batches = [{"states": states_RNC[:1], "source_mask": torch.ones(1, 40, dtype=torch.bool)}]
+    monkeypatch.setattr(normalizer, "held_out_batches", lambda *_: batches)
+    monkeypatch.setattr(normalizer, "summed", lambda module, x: x + normalizer.sums([states_RNC[1]]))
+    trainer = SimpleNamespace(ckpt_path=None, strategy=SimpleNamespace(batch_to_device=lambda batch: batch))
+    made = StatisticalNormalizer(SOURCE)
+    normalizer.calibrate(SimpleNamespace(trainer=trainer), made, lambda batch: batch["states"])
+    values_NC = states_RNC.flatten(0, 1).double().numpy()
+    np.testing.assert_allclose(made.mean_C, values_NC.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(made.std_C[1:], values_NC.std(0)[1:], rtol=1e-3)
+    assert made(torch.full((SOURCE,), 1000.001))[0] < 2000
 
 
 @pytest.mark.parametrize(("flaws", "scale"), [((), 1.0), (("key_scale",), NOTES_SCALE)])
@@ -210,7 +228,6 @@ def test_the_learned_normalizer_starts_as_the_fixed_one_and_trains(telepathy, fi
 
 
 def test_the_normalizers_statistics_are_those_of_the_questions(telepathy, fit):
-
     module = telepathy(normalizer="statistical")
     data = WordProblems(batch_size=8, epoch_size=800, validation_size=20, eval_batch_size=7, test_sets={"test": 1})
     fit(module, 1, data)
@@ -253,3 +270,8 @@ def test_a_text_prefix_takes_no_random_number_from_the_bridge(telepathy):
     assert torch.rand(()) == after
     for name, value in alone.state_dict().items():
         assert torch.equal(value, beside.state_dict()[name]), name
+    prefix_BKD = beside.text_prefix.vectors(3)
+    assert prefix_BKD.shape == (3, 4, alone.target.width)
+    assert prefix_BKD.square().mean().sqrt().item() == pytest.approx(alone.scale, rel=0.2)
+    torch.manual_seed(1)
+    assert not torch.equal(TextPrefix(4, alone.target.width, alone.scale).vectors(3), prefix_BKD)

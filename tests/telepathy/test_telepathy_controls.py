@@ -115,6 +115,7 @@ def test_controls_are_the_same_on_any_number_of_ranks(monkeypatch, questions):
         assert sorted(chain(*(fake.read for fake in fakes))) == sorted(alone.read)
         assert max(len(fake.read) for fake in fakes) - min(len(fake.read) for fake in fakes) <= 1
         assert sorted(chain(*(fake.answered for fake in fakes))) == sorted(alone.answered)
+        assert sorted(chain(*(fake.asked for fake in fakes))) == sorted(alone.asked)
         np.testing.assert_equal([vars(result) for result in results], [vars(result) for result in expected])
 
 

@@ -15,12 +15,17 @@ from lightning_modules.telepathy.target import Target
 
 ROWS, LIMIT = 16, 44
 STATIC = ("llama", "mistral", "gemma3_text", "gpt2", "phi3")
+MAMBA2 = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}
+MINIMAX = {"head_dim": 16, "num_local_experts": 2, "block_size": 8}
+RECURRENT = {"attention_window_size": 6, "lru_width": 32}
+# States that a second call does not continue; no row may leave
+STATES: dict[str, dict] = {"mamba": {}, "mamba2": MAMBA2, "recurrent_gemma": RECURRENT, "minimax": MINIMAX}
 
 
 def make(name: str):
     """Return a model with random weights, prompts of different lengths, and vectors for two places of each."""
     torch.manual_seed(0)
-    options = SIZES | DECODERS[name]
+    options = SIZES | (DECODERS | STATES)[name]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split()[0], **options)).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2) if parameter.dim() > 1 else None
@@ -45,7 +50,7 @@ def cut(row: list[int], ends: set[int]) -> list[int]:
     return row[: next((i + 1 for i, token in enumerate(row) if token in ends), LIMIT)]
 
 
-CASES = [(name, "grows") for name in DECODERS] + [(name, "static") for name in STATIC] + [("llama", "foreign")]
+CASES = [(name, "grows") for name in DECODERS | STATES] + [(name, "static") for name in STATIC] + [("llama", "foreign")]
 
 
 @pytest.mark.parametrize(("name", "cache"), CASES)
@@ -59,7 +64,8 @@ def test_each_row_is_what_it_is_alone(monkeypatch, name, cache):
     expected = [cut(row, ends) for row in whole]
     assert len({*map(len, expected)}) > 3
     by_length = generation.reads_padding(model, tokenizer)
-    assert generation.gives_cache(model, tokenizer)
+    assert by_length == (name == "recurrent_gemma")
+    assert generation.gives_cache(model, tokenizer) == (name not in STATES)
     if cache == "foreign":  # of a model that has a cache of its own kind
         monkeypatch.setattr(generation, "gives_cache", lambda *_: False)
     sizes, own = [], model.generate
@@ -69,12 +75,13 @@ def test_each_row_is_what_it_is_alone(monkeypatch, name, cache):
         return own(**options)
 
     monkeypatch.setattr(model, "generate", watched)
-    monkeypatch.setattr(generation, "answers_of", lambda tokenizer, made, *_: [cut(row, ends) for row in made])
+    monkeypatch.setattr(generation, "answers_of", lambda tokenizer, made, *_: made)
     found = generation.generate(
         model, tokenizer, prompts, LIMIT, None, vectors_BKD, columns, static_cache=cache == "static"
     )
-    assert found == expected
-    if cache != "grows":
+    assert [cut(row, ends) for row in found] == expected
+    assert max(map(len, found)) <= LIMIT
+    if cache != "grows" or name in STATES:
         assert len(sizes) == (4 if by_length else 1)
     elif not by_length and max(map(len, expected)) > decoding.LOOK + 1:
         assert sizes[0] == ROWS
@@ -100,6 +107,10 @@ def test_a_stop_text_ends_a_row_like_an_end_token(telepathy, problems):
     assert [answer.text for answer in stopped] == [answer.text.partition("####")[0].strip() for answer in plain]
     assert not any(answer.is_cut for answer in stopped)
     assert all("####" in answer.text for answer in plain)
+    stop = f"{target.tokenizer.bos_token}They"  # of which an answer has the word alone
+    stopped = generation.generate(target.model, target.tokenizer, prompts, 90, stop)
+    assert [answer.text for answer in stopped] == [answer.text.partition("They")[0].strip() for answer in plain]
+    assert stopped != plain
 
 
 def test_a_target_generates_with_a_static_cache(telepathy, problems, monkeypatch):

@@ -169,6 +169,12 @@ def test_a_config_moves_the_models_of_a_file(place, capsys, monkeypatch):
     assert capsys.readouterr().out == expected
 
 
+def test_a_config_of_another_bridge_ends_in_one_sentence(place, capsys):
+    Path("other.yaml").write_text(json.dumps({"model": {"init_args": {"bridge": {"init_args": {"hidden": 64}}}}}))
+    line = ["generate", "--ckpt_path", "bridge.safetensors", "--prompt", "x", "--config", "other.yaml"]
+    assert "--ckpt_path: the bridge does not fit the config: size mismatch for bridge." in fails(line, capsys)
+
+
 def test_another_config_than_that_of_a_checkpoint_is_told(place, capsys):
     Path("other.yaml").write_text(json.dumps({"model": {"init_args": {"source_layer": 3}}}))
     line = ["generate", "--ckpt_path", CKPT, "--prompt", "x", "--config", "configs/telepathy_v16.yaml"]

@@ -26,8 +26,9 @@ SIZES |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
 def check(caplog):
     """Runs gates on a module; returns the line of each gate, and the metrics."""
 
-    def run(module, steps: int, least_accuracy: float = 0.45) -> tuple[dict[str, str], dict[str, float]]:
-        trainer = Trainer(callbacks=Gates(8, least_accuracy, steps), accelerator="cpu", limit_val_batches=1, **QUIET)
+    def run(module, steps: int, least_accuracy: float = 0.45, **flags) -> tuple[dict[str, str], dict[str, float]]:
+        flags |= QUIET | {"accelerator": "cpu", "limit_val_batches": 1}
+        trainer = Trainer(callbacks=Gates(8, least_accuracy, steps), **flags)
         with caplog.at_level("INFO"):
             trainer.validate(module, datamodule=WordProblems(**SMALL | {"eval_batch_size": 8}), verbose=False)
         said = [record.message for record in caplog.records if record.message.startswith("gate ")]
@@ -98,6 +99,12 @@ def test_gates_change_neither_weights_nor_random_numbers(telepathy, check):
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert metrics["gates/overfit_loss"] < 2.2  # although a copy has learned; 2.6 before
+
+
+def test_a_bridge_learns_by_heart_with_the_clipping_of_the_run(telepathy, check):
+    module = telepathy(optimizer=partial(torch.optim.SGD, lr=1.0))
+    losses = [check(module, steps=5, gradient_clip_val=clip)[1]["gates/overfit_loss"] for clip in (1e-6, None)]
+    assert losses[0] > losses[1] + 0.05
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])

@@ -1,5 +1,6 @@
 """Keys and values that are read from a model and put in again, for many architectures: RoPE has to be exact."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from tokenizers_of_kinds import llama_3
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from datamodules.errors import UserError
 from datamodules.problems import generate_passkey
 from lightning_modules.pretrained.causal_lm import inserted
-from lightning_modules.pretrained.key_values import FirstKeyValues, key_values_of
+from lightning_modules.pretrained.key_values import FirstKeyValues, KeyValues, key_values_of
 from lightning_modules.pretrained.loading import Pretrained
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
@@ -144,9 +146,25 @@ def test_vectors_are_standardised_and_statistics_stay_out_of_state_dicts(tmp_pat
     assert read.sites.layer_widths == [32, 32]
     tokens_BT = torch.randint(3, 512, (40, 60), generator=torch.Generator().manual_seed(1))
     vectors_ND = read(tokens_BT, tokens_BT > 0)[:, 1:].flatten(0, 1)
+    assert not any(site._forward_hooks for site in read.sites.sites)
     outputs_ND = read.sites.outputs(vectors_ND)
     for x_ND, fits in ((vectors_ND, True), (outputs_ND, False)):
         assert (x_ND.mean(0).abs().mean() < 0.3) == fits
         assert ((x_ND.std(0) - 1).abs().mean() < 0.3) == fits
     assert not [name for name in read.state_dict() if "mean_D" in name or "std_D" in name]
     torch.testing.assert_close(read.sites.vectors(outputs_ND), vectors_ND, atol=1e-4, rtol=1e-4)
+
+
+def test_a_first_position_far_from_the_others_does_not_count():
+    layer = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("k_proj", "v_proj")})
+
+    def run(tokens_BT: torch.Tensor) -> torch.Tensor:
+        states_BTC = torch.randn(*tokens_BT.shape, 4)
+        states_BTC[:, 0] *= 1e4
+        return layer["k_proj"](states_BTC) + layer["v_proj"](states_BTC)
+
+    assert KeyValues([layer], run, 512).std_D.max() < 10
+    with pytest.raises(UserError, match=LACKS):  # its projections are not called
+        KeyValues([layer], lambda tokens_BT: tokens_BT, 512)
+    with pytest.raises(UserError, match=LACKS):  # it has two of each
+        KeyValues([torch.nn.ModuleDict({"own": layer, "cross": deepcopy(layer)})], run, 512)

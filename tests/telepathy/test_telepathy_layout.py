@@ -8,6 +8,7 @@ from conftest import ROOT
 from datamodules.errors import UserError
 from datamodules.problems import Problem, generate_passkey
 from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.prompts import Prompt, check_tokens, continued
 from lightning_modules.telepathy.layout import Row, pack
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
@@ -144,3 +145,55 @@ def test_a_limit_of_answers_beyond_the_positions_of_the_target_is_told_at_once(t
     with pytest.raises(UserError, match=rf"model.max_new_tokens must be below {positions}, the positions of"):
         telepathy(max_new_tokens=positions)
     telepathy(max_new_tokens=positions - 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "stop", "separator"),
+    [
+        ("Question: {question}\nAnswer:", "Question:", " "),
+        ("Be brief.\n[INST] {question} [/INST]\n", "[INST]", ""),  # behind white space there is no other one
+        ("Solve this {question} A:  ", None, "  "),
+        ("## {question}", None, " "),
+    ],
+)
+def test_where_an_answer_stops_and_what_stands_before_it(template, stop, separator):
+    prompt = Prompt(template)
+    assert (prompt.stop, prompt.separator) == (stop, separator)
+
+
+def test_a_chat_template_has_its_special_tokens_and_no_stop_text(tmp_path):
+    tokenizer = kinds.llama_3()
+    tokenizer.chat_template = "[INST] {{ messages[0].content }} [/INST]"
+    tokenizer.save_pretrained(tmp_path)
+    source, target = Source(model("source", str(tmp_path)), [1], "chat"), Target(model("target", str(tmp_path)), "chat")
+    assert target.prompt.stop is None
+    assert tokenizer.bos_token_id not in {source.tokenize(["x"])["source"][0, 0].item(), target.rows.head[0]}
+
+
+def test_no_character_between_two_texts_is_lost():
+    tokenizer = kinds.llama_3()  # `?` and a line break are one token of it
+    ((first, second),) = continued(tokenizer, ["Why?"], ["\nA: so"])
+    assert tokenizer.decode(first + second) == "Why?\nA: so"
+    assert len(tokenizer("?\n", add_special_tokens=False)["input_ids"]) == 1
+
+
+def test_the_largest_token_of_a_model():
+    check_tokens([[4], [0]], 5, "model.target", "x")
+    with pytest.raises(UserError, match="writes token 5, and 'x' has tokens 0 to 4 only"):
+        check_tokens([[4], [5]], 5, "model.target", "x")
+
+
+def test_the_rows_that_a_source_reads(telepathy):
+    source, questions = telepathy(source_prompt="{question}").source, ["How many?", "How many cups?"]
+    with pytest.raises(UserError, match="has no token for ''"):
+        source.tokens([""])
+    longest = source.positions = source.tokens(questions)["source"].shape[1]
+    source.tokenizer.add_special_tokens({"pad_token": "<new>"})  # a token that the model lacks
+    assert source.tokens(questions)["source"].max() < len(source.model.model.embed_tokens.weight)
+    source.positions = longest - 1
+    with pytest.raises(UserError, match=r"'How many cups\?'\.\.\. takes \d+ positions with its prompt"):
+        source.tokens(questions)
+    source.positions = None
+    source.tokenizer.add_tokens(["cups"])
+    with pytest.raises(UserError, match=r"^model.source: the tokenizer writes token \d+, and .* 0 to \d+ only"):
+        source.tokens(questions)

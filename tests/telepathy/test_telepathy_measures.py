@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from datamodules.problem_parts import CATEGORY_OF, OBJECTS
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
-from lightning_modules.core.diversity import distinct
+from lightning_modules.core.diversity import distinct, distinct_n
 from lightning_modules.core.intervals import wilson_interval
 from lightning_modules.pretrained.answers import Answer
 from lightning_modules.telepathy.draw import GROUP
@@ -55,6 +56,7 @@ def test_accuracy_and_its_interval(many):
     assert measures.hits == {"accuracy": 150, "text_accuracy": 200, **none}
     assert measures.counts.keys() == measures.values.keys()
     assert measures.values["distinct"] == distinct(outputs)
+    assert measures.values["distinct_2"] == distinct_n(outputs, 2) != distinct_n(outputs, 1)
 
 
 def test_losses_gain_and_recovery_are_means_over_answers(perfect):
@@ -101,13 +103,26 @@ def test_a_ratio_to_nearly_nothing_is_absent(many):
         for result in results:  # without a prefix, the denominator is the text
             result.answers["text"] = result.answers.pop("text_prefix")
         assert ("relative_accuracy" in measure(results).values) == has_ratio
-    for gain, has_recovery in ((-1.0, False), (0.0, False), (0.04, False), (0.2, True)):
+    for gain, has_recovery in ((-1.0, False), (0.0, False), (0.08, False), (0.2, True)):
         results = make(many, outputs)
         for result in results:
             result.losses["text"] = result.losses["none"] - gain
         measures = measure(results)
         assert ("recovery" in measures.values) == ("recovery" in measures.counts) == has_recovery
         assert measures.values["bridge_gain"] == pytest.approx(1.5)
+
+
+def test_recovery_is_the_ratio_of_two_means_and_absent_where_the_second_may_be_near_zero(many):
+    results = make(many, [""] * 200)
+    for i, result in enumerate(results):
+        result.losses["text"] = result.losses["none"] - (1 if i % 2 else 3)
+    measures = measure(results)
+    assert measures.values["recovery"] == pytest.approx(1.5 / 2)  # and not (1.5 / 1 + 1.5 / 3) / 2
+    low, high = measures.intervals["recovery"]
+    assert 0.65 < low < 0.75 < high < 0.85
+    for i, result in enumerate(results):
+        result.losses["text"] = result.losses["none"] - 0.2 + (1 if i % 2 else -1)
+    assert "recovery" not in measure(results).values  # 0.2 ± 0.14 of 2 nats
 
 
 @pytest.mark.parametrize(("shift", "excludes"), [(0.05, True), (0.0, False)])
@@ -138,11 +153,14 @@ def test_entity_transfer_is_one_for_all_zero_for_none_and_zero_for_chance(many, 
     assert low <= 0 <= high
     assert abs(others.values["entity_transfer"]) < 0.03
 
-    half = measure(make(many, [p.answer if i % 2 else "" for i, p in enumerate(many)])).values
+    measures = measure(make(many, [p.answer if i % 2 else "" for i, p in enumerate(many)]))
+    half, intervals = measures.values, measures.intervals
     entities = [[sum(map(len, p.entities.values())) for p in many[k::2]] for k in (0, 1)]
     assert half["entity_recall"] == pytest.approx(sum(entities[1]) / (sum(entities[0]) + sum(entities[1])))
     e, e0 = half["entity_recall"], half["entity_chance"]
     assert half["entity_transfer"] == pytest.approx((e - e0) / (1 - e0))
+    low, high = intervals["entity_transfer"]
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(200) / (1 - e0), rel=0.15)
 
 
 def test_entities_are_whole_words_by_type():
@@ -151,13 +169,27 @@ def test_entities_are_whole_words_by_type():
         Problem("q2", "a #### 2", {"name": ("Bob",)}),
         Problem("q3", "a #### 3", {}),
     ]
-    measures = measure(make(problems, ["Anna has 12 and 33", "Bob", "Eve"]))
+    measures = measure(make(problems, ["Anna has 12 and 33", "Bob", "Eve and Ann"]))
     assert measures.values["entity_recall_name"] == 0.5
     assert measures.values["entity_recall_number"] == 0.5
     assert measures.values["entity_recall"] == 0.5
+    # One of the two outputs for other questions has Ann, none has Bob or a number
+    assert measures.values["entity_chance_name"] == 0.5 / 2
+    assert measures.values["entity_chance"] == 0.5 / 4
     assert "entity_transfer_object" not in measures.values
     answers = {"entity_recall_name": 2, "entity_recall_number": 1, "entity_recall": 2}  # those with such entities
     assert {name: measures.counts[name] for name in answers} == answers
+
+
+def test_few_problems_with_entities_have_an_interval():
+    problems = [Problem(f"q{i}", "#### 1", {} if i else {"name": ("Ann",)}) for i in range(4)]
+    measures = measure(make(problems, ["Ann", "", "", ""]))
+    assert measures.intervals["entity_transfer"] == (0, 1)  # some resamples have no entity
+
+
+def test_a_kind_without_entities_has_no_score():
+    problem = Problem("q", "#### 1", {"name": (), "number": ("12", "3")})
+    assert scores(problem, "12 #### 1") == {"accuracy": 1, "entity_number": 0.5}
 
 
 def test_texts_without_entities_have_no_entity_measures():
@@ -227,6 +259,8 @@ def test_without_wrong_objects_of_two_questions_there_is_no_category_transfer(ma
     assert not names & measure(make(many, [""] * 200)).values.keys()
     assert not names & measure(wrong_objects(WRONG[:1] + WRONG[3:4])).values.keys()
     assert not names & measure(wrong_objects(WRONG[:1] * 2)).values.keys()  # twice the same question
+    same = measure(wrong_objects((WRONG[0], ("Bob has bananas.", "bananas", "pears")))).values
+    assert (same["category_share"], same["category_chance"], "category_transfer" in same) == (1, 1, False)
     diverged = wrong_objects(WRONG)
     diverged[0].losses["bridge"] = np.array([math.nan])
     assert all(math.isnan(measure(diverged).values[name]) for name in names)
@@ -273,6 +307,9 @@ def test_twins_are_consistent_if_both_are_right():
     assert measures.values["twin_consistency"] == 18 / 20
     assert measures.intervals["twin_consistency"] == wilson_interval(18, 20)
     assert (measures.hits["twin_consistency"], measures.counts["twin_consistency"]) == (18, 20)  # of pairs
+    for i, twin in enumerate(others := [replace(problem) for problem in twins[:4]]):
+        twin.template, twin.pair = f"template {i // 2}", 0  # each template counts its pairs from 0
+    assert measure(make(others, [twin.answer for twin in others])).counts["twin_consistency"] == 2
     shuffled = np.random.default_rng(0).permutation(40)[:39]  # one of them has lost its twin
     measures = measure(make([twins[i] for i in shuffled], [twins[i].answer for i in shuffled]))
     assert (measures.values["twin_consistency"], measures.counts["twin_consistency"]) == (1, 19)
@@ -312,21 +349,28 @@ def test_spread_of_soft_tokens(many):
     assert measures.values["between_input_variance"] > 0.9
     assert measures.values["effective_rank"] > 35
     assert (measures.counts["cosine"], measures.counts["accuracy"]) == (40, 50)
+    ragged = [[[1.0]], [[-1.0]], [[1.0], [5.0]]]  # a single input has a second soft token, which does not count
+    three = [replace(result, soft_KD=np.array(soft_KD)) for result, soft_KD in zip(results[:3], ragged, strict=True)]
+    assert measure(three).values["between_input_variance"] == pytest.approx(8 / 9)
     assert stack_soft([result.soft_KD for result in results]).shape == (40, 6, 40)
 
 
 def test_a_bridge_that_diverged_has_no_measures():
     twins = [problem for index in range(4) for problem in generate_twins(0, "test", index)]
     outputs = [problem.answer for problem in twins]
-    results = make(twins, outputs, soft_KD=np.full((4, 6), np.nan), candidates_G=np.full(GROUP, np.nan))
+    codes = {"codes_K": np.array([3, 5, 5, 3])}
+    results = make(twins, outputs, soft_KD=np.full((4, 6), np.nan), candidates_G=np.full(GROUP, np.nan), **codes)
     for result in results:
         result.losses["bridge"] = result.losses["shuffled"] = np.full(2, np.nan)
     measures = measure(with_prefix(results, 8))
     assert set(measures.hits) == set(measures.intervals) == {name for name in FROM_TARGET if "ce_" not in name}
     assert measures.intervals["text_accuracy"] == wilson_interval(8, 8)
     assert {name for name, value in measures.values.items() if math.isfinite(value)} == set(FROM_TARGET)
-    sound = measure(with_prefix(make(twins, outputs, soft_KD=np.ones((4, 6)), candidates_G=np.zeros(GROUP)), 8))
+    sound = measure(
+        with_prefix(make(twins, outputs, soft_KD=np.ones((4, 6)), candidates_G=np.zeros(GROUP), **codes), 8)
+    )
     assert measures.values.keys() == sound.values.keys()
+    assert sound.values["code_perplexity"] == pytest.approx(2)
     assert {"accuracy", "retrieval", "twin_consistency", "entity_transfer", "cosine"} <= sound.values.keys()
 
 

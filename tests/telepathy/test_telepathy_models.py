@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import tokenizers_of_kinds as kinds
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertForMaskedLM
 
 from datamodules.problems import generate_passkey
 from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.positions import positions
 from lightning_modules.telepathy.source import Source
 from lightning_modules.telepathy.target import Target
 
@@ -38,6 +39,9 @@ DECODERS: dict[str, dict] = {
     "mamba": {},
 }
 ENCODERS: dict[str, dict] = {"bert": {}, "roberta": {"pad_token_id": 1}, "albert": {"embedding_size": 16}}
+ENCODERS |= {"fnet": {}}  # it has no mask, so padding changes its states
+BART = {"encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+PAIRS: dict[str, dict] = {"t5": {"d_kv": 8, "d_ff": 32}, "bart": BART | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48}}
 PROBLEMS = [generate_passkey(0, "train", index) for index in range(4)]
 QUESTIONS, ANSWERS = [p.question[: 40 + 9 * i] for i, p in enumerate(PROBLEMS)], [p.answer for p in PROBLEMS]
 
@@ -90,6 +94,18 @@ def test_losses_answers_and_states_are_the_models_own(tmp_path, name):
         assert losses_A == pytest.approx(alone_A, abs=1e-4)
 
 
+def test_a_target_in_bf16_takes_vectors_in_fp32_and_its_head_reads_the_answer_alone(tmp_path):
+    path, seen = folder(tmp_path, "llama", AutoModelForCausalLM), []
+    whole, target = (Target(Pretrained(path, dtype=dtype), "{question}") for dtype in ("float32", "bfloat16"))
+    target.model.lm_head.register_forward_hook(lambda head, args, output: seen.append(output.shape[:-1].numel()))
+    vectors_BKD, mask_BK = torch.randn(4, 5, target.width), torch.ones(4, 5, dtype=torch.bool)
+    rows = target.rows.soft(QUESTIONS, ANSWERS)
+    for half_A, losses_A in zip(*(t.losses(rows, vectors_BKD, mask_BK) for t in (target, whole)), strict=True):
+        assert half_A == pytest.approx(losses_A, rel=0.1)
+    assert seen == [sum(len(row.answer) for row in rows)]
+    assert len(target.answers(rows, 3, vectors_BKD, mask_BK)) == 4
+
+
 @pytest.mark.parametrize("name", [name for name in DECODERS | ENCODERS if name not in ("llama tied", "mamba")])
 @torch.no_grad()
 def test_states_are_the_models_own(tmp_path, name):
@@ -98,6 +114,7 @@ def test_states_are_the_models_own(tmp_path, name):
     for layers in ([1], [2, 1], [3, 1]):
         source = Source(Pretrained(path), layers, "Q:{question}")
         assert source.model.is_bidirectional == (name in ENCODERS)
+        assert source.model.reads_padding == (name == "fnet")
         batch = source.tokenize(QUESTIONS)
         for states_SC, place_S, mask_S, tokens_T, real_T in zip(
             source.read(batch),
@@ -111,14 +128,42 @@ def test_states_are_the_models_own(tmp_path, name):
     assert (part < 0.9 * whole) == (name != "albert")  # whose layers share their weights
 
 
-def test_layers_are_read_from_the_encoder_of_a_pair_of_encoder_and_decoder(tmp_path):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("t5", **SIZES, d_kv=8, d_ff=32)
-    own = AutoModel.from_config(config).eval()
+@pytest.mark.parametrize("name", PAIRS)
+@torch.no_grad()
+def test_layers_are_read_from_the_encoder_of_a_pair_of_encoder_and_decoder(tmp_path, name):
+    own = AutoModel.from_config(AutoConfig.for_model(name, **SIZES | PAIRS[name])).eval()
     own.save_pretrained(tmp_path)
     tokens_BT = torch.randint(3, 512, (1, 9))
     states = own.get_encoder()(tokens_BT, output_hidden_states=True).hidden_states
     read = Pretrained(str(tmp_path)).load_first_layers([2])
     assert read.is_bidirectional
     torch.testing.assert_close(read(tokens_BT, tokens_BT > 0), states[2], atol=1e-4, rtol=1e-4)
-    assert not any("decoder" in name for name, _ in read.named_parameters())
+    assert name != "t5" or not any("decoder" in name for name, _ in read.named_parameters())
+
+
+def test_a_masked_language_model_needs_no_pooler(tmp_path):
+    own = BertForMaskedLM(AutoConfig.for_model("bert", **SIZES))
+    own.save_pretrained(tmp_path)
+    tokens_BT = torch.randint(3, 512, (1, 9))
+    states = own.eval().bert(tokens_BT, output_hidden_states=True).hidden_states
+    read = Pretrained(str(tmp_path)).load_first_layers([2])
+    torch.testing.assert_close(read(tokens_BT, tokens_BT > 0), states[2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "limit"),
+    [
+        ("bert", {}, 160),
+        ("roberta", {"pad_token_id": 1}, 158),  # its first position is 2
+        ("llama", {"vocab_size": 160}, 160),  # as many tokens as positions
+        ("xlnet", {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 48}, None),  # writes -1
+    ],
+)
+def test_the_positions_that_a_model_reads(name, options, limit):
+    sizes = {"vocab_size": 512} if limit is None else SIZES
+    model = AutoModel.from_config(AutoConfig.for_model(name, **sizes | options)).eval()
+    assert positions(model) == limit
+    model(input_ids=torch.full((1, limit or 200), 5))
+    if name in ENCODERS:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5))

@@ -213,7 +213,15 @@ def test_two_runs_that_write_at_once(tmp_path, monkeypatch):
     for cache in (first, second, made_cache(tmp_path)):
         assert cache.fill(lambda questions: pytest.fail("all files are there")) == 0
         assert torch.equal(cache.read(["question 7", "question 3"])[:, 0, 0], torch.tensor([7.0, 3.0]))
-    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {file.suffix for file in written} == {".safetensors"}
+    assert len(written) == 7  # of three questions, the last one of two
+
+
+def test_states_are_zero_behind_the_end_of_a_question(tmp_path):
+    cache = SourceCache({}, ["a", "bc"], [[1], [1, 2]], [1, 2], 3, tmp_path)
+    cache.fill(lambda questions: [torch.ones(len(text), 3) for text in questions])
+    assert cache.read(["bc", "a"])[..., 0].tolist() == [[1, 1], [1, 0]]
 
 
 def test_ranks_share_the_work(tmp_path, monkeypatch):
