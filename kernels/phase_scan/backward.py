@@ -94,9 +94,11 @@ def compute_gradients(
             inputs, start, tile * C, length, column, D, R, G, BD, EVEN
         )
         _, last_phase, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
-            omega_RGD, read_RGD, write_RGD, phase, R, G, BD, COMPILED
+            omega_RGD, read_RGD, write_RGD, phase, read_offset is not None, write_offset is not None, R, G, BD, COMPILED
         )
-        x_RGD, mass_RGD, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, None, write_re_RGD, write_im_RGD, left, R, G)
+        x_RGD, mass_RGD, u_re_RGD, u_im_RGD = written(
+            x_RGD, mass_RGD, None, write_re_RGD, write_im_RGD, left, mass is not None, R, G
+        )
         gate_RGD = None
         passed = None
         later_RGD = None

@@ -85,9 +85,11 @@ def compute_outputs(
         x_RGD, omega_RGD, mass_RGD, log_RGD, read_RGD, write_RGD = ahead
         ahead = load_inputs(inputs, start, tl.minimum(tile + 1, tiles - 1) * C, length, column, D, R, G, BD, EVEN)
         phase_RGD, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
-            omega_RGD, read_RGD, write_RGD, phase, R, G, BD, COMPILED
+            omega_RGD, read_RGD, write_RGD, phase, read_offset is not None, write_offset is not None, R, G, BD, COMPILED
         )
-        _, mass_RGD, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, lost_RGD, write_re_RGD, write_im_RGD, left, R, G)
+        _, mass_RGD, u_re_RGD, u_im_RGD = written(
+            x_RGD, mass_RGD, lost_RGD, write_re_RGD, write_im_RGD, left, mass is not None, R, G
+        )
         gate_RGD = None
         passed = None
         if log_decay is not None:

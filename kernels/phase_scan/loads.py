@@ -89,9 +89,9 @@ def _cos_sin(phase_RGD, R: tl.constexpr, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def _direction(offset_RGD, phase_RGD, cos_RGD, sin_RGD, R: tl.constexpr, COMPILED: tl.constexpr):
+def _direction(offset_RGD, phase_RGD, cos_RGD, sin_RGD, OFFSET: tl.constexpr, R: tl.constexpr, COMPILED: tl.constexpr):
     """Return cosine and sine of phase and offset: those of the phase if there is no offset."""
-    if len(offset_RGD) == 0:
+    if not OFFSET:
         return cos_RGD, sin_RGD
     else:
         re_RGD = ()
@@ -109,21 +109,27 @@ def directions(
     read_offset_RGD,
     write_offset_RGD,
     phase,
+    READ: tl.constexpr,
+    WRITE: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
     BD: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """Return what `_phases` returns, and cosine and sine of the phases of writer and reader."""
+    """Return what `_phases` returns, and cosine and sine of the phases of writer and reader.
+
+    READ and WRITE say which of them have an offset. Empty tuples alone would not: they leave no trace in the name under
+    which Triton keeps a compiled function, and it would take that of the one for the other.
+    """
     phase_RGD, last, lost_RGD = _phases(omega_RGD, phase, R, G, BD)
     cos_RGD, sin_RGD = _cos_sin(phase_RGD, R, COMPILED)
-    write_re_RGD, write_im_RGD = _direction(write_offset_RGD, phase_RGD, cos_RGD, sin_RGD, R, COMPILED)
-    read_re_RGD, read_im_RGD = _direction(read_offset_RGD, phase_RGD, cos_RGD, sin_RGD, R, COMPILED)
+    write_re_RGD, write_im_RGD = _direction(write_offset_RGD, phase_RGD, cos_RGD, sin_RGD, WRITE, R, COMPILED)
+    read_re_RGD, read_im_RGD = _direction(read_offset_RGD, phase_RGD, cos_RGD, sin_RGD, READ, R, COMPILED)
     return phase_RGD, last, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD
 
 
 @triton.jit
-def written(x_RGD, mass_RGD, lost_RGD, cos_RGD, sin_RGD, left, R: tl.constexpr, G: tl.constexpr):
+def written(x_RGD, mass_RGD, lost_RGD, cos_RGD, sin_RGD, left, MASS: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
     """Return values, masses, and what is written: real and imaginary parts. Without masses, a row has the mass 1.
 
     Values are NaN where phases are lost; the backward leaves this out.
@@ -136,7 +142,7 @@ def written(x_RGD, mass_RGD, lost_RGD, cos_RGD, sin_RGD, left, R: tl.constexpr, 
         x_GD = x_RGD[r].to(tl.float32)
         if lost_RGD is not None:
             x_GD += lost_RGD[r]
-        if len(mass_RGD) == 0:
+        if not MASS:
             mass_GD = tl.where(inside_of(rows_at(r, R, G), 0, left, 1, 1), 1.0, 0.0) + tl.zeros_like(x_GD)
             u_GD = x_GD
         else:

@@ -74,9 +74,11 @@ def _store_gradients(
         (x, omega, mass, None, read_offset, write_offset), row, 0, left, column, D, R, G, BD, False
     )
     phase_RGD, _, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
-        omega_RGD, read_RGD, write_RGD, phase, R, G, BD, COMPILED
+        omega_RGD, read_RGD, write_RGD, phase, read_offset is not None, write_offset is not None, R, G, BD, COMPILED
     )
-    x_RGD, mass_RGD, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, None, write_re_RGD, write_im_RGD, left, R, G)
+    x_RGD, mass_RGD, u_re_RGD, u_im_RGD = written(
+        x_RGD, mass_RGD, None, write_re_RGD, write_im_RGD, left, mass is not None, R, G
+    )
     b_re_RGD, b_im_RGD = load_cotangents(dy, read_re_RGD, read_im_RGD, row, left, column, D, R, G, BD, IMAGINARY)
     h_re_RGD = sums_beside(u_re_RGD, False, W, L, R, G, BD)
     h_im_RGD = sums_beside(u_im_RGD, False, W, L, R, G, BD)

@@ -59,9 +59,11 @@ def _store_outputs(
         (x, omega, mass, None, read_offset, write_offset), row, 0, left, column, D, R, G, BD, False
     )
     _, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
-        omega_RGD, read_RGD, write_RGD, phase, R, G, BD, COMPILED
+        omega_RGD, read_RGD, write_RGD, phase, read_offset is not None, write_offset is not None, R, G, BD, COMPILED
     )
-    _, _, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, lost_RGD, write_re_RGD, write_im_RGD, left, R, G)
+    _, _, u_re_RGD, u_im_RGD = written(
+        x_RGD, mass_RGD, lost_RGD, write_re_RGD, write_im_RGD, left, mass is not None, R, G
+    )
     h_re_RGD = sums_beside(u_re_RGD, False, W, L, R, G, BD)
     h_im_RGD = sums_beside(u_im_RGD, False, W, L, R, G, BD)
     m_re = tl.zeros([1, BD], tl.float32)

@@ -33,8 +33,10 @@ def load_writes(
     x_RGD, omega_RGD, mass_RGD, _, _, write_RGD = load_inputs(
         (x, omega, mass, None, None, write_offset), row, 0, left, column, D, R, G, BD, False
     )
-    _, last_phase, lost_RGD, re_RGD, im_RGD, _, _ = directions(omega_RGD, (), write_RGD, phase, R, G, BD, COMPILED)
-    _, _, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, lost_RGD, re_RGD, im_RGD, left, R, G)
+    _, last_phase, lost_RGD, re_RGD, im_RGD, _, _ = directions(
+        omega_RGD, (), write_RGD, phase, False, write_offset is not None, R, G, BD, COMPILED
+    )
+    _, _, u_re_RGD, u_im_RGD = written(x_RGD, mass_RGD, lost_RGD, re_RGD, im_RGD, left, mass is not None, R, G)
     return u_re_RGD, u_im_RGD, last_phase
 
 
@@ -88,7 +90,9 @@ def load_reads(
     _, omega_RGD, _, _, read_RGD, _ = load_inputs(
         (None, omega, None, None, read_offset, None), row, 0, left, column, D, R, G, BD, False
     )
-    _, _, _, _, _, cos_RGD, sin_RGD = directions(omega_RGD, read_RGD, (), phase, R, G, BD, COMPILED)
+    _, _, _, _, _, cos_RGD, sin_RGD = directions(
+        omega_RGD, read_RGD, (), phase, read_offset is not None, False, R, G, BD, COMPILED
+    )
     return load_cotangents(dy, cos_RGD, sin_RGD, row, left, column, D, R, G, BD, IMAGINARY)
 
 
