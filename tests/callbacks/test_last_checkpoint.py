@@ -159,3 +159,25 @@ def test_a_run_resumed_at_its_end_leaves_its_checkpoint(tmp_path):
     fit(tmp_path / "longer", 7, checkpoint=longer, ckpt_path=copy)
     assert not longer.nothing_trained
     assert held(tmp_path / "longer")["global_step"] == 7
+
+
+class TwoOptimizers(Separability):
+    """Counts two steps for each batch."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), 0.1) for _ in range(2)]
+
+
+def test_it_has_the_last_step_also_where_a_step_jumps_over_it(tmp_path):
+    module = fit(tmp_path, 5, make=TwoOptimizers, limit_val_batches=0)
+    assert module.global_step == held(tmp_path)["global_step"] == 6

@@ -29,3 +29,18 @@ def test_what_was_there_before_stays(tmp_path):
     made = GivenFolder(tmp_path / "new" / "deep", "data.x")
     made.clear()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_what_a_run_has_written_stays_if_a_checkpoint_is_part_of_it(tmp_path, new):
+    before, checkpoint = tmp_path / "checkpoints" / "before.ckpt", tmp_path / "checkpoints" / "last.ckpt"
+    before.parent.mkdir()
+    before.touch()
+    given = GivenFolder(tmp_path, "data.x")
+    (tmp_path / "config.yaml").touch()
+    if new:
+        checkpoint.touch()
+    given.clear()
+    assert before.exists()
+    assert (tmp_path / "config.yaml").exists() == new
+    assert checkpoint.exists() == new

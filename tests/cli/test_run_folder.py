@@ -17,12 +17,16 @@ def test_run_folders_never_coincide(tmp_path, monkeypatch):
     assert folders[0].name.split("-")[2] != make_run_dir("configs/phase_mqar.yaml", "other").name.split("-")[2]
     (folders[0] / "results.json").touch()
     assert make_run_dir(str(folders[0] / "config.yaml"), "same").parent == Path("runs/phase_mqar")
+    assert make_run_dir(str(folders[0] / "other.yaml"), "same").parent == Path("runs/other")
+    assert make_run_dir("configs/config.yaml", "same").parent == Path("runs/config")  # not that of a run
 
 
 def test_a_folder_beneath_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot make a folder for the run"):
+    with pytest.raises(UserError, match="cannot make a folder for the run: Not a directory"):
         make_run_dir(None, "same", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot make a folder for the run: .*/file is not a folder"):
+        make_run_dir("file.yaml", "same", str(tmp_path))
     with pytest.raises(UserError, match=r"data.x: cannot make the folder .*/file/deep/er, for .*/file is a file"):
         check_folder(tmp_path / "file" / "deep" / "er", "data.x")
     check_folder(tmp_path / "deep" / "er", "data.x")

@@ -44,6 +44,7 @@ BAD_RESULTS = {
     "absurd nesting": "[" * 100_000,
     "NaN": WHOLE.replace("0.5", "NaN"),
     "an infinite number": WHOLE.replace("0.5", "1e999"),
+    "a number that is too large": WHOLE.replace("0.5", "1" + "0" * 400),
     "no status": changed(status=...),
     "a status that is no text": changed(status=["finished"]),
     "no metrics": changed(metrics=...),
