@@ -95,6 +95,9 @@ def test_the_optimizer_keeps_the_settings_of_the_checkpoint():
     assert resume([{"lr": 0.1}, {"lr": 0.2}], lr=0.2) == []  # one of the groups has it
     assert resume([{"lr": 0.1}, {"eps": 1.0}], eps=2.0) == []  # not all groups have it
     assert resume([], lr=0.1) == []
+    content = {"optimizer_states": [{"param_groups": [{"lr": 1}]}]}
+    for optimizer in ("torch.optim.SGD", {"class_path": "torch.optim.SGD"}):  # without arguments
+        assert changes_of_training(content, config(optimizer=optimizer)) == []
     sentences = resume([{"lr": 0.1, "eps": 1.0}], lr=0.2, eps=2.0)
     assert [sentence.split()[3] for sentence in sentences] == ["model.optimizer.eps", "model.optimizer.lr"]
 

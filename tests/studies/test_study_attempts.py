@@ -65,7 +65,9 @@ def trains_to(step, status="finished", code=0, seen=None):
 
 def test_the_command_line_names_the_config_and_the_folder(tmp_path):
     attempt, lines = Attempt("fit", "seed_everything: 3", tmp_path / "runs" / "arm" / "0"), []
+    assert attempt.outcome().state == ""
     assert attempt(lambda line, *_: lines.append(line) or 7) == 7
+    assert attempt.outcome().state == "no results.json"
     config = tmp_path / "runs" / "arm" / "0.yaml"
     assert lines == [["fit", "--config", str(config), "--trainer.default_root_dir", str(attempt.folder)]]
     assert config.read_text() == "seed_everything: 3"
@@ -108,6 +110,11 @@ def test_a_run_that_resumes_at_its_last_step_and_writes_nothing_keeps_its_weight
     assert attempt(trains_to(None, "finished")) == 1  # what other runs need is not there
     assert attempt.outcome().damage == f"{attempt.folder / LAST}, which other runs need, is missing"
     assert attempt.saved().step == 8
+    assert attempt(trains_to(8, "finished")) == 0
+    damage(attempt.folder / LAST)
+    assert attempt.outcome().damage == f"{attempt.folder / LAST}, which other runs need, is damaged"
+    shutil.rmtree(attempt.folder)
+    save(attempt.folder, 8)
     without = make()
     assert without(trains_to(None, "finished")) == 0
     assert without.saved().step == 8
