@@ -35,7 +35,7 @@ def test_it_measures_at_the_first_validation_after_n_steps(tmp_path, every, seen
 @pytest.mark.parametrize("every", [0, 40])
 def test_validate_always_measures(tmp_path, every):
     notes = Notes(every)
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[notes], **QUIET)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[notes, EMAWeightAveraging()], **QUIET)
     trainer.validate(Separability(**SIZES), datamodule=ModularArithmetic(p=13, batch_size=12), verbose=False)
     assert notes.seen == [0]
 

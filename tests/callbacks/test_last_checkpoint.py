@@ -79,6 +79,15 @@ def test_a_stop_before_min_steps_saves_nothing(tmp_path):
     assert len([step for step in saved if step < 6]) <= 1
 
 
+def test_a_run_that_a_callback_stops_has_its_last_step(tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 5
+
+    module = fit(tmp_path, 9, callbacks=[Stop()], limit_val_batches=0)
+    assert module.global_step == held(tmp_path)["global_step"] == 5
+
+
 def test_a_kill_loses_no_more_than_the_interval(tmp_path, monkeypatch):
     clock, saved = [0.0], []  # 7 seconds a step, 2 a checkpoint
 
@@ -96,6 +105,47 @@ def test_a_kill_loses_no_more_than_the_interval(tmp_path, monkeypatch):
     assert len(saved) == 7  # after step 4, then every third step, and the last
     with pytest.raises(ValueError, match="`every_minutes` must be positive"):
         LastCheckpoint(0.0)
+
+
+def test_slow_checkpoints_take_a_third_of_the_time(tmp_path, monkeypatch):
+    clock, saved = [0.0], []  # a second for a step, 20 for a checkpoint
+
+    class Steps(Callback):
+        def on_before_optimizer_step(self, trainer, *_):
+            clock[0] += 1
+
+        def on_save_checkpoint(self, trainer, *_):
+            saved.append(clock[0])
+            clock[0] += 20
+
+    monkeypatch.setattr("callbacks.last_checkpoint.time.monotonic", lambda: clock[0])
+    fit(tmp_path, 115, [Steps()], LastCheckpoint(0.5), limit_val_batches=0)
+    assert saved == [30, 91, 152, 175]  # after 30 seconds, then more than three times 20 after the last, and at the end
+
+
+def test_a_dry_run_saves_nothing(tmp_path):
+    fit(tmp_path, 3, fast_dev_run=2)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_random_numbers_of_another_number_of_ranks_are_not_used(tmp_path):
+    fit(tmp_path / "one", 2, limit_val_batches=0)
+    path = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["callbacks"]["LastCheckpoint"]["random_states"] *= 2
+    torch.save(content, path)
+    states = []
+
+    class Look(Callback):
+        def on_train_start(self, *_):
+            states.append(torch.get_rng_state())
+
+    class Set(Callback):
+        def on_fit_start(self, *_):
+            torch.manual_seed(7)
+
+    fit(tmp_path / "two", 3, [Set(), Look()], ckpt_path=path, limit_val_batches=0)
+    assert not torch.equal(states[0], content["callbacks"]["LastCheckpoint"]["random_states"][0]["torch"])
 
 
 def test_gradients_that_accumulate_are_not_lost(tmp_path):

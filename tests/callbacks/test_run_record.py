@@ -170,11 +170,14 @@ def test_a_run_that_ends_early_keeps_its_metrics(tmp_path, exception, raised, st
 def test_the_record_says_running_while_it_runs(tmp_path):
     class Look(Callback):
         def on_train_start(self, trainer, pl_module):
-            self.status = read(tmp_path)["status"]
+            seen.append(read(tmp_path)["status"])
 
-    look = Look()
-    make_trainer(tmp_path, RunRecord(), look).fit(RecordedModel())
-    assert look.status == "running"
+        on_test_start = on_train_start
+
+    seen, trainer = [], make_trainer(tmp_path, RunRecord(), Look())
+    trainer.fit(RecordedModel())
+    trainer.test(RecordedModel(), verbose=False)
+    assert seen == ["running", "running"]
 
 
 def test_a_fast_dev_run_writes_no_record(tmp_path):
@@ -193,7 +196,8 @@ def test_a_resumed_record_goes_on_and_a_test_begins_a_new_one(tmp_path):
     assert state["seconds"] > 0
     state |= {"seconds": 1000.0, "metrics": {"train/loss": 7.0, "old": 1.0}, "hits": {"old": [3]}}
     torch.save(content, tmp_path / "a.ckpt")
-    on = make_trainer(tmp_path / "on", RunRecord(), max_steps=5)
+    on = make_trainer(tmp_path / "on", resumed := RunRecord(), max_steps=5)
+    resumed._started -= 5000  # made long before the fit
     on.fit(RecordedModel(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     record = read(tmp_path / "on")
     assert 1000 < record["seconds"]["fit"] < 1100

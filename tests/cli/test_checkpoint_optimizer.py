@@ -56,6 +56,36 @@ def test_the_class_is_that_of_the_config_or_else_of_the_settings(whole):
     check(newer)  # of another version of torch
 
 
+def made_by(kind, **options):
+    """Return the optimizer's part of a checkpoint after a step."""
+    optimizer = getattr(torch.optim, kind)((module := Separability(**SIZES)).parameters(), **options)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [{}]}
+
+
+KINDS = {"SGD": ({"momentum": 0.9}, "momentum_buffer"), "RMSprop": ({}, "square_avg"), "NAdam": ({}, "exp_avg")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_optimizers_are_known_and_their_moments_fit(kind):
+    options, moment = KINDS[kind]
+    content = made_by(kind, **options)
+    check(content, kind)
+    with pytest.raises(UserError, match=rf"{moment} of .* does not fit the config: \[7\] there"):
+        check(changed(content, lambda state: state["state"][0].update({moment: torch.zeros(7)})), kind)
+
+
+def test_settings_of_schedules_and_of_other_machines_say_nothing_of_the_class(whole):
+    names = ("param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+    group = {"capturable": True, "differentiable": True} | dict.fromkeys(names, 0.1)
+    content = changed(
+        whole, lambda state: (state["param_groups"][0].update(group), state["param_groups"][0].pop("fused"))
+    )
+    check({key: value for key, value in content.items() if key != "config"})
+
+
 def of_first(**values):
     return lambda state: state["state"][0].update(values)
 
