@@ -186,9 +186,11 @@ def test_a_fast_dev_run_writes_no_record(tmp_path):
 
 
 def test_a_resumed_record_goes_on_and_a_test_begins_a_new_one(tmp_path):
-    first = make_trainer(tmp_path / "first", RunRecord(config={"x": 1}))
-    first.fit(RecordedModel())
-    first.save_checkpoint(tmp_path / "a.ckpt")
+    class Save(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    make_trainer(tmp_path / "first", RunRecord(config={"x": 1}), Save()).fit(RecordedModel())
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert content["config"] == {"x": 1}
     state = content["callbacks"]["RunRecord"]

@@ -42,6 +42,7 @@ def test_the_state_of_such_a_run_is_right_also_without_its_config(whole):
     check(whole)
     check(named(whole, "AdamW"))
     check(named(whole, "Mine"), kind=None)  # a module that names no optimizer
+    check(whole, kind="Mine")  # torch does not know the user's
     check(changed(whole, lambda state: state["state"].pop(0)))  # a parameter that never had a gradient
 
 

@@ -100,6 +100,15 @@ def test_a_damaged_result_is_no_result(study, content, monkeypatch):
     assert "1 of 2 runs finished." in text
 
 
+def test_a_run_that_still_runs_and_a_measure_without_a_value_are_no_damage(study):
+    run = study.runs[1]
+    write(run.folder / "results.json", '{"status": "running"}')
+    assert (run.outcome.record, run.outcome.state, run.outcome.damage) == (None, "running", "")
+    keys = {"status": "diverged", "step": None, "metrics": {"a": None}, "intervals": {"a": [None, 0.5]}}
+    write(run.folder / "results.json", changed(**keys, members={"a": [None, 1]}, hits={"a": []}, n={"a": 0}))
+    assert run.outcome.record["metrics"] == {"a": None}
+
+
 def test_a_result_that_is_a_folder_is_no_result(study):
     path = study.runs[1].folder / "results.json"
     path.unlink()
