@@ -210,6 +210,9 @@ def test_a_resumed_record_goes_on_and_a_test_begins_a_new_one(tmp_path):
     tested = make_trainer(tmp_path / "test", RunRecord())
     tested.test(RecordedModel(), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
     assert "old" not in read(tmp_path / "test")["metrics"]
+    torch.save(content | {"callbacks": {}}, tmp_path / "a.ckpt")  # of a run without a record
+    make_trainer(tmp_path / "new", RunRecord(), max_steps=4).fit(RecordedModel(), ckpt_path=tmp_path / "a.ckpt")
+    assert read(tmp_path / "new")["seconds"]["fit"] < 100
 
 
 def test_the_table_has_four_digits_and_no_ends_of_intervals():
