@@ -64,7 +64,15 @@ BAD_RESULTS = {
     "members that are no lists": changed(members={"test/accuracy": 0.5}),
     "members without hits for each": changed(members={"test/accuracy": [0.5, 0.5]}),
     "no git": changed(git=...),
-    "git without a revision": changed(git={}),
+    "git without a revision": changed(git={"dirty": None}),
+    "git without a state": changed(git={"revision": None}),
+    "git that is a list": changed(git=["revision", "dirty"]),
+    "a revision that is a number": changed(git={"revision": 7, "dirty": None}),
+    "a state that is a text": changed(git={"revision": None, "dirty": "no"}),
+    "an end of an interval that is a text": changed(intervals={"test/accuracy": [0.4, "0.6"]}),
+    "an interval that is a text": changed(intervals={"test/accuracy": "06"}),
+    "an interval that is a mapping": changed(intervals={"test/accuracy": {"0": 1, "1": 2}}),
+    "hits of which one is a text": changed(hits={"test/accuracy": [50, "50"]}),
     "a diverged run whose step is a text": changed(status="diverged", step="seven"),
 }
 
