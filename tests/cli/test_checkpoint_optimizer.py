@@ -57,6 +57,28 @@ def test_the_class_is_that_of_the_config_or_else_of_the_settings(whole):
     check(newer)  # of another version of torch
 
 
+NO_STATES = {
+    "a text": lambda state: state["param_groups"].append("x"),
+    "a group without parameters": lambda state: state["param_groups"].append({"lr": 1.0}),
+    "moments as text": lambda state: state["state"].update({1: "x"}),
+    "no moments": lambda state: state.pop("state"),
+    "no groups": lambda state: state.pop("param_groups"),
+    "nothing": lambda state: state.clear(),
+}
+
+
+@pytest.mark.parametrize("case", NO_STATES)
+def test_what_no_optimizer_writes_is_refused(whole, case):
+    with pytest.raises(UserError, match="holds no state of an optimizer under 'optimizer_states'"):
+        check(changed(whole, NO_STATES[case]))
+
+
+def test_a_run_with_an_optimizer_needs_a_state(whole):
+    for states in ([], ["x"], [*whole["optimizer_states"], "x"]):
+        with pytest.raises(UserError, match="holds no state of an optimizer"):
+            check(whole | {"optimizer_states": states})
+
+
 def made_by(kind, **options):
     """Return the optimizer's part of a checkpoint after a step."""
     optimizer = getattr(torch.optim, kind)((module := Separability(**SIZES)).parameters(), **options)
