@@ -1,5 +1,6 @@
 """The folders of runs."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # tests may run as root, who may write everywhere
     with pytest.raises(UserError, match=r"data.x: no permission to write into"):
         check_folder(tmp_path / "deep", "data.x")
+
+
+def test_a_folder_beneath_one_that_cannot_be_entered_is_refused(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)  # root may enter every folder
+        with pytest.raises(UserError, match=r"data.x: (no permission to|cannot) write into"):
+            check_folder(tmp_path / "closed" / "deep", "data.x")
+    finally:
+        os.seteuid(user)
+        (tmp_path / "closed").chmod(0o700)
 
 
 @pytest.mark.parametrize(("file", "stays"), [("config.yaml", False), ("checkpoints/last.ckpt", True)])
