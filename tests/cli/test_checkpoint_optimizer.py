@@ -43,6 +43,7 @@ def test_the_state_of_such_a_run_is_right_also_without_its_config(whole):
     check(named(whole, "AdamW"))
     check(named(whole, "Mine"), kind=None)  # a module that names no optimizer
     check(whole, kind="Mine")  # torch does not know the user's
+    check(changed(whole, lambda state: state["param_groups"][0].update(lr=torch.tensor(0.1))))
     check(changed(whole, lambda state: state["state"].pop(0)))  # a parameter that never had a gradient
 
 
@@ -125,6 +126,7 @@ FAULTS = {
     "a step as text": (of_first(step="1"), "step of a parameter is '1'"),
     "a number as moment": (of_first(exp_avg_sq=0.5), "exp_avg_sq of a parameter is 0.5"),
     "two rates": (of_group(lr=torch.ones(2)), "lr is a tensor of 2 values"),
+    "no rate": (lambda state: state["param_groups"][0].pop("lr"), "is damaged: lr is missing"),
     "another moment": (of_first(exp_avg=torch.zeros(3, 3)), r"exp_avg of .* does not fit the config: \[3, 3\] there"),
     "another square": (of_first(exp_avg_sq=torch.zeros(1)), r"exp_avg_sq of .* does not fit the config: \[1\] there"),
 }
