@@ -187,6 +187,7 @@ def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch,
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     parts = [make() for make in callbacks] + [found]
     resumed = fit(tmp_path / "on", 12, parts, make=Dropped, ckpt_path=last, **options)
+    assert resumed.trainer.max_steps == 12
     if case != "after the last validation":  # then nothing is left to do
         assert_same(whole, resumed)
         assert expected.seen[-1] == found.seen[-1]
