@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from callbacks.base import ReleasingCallback, refuse_second
+from callbacks.base import ReleasingCallback
 from callbacks.held_out import validated_weights
 from datamodules.errors import UserError
 from lightning_modules.core.contracts import HasMembers
@@ -37,7 +37,7 @@ class BestValidation(ReleasingCallback):
           callbacks+: BestValidation
 
     Raises:
-        UserError: At `setup`, there are two of these callbacks; at a validation, the module has no `validation/loss`.
+        UserError: At a validation, the module has no `validation/loss`.
     """
 
     def __init__(self) -> None:
@@ -47,8 +47,7 @@ class BestValidation(ReleasingCallback):
         self._own: dict[nn.Parameter, Tensor] = {}  # during a test: parameter -> its own value
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second callback of the class, and begin each fit without a copy."""
-        refuse_second(trainer, self)
+        """Begin each fit without a copy."""
         if stage == "fit":
             self._lowest_S, self._best = None, {}
 

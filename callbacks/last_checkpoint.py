@@ -165,7 +165,8 @@ def _is_last(trainer: Trainer) -> bool:
     stops = trainer.should_stop and trainer.fit_loop._can_stop_early  # `min_steps` or `min_epochs` may forbid it
     epochs_left = (trainer.max_epochs or -1) - trainer.current_epoch - 1  # negative without a limit
     ends_last_epoch = epochs_left == 0 and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    return stops or ends_last_epoch or trainer.global_step == trainer.max_steps
+    # With several optimizers, the step may jump over the last one
+    return stops or ends_last_epoch or 0 <= trainer.max_steps <= trainer.global_step
 
 
 def _stop_before_validation(loops: dict[str, Any]) -> None:

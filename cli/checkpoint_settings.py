@@ -23,19 +23,27 @@ INDIFFERENT = {
 # Settings of training, which an evaluation does not read
 TRAINING = {
     "data.batch_size",
+    "data.epoch_batches",
     "data.epoch_size",
     "data.max_tokens",
+    "data.passkey_fraction",
+    "data.train_sets",
+    "data.weights",
+    "model.dropout",
     "model.loss_precision",
     "model.objectives",
     "model.optimizer",
     "model.repeat_fraction",
+    "model.repeat_prompt",
+    "model.residual_dropout",
     "model.schedule",
+    "model.scheduled_sampling",
     "model.seed",
     "model.warmup_steps",
 }
 # Held-out sets that a command does not use
 OTHER_SETS = {
-    "validate": {"data.test_path", "data.test_sets", "data.test_size"},
+    "validate": {"data.test_len", "data.test_path", "data.test_sets", "data.test_size"},
     "test": {"data.validation_size"},
     "predict": {"data.validation_size"},
 }

@@ -27,7 +27,7 @@ class GivenFolder:
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._before = set(folder.iterdir())
+            self._before = {*folder.iterdir(), *folder.rglob("*.ckpt")}
             self._lock = os.open(folder, os.O_RDONLY)
         except OSError as error:
             self._remove_made()
@@ -51,10 +51,9 @@ class GivenFolder:
 
     def clear(self) -> None:
         """Remove what the run has written, unless a checkpoint is part of it, and the folder if the run made it."""
-        new = [path for path in self.folder.iterdir() if path not in self._before]
-        if any(self.folder.rglob("*.ckpt")):
+        if any(path not in self._before for path in self.folder.rglob("*.ckpt")):
             return
-        for path in new:
+        for path in [path for path in self.folder.iterdir() if path not in self._before]:
             rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self._remove_made()
 

@@ -42,6 +42,6 @@ def explained(path: object) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if NO_MEMORY.search(str(error)):
             raise
-        reason = describe_mismatch(error) if isinstance(error, RuntimeError) else None
-        reason = reason or f"cannot be restored: {type(error).__name__}: {error}"
-        raise UserError(f"--ckpt_path: {path} {reason}") from error
+        mismatch = describe_mismatch(error) if isinstance(error, RuntimeError) else None
+        reason = f": {mismatch}" if mismatch else f" cannot be restored: {type(error).__name__}: {error}"
+        raise UserError(f"--ckpt_path: {path}{reason}") from error

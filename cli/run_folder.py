@@ -67,7 +67,8 @@ def check_folder(folder: Path, option: str) -> None:
     Raises:
         UserError: The folder cannot be made, or nothing can be written into it.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # `Path.exists` raises an error where a folder cannot be entered
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not existing.is_dir():
         raise UserError(f"{option}: cannot make the folder {folder}, for {existing} is a file")
     if not os.access(existing, os.W_OK):

@@ -1,7 +1,7 @@
 """Records on disk, read as a whole or refused as damaged; imports nothing that takes time."""
 
 import json
-import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, NotRequired, TypedDict, cast
@@ -94,7 +94,7 @@ def _refuse_constant(word: str) -> NoReturn:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_number_or_null(value: Any) -> bool:

@@ -13,7 +13,7 @@ from callbacks.best_validation import BestValidation
 from callbacks.last_checkpoint import LastCheckpoint
 from datamodules.errors import UserError
 
-LOSSES = torch.tensor([[3.0, torch.nan, 2.0], [2.0, 5.0, 3.0], [1.0, 4.0, 2.5], [2.0, 6.0, 4.0]])  # 4 validations
+LOSSES = torch.tensor([[3.0, torch.nan, 2.0], [2.0, 5.0, 3.0], [1.0, 4.0, 2.5], [2.0, 6.0, 2.0]])  # 4 validations
 BEST = [6.0, 6.0, 2.0]  # a validation after 2, 4, 6 and 8 steps
 
 
@@ -55,16 +55,17 @@ def assert_tested(module, steps):
         assert [member.unique().tolist() for member in tested] == [[step] for step in steps]
 
 
-def test_each_member_is_tested_with_its_best_parameters_and_then_has_its_own(tmp_path):
-    module, runner = Counter(), trainer(tmp_path, BestValidation())
+@pytest.mark.parametrize("ensemble", [2, 3])
+def test_each_member_is_tested_with_its_best_parameters_and_then_has_its_own(tmp_path, ensemble):
+    module, runner = Counter(ensemble), trainer(tmp_path, BestValidation())
     runner.fit(module, DATA, DATA)
     assert (module.vector == 8).all()
     runner.test(module, DATA, verbose=False)
-    assert_tested(module, BEST)
+    assert_tested(module, BEST[:ensemble])
     assert (module.vector == 8).all()
     assert (module.matrix == 8).all()
     assert (module.frozen == 1).all()
-    assert module.members["validation/best_step"].tolist() == BEST
+    assert module.members["validation/best_step"].tolist() == BEST[:ensemble]
 
 
 def test_a_single_module_is_tested_with_its_best_parameters(tmp_path):
@@ -98,6 +99,13 @@ def test_a_second_fit_begins_without_the_copy_of_the_first(tmp_path):
     runner.fit(module, DATA, DATA)
     runner.test(module, DATA, verbose=False)
     assert_tested(module, [2.0, 2.0, 2.0])
+
+
+def test_only_the_validations_of_a_fit_count(tmp_path):
+    best = BestValidation()
+    trainer(tmp_path, best).validate(Counter(), DATA, verbose=False)
+    trainer(tmp_path, best, num_sanity_val_steps=1, val_check_interval=2, max_steps=1).fit(Counter(), DATA, DATA)
+    assert best.state_dict()["best"] == {}
 
 
 def test_a_fit_without_validation_is_tested_at_its_last_step_with_a_warning(tmp_path):

@@ -1,5 +1,6 @@
 """A signal ends a run in order: at the end of a step, with a checkpoint and a record, and in any case."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,13 +9,15 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT
-from lightning import Callback
-from toy_fit import assert_same, fit, held
+from conftest import QUIET, ROOT
+from lightning import Callback, Trainer
+from toy_fit import SIZES, StopAt, Stopped, assert_same, fit, held
 
 from callbacks.interruption import SIGNALS, Interruption
 from callbacks.run_record import RunRecord
+from datamodules import ModularArithmetic
 from lightning_modules.core.signals import Interrupted, Signals
+from lightning_modules.separability import Separability
 
 
 class Send(Callback):
@@ -72,6 +75,59 @@ def test_gradients_that_accumulate_are_completed(tmp_path):
 def test_before_training_it_ends_at_once(tmp_path):
     interrupted(tmp_path, "on_fit_start", 0, signal.SIGTERM)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_signal_of_another_rank_ends_this_one_with_the_same_step(tmp_path):
+    with Signals(SIGNALS, "") as signals:
+        callback = Interruption(signals)
+        callback._agree = lambda trainer, wish: trainer.global_step == 3
+        with pytest.raises(Interrupted) as ended:
+            fit(tmp_path, 12, [callback])
+    assert (ended.value.number, signals.agreed) == (signal.SIGTERM, True)
+    assert held(tmp_path)["global_step"] == 3
+
+
+def test_the_checkpoint_may_take_its_time_and_then_the_process_has_its_grace_again(tmp_path, monkeypatch, capfd):
+    calls = []
+    for name in ("suspend_deadline", "renew_deadline"):
+        monkeypatch.setattr(Signals, name, lambda self, name=name: calls.append(name))
+    monkeypatch.setattr("callbacks.interruption.LastCheckpoint.save", lambda self, trainer: calls.append("save"))
+    interrupted(tmp_path, "on_train_batch_start", 2, signal.SIGTERM)
+    assert calls == ["suspend_deadline", "save", "renew_deadline"]
+    said = "SIGTERM: the run ends after this step, with a checkpoint; a second signal ends it at once"
+    assert said in capfd.readouterr().err
+
+
+def test_a_test_ends_with_the_batch_and_what_follows_at_once(tmp_path):
+    class Ended(Callback):
+        count = 0
+
+        def on_test_batch_end(self, *_):
+            self.count += 1
+
+    def run(*callbacks):
+        trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=list(callbacks), **QUIET)
+        data = ModularArithmetic(p=13, batch_size=12, eval_batch_size=12)
+        trainer.test(Separability(**SIZES), datamodule=data, verbose=False)
+
+    ended = Ended()
+    with Signals(SIGNALS, "") as signals, pytest.raises(Interrupted):
+        run(Send("on_test_batch_start", 0, signal.SIGTERM), ended, Interruption(signals))
+    assert ended.count == 1
+    with Signals(SIGNALS, "") as signals:
+        run(ended, Interruption(signals))
+        assert ended.count > 2
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_after_a_fit_it_ends_at_once(tmp_path, fails):
+    with Signals(SIGNALS, "") as signals:
+        with pytest.raises(Stopped) if fails else contextlib.nullcontext():
+            fit(tmp_path, 3, [Interruption(signals), *([StopAt("on_train_batch_start", 2)] if fails else [])])
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_handlers_come_back_and_ignored_signals_stay_ignored():

@@ -79,6 +79,15 @@ def test_a_stop_before_min_steps_saves_nothing(tmp_path):
     assert len([step for step in saved if step < 6]) <= 1
 
 
+def test_a_run_that_a_callback_stops_has_its_last_step(tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 5
+
+    module = fit(tmp_path, 9, callbacks=[Stop()], limit_val_batches=0)
+    assert module.global_step == held(tmp_path)["global_step"] == 5
+
+
 def test_a_kill_loses_no_more_than_the_interval(tmp_path, monkeypatch):
     clock, saved = [0.0], []  # 7 seconds a step, 2 a checkpoint
 
@@ -96,6 +105,47 @@ def test_a_kill_loses_no_more_than_the_interval(tmp_path, monkeypatch):
     assert len(saved) == 7  # after step 4, then every third step, and the last
     with pytest.raises(ValueError, match="`every_minutes` must be positive"):
         LastCheckpoint(0.0)
+
+
+def test_slow_checkpoints_take_a_third_of_the_time(tmp_path, monkeypatch):
+    clock, saved = [0.0], []  # a second for a step, 20 for a checkpoint
+
+    class Steps(Callback):
+        def on_before_optimizer_step(self, trainer, *_):
+            clock[0] += 1
+
+        def on_save_checkpoint(self, trainer, *_):
+            saved.append(clock[0])
+            clock[0] += 20
+
+    monkeypatch.setattr("callbacks.last_checkpoint.time.monotonic", lambda: clock[0])
+    fit(tmp_path, 115, [Steps()], LastCheckpoint(0.5), limit_val_batches=0)
+    assert saved == [30, 91, 152, 175]  # after 30 seconds, then more than three times 20 after the last, and at the end
+
+
+def test_a_dry_run_saves_nothing(tmp_path):
+    fit(tmp_path, 3, fast_dev_run=2)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_random_numbers_of_another_number_of_ranks_are_not_used(tmp_path):
+    fit(tmp_path / "one", 2, limit_val_batches=0)
+    path = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["callbacks"]["LastCheckpoint"]["random_states"] *= 2
+    torch.save(content, path)
+    states = []
+
+    class Look(Callback):
+        def on_train_start(self, *_):
+            states.append(torch.get_rng_state())
+
+    class Set(Callback):
+        def on_fit_start(self, *_):
+            torch.manual_seed(7)
+
+    fit(tmp_path / "two", 3, [Set(), Look()], ckpt_path=path, limit_val_batches=0)
+    assert not torch.equal(states[0], content["callbacks"]["LastCheckpoint"]["random_states"][0]["torch"])
 
 
 def test_gradients_that_accumulate_are_not_lost(tmp_path):
@@ -137,6 +187,7 @@ def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch,
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     parts = [make() for make in callbacks] + [found]
     resumed = fit(tmp_path / "on", 12, parts, make=Dropped, ckpt_path=last, **options)
+    assert resumed.trainer.max_steps == 12
     if case != "after the last validation":  # then nothing is left to do
         assert_same(whole, resumed)
         assert expected.seen[-1] == found.seen[-1]
@@ -159,3 +210,25 @@ def test_a_run_resumed_at_its_end_leaves_its_checkpoint(tmp_path):
     fit(tmp_path / "longer", 7, checkpoint=longer, ckpt_path=copy)
     assert not longer.nothing_trained
     assert held(tmp_path / "longer")["global_step"] == 7
+
+
+class TwoOptimizers(Separability):
+    """Counts two steps for each batch."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), 0.1) for _ in range(2)]
+
+
+def test_it_has_the_last_step_also_where_a_step_jumps_over_it(tmp_path):
+    module = fit(tmp_path, 5, make=TwoOptimizers, limit_val_batches=0)
+    assert module.global_step == held(tmp_path)["global_step"] == 6

@@ -6,8 +6,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from toy_run import RecordedModel, Stop, make_trainer
 
 from callbacks import StabilityMonitor
@@ -169,13 +170,73 @@ def test_a_run_that_ends_early_keeps_its_metrics(tmp_path, exception, raised, st
 def test_the_record_says_running_while_it_runs(tmp_path):
     class Look(Callback):
         def on_train_start(self, trainer, pl_module):
-            self.status = read(tmp_path)["status"]
+            seen.append(read(tmp_path)["status"])
 
-    look = Look()
-    make_trainer(tmp_path, RunRecord(), look).fit(RecordedModel())
-    assert look.status == "running"
+        on_test_start = on_train_start
+
+    seen, trainer = [], make_trainer(tmp_path, RunRecord(), Look())
+    trainer.fit(RecordedModel())
+    trainer.test(RecordedModel(), verbose=False)
+    assert seen == ["running", "running"]
 
 
 def test_a_fast_dev_run_writes_no_record(tmp_path):
     make_trainer(tmp_path, RunRecord(), fast_dev_run=True).fit(RecordedModel())
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_resumed_record_goes_on_and_a_test_begins_a_new_one(tmp_path):
+    class Save(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    make_trainer(tmp_path / "first", RunRecord(config={"x": 1}), Save()).fit(RecordedModel())
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert content["config"] == {"x": 1}
+    state = content["callbacks"]["RunRecord"]
+    assert state["metrics"]["train/loss"] == 2.0
+    assert state["seconds"] > 0
+    state |= {"seconds": 1000.0, "metrics": {"train/loss": 7.0, "old": 1.0}, "hits": {"old": [3]}}
+    torch.save(content, tmp_path / "a.ckpt")
+    on = make_trainer(tmp_path / "on", resumed := RunRecord(), max_steps=5)
+    resumed._started -= 5000  # made long before the fit
+    on.fit(RecordedModel(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    record = read(tmp_path / "on")
+    assert 1000 < record["seconds"]["fit"] < 1100
+    assert record["metrics"] | {"train/loss": 2.0, "old": 1.0} == record["metrics"]
+    assert record["hits"]["old"] == [3]
+    on.test(RecordedModel(), verbose=False)
+    assert read(tmp_path / "on")["seconds"]["test"] < 100
+    tested = make_trainer(tmp_path / "test", RunRecord())
+    tested.test(RecordedModel(), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    assert "old" not in read(tmp_path / "test")["metrics"]
+    torch.save(content | {"callbacks": {}}, tmp_path / "a.ckpt")  # of a run without a record
+    make_trainer(tmp_path / "new", RunRecord(), max_steps=4).fit(RecordedModel(), ckpt_path=tmp_path / "a.ckpt")
+    assert read(tmp_path / "new")["seconds"]["fit"] < 100
+
+
+def test_the_table_has_four_digits_and_no_ends_of_intervals():
+    record = RunRecord()
+    record.record["metrics"] = {"test/accuracy": 0.512345, "loss": None, "x_low": 1.0, "x_high": 2.0}
+    record.record["intervals"] = {"test/accuracy": [0.4, 0.612345]}
+    record.record["n"] = {"test/accuracy": 1000}
+    assert record.table().splitlines() == [
+        "metric          value  95 % interval     n",
+        "-" * 42,
+        "test/accuracy  0.5123  0.4 to 0.6123  1000",
+        "loss                -                     ",
+    ]
+
+
+def test_a_fault_before_the_first_stage_and_an_end_at_once_are_recorded(tmp_path):
+    class Faulty(BoringDataModule):
+        def setup(self, stage):
+            raise RuntimeError
+
+    record = RunRecord()
+    with pytest.raises(RuntimeError):
+        make_trainer(tmp_path, record).fit(RecordedModel(), Faulty())
+    assert (read(tmp_path)["status"], read(tmp_path)["steps"]) == ("failed", 0)
+    assert "revision" in read(tmp_path)["git"]
+    record.end("interrupted")
+    assert read(tmp_path)["status"] == "interrupted"

@@ -77,6 +77,7 @@ DIFFERENCES = {
         "with model.output rms, and this run has tanh; with data.seed 0, and this run has 3",
     ),
     "training in a test": ("test", V16, TRAINING, ""),
+    "a share of the training in a test": ("test", V16, ["--data.passkey_fraction", 0.5], ""),
     "seed in a test": ("test", V16, ["--seed_everything", 3], ""),
     "test sets in a validation": ("validate", V16, ["--data.test_sets", "{other: 7}"], ""),
     "nothing in a fit": ("fit", V16, INDIFFERENT, ""),

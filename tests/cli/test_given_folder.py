@@ -19,6 +19,32 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         GivenFolder(folder, "data.x")
 
 
+def test_a_folder_that_cannot_be_made_leaves_none_of_its_parents(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data.x: cannot make the folder .*/file/mine, for .*/file is a file"):
+        GivenFolder(tmp_path / "file" / "mine", "data.x")
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cli.given_folder.os.open", refuse)
+    monkeypatch.setattr("cli.given_folder.check_folder", lambda *_: None)
+    with pytest.raises(UserError, match=r"data.x: cannot write into .*/deep/mine: No space left on device"):
+        GivenFolder(tmp_path / "deep" / "mine", "data.x")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_system_without_locks_is_no_fault(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("cli.given_folder.fcntl.flock", refuse)
+    GivenFolder(tmp_path / "mine", "data.x").release()
+    (tmp_path / "mine" / "config.yaml").touch()
+    with pytest.raises(UserError, match="already holds a run"):
+        GivenFolder(tmp_path / "mine", "data.x")
+
+
 def test_what_was_there_before_stays(tmp_path):
     (tmp_path / "log.txt").touch()
     given = GivenFolder(tmp_path, "data.x")
@@ -29,3 +55,18 @@ def test_what_was_there_before_stays(tmp_path):
     made = GivenFolder(tmp_path / "new" / "deep", "data.x")
     made.clear()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_what_a_run_has_written_stays_if_a_checkpoint_is_part_of_it(tmp_path, new):
+    before, checkpoint = tmp_path / "checkpoints" / "before.ckpt", tmp_path / "checkpoints" / "last.ckpt"
+    before.parent.mkdir()
+    before.touch()
+    given = GivenFolder(tmp_path, "data.x")
+    (tmp_path / "config.yaml").touch()
+    if new:
+        checkpoint.touch()
+    given.clear()
+    assert before.exists()
+    assert (tmp_path / "config.yaml").exists() == new
+    assert checkpoint.exists() == new

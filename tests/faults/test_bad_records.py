@@ -44,6 +44,7 @@ BAD_RESULTS = {
     "absurd nesting": "[" * 100_000,
     "NaN": WHOLE.replace("0.5", "NaN"),
     "an infinite number": WHOLE.replace("0.5", "1e999"),
+    "a number that is too large": WHOLE.replace("0.5", "1" + "0" * 400),
     "no status": changed(status=...),
     "a status that is no text": changed(status=["finished"]),
     "no metrics": changed(metrics=...),
@@ -55,14 +56,23 @@ BAD_RESULTS = {
     "no intervals": changed(intervals=...),
     "an interval with one end": changed(intervals={"test/accuracy": [0.4]}),
     "no n": changed(n=...),
-    "a negative n": changed(n={"test/accuracy": -1}),
+    "a negative n": changed(n={"test/accuracy": 100, "test/other": -1}),
+    "n that is a truth value": changed(n={"test/accuracy": True, "test/other": True}, hits={}),
     "n that is a fraction": changed(n={"test/accuracy": 1.5}),
     "more hits than samples": changed(hits={"test/accuracy": [101]}),
     "hits that are no list": changed(hits={"test/accuracy": 50}),
     "members that are no lists": changed(members={"test/accuracy": 0.5}),
     "members without hits for each": changed(members={"test/accuracy": [0.5, 0.5]}),
     "no git": changed(git=...),
-    "git without a revision": changed(git={}),
+    "git without a revision": changed(git={"dirty": None}),
+    "git without a state": changed(git={"revision": None}),
+    "git that is a list": changed(git=["revision", "dirty"]),
+    "a revision that is a number": changed(git={"revision": 7, "dirty": None}),
+    "a state that is a text": changed(git={"revision": None, "dirty": "no"}),
+    "an end of an interval that is a text": changed(intervals={"test/accuracy": [0.4, "0.6"]}),
+    "an interval that is a text": changed(intervals={"test/accuracy": "06"}),
+    "an interval that is a mapping": changed(intervals={"test/accuracy": {"0": 1, "1": 2}}),
+    "hits of which one is a text": changed(hits={"test/accuracy": [50, "50"]}),
     "a diverged run whose step is a text": changed(status="diverged", step="seven"),
 }
 
@@ -97,6 +107,15 @@ def test_a_damaged_result_is_no_result(study, content, monkeypatch):
     assert f"Missing: bad, seed 0 ({bad.outcome.damage})." in text
     assert "no finished run of bad" in text
     assert "1 of 2 runs finished." in text
+
+
+def test_a_run_that_still_runs_and_a_measure_without_a_value_are_no_damage(study):
+    run = study.runs[1]
+    write(run.folder / "results.json", '{"status": "running"}')
+    assert (run.outcome.record, run.outcome.state, run.outcome.damage) == (None, "running", "")
+    keys = {"status": "diverged", "step": None, "metrics": {"a": None}, "intervals": {"a": [None, 0.5]}}
+    write(run.folder / "results.json", changed(**keys, members={"a": [None, 1]}, hits={"a": []}, n={"a": 0}))
+    assert run.outcome.record["metrics"] == {"a": None}
 
 
 def test_a_result_that_is_a_folder_is_no_result(study):

@@ -59,6 +59,29 @@ def test_the_last_verdict_is_this_machines_or_else_the_kept_one(tmp_path, monkey
     assert "000-01" not in shown
 
 
+@pytest.mark.parametrize(
+    ("report", "found"),
+    [
+        ({"finished": 1, "claims": [("004-12", "held"), ("004-12b", "refuted"), ("004-1", "held")]}, "held, refuted"),
+        ({"finished": 1, "claims": [("004-13", "held")]}, "not weighed"),
+        ({"finished": 0, "diverged": [], "claims": [("004-12", "undecided")]}, "not run"),
+        ({"finished": 0, "diverged": ["a"], "claims": [("004-12", "undecided")]}, "undecided"),
+        ({"finished": 1, "claims": [("004-12", "maybe")]}, "damaged"),
+    ],
+)
+def test_a_verdict_is_that_of_all_parts_of_a_claim(tmp_path, monkeypatch, report, found):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ledger, "RESULTS", tmp_path)
+    report["claims"] = [{"id": name, "verdict": verdict} for name, verdict in report["claims"]]
+    (tmp_path / "question.json").write_text(json.dumps(report))
+    entry = ledger.LedgerEntry("004-12", "x", "y", "question")
+    assert ledger.verdict(entry) == found
+    monkeypatch.setattr(ledger, "read", lambda: [entry, ledger.LedgerEntry("005-01", "x", "y", "-")])
+    lines = ledger.table("004").splitlines()
+    assert lines[-1] == f"1 claims: 1 {found}"
+    assert ("question.json is damaged" in lines[-3]) == (found == "damaged")
+
+
 def test_a_claim_without_a_study_is_not_tested(monkeypatch):
     entries = [ledger.LedgerEntry("000-01", "x", "y", "-"), ledger.LedgerEntry("000-02", "x", "y", "-")]
     monkeypatch.setattr(ledger, "read", lambda: entries)

@@ -1,11 +1,13 @@
 """Attempts at a run: what counts as its end, which checkpoint it continues from, and that none is ever lost."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,29 @@ def trains_to(step, status="finished", code=0, seen=None):
     return run
 
 
+def test_the_command_line_names_the_config_and_the_folder(tmp_path):
+    attempt, lines = Attempt("fit", "seed_everything: 3", tmp_path / "runs" / "arm" / "0"), []
+    assert attempt.outcome().state == ""
+    assert attempt(lambda line, *_: lines.append(line) or 7) == 7
+    assert attempt.outcome().state == "no results.json"
+    config = tmp_path / "runs" / "arm" / "0.yaml"
+    assert lines == [["fit", "--config", str(config), "--trainer.default_root_dir", str(attempt.folder)]]
+    assert config.read_text() == "seed_everything: 3"
+
+
+def test_an_attempt_waits_for_one_that_still_runs(make, tmp_path):
+    attempt, codes = make(), []
+    with open(tmp_path / "run.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: codes.append(attempt(lambda *_: pytest.fail("it ran"))))
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        leave(tmp_path / "run", "finished")
+    thread.join(10)
+    assert codes == [0]
+
+
 @pytest.mark.parametrize("status", ["interrupted", "failed", "running", None])
 def test_exit_code_0_does_not_finish_a_run(make, status):
     attempt, seen = make(), []
@@ -85,6 +110,11 @@ def test_a_run_that_resumes_at_its_last_step_and_writes_nothing_keeps_its_weight
     assert attempt(trains_to(None, "finished")) == 1  # what other runs need is not there
     assert attempt.outcome().damage == f"{attempt.folder / LAST}, which other runs need, is missing"
     assert attempt.saved().step == 8
+    assert attempt(trains_to(8, "finished")) == 0
+    damage(attempt.folder / LAST)
+    assert attempt.outcome().damage == f"{attempt.folder / LAST}, which other runs need, is damaged"
+    shutil.rmtree(attempt.folder)
+    save(attempt.folder, 8)
     without = make()
     assert without(trains_to(None, "finished")) == 0
     assert without.saved().step == 8
@@ -117,13 +147,36 @@ def test_a_newer_checkpoint_that_cannot_be_read_now_is_kept(make, tmp_path):
 
 
 def test_without_a_whole_checkpoint_a_run_begins_anew_and_says_so(make, tmp_path):
-    save(tmp_path / "run", 9)
-    damage(tmp_path / "run" / LAST)
+    for name in ("run", "run.interrupted"):
+        save(tmp_path / name, 9)
+        damage(tmp_path / name / LAST)
     attempt, seen = make(), []
     attempt(trains_to(12, "finished", 0, seen))
     assert seen == [None]
     note = f"begins anew, because it cannot continue from {attempt.folder / LAST}\n"
     assert (attempt.folder / "notes.txt").read_text() == note
+    assert all((tmp_path / f"run.kept-{number}" / LAST).is_file() for number in (1, 2))
+    assert not (tmp_path / "run.interrupted").exists()
+
+
+def test_curves_go_on_up_to_the_last_whole_line(make, tmp_path):
+    save(tmp_path / "run", 4)
+    (tmp_path / "run" / "events.out.tfevents.1").write_text("curve")
+    (tmp_path / "run" / "members.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"st')
+    attempt = make()
+    attempt(trains_to(8, "failed"))
+    assert (attempt.folder / "events.out.tfevents.1").read_text() == "curve"
+    assert (attempt.folder / "members.jsonl").read_text() == '{"step": 2}\n{"step": 4}\n'
+    assert not (attempt.folder / "notes.txt").exists()  # nothing to say
+
+
+def test_a_test_does_not_continue(make, tmp_path):
+    save(tmp_path / "run", 4)
+    attempt, seen = make(), []
+    attempt.command = "test"
+    attempt(trains_to(None, "finished", 0, seen))
+    assert seen == [None]
+    assert not (attempt.folder / "notes.txt").exists()
 
 
 @pytest.mark.parametrize(("ours", "aside", "expected"), [(4, 9, 9), (9, 4, 9), (9, 9, 9), (None, 4, 4), (4, None, 4)])
@@ -132,6 +185,7 @@ def test_the_newer_of_two_folders_counts(make, tmp_path, ours, aside, expected):
         if step is not None:
             save(tmp_path / name, step)
     attempt, seen = make(), []
+    assert attempt.saved().path.is_relative_to(tmp_path / ("run" if ours == expected else "run.interrupted"))
     attempt(trains_to(None, "failed", 1, seen))
     assert seen == [expected]
     assert attempt.saved().step == expected
@@ -162,9 +216,11 @@ def test_a_run_whose_inputs_changed_runs_again(make, tmp_path):
     Path(used).rename(f"{used}.away")
     assert attempt.outcome().record  # the run that makes it runs again first
     save(tmp_path / "control", 3, state_dict={"w": torch.ones(8)})
+    save(tmp_path / "run.interrupted", 9)
     assert attempt.outcome().damage == f"{used} has changed since {attempt.folder} used it"
     assert attempt(trains_to(4, "finished", 0, seen)) == 0
     assert seen == [None, None]  # and not from its own checkpoint
+    assert not (tmp_path / "run.interrupted").exists()
     assert attempt.outcome().record
 
 

@@ -1,0 +1,39 @@
+"""What refuses its state in a checkpoint is named in one sentence; what is no fault of the checkpoint stays."""
+
+import pytest
+import torch
+
+from cli.restoring import explained
+from datamodules.errors import UserError
+
+SIZES = (
+    "size mismatch for a.b: copying a param with shape torch.Size([3]) from checkpoint, "
+    "the shape in current model is torch.Size([2])."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("x"), "--ckpt_path: a.ckpt cannot be restored: KeyError: 'x'"),
+        (ZeroDivisionError("y"), "--ckpt_path: a.ckpt cannot be restored: ZeroDivisionError: y"),
+        (RuntimeError("z"), "--ckpt_path: a.ckpt cannot be restored: RuntimeError: z"),
+        (
+            RuntimeError(SIZES),
+            "--ckpt_path: a.ckpt: the checkpoint does not fit the config: a.b is [3] there and [2] in",
+        ),
+    ],
+)
+def test_an_owner_that_refuses_its_state_is_one_sentence(error, said):
+    with pytest.raises(UserError) as refused, explained("a.ckpt"):
+        raise error
+    assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("x"), torch.OutOfMemoryError("x"), RuntimeError("CUDA out of memory"), OSError("x")]
+)
+def test_other_errors_stay(error):
+    with pytest.raises(type(error)) as raised, explained("a.ckpt"):
+        raise error
+    assert raised.value is error
