@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.batch import Integers, TokenBatch
+from datamodules.batch import IGNORE, Integers, TokenBatch
 from datamodules.errors import SIZE, UserError, check_numbers
 from datamodules.sequence_task import Split, held_out_stream
 from datamodules.token_rows import octave_of, octaves, parse_numbers
@@ -61,24 +61,32 @@ class StateTracking(TunableTask):
     S5 and A5 are not solvable: their word problem is complete for NC1 (Barrington 1989), beyond a network of constant
     depth without a recurrent state. S3, S4 and cyclic groups are solvable.
 
-    Training and validation rows have `train_len` positions, test rows `test_len`. `seq_len` is the larger one.
+    Training and validation rows have `train_len` elements, test rows `test_len`. `seq_len` is the longer row.
+
+    A delta rule changes its state by one reflection per token and block, and a product of two swaps needs two. With
+    `tokens_per_element` n, element x of G is written as n tokens x, x + G, ..., x + (n - 1) G, and the last one has the
+    label, so each token can reflect another way: n reflections per element, as in DeltaProduct (Siems et al. 2025,
+    arXiv:2502.10297).
 
     Args:
         group: S3, S4 or S5 (all permutations), A3 to A6 (even ones), Z2 to Z1024 (cyclic).
-        train_len: Positions of training and validation rows.
-        test_len: Positions of test rows.
+        train_len: Elements of training and validation rows.
+        test_len: Elements of test rows.
+        tokens_per_element: Tokens of an element, n; the model's `vocab_size` is n times the group's size.
         **common: Arguments of `SequenceTask`.
 
     Attributes:
-        groups: Names of the groups of positions: `position_to_32` has the positions 17 to 32, counted from 1.
+        groups: Names of the groups of elements: `position_to_32` has the elements 17 to 32, counted from 1.
     """
 
     ceiling = 1.0
 
-    def __init__(self, group: str = "S3", train_len: int = 32, test_len: int = 512, **common: Any):
+    def __init__(
+        self, group: str = "S3", train_len: int = 32, test_len: int = 512, tokens_per_element: int = 1, **common: Any
+    ):
         super().__init__(**common)
-        check_numbers("data", 1, SIZE, test_len=test_len)
-        self.test_len = test_len
+        check_numbers("data", 1, SIZE, test_len=test_len, tokens_per_element=tokens_per_element)
+        self.test_len, self.tokens_per_element = test_len, tokens_per_element
         self.tune(group, train_len)
 
     def tune(self, group: str, train_len: int) -> None:
@@ -88,27 +96,32 @@ class StateTracking(TunableTask):
             UserError: There is no such group, or the length is not positive.
         """
         check_numbers("data", 1, SIZE, train_len=train_len)
-        self.group, self.train_len, self.seq_len = group, train_len, max(train_len, self.test_len)
+        longest = max(train_len, self.test_len)
+        self.group, self.train_len, self.seq_len = group, train_len, longest * self.tokens_per_element
         self._table_GG = product_table(group)
-        self.vocab_size = len(self._table_GG)
-        self.chance = 1 / self.vocab_size
-        self._edges = octaves(self.seq_len)
+        self._size = len(self._table_GG)
+        self.vocab_size = self._size * self.tokens_per_element
+        self.chance = 1 / self._size
+        self._edges = octaves(longest)
         self.groups = [f"position_to_{edge}" for edge in self._edges]
 
     def randomness(self, rng: np.random.Generator, count: int) -> tuple[Integers, ...]:
         """Draw elements for rows of `train_len`."""
-        return (rng.integers(self.vocab_size, size=(count, self.train_len)),)
+        return (rng.integers(self._size, size=(count, self.train_len)),)
 
     def fixed(self, split: Split, count: int) -> Integers:
         """Return `count` rows_B2T of a held-out split; those of the test set have `test_len` positions."""
         if split == "validation":
             return super().fixed(split, count)
-        return self.rows(held_out_stream(split).integers(self.vocab_size, size=(count, self.test_len)))
+        return self.rows(held_out_stream(split).integers(self._size, size=(count, self.test_len)))
 
     def rows(self, *drawn: Integers) -> Integers:
-        """Return elements and products, rows_B2T."""
-        rows_2BT = np.stack([drawn[0], self._products(drawn[0])])
-        return rows_2BT.swapaxes(0, 1)
+        """Return the tokens of elements, and the products at the last token of each, rows_B2T."""
+        (element_BE,) = drawn
+        rows_2BEn = np.full((2, *element_BE.shape, self.tokens_per_element), IGNORE, np.int64)
+        rows_2BEn[0] = element_BE[..., None] + self._size * np.arange(self.tokens_per_element)
+        rows_2BEn[1, ..., -1] = self._products(element_BE)
+        return rows_2BEn.reshape(2, len(element_BE), -1).swapaxes(0, 1)
 
     def _products(self, element_BT: Integers) -> Integers:
         # After k rounds a position has the product of the last 2^k elements up to it
@@ -119,16 +132,18 @@ class StateTracking(TunableTask):
         return product_BT
 
     def parse(self, text: str) -> list[int]:
-        """Return the tokens of a text of numbers separated by spaces."""
-        return parse_numbers(text, self.vocab_size)
+        """Return the tokens of a text of elements, numbers separated by spaces."""
+        elements = np.array([parse_numbers(text, self._size)])
+        tokens: list[int] = self.rows(elements)[0, 0].tolist()
+        return tokens
 
     def input_labels(self, tokens: list[int]) -> list[int]:
-        """Return the product at each position."""
-        products: list[int] = self._products(np.array([tokens]))[0].tolist()
-        return products
+        """Return the product at the last token of each element."""
+        labels: list[int] = self.rows(np.array([tokens[:: self.tokens_per_element]]))[0, 1].tolist()
+        return labels
 
     def group_of(self, batch: TokenBatch) -> Tensor:
         """Return the index in `groups` of each position, int64 [B, T]."""
         tokens_BT = batch["tokens"]
-        position_T = torch.arange(1, tokens_BT.shape[1] + 1, device=tokens_BT.device)
-        return octave_of(position_T, self._edges).expand_as(tokens_BT)
+        element_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) // self.tokens_per_element + 1
+        return octave_of(element_T, self._edges).expand_as(tokens_BT)
