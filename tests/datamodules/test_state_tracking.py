@@ -77,5 +77,5 @@ def test_unknown_groups(group):
 
 
 def test_an_element_has_a_token():
-    with pytest.raises(ValueError, match="data.tokens_per_element"):
+    with pytest.raises(ValueError, match=r"data\.tokens_per_element"):
         StateTracking("S3", tokens_per_element=0)
