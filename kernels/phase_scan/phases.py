@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """Phases in the kernels: integers, 2^32 of which are one turn, so a sum wraps by itself and no digit is ever lost.
 
-The rounding to 2^-32 of a turn adds up to at most 1.9e-5 rad over 16384 positions, also where all phases are equal. The
+The rounding to 2^-32 of a turn adds up to at most 2.4e-5 rad over 16384 positions, also where all phases are equal. The
 product of an fp32 phase and 1 / (2 pi) has more digits than fp32, so the nearest of 2^10 parts of a turn is taken off
 first: what is left has few digits, and no instruction of the slow units converts a number.
 """
@@ -23,7 +23,7 @@ BEYOND = tl.constexpr(1.36e34)  # the product with 25 000 is at the end of the r
 
 @triton.jit
 def to_turns(phase):
-    """Return phases in radians as parts of a turn in int32, to 0.8 of them; `lost` says where this is not possible."""
+    """Return phases in radians as parts of a turn in int32, to one of them; `lost` says where this is not possible."""
     wide = phase.to(tl.float32)
     whole = tl.fma(wide, tl.full(wide.shape, STEPS_PER_RADIAN, tl.float32), tl.full(wide.shape, ROUND, tl.float32))
     part = tl.fma(whole, tl.full(wide.shape, -STEP, tl.float32), tl.full(wide.shape, FROM_ROUND, tl.float32))
