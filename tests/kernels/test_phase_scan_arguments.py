@@ -7,6 +7,7 @@ from torch.func import vmap
 from toy_phase_scan import Toy
 
 from kernels.phase_scan import phase_scan, step_phase_scan, zero_state
+from kernels.phase_scan.configurations import TABLE
 
 
 @pytest.mark.parametrize("toy", [Toy(), Toy(decay="channel", window=6), Toy(B=1, bounds=(0, 7, 33))], ids=str)
@@ -71,3 +72,9 @@ def test_wrong_steps_are_refused():
         step_phase_scan(x[:, None], x[:, None], state)
     with pytest.raises(ValueError, match=r"state must be \[2, 3, 3, 3\], the shape of zero_state, not \[2, 3, 2, 3\]"):
         step_phase_scan(x, x, state, normalise=True)
+
+
+@pytest.mark.parametrize("kind", TABLE, ids=str)
+def test_states_of_the_forward_are_at_the_ends_of_its_groups(kind):
+    how = TABLE[kind]
+    assert how.backward.tile % how.forward.rows == 0
