@@ -114,3 +114,15 @@ def test_other_mistakes(tmp_path):
     fit(tmp_path, steps=12, callbacks=[ModelCheckpoint(tmp_path, filename="last")])
     with pytest.raises(ValueError, match=r"the checkpoint is in phase 1, after .*, and the config begins with"):
         fit(tmp_path, phases=[PHASES[0], {}], ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_test_of_a_checkpoint_needs_no_phases_of_its_run(tmp_path):
+    class Tested(Learner):
+        def test_step(self, batch, batch_idx):
+            self.rows = batch["tokens"].shape
+
+    fit(tmp_path, steps=12)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[Curriculum([{}])], **QUIET)
+    module, last = Tested(), tmp_path / "checkpoints" / "last.ckpt"
+    trainer.test(module, make_data(test_size=5), ckpt_path=last, verbose=False, weights_only=True)
+    assert module.rows == (5, 16)

@@ -212,6 +212,16 @@ def test_a_run_resumed_at_its_end_leaves_its_checkpoint(tmp_path):
     assert held(tmp_path / "longer")["global_step"] == 7
 
 
+def test_a_second_fit_is_no_resume(tmp_path):
+    with pytest.raises(Stopped):
+        fit(tmp_path, 4, [StopAt("on_validation_start", 4)])
+    again, last = LastCheckpoint(), tmp_path / "checkpoints" / "last.ckpt"
+    fit(tmp_path / "on", 4, checkpoint=again, ckpt_path=last)
+    options = {"make": Dropped, "limit_val_batches": 0}
+    assert_same(fit(tmp_path / "alone", 4, **options), fit(tmp_path / "new", 4, checkpoint=again, **options))
+    assert held(tmp_path / "new")["global_step"] == 4
+
+
 class TwoOptimizers(Separability):
     """Counts two steps for each batch."""
 

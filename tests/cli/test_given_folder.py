@@ -17,6 +17,10 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     second.release()
     with pytest.raises(UserError, match=r"data.x: .*mine already holds a run"):
         GivenFolder(folder, "data.x")
+    (folder / "config.yaml").unlink()
+    third = GivenFolder(folder, "data.x")  # whoever was refused does not hold the folder
+    third.release()
+    third.release()
 
 
 def test_a_folder_that_cannot_be_made_leaves_none_of_its_parents(tmp_path, monkeypatch):

@@ -16,6 +16,9 @@ SIZES = (
     ("error", "said"),
     [
         (KeyError("x"), "--ckpt_path: a.ckpt cannot be restored: KeyError: 'x'"),
+        (AttributeError("x"), "--ckpt_path: a.ckpt cannot be restored: AttributeError: x"),
+        (TypeError("x"), "--ckpt_path: a.ckpt cannot be restored: TypeError: x"),
+        (ValueError("x"), "--ckpt_path: a.ckpt cannot be restored: ValueError: x"),
         (ZeroDivisionError("y"), "--ckpt_path: a.ckpt cannot be restored: ZeroDivisionError: y"),
         (RuntimeError("z"), "--ckpt_path: a.ckpt cannot be restored: RuntimeError: z"),
         (
