@@ -43,7 +43,7 @@ TRAINING = {
 }
 # Held-out sets that a command does not use; AssociativeRecall validates on rows of its test sets
 OTHER_SETS = {
-    "validate": {"data.test_len", "data.test_path", "data.test_sets", "data.test_size"},
+    "validate": {"data.test_len", "data.test_sets", "data.test_size"},
     "test": {"data.validation_size"},
     "predict": {"data.validation_size"},
 }

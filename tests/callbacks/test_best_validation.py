@@ -99,6 +99,7 @@ def test_a_second_fit_begins_without_the_copy_of_the_first(tmp_path):
     runner.fit(module, DATA, DATA)
     runner.test(module, DATA, verbose=False)
     assert_tested(module, [2.0, 2.0, 2.0])
+    assert module.members["validation/best_step"].nan_to_num(0).tolist() == [2, 0, 2]
 
 
 def test_only_the_validations_of_a_fit_count(tmp_path):
