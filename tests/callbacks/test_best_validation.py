@@ -102,6 +102,14 @@ def test_a_second_fit_begins_without_the_copy_of_the_first(tmp_path):
     assert module.members["validation/best_step"].nan_to_num(0).tolist() == [2, 0, 2]
 
 
+def test_a_fit_after_a_test_keeps_its_parameters(tmp_path):
+    module, runner = Counter(), trainer(tmp_path, best := BestValidation())
+    runner.fit(module, DATA, DATA)
+    runner.test(module, DATA, verbose=False)
+    trainer(tmp_path, best, max_steps=2).fit(module, DATA, DATA)
+    assert (module.vector == 10).all()
+
+
 def test_only_the_validations_of_a_fit_count(tmp_path):
     best = BestValidation()
     trainer(tmp_path, best).validate(Counter(), DATA, verbose=False)

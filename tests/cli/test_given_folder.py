@@ -54,8 +54,13 @@ def test_what_was_there_before_stays(tmp_path):
     given = GivenFolder(tmp_path, "data.x")
     (tmp_path / "results.json").touch()
     (tmp_path / "samples").mkdir()
+    (tmp_path / "latest").symlink_to(tmp_path / "samples")
     given.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    given.release()
+    (tmp_path / "log.txt").unlink()
+    GivenFolder(tmp_path, "data.x").clear()
+    assert tmp_path.exists()  # the user made it
     made = GivenFolder(tmp_path / "new" / "deep", "data.x")
     made.clear()
     assert not (tmp_path / "new").exists()

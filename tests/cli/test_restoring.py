@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from conftest import QUIET
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from cli.restoring import explained
+from cli.restoring import Restoring, explained
 from datamodules.errors import UserError
 
 SIZES = (
@@ -40,3 +43,13 @@ def test_other_errors_stay(error):
     with pytest.raises(type(error)) as raised, explained("a.ckpt"):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("part", ["_restore_modules_and_callbacks", "restore_training_state"])
+def test_lightning_reads_all_parts_with_an_explanation(monkeypatch, part):
+    def refuse(self):
+        raise KeyError("x")
+
+    monkeypatch.setattr(_CheckpointConnector, part, refuse)
+    with pytest.raises(UserError, match="cannot be restored: KeyError: 'x'"):
+        getattr(Restoring(Trainer(accelerator="cpu", **QUIET)), part)()
