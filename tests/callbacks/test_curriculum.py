@@ -109,11 +109,22 @@ def test_other_mistakes(tmp_path):
         fit(tmp_path, module=Learner("validation/loss"))
     with pytest.raises(ValueError, match=r"overfit_batches repeats the first batches"):
         fit(tmp_path, overfit_batches=1)
+    with pytest.raises(ValueError, match=r"Curriculum.threshold must be at most 1, not 95"):
+        Curriculum(PHASES, threshold=95)
     with pytest.raises(ValueError, match=r"limit_val_batches is 0, and without validations no phase could follow"):
         fit(tmp_path, limit_val_batches=0)
     fit(tmp_path, steps=12, callbacks=[ModelCheckpoint(tmp_path, filename="last")])
     with pytest.raises(ValueError, match=r"the checkpoint is in phase 1, after .*, and the config begins with"):
         fit(tmp_path, phases=[PHASES[0], {}], ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_second_fit_begins_with_the_first_phase(tmp_path):
+    curriculum, options = Curriculum(PHASES, threshold=0.9), QUIET | {"val_check_interval": 4, "logger": False}
+    for steps, phase in ((12, 1), (4, 0)):
+        trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=[curriculum], **options)
+        trainer.fit(module := Learner(), make_data())
+        assert trainer.callback_metrics["curriculum/phase"] == phase
+    assert lengths(module.seen) == [8] * 4
 
 
 def test_a_test_of_a_checkpoint_needs_no_phases_of_its_run(tmp_path):
