@@ -62,14 +62,14 @@ def call(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
 
-    def call(arms, jobs=2):
+    def call(arms, jobs=2, where="local"):
         make = partial(Run, seed=0, command="fit", config="")
         folders = {arm: tmp_path / "runs" / arm / "0-a" for arm in arms}
         used = {arm: tuple(str(folders[other] / "last.ckpt") for other in others) for arm, (_, others) in arms.items()}
         runs = [make(arm, folder=folders[arm], wave=arms[arm][0], uses=used[arm]) for arm in arms]
         executor.__init__()
         study = Study("question", tmp_path, list(arms), ["test/loss"], [], [], runs)
-        failed = [run.arm for run in execute(study, Cluster(jobs=jobs), executor)]
+        failed = [run.arm for run in execute(study, Cluster(where, jobs), executor)]
         return failed, executor.seen, "".join(capsys.readouterr())
 
     call.executor = executor
@@ -145,3 +145,23 @@ def test_a_run_that_only_seems_finished_is_told_and_what_an_attempt_left_is_remo
     assert f"not finished: broken, seed 0: {record} is damaged: it is not whole JSON\n" in shown
     assert f"FAILED: broken, seed 0 ({record} is damaged" in shown
     assert not aside.exists()
+
+
+@pytest.mark.parametrize(("jobs", "at_once"), [(0, 3), (2, 2)])
+def test_an_interrupted_study_cancels_its_jobs_on_slurm(call, monkeypatch, jobs, at_once):
+    class Interrupts:
+        def done(self):
+            raise KeyboardInterrupt
+
+    submitted, cancelled = [], []
+
+    def submit(attempts, name, folder, options):
+        submitted.append((name, options))
+        return [Interrupts() for _ in attempts]
+
+    monkeypatch.setattr("studies.engine.slurm.submit", submit)
+    monkeypatch.setattr("studies.engine.slurm.cancel", cancelled.extend)
+    with pytest.raises(KeyboardInterrupt):
+        call({"a": (0, []), "b": (0, []), "c": (0, []), "d": (1, [])}, jobs, "slurm")
+    assert submitted == [("question-wave0", {"slurm_array_parallelism": at_once})]
+    assert len(cancelled) == 3
