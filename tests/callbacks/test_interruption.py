@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import QUIET, ROOT
 from lightning import Callback, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from toy_fit import SIZES, StopAt, Stopped, assert_same, fit, held
 
-from callbacks.interruption import SIGNALS, Interruption
+from callbacks.interruption import SIGNALS, Interruption, end_ranks
 from callbacks.run_record import RunRecord
 from datamodules import ModularArithmetic
 from lightning_modules.core.signals import Interrupted, Signals
@@ -96,6 +97,17 @@ def test_the_first_rank_alone_speaks_of_a_signal(capfd, hook, first):
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
     assert ("SIGTERM: the run ends after this" in capfd.readouterr().err) == first
+
+
+def test_the_processes_that_lightning_started_end_at_once():
+    killed = []
+    launcher = object.__new__(_SubprocessScriptLauncher)
+    launcher.kill = killed.append
+    for other in (None, SimpleNamespace(strategy=SimpleNamespace(launcher=None))):
+        end_ranks(other)
+    assert killed == []
+    end_ranks(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
+    assert killed == [signal.SIGKILL]
 
 
 def test_the_checkpoint_may_take_its_time_and_then_the_process_has_its_grace_again(tmp_path, monkeypatch, capfd):
