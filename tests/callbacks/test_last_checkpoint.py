@@ -43,8 +43,11 @@ def test_it_has_the_last_step(tmp_path, steps):
 
 def test_it_has_the_last_epoch_of_a_run_without_a_validation(tmp_path, monkeypatch):
     monkeypatch.setattr("datamodules.modular_arithmetic.EPOCH", 4)
-    fit(tmp_path, -1, max_epochs=2, limit_val_batches=0, val_check_interval=1.0, check_val_every_n_epoch=1)
-    assert held(tmp_path)["global_step"] == 8
+    options = {"limit_val_batches": 0, "val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    for name, steps, epochs in (("epochs", -1, 2), ("steps", 8, -1)):
+        fit(tmp_path / name, steps, max_epochs=epochs, **options)
+        assert held(tmp_path / name)["global_step"] == 8
+        assert not (tmp_path / name / "checkpoints" / "previous.ckpt").exists()  # it saves once
 
 
 def test_the_checkpoint_before_it_is_kept_and_nothing_else(tmp_path):
@@ -137,7 +140,7 @@ def test_random_numbers_of_another_number_of_ranks_are_not_used(tmp_path):
     states = []
 
     class Look(Callback):
-        def on_train_start(self, *_):
+        def on_train_batch_start(self, *_):  # not before: checkpoints come after other callbacks
             states.append(torch.get_rng_state())
 
     class Set(Callback):
