@@ -23,13 +23,14 @@ LOSS = "validation/loss"
 class BestValidation(ReleasingCallback):
     """Tests the trained parameters of the validation with the lowest `validation/loss`; each member has its own.
 
-    - `validation/best_step`: the step of that validation. One value per ensemble member.
+    - `validation/best_step`: the step of that validation, or NaN. One value per ensemble member.
 
     It keeps a copy of the parameters, on the device and in each checkpoint. The copy takes the place of the model's own
     parameters from the start of a test to its end. Training, validation, `generate` and the weights in a checkpoint are
     those of the last step. Of a run that averages its weights (EMA), the copy is of the average, which is what its
-    validations measure. A test with `--ckpt_path` finds the copy in the checkpoint. The validation text must not be
-    the test text, or the test would be too good.
+    validations measure. A test with `--ckpt_path` finds the copy in the checkpoint. A member whose held-out loss was
+    never finite is tested at the last step, with a warning. The validation text must not be the test text, or the test
+    would be too good.
 
     Example::
 
@@ -57,7 +58,7 @@ class BestValidation(ReleasingCallback):
             return
         loss_S = _losses(trainer, pl_module)
         if self._lowest_S is None:
-            self._lowest_S, self._step_S = torch.full_like(loss_S, torch.inf), torch.zeros_like(loss_S)
+            self._lowest_S, self._step_S = torch.full_like(loss_S, torch.inf), torch.full_like(loss_S, torch.nan)
         better_S = loss_S < self._lowest_S  # False for NaN
         self._lowest_S = torch.where(better_S, loss_S, self._lowest_S)
         self._step_S = torch.where(better_S, float(trainer.global_step), self._step_S)
@@ -67,20 +68,22 @@ class BestValidation(ReleasingCallback):
 
     def _copy(self, module: LightningModule, better_S: Tensor) -> None:
         for name, parameter in _trained(module).items():
-            value, before = parameter.detach(), self._best.get(name, parameter.detach())
-            better = better_S[0]
-            if len(better_S) > 1:
-                better = better_S.view(-1, *[1] * (value.dim() - 1))
-            self._best[name] = torch.where(better.to(value.device), value, before.to(value.device))
+            value = parameter.detach()
+            self._best[name] = _choose(better_S, value, self._best.get(name, value))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the copy in place."""
-        if not self._best:
+        if self._lowest_S is None:
             rank_zero_warn("BestValidation has no copy, because the fit had no validation: the last step is tested")
+            return
+        measured_S = self._lowest_S < torch.inf
+        if never := int((~measured_S).sum()):
+            whose = f"{never} of {len(measured_S)} members" if len(measured_S) > 1 else "the model"
+            rank_zero_warn(f"BestValidation: no held-out loss of {whose} was finite: the last step is tested")
         for name, parameter in _trained(pl_module).items():
             if name in self._best:
                 self._own[parameter] = parameter.detach().clone()
-                parameter.data.copy_(self._best[name])
+                parameter.data.copy_(_choose(measured_S, self._best[name], parameter.detach()))
 
     def _release(self) -> None:
         for parameter, value in self._own.items():
@@ -98,6 +101,12 @@ class BestValidation(ReleasingCallback):
 
 def _trained(module: LightningModule) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _choose(first_S: Tensor, value: Tensor, other: Tensor) -> Tensor:
+    """Return the value of the members that are named, and the other value of the rest."""
+    first = first_S.view(-1, *[1] * (value.dim() - 1)) if len(first_S) > 1 else first_S[0]
+    return torch.where(first.to(value.device), value, other.to(value.device))
 
 
 def _losses(trainer: Trainer, module: LightningModule) -> Tensor:

@@ -104,7 +104,9 @@ class Curriculum(Callback):
         return dict(self._state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the phases that began."""
+        """Restore the phases that began; only a fit has phases."""
+        if not self._state:
+            return
         begun = len(state_dict["starts"])
         if self.phases[:begun] != state_dict["phases"][:begun]:
             raise UserError(

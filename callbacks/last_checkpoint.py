@@ -56,8 +56,8 @@ class LastCheckpoint(Checkpoint):
         self._raised = False  # whether `max_steps` is one too many
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, without making it."""
-        self._folder = Path(trainer.default_root_dir, "checkpoints")
+        """Find the folder, without making it, and forget what an earlier fit resumed from."""
+        self._folder, self._resumed = Path(trainer.default_root_dir, "checkpoints"), {}
 
     # Resume
 

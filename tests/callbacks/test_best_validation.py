@@ -99,6 +99,15 @@ def test_a_second_fit_begins_without_the_copy_of_the_first(tmp_path):
     runner.fit(module, DATA, DATA)
     runner.test(module, DATA, verbose=False)
     assert_tested(module, [2.0, 2.0, 2.0])
+    assert module.members["validation/best_step"].nan_to_num(0).tolist() == [2, 0, 2]
+
+
+def test_a_fit_after_a_test_keeps_its_parameters(tmp_path):
+    module, runner = Counter(), trainer(tmp_path, best := BestValidation())
+    runner.fit(module, DATA, DATA)
+    runner.test(module, DATA, verbose=False)
+    trainer(tmp_path, best, max_steps=2).fit(module, DATA, DATA)
+    assert (module.vector == 10).all()
 
 
 def test_only_the_validations_of_a_fit_count(tmp_path):
@@ -114,6 +123,23 @@ def test_a_fit_without_validation_is_tested_at_its_last_step_with_a_warning(tmp_
     with pytest.warns(UserWarning, match="has no copy, because the fit had no validation"):
         runner.test(module, DATA, verbose=False)
     assert_tested(module, [8.0, 8.0, 8.0])
+
+
+@pytest.mark.parametrize(("ensemble", "steps"), [(1, [8.0]), (3, [6.0, 8.0, 2.0])])
+def test_without_a_finite_held_out_loss_the_last_step_is_tested_with_a_warning(tmp_path, monkeypatch, ensemble, steps):
+    losses = LOSSES.clone()
+    losses[:, len(steps) // 2] = torch.tensor([torch.nan, torch.inf, torch.nan, torch.inf])
+    monkeypatch.setitem(globals(), "LOSSES", losses)
+    module, runner = Counter(ensemble), trainer(tmp_path, BestValidation())
+    runner.fit(module, DATA, DATA)
+    whose = "1 of 3 members" if ensemble > 1 else "the model"
+    with pytest.warns(UserWarning, match=f"no held-out loss of {whose} was finite: the last step is tested"):
+        runner.test(module, DATA, verbose=False)
+    tested_S = module.tested[0].reshape(ensemble, 4)
+    assert tested_S.tolist() == [[step] * 4 for step in steps]
+    best_S = module.members["validation/best_step"]
+    assert best_S.isnan().tolist() == [step == 8 for step in steps]
+    assert (module.vector == 8).all()
 
 
 def test_a_module_without_a_held_out_loss_is_refused(tmp_path):

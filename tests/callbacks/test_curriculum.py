@@ -54,6 +54,10 @@ def fit(folder, steps=36, phases=PHASES, data=None, module=None, callbacks=(), c
     return module, trainer.callback_metrics
 
 
+def saved(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Curriculum"]
+
+
 def lengths(batches):
     return [tokens.shape[1] for tokens in batches]
 
@@ -69,6 +73,7 @@ def test_phases_advance_on_held_out_accuracy_and_a_resumed_run_goes_on(tmp_path)
         "step_1": 8,
         "step_2": 24,
     }
+    assert saved(tmp_path)["starts"] == [0, 8, 24]
     for step in (5, 8, 14, 24, 25):  # within phases, and before the validations that advance
         resumed, again = fit(tmp_path, callbacks=[keep], ckpt_path=tmp_path / f"step={step}.ckpt")
         assert all(torch.equal(*pair) for pair in zip(resumed.seen, whole.seen[step:], strict=True))
@@ -109,8 +114,51 @@ def test_other_mistakes(tmp_path):
         fit(tmp_path, module=Learner("validation/loss"))
     with pytest.raises(ValueError, match=r"overfit_batches repeats the first batches"):
         fit(tmp_path, overfit_batches=1)
+    with pytest.raises(ValueError, match=r"Curriculum.threshold must be at most 1, not 95"):
+        Curriculum(PHASES, threshold=95)
     with pytest.raises(ValueError, match=r"limit_val_batches is 0, and without validations no phase could follow"):
         fit(tmp_path, limit_val_batches=0)
     fit(tmp_path, steps=12, callbacks=[ModelCheckpoint(tmp_path, filename="last")])
     with pytest.raises(ValueError, match=r"the checkpoint is in phase 1, after .*, and the config begins with"):
         fit(tmp_path, phases=[PHASES[0], {}], ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_an_accuracy_at_the_threshold_counts_in_training_alone(tmp_path):
+    class Perfect(Learner):
+        def validation_step(self, batch, batch_idx):
+            self.log("validation/accuracy", 1.0)
+
+    options = QUIET | {"val_check_interval": 4, "logger": False, "num_sanity_val_steps": 1}
+    curriculum = Curriculum(PHASES, threshold=1.0)
+    trainer = Trainer(accelerator="cpu", max_steps=4, callbacks=[curriculum], **options)
+    trainer.fit(module := Perfect(), data := make_data())
+    trainer.validate(module, data, verbose=False)
+    assert curriculum.state_dict()["steps"] == [0, 4]
+
+
+def test_a_second_fit_begins_with_the_first_phase(tmp_path):
+    curriculum, options = Curriculum(PHASES, threshold=0.9), QUIET | {"val_check_interval": 4, "logger": False}
+    for steps, phase in ((12, 1), (4, 0)):
+        trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=[curriculum], **options)
+        trainer.fit(module := Learner(), make_data())
+        assert trainer.callback_metrics["curriculum/phase"] == phase
+    assert lengths(module.seen) == [8] * 4
+
+
+def test_a_resumed_run_may_have_other_phases_to_come(tmp_path):
+    fit(tmp_path, steps=12)
+    phases = [*PHASES[:2], {"needles": 1, "seq_len": 10}]
+    fit(tmp_path, steps=16, phases=phases, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert saved(tmp_path)["phases"] == phases
+
+
+def test_a_test_of_a_checkpoint_needs_no_phases_of_its_run(tmp_path):
+    class Tested(Learner):
+        def test_step(self, batch, batch_idx):
+            self.rows = batch["tokens"].shape
+
+    fit(tmp_path, steps=12)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[Curriculum([{}])], **QUIET)
+    module, last = Tested(), tmp_path / "checkpoints" / "last.ckpt"
+    trainer.test(module, make_data(test_size=5), ckpt_path=last, verbose=False, weights_only=True)
+    assert module.rows == (5, 16)

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from conftest import QUIET, ROOT
 from lightning import Callback, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from toy_fit import SIZES, StopAt, Stopped, assert_same, fit, held
 
-from callbacks.interruption import SIGNALS, Interruption
+from callbacks.interruption import SIGNALS, Interruption, end_ranks
 from callbacks.run_record import RunRecord
 from datamodules import ModularArithmetic
 from lightning_modules.core.signals import Interrupted, Signals
@@ -85,6 +87,27 @@ def test_a_signal_of_another_rank_ends_this_one_with_the_same_step(tmp_path):
             fit(tmp_path, 12, [callback])
     assert (ended.value.number, signals.agreed) == (signal.SIGTERM, True)
     assert held(tmp_path)["global_step"] == 3
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_test_start"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_rank_alone_speaks_of_a_signal(capfd, hook, first):
+    with Signals(SIGNALS, "") as signals:
+        getattr(Interruption(signals), hook)(SimpleNamespace(is_global_zero=first), None)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+    assert ("SIGTERM: the run ends after this" in capfd.readouterr().err) == first
+
+
+def test_the_processes_that_lightning_started_end_at_once():
+    killed = []
+    launcher = object.__new__(_SubprocessScriptLauncher)
+    launcher.kill = killed.append
+    for other in (None, SimpleNamespace(strategy=SimpleNamespace(launcher=None))):
+        end_ranks(other)
+    assert killed == []
+    end_ranks(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
+    assert killed == [signal.SIGKILL]
 
 
 def test_the_checkpoint_may_take_its_time_and_then_the_process_has_its_grace_again(tmp_path, monkeypatch, capfd):

@@ -43,8 +43,11 @@ def test_it_has_the_last_step(tmp_path, steps):
 
 def test_it_has_the_last_epoch_of_a_run_without_a_validation(tmp_path, monkeypatch):
     monkeypatch.setattr("datamodules.modular_arithmetic.EPOCH", 4)
-    fit(tmp_path, -1, max_epochs=2, limit_val_batches=0, val_check_interval=1.0, check_val_every_n_epoch=1)
-    assert held(tmp_path)["global_step"] == 8
+    options = {"limit_val_batches": 0, "val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    for name, steps, epochs in (("epochs", -1, 2), ("steps", 8, -1)):
+        fit(tmp_path / name, steps, max_epochs=epochs, **options)
+        assert held(tmp_path / name)["global_step"] == 8
+        assert not (tmp_path / name / "checkpoints" / "previous.ckpt").exists()  # it saves once
 
 
 def test_the_checkpoint_before_it_is_kept_and_nothing_else(tmp_path):
@@ -137,7 +140,7 @@ def test_random_numbers_of_another_number_of_ranks_are_not_used(tmp_path):
     states = []
 
     class Look(Callback):
-        def on_train_start(self, *_):
+        def on_train_batch_start(self, *_):  # not before: checkpoints come after other callbacks
             states.append(torch.get_rng_state())
 
     class Set(Callback):
@@ -210,6 +213,16 @@ def test_a_run_resumed_at_its_end_leaves_its_checkpoint(tmp_path):
     fit(tmp_path / "longer", 7, checkpoint=longer, ckpt_path=copy)
     assert not longer.nothing_trained
     assert held(tmp_path / "longer")["global_step"] == 7
+
+
+def test_a_second_fit_is_no_resume(tmp_path):
+    with pytest.raises(Stopped):
+        fit(tmp_path, 4, [StopAt("on_validation_start", 4)])
+    again, last = LastCheckpoint(), tmp_path / "checkpoints" / "last.ckpt"
+    fit(tmp_path / "on", 4, checkpoint=again, ckpt_path=last)
+    options = {"make": Dropped, "limit_val_batches": 0}
+    assert_same(fit(tmp_path / "alone", 4, **options), fit(tmp_path / "new", 4, checkpoint=again, **options))
+    assert held(tmp_path / "new")["global_step"] == 4
 
 
 class TwoOptimizers(Separability):

@@ -35,14 +35,18 @@ def finished(tmp_path):
     return tmp_path, after_fit, read(tmp_path)
 
 
-def test_a_fit_before_a_test_is_not_the_end_of_the_run(tmp_path):
-    record = RunRecord()
+def test_a_fit_before_a_test_is_not_the_end_of_the_run(tmp_path, monkeypatch):
+    ends = []
+    monkeypatch.setattr("callbacks.run_record.log_end", ends.append)
+    record = RunRecord(config={"x": 1})
     record.test_follows = True
     trainer, model = make_trainer(tmp_path, record), RecordedModel()
+    assert not record.trained
     trainer.fit(model)
+    assert (record.trained, ends) == (True, [])
     assert (read(tmp_path)["status"], read(tmp_path)["metrics"]["train/loss"]) == ("running", 2.0)
     trainer.test(model, verbose=False)
-    assert read(tmp_path)["status"] == "finished"
+    assert (read(tmp_path)["status"], ends) == ("finished", [trainer])
 
 
 def test_the_table_leaves_out_an_unknown_interval(tmp_path):
@@ -197,6 +201,7 @@ def test_a_resumed_record_goes_on_and_a_test_begins_a_new_one(tmp_path):
     assert state["metrics"]["train/loss"] == 2.0
     assert state["seconds"] > 0
     state |= {"seconds": 1000.0, "metrics": {"train/loss": 7.0, "old": 1.0}, "hits": {"old": [3]}}
+    state |= {"members": {"old": [1.0, None]}}
     torch.save(content, tmp_path / "a.ckpt")
     on = make_trainer(tmp_path / "on", resumed := RunRecord(), max_steps=5)
     resumed._started -= 5000  # made long before the fit
@@ -204,7 +209,9 @@ def test_a_resumed_record_goes_on_and_a_test_begins_a_new_one(tmp_path):
     record = read(tmp_path / "on")
     assert 1000 < record["seconds"]["fit"] < 1100
     assert record["metrics"] | {"train/loss": 2.0, "old": 1.0} == record["metrics"]
-    assert record["hits"]["old"] == [3]
+    assert (record["hits"]["old"], record["members"]["old"]) == ([3], [1.0, None])
+    resumed.on_save_checkpoint(on, on.lightning_module, later := {"callbacks": {}})
+    assert later["callbacks"]["RunRecord"]["members"] == {"old": [1.0, None]}
     on.test(RecordedModel(), verbose=False)
     assert read(tmp_path / "on")["seconds"]["test"] < 100
     tested = make_trainer(tmp_path / "test", RunRecord())

@@ -49,6 +49,7 @@ def test_traces_alone_and_together():
 
 
 def test_before_any_check_nothing_is_stable():
+    assert StabilityMonitor().state_dict() == {}
     assert_measures(StabilityEvents(1, 0.99, 0.9, settle=0).measures(), [[NAN, 0.0, 0.0, NAN, 0.0]])
 
 
@@ -149,5 +150,10 @@ def test_user_errors(tmp_path):
         StabilityMonitor(reached=0.5)
     with pytest.raises(ValueError, match=r"StabilityMonitor.settle must be at least 0, not -1"):
         StabilityMonitor(settle=-1)
+    with pytest.raises(ValueError, match=r"StabilityMonitor.reached must be a finite number, not inf"):
+        StabilityMonitor(reached=math.inf)
+    StabilityMonitor(reached=0.95, collapsed=0.95)
+    with pytest.raises(ValueError, match=r"no 'loss'; the nearest names are: .*'validation/accuracy'"):
+        fit(Scripted([[1.0]]), tmp_path, StabilityMonitor("loss"), 1)
     with pytest.raises(ValueError, match="no 'validation/acuracy'; the nearest names are: 'validation/accuracy'"):
         fit(Scripted([[1.0]]), tmp_path, StabilityMonitor("validation/acuracy"), 1)

@@ -77,6 +77,29 @@ def test_what_a_fit_alone_reads_is_no_difference_of_an_evaluation(command, said)
     assert differences(there, here, command) == said  # the checkpoint does not know the precision
 
 
+@pytest.mark.parametrize(
+    ("command", "task", "said"),
+    [
+        ("validate", "WordProblems", ""),
+        ("validate", "AssociativeRecall", "with data.test_sets 1, and this run has 2"),
+        ("test", "WordProblems", "with data.test_sets 1, and this run has 2"),
+        ("predict", "AssociativeRecall", "with data.test_sets 1, and this run has 2"),
+    ],
+)
+def test_test_sets_matter_where_a_command_uses_them(command, task, said):
+    there, here = config({"test_sets": 1, "validation_size": 3}), config({"test_sets": 2, "validation_size": 3})
+    for one in (there, here):
+        one["data"]["class_path"] = f"datamodules.{task}"
+    assert differences(there, here, command) == said
+
+
+def test_a_validation_set_may_be_cut_where_another_run_trained_if_that_has_a_test_file():
+    there, here = config({"test_path": "a.csv", "test_size": 1, "test_len": 1}), config({"test_path": None})
+    assert differences(there, here, "validate") == "with data.test_path 'a.csv', and this run has None"
+    here["data"]["init_args"] = {"test_path": "a.csv", "test_size": 2, "test_len": 2}
+    assert differences(there, here, "validate") == ""
+
+
 def resume(groups, *, here=None, there=None, trainer=None, **arguments):
     """Return the changes of a resume whose config has the arguments of an optimizer."""
     optimizer = {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": arguments}}

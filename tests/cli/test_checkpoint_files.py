@@ -1,6 +1,8 @@
 """Which checkpoints of a config are read before anything is built, and what is asked of each."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -126,3 +128,35 @@ def test_an_address_of_a_file_is_that_file():
     check_files("fit", config(f"file://{Path('whole.ckpt').resolve()}"))
     with pytest.raises(UserError, match="have diverged"):
         check_files("fit", config(f"file://{Path('nan.ckpt').resolve()}"))
+
+
+@pytest.mark.parametrize("key", ["callbacks", "loops"])
+def test_the_parts_of_a_run_are_mappings(key):
+    with pytest.raises(UserError, match=f"a.ckpt is not the checkpoint of a run, its '{key}' is no mapping"):
+        check_files("test", save(**{key: [1]}))
+
+
+ADDRESSES = {
+    "there": (lambda address: True, None),
+    "gone": (lambda address: False, "there is nothing at that address"),
+    "refused": (lambda address: {}[address], "KeyError: 's3://a/b.ckpt'"),
+    "slow": (lambda address: time.sleep(0.3), "no answer within 0.1 s"),
+}
+
+
+@pytest.mark.parametrize("case", ADDRESSES)
+def test_a_remote_file_is_there_and_is_not_read(monkeypatch, case):
+    exists, fault = ADDRESSES[case]
+    monkeypatch.setattr("cli.checkpoint.get_filesystem", lambda address: SimpleNamespace(exists=exists))
+    monkeypatch.setattr("cli.checkpoint.ANSWER_S", 0.1)
+    if fault is None:
+        check_files("fit", config("s3://a/b.ckpt"))
+        return
+    with pytest.raises(UserError, match=f"^--ckpt_path: s3://a/b.ckpt cannot be reached: {fault}$"):
+        check_files("fit", config("s3://a/b.ckpt"))
+
+
+def test_a_web_address_is_refused():
+    for scheme in ("http", "https"):
+        with pytest.raises(UserError, match="is a web address; download the file"):
+            check_files("test", config(f"{scheme}://a/b.ckpt"))

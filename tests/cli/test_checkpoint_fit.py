@@ -20,9 +20,9 @@ class Mine(LightningModule):
         self.strict_loading = strict
 
 
-class Hooked(Mine):
-    def on_load_checkpoint(self, checkpoint):
-        checkpoint["state_dict"] = Mine().state_dict()
+def hooked(name):
+    """Return a module of the user's that has a hook."""
+    return type("Hooked", (Mine,), {name: lambda self, *_: None})()
 
 
 def misfit(model=None, average=None, without=(), **changes):
@@ -36,6 +36,8 @@ def test_parameters_that_fit_in_name_shape_and_kind():
     assert misfit() is misfit(layer_weight=torch.zeros(3, 2).half()) is misfit(average=Mine().state_dict()) is None
     assert misfit(layer_weight=torch.zeros(2, 3)) == "layer.weight is [2, 3] there and [3, 2] in the model"
     assert misfit(count=torch.zeros(1)) == "count is of torch.float32 there and of torch.int64 in the model"
+    assert misfit(count=torch.zeros(1).cfloat()) == "count is of torch.complex64 there and of torch.int64 in the model"
+    assert misfit(average={}) == "it lacks the model's parameter count"
     assert misfit(without=["layer.bias"]) == "it lacks the model's parameter layer.bias"
     assert misfit(more=torch.zeros(1)) == "it has a parameter that the model does not have: more"
     assert misfit(average={"layer.bias": torch.zeros(3)}) == "it lacks the model's parameter count"
@@ -46,7 +48,20 @@ def test_parameters_that_fit_in_name_shape_and_kind():
 def test_a_module_may_load_a_part_or_change_the_checkpoint_itself():
     assert misfit(Mine(strict=False), without=["layer.bias"], more=torch.zeros(1)) is None
     assert misfit(Mine(strict=False), layer_bias=torch.zeros(4)) == "layer.bias is [4] there and [3] in the model"
-    assert misfit(Hooked(), without=["layer.bias"], layer_weight=torch.zeros(9)) is None
+    assert misfit(Mine(strict=False), without=["layer.weight", "layer.bias", "count"], other=torch.zeros(1)) is None
+    for name in ("configure_model", "on_load_checkpoint", "setup"):
+        assert misfit(hooked(name), without=["layer.bias"], layer_weight=torch.zeros(9)) is None
+    own = type("Own", (Mine,), {"__module__": "lightning_modules.line"})
+    assert misfit(own(strict=False), without=["layer.bias"]) == "it lacks the model's parameter layer.bias"
+
+
+def test_parameters_that_are_one_in_the_model_are_one_in_the_checkpoint():
+    for strict in (True, False):
+        model = Mine(strict)
+        model.again = model.layer
+        found = misfit(model, **{"again_weight": Mine().layer.weight, "again_bias": Mine().layer.bias})
+        said = "layer.weight and again.weight are one parameter in the model, and differ there"
+        assert found == (said if strict else None)
 
 
 @pytest.fixture

@@ -126,6 +126,9 @@ FAULTS = {
     "a step as text": (of_first(step="1"), "step of a parameter is '1'"),
     "a number as moment": (of_first(exp_avg_sq=0.5), "exp_avg_sq of a parameter is 0.5"),
     "two rates": (of_group(lr=torch.ones(2)), "lr is a tensor of 2 values"),
+    "an empty rate": (of_group(lr=torch.ones(0)), "lr is a tensor of 0 values"),
+    "a negative rate": (of_group(lr=-1.0), "is damaged: Invalid learning rate: -1.0"),
+    "a setting without its moment": (of_group(amsgrad=True), "max_exp_avg_sq of a parameter is missing"),
     "no rate": (lambda state: state["param_groups"][0].pop("lr"), "is damaged: lr is missing"),
     "another moment": (of_first(exp_avg=torch.zeros(3, 3)), r"exp_avg of .* does not fit the config: \[3, 3\] there"),
     "another square": (of_first(exp_avg_sq=torch.zeros(1)), r"exp_avg_sq of .* does not fit the config: \[1\] there"),
@@ -169,6 +172,9 @@ def test_parameters_that_are_frozen_from_the_start_have_no_moments(whole, tmp_pa
     check(held(tmp_path), callbacks=[ParameterFreeze(names)])
     with pytest.raises(UserError, match="has other parameters"):
         check(held(tmp_path))
+    both = [ParameterFreeze(names), ParameterFreeze(["network.token_embedding.*"])]
+    fit(tmp_path / "both", 2, both)
+    check(held(tmp_path / "both"), callbacks=both)
 
 
 def test_an_optimizer_without_an_ordinary_step_is_not_tried(whole):

@@ -17,6 +17,10 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     second.release()
     with pytest.raises(UserError, match=r"data.x: .*mine already holds a run"):
         GivenFolder(folder, "data.x")
+    (folder / "config.yaml").unlink()
+    third = GivenFolder(folder, "data.x")  # whoever was refused does not hold the folder
+    third.release()
+    third.release()
 
 
 def test_a_folder_that_cannot_be_made_leaves_none_of_its_parents(tmp_path, monkeypatch):
@@ -50,8 +54,13 @@ def test_what_was_there_before_stays(tmp_path):
     given = GivenFolder(tmp_path, "data.x")
     (tmp_path / "results.json").touch()
     (tmp_path / "samples").mkdir()
+    (tmp_path / "latest").symlink_to(tmp_path / "samples")
     given.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    given.release()
+    (tmp_path / "log.txt").unlink()
+    GivenFolder(tmp_path, "data.x").clear()
+    assert tmp_path.exists()  # the user made it
     made = GivenFolder(tmp_path / "new" / "deep", "data.x")
     made.clear()
     assert not (tmp_path / "new").exists()

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from conftest import QUIET
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from cli.restoring import explained
+from cli.restoring import Restoring, explained
 from datamodules.errors import UserError
 
 SIZES = (
@@ -16,6 +19,9 @@ SIZES = (
     ("error", "said"),
     [
         (KeyError("x"), "--ckpt_path: a.ckpt cannot be restored: KeyError: 'x'"),
+        (AttributeError("x"), "--ckpt_path: a.ckpt cannot be restored: AttributeError: x"),
+        (TypeError("x"), "--ckpt_path: a.ckpt cannot be restored: TypeError: x"),
+        (ValueError("x"), "--ckpt_path: a.ckpt cannot be restored: ValueError: x"),
         (ZeroDivisionError("y"), "--ckpt_path: a.ckpt cannot be restored: ZeroDivisionError: y"),
         (RuntimeError("z"), "--ckpt_path: a.ckpt cannot be restored: RuntimeError: z"),
         (
@@ -37,3 +43,13 @@ def test_other_errors_stay(error):
     with pytest.raises(type(error)) as raised, explained("a.ckpt"):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("part", ["_restore_modules_and_callbacks", "restore_training_state"])
+def test_lightning_reads_all_parts_with_an_explanation(monkeypatch, part):
+    def refuse(self):
+        raise KeyError("x")
+
+    monkeypatch.setattr(_CheckpointConnector, part, refuse)
+    with pytest.raises(UserError, match="cannot be restored: KeyError: 'x'"):
+        getattr(Restoring(Trainer(accelerator="cpu", **QUIET)), part)()

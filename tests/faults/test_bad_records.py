@@ -125,6 +125,14 @@ def test_a_result_that_is_a_folder_is_no_result(study):
     assert study.runs[1].outcome.damage == f"{path} cannot be read: Is a directory"
 
 
+def test_a_file_in_the_place_of_a_runs_folder_is_a_run_without_a_record(study):
+    folder = study.runs[1].folder
+    (folder / "results.json").unlink()
+    folder.rmdir()
+    folder.touch()
+    assert (study.runs[1].outcome.record, study.runs[1].outcome.damage) == (None, "")
+
+
 BAD_REPORTS = {
     "empty": "",
     "cut in half": '{"finished": 1, "claims": [{"id": "00',

@@ -86,12 +86,16 @@ def test_a_claim_without_a_study_is_not_tested(monkeypatch):
     entries = [ledger.LedgerEntry("000-01", "x", "y", "-"), ledger.LedgerEntry("000-02", "x", "y", "-")]
     monkeypatch.setattr(ledger, "read", lambda: entries)
     assert ledger.table().splitlines()[-1] == "2 claims: 2 not tested"
+    with pytest.raises(UserError, match="the ledger has no document 0-0"):
+        ledger.table("0-0")
 
 
 @pytest.mark.parametrize(
     ("entries", "sentence"),
     [
+        ([{"claim": "x"}], "entry 1 must have the fields"),
         ([{"id": "000-01", "claim": "x", "where": "y"}], "entry 000-01 must have the fields"),
+        ([{"id": "000-01", "claim": "x", "where": "y", "study": "-", "note": "z"}], "000-01 must have the fields"),
         ([{"id": "000-01", "claim": "x", "where": "y", "study": "-"}] * 2, "two entries have the id 000-01"),
         ([{"id": "000-01", "claim": "x", "where": "y", "study": "gone"}], "names the study gone, which does not exist"),
     ],

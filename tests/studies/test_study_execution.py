@@ -9,7 +9,7 @@ import torch
 from tiny_study import AtOnce, Ended
 
 from studies.engine.attempt import NOTES
-from studies.engine.execution import Cluster, _environment, execute
+from studies.engine.execution import Cluster, _environment, execute, prepare
 from studies.engine.study import Run, Study
 
 RECORD = {"seconds": {"fit": 2.0}, "metrics": {"test/loss": 0.5}, "intervals": {}, "n": {}}
@@ -40,7 +40,10 @@ class Leaves(AtOnce):
     """Ends every attempt with the state that its arm is named after, or without a record."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.prepared = [], []
+
+    def prepare(self, slot, environment):
+        self.prepared.append((slot, environment["OMP_NUM_THREADS"]))
 
     def submit(self, attempt, slot):
         arm = attempt.folder.parent.name
@@ -55,18 +58,21 @@ class Leaves(AtOnce):
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """Return a function that executes a study of one seed: arm -> (wave, arms whose files it uses)."""
+    executor = Leaves()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
 
-    def call(arms, jobs=2):
+    def call(arms, jobs=2, where="local"):
         make = partial(Run, seed=0, command="fit", config="")
         folders = {arm: tmp_path / "runs" / arm / "0-a" for arm in arms}
         used = {arm: tuple(str(folders[other] / "last.ckpt") for other in others) for arm, (_, others) in arms.items()}
         runs = [make(arm, folder=folders[arm], wave=arms[arm][0], uses=used[arm]) for arm in arms]
-        executor, study = Leaves(), Study("question", tmp_path, list(arms), ["test/loss"], [], [], runs)
-        failed = [run.arm for run in execute(study, Cluster(jobs=jobs), executor)]
+        executor.__init__()
+        study = Study("question", tmp_path, list(arms), ["test/loss"], [], [], runs)
+        failed = [run.arm for run in execute(study, Cluster(where, jobs), executor)]
         return failed, executor.seen, "".join(capsys.readouterr())
 
+    call.executor = executor
     return call
 
 
@@ -110,3 +116,52 @@ def test_a_wave_divides_the_machine_by_its_own_runs(call):
     assert {threads for arm, _, threads in seen if arm != "e"} == {"2"}
     assert sorted(slot for arm, slot, _ in seen if arm != "e") == [0, 0, 1, 2]
     assert seen[-1] == ("e", 0, "6")
+
+
+@pytest.mark.parametrize(("spares", "threads"), [(0, ["2", "2", "2", "6"]), (1, ["2", "2", "6"])])
+def test_the_interpreter_of_the_next_run_without_one_is_prepared(call, spares, threads):
+    call.executor.spares = spares
+    call({"a": (0, []), "b": (0, []), "c": (0, []), "d": (0, []), "e": (1, [])}, jobs=3)
+    assert [share for _, share in call.executor.prepared] == threads
+
+
+def test_the_first_interpreter_has_the_share_of_the_first_wave(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr("studies.engine.execution.first_wave", lambda file: 2)
+    prepare(executor := Leaves(), Cluster(jobs=3), None)
+    prepare(executor, Cluster("slurm", jobs=3), None)
+    assert executor.prepared == [(0, "3")]
+
+
+def test_a_run_that_only_seems_finished_is_told_and_what_an_attempt_left_is_removed(call, tmp_path):
+    arms = {"finished": (0, []), "broken": (0, [])}
+    call(arms)
+    aside = tmp_path / "runs" / "finished" / "0-a.interrupted"
+    aside.mkdir()
+    record = tmp_path / "runs" / "broken" / "0-a" / "results.json"
+    record.write_text("{")
+    shown = call(arms)[2]
+    assert f"not finished: broken, seed 0: {record} is damaged: it is not whole JSON\n" in shown
+    assert f"FAILED: broken, seed 0 ({record} is damaged" in shown
+    assert not aside.exists()
+
+
+@pytest.mark.parametrize(("jobs", "at_once"), [(0, 3), (2, 2)])
+def test_an_interrupted_study_cancels_its_jobs_on_slurm(call, monkeypatch, jobs, at_once):
+    class Interrupts:
+        def done(self):
+            raise KeyboardInterrupt
+
+    submitted, cancelled = [], []
+
+    def submit(attempts, name, folder, options):
+        submitted.append((name, options))
+        return [Interrupts() for _ in attempts]
+
+    monkeypatch.setattr("studies.engine.slurm.submit", submit)
+    monkeypatch.setattr("studies.engine.slurm.cancel", cancelled.extend)
+    with pytest.raises(KeyboardInterrupt):
+        call({"a": (0, []), "b": (0, []), "c": (0, []), "d": (1, [])}, jobs, "slurm")
+    assert submitted == [("question-wave0", {"slurm_array_parallelism": at_once})]
+    assert len(cancelled) == 3
