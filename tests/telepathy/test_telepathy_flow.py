@@ -1,5 +1,6 @@
 """The bridge that samples: its noise, its path, its sampling, and what it reads."""
 
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from lightning_modules.telepathy import FlowBridge
-from lightning_modules.telepathy.noise import gaussian, row_seeds, uniform
+from lightning_modules.telepathy.noise import GOLDEN, gaussian, mixed, row_seeds, uniform
 
 SOURCE, TARGET = 12, 8
 ENDS = SimpleNamespace(width=SOURCE), SimpleNamespace(width=TARGET)
@@ -43,6 +44,18 @@ def test_noise_is_standard_normal_and_belongs_to_its_row():
     assert 0 < uniform_BN.min() < 1e-3
     assert 1 - 1e-3 < uniform_BN.max() < 1
     assert uniform_BN.mean().item() == pytest.approx(0.5, abs=0.005)
+
+
+def test_noise_is_that_of_splitmix64_on_any_machine():
+    first = [number % 2**64 for number in mixed(torch.arange(1, 4) * GOLDEN).tolist()]
+    assert first == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # of the seed 0, as published
+    start, golden = mixed(torch.tensor([5])).item(), GOLDEN % 2**64
+    signed = [(start + place * golden + 2**63) % 2**64 - 2**63 for place in range(1, 7)]
+    by_hand = [((number % 2**64 >> 40) + 0.5) / 2**24 for number in mixed(torch.tensor(signed)).tolist()]
+    assert uniform(torch.tensor([5]), 6)[0].tolist() == pytest.approx(by_hand, rel=1e-6)
+    pairs = zip(by_hand[:3], by_hand[3:], strict=True)
+    normal = [math.sqrt(-2 * math.log(size)) * math.cos(2 * math.pi * angle) for size, angle in pairs]
+    assert gaussian(torch.tensor([5]), 3)[0].tolist() == pytest.approx(normal, rel=1e-5)
 
 
 def test_seeds_depend_on_the_tokens_and_their_order_but_not_on_the_padding():
@@ -130,8 +143,8 @@ def test_gradients_pass_through_the_last_step_alone(monkeypatch):
 @torch.no_grad()
 def test_the_last_step_ends_at_the_output_but_in_the_notes():
     read, seed_B = states([8, 8]), torch.tensor([1, 2])
-    for key_norm in (True, False):
-        bridge = bridge_of(steps=1, key_norm=key_norm)
+    for steps, key_norm in ((1, True), (4, True), (1, False)):
+        bridge = bridge_of(steps=steps, key_norm=key_norm)
         bridge.out[-1].weight.zero_()
         bridge.out[-1].bias.fill_(0.5)
         soft_BKD, noise_BKD = bridge(*read, seed_B), gaussian(seed_B, 10 * TARGET).view(2, 10, TARGET)
