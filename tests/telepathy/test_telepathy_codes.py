@@ -163,7 +163,7 @@ def test_perplexity_counts_equally_used_codes_over_all_batches():
 
 @pytest.mark.parametrize("name", ["vq", "fsq"])
 def test_the_perplexity_is_measured_in_validation_and_test_in_any_batches(telepathy, fit, name):
-    found = set()
+    found, losses = set(), []
     for size in (5, 16):
         module = telepathy(PERCEIVER, bottleneck=name, max_new_tokens=2)
         data = WordProblems(**SMALL | {"eval_batch_size": size})
@@ -177,7 +177,9 @@ def test_the_perplexity_is_measured_in_validation_and_test_in_any_batches(telepa
         assert tested == pytest.approx(torch.special.entr(share_V).sum().exp().item(), rel=1e-5)
         assert 1 < validated < 144
         found.add((round(validated, 3), round(tested, 3)))
+        losses.append(trainer.validate(module, datamodule=data, verbose=False)[0]["validation/loss"])
     assert len(found) == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the mean over tokens, of batches with different numbers
 
 
 def test_an_untrained_output_is_a_fixed_map(telepathy):

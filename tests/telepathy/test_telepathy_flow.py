@@ -92,6 +92,8 @@ def test_samples_depend_on_every_state_and_every_trained_parameter_is_used(condi
     assert [n for n, p in bridge.named_parameters() if p.requires_grad and p.grad is None] == []
     turned_BKD = bridge(states_BSC.flip(1), mask_BS, torch.tensor([1]))
     assert torch.allclose(soft_BKD, turned_BKD, atol=1e-4) == (conditioning == "pooled")  # a mean has no order
+    assert bridge.pool.weight.requires_grad == (conditioning != "cross")
+    assert bridge.memory.weight.requires_grad == (conditioning != "pooled")
 
 
 def test_the_loss_is_the_error_of_the_velocity_on_a_straight_path(monkeypatch):
@@ -132,12 +134,36 @@ def test_sampling_is_eulers_method(monkeypatch):
     assert times == [0, 0.25, 0.5, 0.75]
 
 
+@torch.no_grad()
+def test_layers_read_the_time_in_waves():
+    bridge, seen = bridge_of(steps=4), []
+    bridge.time.register_forward_pre_hook(lambda time, args: seen.append(args[0][0]))
+    bridge(*states([3, 5]), torch.tensor([1, 2]))
+    for step, wave_W in enumerate(seen):
+        slow, fast = 0.1 * step / 4, math.exp(4) * step / 4  # the slowest and the fastest of the eight waves
+        wanted = [math.sin(slow), math.sin(fast), math.cos(slow), math.cos(fast)]
+        assert wave_W[[0, 7, 8, 15]].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
 def test_gradients_pass_through_the_last_step_alone(monkeypatch):
     bridge, slope = bridge_of(steps=4), torch.tensor(-1.0, requires_grad=True)
     monkeypatch.setattr(bridge, "_velocity", lambda x_BKD, *_: slope * x_BKD)
     bridge(*states([3, 5]), torch.tensor([1, 2])).sum().backward()
     noise = gaussian(torch.tensor([1, 2]), 10 * TARGET).sum().item()
     assert slope.grad.item() == pytest.approx(0.75**3 * noise / 4, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_query_makes_several_soft_tokens_of_one_source_position():
+    bridge, (states_BSC, mask_BS) = bridge_of(tokens_per_query=2), states([4, 7, 2])
+    assert bridge.positions().tolist() == [0, 0, 1, 1, 3, 3, 4, 4, 6, 6]
+    mask_BK = bridge.soft_mask(mask_BS)
+    assert torch.equal(mask_BK, bridge.positions() < torch.tensor([[4], [7], [2]]))
+    moved_BSC = states_BSC.clone()
+    moved_BSC[:, 3] *= -1  # what the two soft tokens of the third query read above all
+    seed_B = torch.tensor([3, 11, 4])
+    change_K = (bridge(moved_BSC, mask_BS, seed_B) - bridge(states_BSC, mask_BS, seed_B))[1].norm(dim=-1)
+    assert sorted(change_K.topk(2).indices.tolist()) == [4, 5]
 
 
 @torch.no_grad()

@@ -91,7 +91,8 @@ def test_the_targets_own_keys_and_values_answer_as_the_text(telepathy, check):
 
 def test_gates_change_neither_weights_nor_random_numbers(telepathy, check):
     module = telepathy(optimizer=partial(torch.optim.AdamW, lr=1e-2))
-    before = {name: value.clone() for name, value in module.state_dict().items()}
+    before, modes = {name: value.clone() for name, value in module.state_dict().items()}, []
+    module.bridge.register_forward_pre_hook(lambda bridge, args: modes.append(bridge.training))
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -99,6 +100,8 @@ def test_gates_change_neither_weights_nor_random_numbers(telepathy, check):
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert metrics["gates/overfit_loss"] < 2.2  # although a copy has learned; 2.6 before
+    # As in a fit, where a bridge that samples draws other noise in each step; then comes the validation
+    assert modes == [True] * 7 + [False]
 
 
 def test_a_bridge_learns_by_heart_with_the_clipping_of_the_run(telepathy, check):
