@@ -185,6 +185,7 @@ def test_the_perplexity_is_measured_in_validation_and_test_in_any_batches(telepa
 def test_an_untrained_output_is_a_fixed_map(telepathy):
     module = telepathy(PERCEIVER, reproduce_flaws=["untrained_output"])
     assert module.bottleneck.map.weight.requires_grad is False
+    assert module.bottleneck.map.weight.square().sum(1).mean().item() == pytest.approx(1, rel=0.1)  # it keeps the scale
     assert "bottleneck.map.weight" in module.state_dict()
     plain = telepathy(PERCEIVER, bottleneck=None, normalizer=None)  # as a config with null makes it
     assert (plain.bottleneck.size, type(plain.normalizer)) == (0, torch.nn.Identity)

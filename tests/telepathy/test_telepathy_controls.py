@@ -207,13 +207,15 @@ def test_the_category_of_wrong_objects_does_not_depend_on_the_batches_or_the_ord
     assert 0 < found[0][1] < 1
 
 
-def test_a_single_problem_has_no_measures_of_others(examine):
+def test_a_single_problem_has_no_measures_of_others(examine, tmp_path):
     problems = [generate_passkey(0, "test", index) for index in range(4)]
+    tried, counts = examine(problems, 2, fast_dev_run=True)
+    assert counts["test/accuracy"] == counts["test/shuffled_accuracy"] == 2
+    assert not list(tmp_path.iterdir())  # a dry run leaves nothing behind
     alone, _ = examine(problems[:1], 4)
+    assert [file.name for file in tmp_path.rglob("*.jsonl")] == ["test.jsonl"]
     assert {"accuracy", "zero_accuracy", "truncated", "ce_zero", "bridge_gain"} <= alone.keys()
     assert not any(
         word in name for name in alone for word in ("shuffled", "specificity", "cosine", "entity", "retriev")
     )
-    tried, counts = examine(problems, 2, fast_dev_run=True)
-    assert counts["test/accuracy"] == counts["test/shuffled_accuracy"] == 2
     assert alone.keys() < tried.keys()

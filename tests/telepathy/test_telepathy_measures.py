@@ -193,8 +193,9 @@ def test_a_kind_without_entities_has_no_score():
 
 
 def test_texts_without_entities_have_no_entity_measures():
-    names = measure(make([Problem("q", f"#### {i}") for i in range(3)], ["", "", ""])).values
-    assert not any("entity" in name or "twin" in name or "retrieval" in name for name in names)
+    for questions in ("qqq", "qrs"):
+        names = measure(make([Problem(question, "#### 1") for question in questions], ["", "", ""])).values
+        assert not any("entity" in name or "twin" in name or "retrieval" in name for name in names)
 
 
 WRONG = (  # question, the answer's object, output
