@@ -15,7 +15,7 @@ from datamodules import WordProblems
 from datamodules.problem_parts import OBJECTS
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 from lightning_modules.pretrained.answers import Answer
-from lightning_modules.telepathy import TokenBridge, controls
+from lightning_modules.telepathy import TokenBridge, controls, examination
 from lightning_modules.telepathy.draw import DRAWN, GROUP, Draw
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.results import ProblemResult
@@ -219,3 +219,17 @@ def test_a_single_problem_has_no_measures_of_others(examine, tmp_path):
         word in name for name in alone for word in ("shuffled", "specificity", "cosine", "entity", "retriev")
     )
     assert alone.keys() < tried.keys()
+
+
+def test_times_are_milliseconds_per_question(examine, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(examination, "_now", lambda device: float(next(clock)))  # each passage takes a second
+    values, counts = examine([generate_passkey(0, "test", index) for index in range(5)], 2)
+    assert values["soft_ms"] == values["text_ms"] == 3 * 1000 / 5
+    assert counts["test/soft_ms"] == 5
+
+
+def test_a_later_test_leaves_no_measure_of_an_earlier_one():
+    recorded = {"test/accuracy": 4, "test/retrieval": 8, "test_far/retrieval": 3}
+    examination._replace(recorded, "test", {"accuracy": 1})
+    assert recorded == {"test/accuracy": 1, "test_far/retrieval": 3}
