@@ -111,6 +111,7 @@ def test_the_soft_assignment_agrees_with_the_codes(name):
     if name == "vq":
         assert (share_BKFV[:, :, 0].argmax(-1) == codes).all()
     else:
+        assert [bool(share_BKFV[..., f, count:].any()) for f, count in enumerate(LEVELS)] == [False] * 5
         assert (share_BKFV.argmax(-1) == bottleneck.quantizer.indices_to_level_indices(codes)).float().mean() > 0.99
     share_BKFV[..., 0].sum().backward()
     assert soft_BKD.grad.abs().sum() > 0

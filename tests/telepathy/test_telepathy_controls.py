@@ -12,10 +12,11 @@ from conftest import QUIET
 from lightning import Trainer
 
 from datamodules import WordProblems
+from datamodules.errors import UserError
 from datamodules.problem_parts import OBJECTS
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 from lightning_modules.pretrained.answers import Answer
-from lightning_modules.telepathy import TokenBridge, controls, examination
+from lightning_modules.telepathy import TokenBridge, controls, evaluation, examination
 from lightning_modules.telepathy.draw import DRAWN, GROUP, Draw
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.results import ProblemResult
@@ -219,6 +220,12 @@ def test_a_single_problem_has_no_measures_of_others(examine, tmp_path):
         word in name for name in alone for word in ("shuffled", "specificity", "cosine", "entity", "retriev")
     )
     assert alone.keys() < tried.keys()
+
+
+def test_a_target_that_is_split_over_processes_is_not_tested(examine, monkeypatch):
+    monkeypatch.setattr(evaluation, "is_sharded", lambda model: True)
+    with pytest.raises(UserError, match=r"model.shard_frozen is for training: set test_after_fit to false"):
+        examine([generate_passkey(0, "test", 0)], 1)
 
 
 def test_times_are_milliseconds_per_question(examine, monkeypatch):

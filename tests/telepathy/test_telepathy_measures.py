@@ -179,6 +179,7 @@ def test_entities_are_whole_words_by_type():
     assert "entity_transfer_object" not in measures.values
     answers = {"entity_recall_name": 2, "entity_recall_number": 1, "entity_recall": 2}  # those with such entities
     assert {name: measures.counts[name] for name in answers} == answers
+    assert measure(make(problems[:2], ["Anna", "Bob Ann"])).values["entity_chance_name"] == 0.5
 
 
 def test_few_problems_with_entities_have_an_interval():

@@ -277,6 +277,11 @@ def test_problems_without_an_end_are_refused(telepathy, fit, place, is_dry):
     assert not Path("runs").exists()
 
 
+def test_data_without_questions_is_refused():
+    with pytest.raises(UserError, match=r"model.cache_source: dict has no questions"):
+        source_cache.fixed_questions({})
+
+
 def test_a_dry_run_writes_no_states(telepathy, fit, place):
     fit(telepathy(cache_source=True), 1, data(), fast_dev_run=True)
     assert not Path("runs").exists()
