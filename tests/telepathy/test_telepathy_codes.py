@@ -227,18 +227,22 @@ def test_the_module_tells_the_progress_of_training(telepathy, fit):
     assert module.bottleneck.oldest > 0
 
 
-def test_padding_becomes_no_code():
+@pytest.mark.parametrize("lost", [0, 1])
+def test_padding_and_what_is_not_finite_become_no_code(lost):
     bottleneck, soft_BKD = made("vq"), soft(40)
     bottleneck.progress = 0.5
     mask_BK = torch.ones(soft_BKD.shape[:2], dtype=torch.bool)
     mask_BK[:, 3:] = False
     before_VD = bottleneck.quantizer.codebook.detach().clone()
+    soft_BKD[:lost, 0] = torch.nan
     bottleneck(soft_BKD.masked_fill(~mask_BK[..., None], 50.0), mask_BK)
+    mask_BK[:lost, 0] = False
     after_VD = bottleneck.quantizer.codebook.detach()
     real_ND = soft_BKD[mask_BK] / soft_BKD[mask_BK].square().mean(-1, keepdim=True).sqrt()
-    assert bottleneck.oldest == len(real_ND) == 12
-    assert torch.cdist(real_ND, after_VD[:12]).amin(1).max() < 1e-3
-    assert after_VD[12:].equal(before_VD[12:])
+    count = 12 - lost
+    assert bottleneck.oldest == len(real_ND) == count
+    assert torch.cdist(real_ND, after_VD[:count]).amin(1).max() < 1e-3
+    assert after_VD[count:].equal(before_VD[count:])
 
 
 def test_codes_that_come_late_need_the_last_step(telepathy, fit):

@@ -213,6 +213,7 @@ def test_evaluation_draws_the_same_noise_and_training_does_not(telepathy, proble
     ("options", "message"),
     [
         ({"steps": 0}, "model.bridge.steps must be at least 1, not 0"),
+        ({"heads": 0}, "model.bridge.heads must be at least 1, not 0"),
         ({"tokens_per_query": 3}, "model.bridge: 10 soft tokens do not divide into 3 per query"),
         ({"width": 15}, "model.bridge: width 15 is odd or not divisible by 2 heads"),
     ],
