@@ -50,6 +50,8 @@ def test_the_codebook_has_the_scale_of_its_inputs_but_in_the_notes():
         bottleneck = made("vq", flaws)
         _, codes = coded(bottleneck, soft())
         sizes[flaws] = bottleneck.quantizer.codebook.square().mean().sqrt().item(), codes.commitment_BK.mean().item()
+    _, codes = coded(bottleneck, 3 * soft())  # near codes of nearly 0, inputs keep their own size
+    assert codes.commitment_BK.mean().item() == pytest.approx(9 * sizes[("codebook_scale",)][1], rel=0.01)
     assert sizes[()][0] == pytest.approx(1, abs=0.05)
     assert sizes[("codebook_scale",)][0] == pytest.approx(1 / (CODES * 3**0.5), rel=0.05)
     assert sizes[()][1] < 0.7 * 1.25 < 0.95 * 1.25 < sizes[("codebook_scale",)][1]  # all codes are equally far
@@ -91,6 +93,17 @@ def test_the_commitment_moves_the_codebook_towards_the_inputs():
     assert moved.commitment_BK.mean() < codes.commitment_BK.mean()
 
 
+def test_the_commitment_of_a_code_weighs_four_times_that_of_its_input():
+    bottleneck, soft_BKD = made("vq", ("codebook_scale",)), soft().requires_grad_()
+    _, codes = coded(bottleneck, soft_BKD)
+    book_DD = bottleneck.quantizer.code_transform.change_DD
+    grads = torch.autograd.grad(codes.commitment_BK.sum(), (soft_BKD, book_DD))
+    far_BKD = bottleneck.quantizer.codebook[codes.index_BK] - soft_BKD
+    (soft_grad_BKD,) = torch.autograd.grad(far_BKD.square().mean(-1).sum(), soft_BKD, retain_graph=True)
+    (book_grad_DD,) = torch.autograd.grad(far_BKD.square().mean(-1).sum(), book_DD)
+    torch.testing.assert_close(grads, (0.25 * soft_grad_BKD, book_grad_DD))
+
+
 @torch.no_grad()
 def test_scalars_are_rounded_to_their_levels():
     bottleneck = made("fsq")
@@ -110,8 +123,13 @@ def test_the_soft_assignment_agrees_with_the_codes(name):
     codes = coded(bottleneck, soft_BKD)[1].index_BK
     if name == "vq":
         assert (share_BKFV[:, :, 0].argmax(-1) == codes).all()
+        unit_BKD = soft_BKD / soft_BKD.square().mean(-1, keepdim=True).sqrt()
+        squares_BKV = (unit_BKD[:, :, None] - bottleneck.quantizer.codebook).square().sum(-1)
+        torch.testing.assert_close(share_BKFV[:, :, 0], (-squares_BKV / WIDTH**0.5).softmax(-1), atol=1e-5, rtol=1e-3)
     else:
         assert [bool(share_BKFV[..., f, count:].any()) for f, count in enumerate(LEVELS)] == [False] * 5
+        bends = share_BKFV.where(share_BKFV > 1e-30, torch.nan).log().diff(dim=-1).diff(dim=-1)  # of -4 (u - l)²
+        assert bends[bends.isfinite()].tolist() == pytest.approx([-8.0] * int(bends.isfinite().sum()), abs=0.01)
         assert (share_BKFV.argmax(-1) == bottleneck.quantizer.indices_to_level_indices(codes)).float().mean() > 0.99
     share_BKFV[..., 0].sum().backward()
     assert soft_BKD.grad.abs().sum() > 0

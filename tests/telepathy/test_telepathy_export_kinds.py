@@ -53,7 +53,5 @@ def test_a_file_without_a_tensor_is_refused(telepathy, tmp_path):
     export(module, {}, path)
     exported = read_exported(str(path), "--ckpt_path")
     exported.tensors.pop("soft_tokens.scale")
-    with pytest.raises(
-        UserError, match=r'--ckpt_path: the bridge does not fit the config: Missing .*"soft_tokens.scale'
-    ):
+    with pytest.raises(UserError, match=r'--ckpt_path: the bridge does not fit .*: Missing .*"soft_tokens.scale'):
         restore(module, exported, "--ckpt_path")

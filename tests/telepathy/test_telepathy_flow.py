@@ -80,6 +80,7 @@ def test_samples_of_a_row_do_not_depend_on_its_batch(conditioning):
         alone_KD = bridge(*alone, seed_B[i : i + 1])[0][bridge.soft_mask(alone[1])[0]]
         torch.testing.assert_close(soft_BKD[i][mask_BK[i]], alone_KD, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(bridge(states_BSC, mask_BS, seed_B + 1), soft_BKD, atol=0.1)
+    assert torch.equal(bridge(states_BSC, mask_BS), bridge(states_BSC, mask_BS, 0 * seed_B))
 
 
 @pytest.mark.parametrize("conditioning", ["pooled", "cross", "hybrid"])
@@ -115,8 +116,9 @@ def test_the_loss_is_the_error_of_the_velocity_on_a_straight_path(monkeypatch):
         errors = [((0.25 - (x1_QD[k] - x0_QD[k])) ** 2).mean().item() for k in range(min(text, places))]
         by_hand.append(sum(errors) / len(errors))
         torch.testing.assert_close(seen["x"][i, 0], t * x1_QD[0] + (1 - t) * x0_QD[0])
+        torch.testing.assert_close(seen["x"][i, text:], (1 - t) * noise_BKD[i, text:])  # behind the text
     assert loss == pytest.approx(sum(by_hand) / 3, rel=1e-5)
-    assert 0 < seen["time"].min() < seen["time"].max() < 1
+    torch.testing.assert_close(seen["time"], uniform(mixed(seed_B), 1)[:, 0] * 2 / 3)  # to that of the last step
 
 
 def test_sampling_is_eulers_method(monkeypatch):
@@ -157,6 +159,7 @@ def test_gradients_pass_through_the_last_step_alone(monkeypatch):
 def test_a_query_makes_several_soft_tokens_of_one_source_position():
     bridge, (states_BSC, mask_BS) = bridge_of(tokens_per_query=2), states([4, 7, 2])
     assert bridge.positions().tolist() == [0, 0, 1, 1, 3, 3, 4, 4, 6, 6]
+    assert torch.equal(*MADE(tokens_per_query=2).out[-1].weight.unflatten(0, (2, -1)))  # they start equal
     mask_BK = bridge.soft_mask(mask_BS)
     assert torch.equal(mask_BK, bridge.positions() < torch.tensor([[4], [7], [2]]))
     moved_BSC = states_BSC.clone()
@@ -171,6 +174,7 @@ def test_the_last_step_ends_at_the_output_but_in_the_notes():
     read, seed_B = states([8, 8]), torch.tensor([1, 2])
     for steps, key_norm in ((1, True), (4, True), (1, False)):
         bridge = bridge_of(steps=steps, key_norm=key_norm)
+        assert isinstance(bridge.norm, torch.nn.LayerNorm) == key_norm
         bridge.out[-1].weight.zero_()
         bridge.out[-1].bias.fill_(0.5)
         soft_BKD, noise_BKD = bridge(*read, seed_B), gaussian(seed_B, 10 * TARGET).view(2, 10, TARGET)
@@ -221,6 +225,7 @@ def test_evaluation_draws_the_same_noise_and_training_does_not(telepathy, proble
 def test_sizes_that_make_no_bridge(options, message):
     with pytest.raises(ValueError, match=message):
         MADE(**options)
+    assert MADE(hidden=None).out[1].out_features == 64  # four times the width
 
 
 def test_a_number_that_is_drawn_for_a_step_is_the_same_for_all_rows():

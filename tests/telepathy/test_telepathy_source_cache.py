@@ -262,6 +262,7 @@ def test_every_rank_tells_of_its_damaged_files(tmp_path, monkeypatch):
 def test_a_question_that_the_source_has_not_read(place, telepathy, fit, problems):
     module = telepathy(cache_source=True)
     fit(module, 1, data())
+    fit(module, 1, data())  # the source is not needed again
     other = replace(problems[0], question="Who is there?")
     with pytest.raises(ValueError, match=r"model.cache_source: the source has not read 'Who is there\?'"):
         module.collate([other], False)
