@@ -158,6 +158,8 @@ def test_quantisation_is_fp32_under_autocast_and_finite_for_zeros(name):
     bottleneck = made(name)
     with torch.autocast("cpu", torch.bfloat16):
         low_BKD, low = coded(bottleneck, soft())
+        low_BKFV = bottleneck.shares(soft())
+    torch.testing.assert_close(low_BKFV, bottleneck.shares(soft()))
     high_BKD, high = coded(bottleneck, soft())
     assert low_BKD.dtype == torch.float32
     assert torch.equal(low.index_BK, high.index_BK)

@@ -78,7 +78,8 @@ def test_inputs_that_are_not_finite_are_left_out_of_the_map(lost):
 
 def test_soft_tokens_and_cosines_are_drawn_by_template():
     soft, templates = np.random.default_rng(0).normal(size=(5, 6)), list("cabca")
-    (axes,) = soft_token_map(soft, templates).axes
+    (axes,) = (figure := soft_token_map(soft, templates)).axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
     points, _ = principal_components(soft)
     drawn = {one.get_label(): np.asarray(one.get_offsets()).tolist() for one in axes.collections}
     assert drawn == {"a": points[[1, 4]].tolist(), "b": points[[2]].tolist(), "c": points[[0, 3]].tolist()}
