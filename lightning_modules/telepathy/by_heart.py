@@ -91,7 +91,7 @@ def _descend(
             if number % LOOK == 0 or number == steps:
                 # Ranks decide together, since a sharded target needs all of them in every step
                 loss = float(module.trainer.strategy.reduce(loss_now.detach().clone(), reduce_op="max"))
-                if not low < loss < float("inf"):
+                if number == steps or not low < loss < float("inf"):
                     break
             (loss_now + beside).backward()  # type: ignore[no-untyped-call]  # torch has no types here
         step()

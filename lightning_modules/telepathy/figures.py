@@ -48,10 +48,8 @@ def loss_by_position(losses: Sequence[dict[str, Array]]) -> "Figure":
     longest = int(np.quantile(lengths, 0.9))  # few answers are longer, too few for a mean
     conditions = [condition for condition in CONDITIONS if condition in losses[0]]
     for condition in conditions:
-        table = np.full((len(losses), max(lengths)), np.nan)
-        for i, by_condition in enumerate(losses):
-            table[i, : lengths[i]] = by_condition[condition]
-        axes.plot(np.nanmean(table[:, :longest], axis=0), label=condition)
+        rows = [by_condition[condition] for by_condition in losses]
+        axes.plot([np.mean([row[n] for row in rows if len(row) > n]) for n in range(longest)], label=condition)
     axes.set(xlabel="position in the answer", ylabel="cross-entropy (nats)", ylim=(0, None))
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure

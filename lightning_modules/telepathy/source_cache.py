@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from warnings import warn
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from datamodules.errors import UserError
@@ -127,17 +127,19 @@ class SourceCache:
             fault = file.fault()
             if fault is None:
                 continue
-            if fault:
-                rank_zero_warn(f"model.cache_source: {file.path} is damaged, {fault}; it is written again")
+            if fault:  # told by every rank, since each looks at other files
+                warn(f"model.cache_source: {file.path} is damaged, {fault}; it is written again", stacklevel=2)
             if failure := file.write(states):
                 break
             written += 1
         if failures := [text for text in gather_objects(failure) if text]:  # this also waits for the other ranks
             raise UserError(f"model.cache_source: cannot write {failures[0]}")
-        missing = [file.path for file in self._files if not file.path.is_file()]
-        if any(gather_objects(bool(missing))):
-            where = f": this one lacks {missing[0]}" if missing else ""
-            raise UserError(f"model.cache_source: {FOLDER} must lie on a file system that all machines share{where}")
+        missing = [str(file.path) for file in self._files if not file.path.is_file()]
+        if lacking := [paths[0] for paths in gather_objects(missing[:1]) if paths]:
+            raise UserError(
+                f"model.cache_source: {self.folder} must lie on a file system that all machines share: one of them "
+                f"lacks {lacking[0]}"
+            )
         return written
 
     def read(self, questions: Sequence[str]) -> Tensor:

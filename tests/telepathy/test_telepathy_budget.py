@@ -26,6 +26,7 @@ def widths(batch) -> list[int]:
     ("bridge", "options", "kinds"),
     [
         (TokenBridge, {}, 1),
+        (TokenBridge, {"text_prefix": 2}, 2),
         (PerceiverBridge, {"objectives": EVERYTHING}, 4),
         (TokenBridge, {"objectives": EVERYTHING, "text_prefix": 90}, 5),
     ],

@@ -50,6 +50,8 @@ def test_the_codebook_has_the_scale_of_its_inputs_but_in_the_notes():
         bottleneck = made("vq", flaws)
         _, codes = coded(bottleneck, soft())
         sizes[flaws] = bottleneck.quantizer.codebook.square().mean().sqrt().item(), codes.commitment_BK.mean().item()
+    _, codes = coded(bottleneck, 3 * soft())  # near codes of nearly 0, inputs keep their own size
+    assert codes.commitment_BK.mean().item() == pytest.approx(9 * sizes[("codebook_scale",)][1], rel=0.01)
     assert sizes[()][0] == pytest.approx(1, abs=0.05)
     assert sizes[("codebook_scale",)][0] == pytest.approx(1 / (CODES * 3**0.5), rel=0.05)
     assert sizes[()][1] < 0.7 * 1.25 < 0.95 * 1.25 < sizes[("codebook_scale",)][1]  # all codes are equally far
@@ -91,6 +93,17 @@ def test_the_commitment_moves_the_codebook_towards_the_inputs():
     assert moved.commitment_BK.mean() < codes.commitment_BK.mean()
 
 
+def test_the_commitment_of_a_code_weighs_four_times_that_of_its_input():
+    bottleneck, soft_BKD = made("vq", ("codebook_scale",)), soft().requires_grad_()
+    _, codes = coded(bottleneck, soft_BKD)
+    book_DD = bottleneck.quantizer.code_transform.change_DD
+    grads = torch.autograd.grad(codes.commitment_BK.sum(), (soft_BKD, book_DD))
+    far_BKD = bottleneck.quantizer.codebook[codes.index_BK] - soft_BKD
+    (soft_grad_BKD,) = torch.autograd.grad(far_BKD.square().mean(-1).sum(), soft_BKD, retain_graph=True)
+    (book_grad_DD,) = torch.autograd.grad(far_BKD.square().mean(-1).sum(), book_DD)
+    torch.testing.assert_close(grads, (0.25 * soft_grad_BKD, book_grad_DD))
+
+
 @torch.no_grad()
 def test_scalars_are_rounded_to_their_levels():
     bottleneck = made("fsq")
@@ -110,7 +123,13 @@ def test_the_soft_assignment_agrees_with_the_codes(name):
     codes = coded(bottleneck, soft_BKD)[1].index_BK
     if name == "vq":
         assert (share_BKFV[:, :, 0].argmax(-1) == codes).all()
+        unit_BKD = soft_BKD / soft_BKD.square().mean(-1, keepdim=True).sqrt()
+        squares_BKV = (unit_BKD[:, :, None] - bottleneck.quantizer.codebook).square().sum(-1)
+        torch.testing.assert_close(share_BKFV[:, :, 0], (-squares_BKV / WIDTH**0.5).softmax(-1), atol=1e-5, rtol=1e-3)
     else:
+        assert [bool(share_BKFV[..., f, count:].any()) for f, count in enumerate(LEVELS)] == [False] * 5
+        bends = share_BKFV.where(share_BKFV > 1e-30, torch.nan).log().diff(dim=-1).diff(dim=-1)  # of -4 (u - l)²
+        assert bends[bends.isfinite()].tolist() == pytest.approx([-8.0] * int(bends.isfinite().sum()), abs=0.01)
         assert (share_BKFV.argmax(-1) == bottleneck.quantizer.indices_to_level_indices(codes)).float().mean() > 0.99
     share_BKFV[..., 0].sum().backward()
     assert soft_BKD.grad.abs().sum() > 0
@@ -139,6 +158,8 @@ def test_quantisation_is_fp32_under_autocast_and_finite_for_zeros(name):
     bottleneck = made(name)
     with torch.autocast("cpu", torch.bfloat16):
         low_BKD, low = coded(bottleneck, soft())
+        low_BKFV = bottleneck.shares(soft())
+    torch.testing.assert_close(low_BKFV, bottleneck.shares(soft()))
     high_BKD, high = coded(bottleneck, soft())
     assert low_BKD.dtype == torch.float32
     assert torch.equal(low.index_BK, high.index_BK)
@@ -163,7 +184,7 @@ def test_perplexity_counts_equally_used_codes_over_all_batches():
 
 @pytest.mark.parametrize("name", ["vq", "fsq"])
 def test_the_perplexity_is_measured_in_validation_and_test_in_any_batches(telepathy, fit, name):
-    found = set()
+    found, losses = set(), []
     for size in (5, 16):
         module = telepathy(PERCEIVER, bottleneck=name, max_new_tokens=2)
         data = WordProblems(**SMALL | {"eval_batch_size": size})
@@ -177,12 +198,15 @@ def test_the_perplexity_is_measured_in_validation_and_test_in_any_batches(telepa
         assert tested == pytest.approx(torch.special.entr(share_V).sum().exp().item(), rel=1e-5)
         assert 1 < validated < 144
         found.add((round(validated, 3), round(tested, 3)))
+        losses.append(trainer.validate(module, datamodule=data, verbose=False)[0]["validation/loss"])
     assert len(found) == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the mean over tokens, of batches with different numbers
 
 
 def test_an_untrained_output_is_a_fixed_map(telepathy):
     module = telepathy(PERCEIVER, reproduce_flaws=["untrained_output"])
     assert module.bottleneck.map.weight.requires_grad is False
+    assert module.bottleneck.map.weight.square().sum(1).mean().item() == pytest.approx(1, rel=0.1)  # it keeps the scale
     assert "bottleneck.map.weight" in module.state_dict()
     plain = telepathy(PERCEIVER, bottleneck=None, normalizer=None)  # as a config with null makes it
     assert (plain.bottleneck.size, type(plain.normalizer)) == (0, torch.nn.Identity)
@@ -223,18 +247,22 @@ def test_the_module_tells_the_progress_of_training(telepathy, fit):
     assert module.bottleneck.oldest > 0
 
 
-def test_padding_becomes_no_code():
+@pytest.mark.parametrize("lost", [0, 1])
+def test_padding_and_what_is_not_finite_become_no_code(lost):
     bottleneck, soft_BKD = made("vq"), soft(40)
     bottleneck.progress = 0.5
     mask_BK = torch.ones(soft_BKD.shape[:2], dtype=torch.bool)
     mask_BK[:, 3:] = False
     before_VD = bottleneck.quantizer.codebook.detach().clone()
+    soft_BKD[:lost, 0] = torch.nan
     bottleneck(soft_BKD.masked_fill(~mask_BK[..., None], 50.0), mask_BK)
+    mask_BK[:lost, 0] = False
     after_VD = bottleneck.quantizer.codebook.detach()
     real_ND = soft_BKD[mask_BK] / soft_BKD[mask_BK].square().mean(-1, keepdim=True).sqrt()
-    assert bottleneck.oldest == len(real_ND) == 12
-    assert torch.cdist(real_ND, after_VD[:12]).amin(1).max() < 1e-3
-    assert after_VD[12:].equal(before_VD[12:])
+    count = 12 - lost
+    assert bottleneck.oldest == len(real_ND) == count
+    assert torch.cdist(real_ND, after_VD[:count]).amin(1).max() < 1e-3
+    assert after_VD[count:].equal(before_VD[count:])
 
 
 def test_codes_that_come_late_need_the_last_step(telepathy, fit):

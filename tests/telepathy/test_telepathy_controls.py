@@ -12,10 +12,11 @@ from conftest import QUIET
 from lightning import Trainer
 
 from datamodules import WordProblems
+from datamodules.errors import UserError
 from datamodules.problem_parts import OBJECTS
 from datamodules.problems import Problem, generate, generate_passkey, generate_twins
 from lightning_modules.pretrained.answers import Answer
-from lightning_modules.telepathy import TokenBridge, controls
+from lightning_modules.telepathy import TokenBridge, controls, evaluation, examination
 from lightning_modules.telepathy.draw import DRAWN, GROUP, Draw
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.results import ProblemResult
@@ -207,13 +208,35 @@ def test_the_category_of_wrong_objects_does_not_depend_on_the_batches_or_the_ord
     assert 0 < found[0][1] < 1
 
 
-def test_a_single_problem_has_no_measures_of_others(examine):
+def test_a_single_problem_has_no_measures_of_others(examine, tmp_path):
     problems = [generate_passkey(0, "test", index) for index in range(4)]
+    tried, counts = examine(problems, 2, fast_dev_run=True)
+    assert counts["test/accuracy"] == counts["test/shuffled_accuracy"] == 2
+    assert not list(tmp_path.iterdir())  # a dry run leaves nothing behind
     alone, _ = examine(problems[:1], 4)
+    assert [file.name for file in tmp_path.rglob("*.jsonl")] == ["test.jsonl"]
     assert {"accuracy", "zero_accuracy", "truncated", "ce_zero", "bridge_gain"} <= alone.keys()
     assert not any(
         word in name for name in alone for word in ("shuffled", "specificity", "cosine", "entity", "retriev")
     )
-    tried, counts = examine(problems, 2, fast_dev_run=True)
-    assert counts["test/accuracy"] == counts["test/shuffled_accuracy"] == 2
     assert alone.keys() < tried.keys()
+
+
+def test_a_target_that_is_split_over_processes_is_not_tested(examine, monkeypatch):
+    monkeypatch.setattr(evaluation, "is_sharded", lambda model: True)
+    with pytest.raises(UserError, match=r"model.shard_frozen is for training: set test_after_fit to false"):
+        examine([generate_passkey(0, "test", 0)], 1)
+
+
+def test_times_are_milliseconds_per_question(examine, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(examination, "_now", lambda device: float(next(clock)))  # each passage takes a second
+    values, counts = examine([generate_passkey(0, "test", index) for index in range(3)], 2)
+    assert values["soft_ms"] == values["text_ms"] == pytest.approx(2 * 1000 / 3)
+    assert counts["test/soft_ms"] == 3
+
+
+def test_a_later_test_leaves_no_measure_of_an_earlier_one():
+    recorded = {"test/accuracy": 4, "test/retrieval": 8, "test_far/retrieval": 3}
+    examination._replace(recorded, "test", {"accuracy": 1})
+    assert recorded == {"test/accuracy": 1, "test_far/retrieval": 3}

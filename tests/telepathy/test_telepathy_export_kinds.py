@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from datamodules.errors import UserError
 from lightning_modules.telepathy import FlowBridge, KVBridge, PerceiverBridge, TokenBridge
 from lightning_modules.telepathy.export import export, read_exported, restore
 
@@ -45,3 +46,12 @@ def test_a_new_module_answers_from_the_file_as_the_trained_one(telepathy, proble
     target = exported.about["target"]
     assert target["head"] + target["tail"] == row.prompt
     assert not [name for name in load_file(path) if name.startswith(("heads.", "text_prefix.", "source.", "target."))]
+
+
+def test_a_file_without_a_tensor_is_refused(telepathy, tmp_path):
+    module, path = telepathy(text_prefix=2), Path(tmp_path, "bridge.safetensors")
+    export(module, {}, path)
+    exported = read_exported(str(path), "--ckpt_path")
+    exported.tensors.pop("soft_tokens.scale")
+    with pytest.raises(UserError, match=r'--ckpt_path: the bridge does not fit .*: Missing .*"soft_tokens.scale'):
+        restore(module, exported, "--ckpt_path")

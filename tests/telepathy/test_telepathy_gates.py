@@ -1,8 +1,10 @@
 """The gates before an expensive run: all pass on the embedded pair, and each can fail."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 from callbacks import Gates
 from datamodules import WordProblems
-from lightning_modules.telepathy import KVBridge, PerceiverBridge
+from lightning_modules.telepathy import KVBridge, PerceiverBridge, by_heart
 
 NAMES = ("text", "embeddings", "overfit", "soft_prompt")
 PRESET = ("validate", "--config", "configs/telepathy_v15.yaml", "--config", "configs/presets/telepathy/gates.yaml")
@@ -91,7 +93,8 @@ def test_the_targets_own_keys_and_values_answer_as_the_text(telepathy, check):
 
 def test_gates_change_neither_weights_nor_random_numbers(telepathy, check):
     module = telepathy(optimizer=partial(torch.optim.AdamW, lr=1e-2))
-    before = {name: value.clone() for name, value in module.state_dict().items()}
+    before, modes = {name: value.clone() for name, value in module.state_dict().items()}, []
+    module.bridge.register_forward_pre_hook(lambda bridge, args: modes.append(bridge.training))
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -99,12 +102,34 @@ def test_gates_change_neither_weights_nor_random_numbers(telepathy, check):
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert metrics["gates/overfit_loss"] < 2.2  # although a copy has learned; 2.6 before
+    # As in a fit, where a bridge that samples draws other noise in each step; then comes the validation
+    assert modes == [True] * 7 + [False]
 
 
 def test_a_bridge_learns_by_heart_with_the_clipping_of_the_run(telepathy, check):
     module = telepathy(optimizer=partial(torch.optim.SGD, lr=1.0))
     losses = [check(module, steps=5, gradient_clip_val=clip)[1]["gates/overfit_loss"] for clip in (1e-6, None)]
     assert losses[0] > losses[1] + 0.05
+
+
+@pytest.mark.parametrize(
+    ("losses", "end", "looks"),
+    [
+        ([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2], 0.2, [0, 5, 7]),
+        ([0.9, 0.8, 0.0, 0.6, 0.5, 0.05], 0.05, [0, 5]),  # low between two looks, and at the second one
+        ([0.05], 0.05, [0]),
+    ],
+)
+def test_learning_ends_at_a_low_loss_or_after_the_steps(monkeypatch, losses, end, looks):
+    x, done, looked = torch.zeros((), requires_grad=True), [], []
+    strategy = SimpleNamespace(reduce=lambda loss, reduce_op: looked.append(len(done)) or loss)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=nullcontext), strategy=strategy)
+    module = SimpleNamespace(trainer=trainer, target=SimpleNamespace(logits=lambda packing, vectors: vectors))
+    monkeypatch.setattr(by_heart, "lm", lambda logits, labels: logits)
+    batch = {"soft": SimpleNamespace(labels_N=None)}
+    loss = by_heart._descend(module, batch, lambda: (x + losses[len(done)], 2 * x), lambda: done.append(x.grad), 7, 0.1)
+    assert (loss, looked, len(done)) == (pytest.approx(end), looks, looks[-1])
+    assert x.grad is None or x.grad == 3 * len(done)  # of the loss and of what is beside it
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])

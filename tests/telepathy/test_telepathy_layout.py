@@ -144,6 +144,8 @@ def test_a_limit_of_answers_beyond_the_positions_of_the_target_is_told_at_once(t
     positions = telepathy().target.positions
     with pytest.raises(UserError, match=rf"model.max_new_tokens must be below {positions}, the positions of"):
         telepathy(max_new_tokens=positions)
+    with pytest.raises(UserError, match=r"model.max_new_tokens must be at least 1, not 0"):
+        telepathy(max_new_tokens=0)
     telepathy(max_new_tokens=positions - 1)
 
 

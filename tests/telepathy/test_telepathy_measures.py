@@ -179,6 +179,7 @@ def test_entities_are_whole_words_by_type():
     assert "entity_transfer_object" not in measures.values
     answers = {"entity_recall_name": 2, "entity_recall_number": 1, "entity_recall": 2}  # those with such entities
     assert {name: measures.counts[name] for name in answers} == answers
+    assert measure(make(problems[:2], ["Anna", "Bob Ann"])).values["entity_chance_name"] == 0.5
 
 
 def test_few_problems_with_entities_have_an_interval():
@@ -193,8 +194,9 @@ def test_a_kind_without_entities_has_no_score():
 
 
 def test_texts_without_entities_have_no_entity_measures():
-    names = measure(make([Problem("q", f"#### {i}") for i in range(3)], ["", "", ""])).values
-    assert not any("entity" in name or "twin" in name or "retrieval" in name for name in names)
+    for questions in ("qqq", "qrs"):
+        names = measure(make([Problem(question, "#### 1") for question in questions], ["", "", ""])).values
+        assert not any("entity" in name or "twin" in name or "retrieval" in name for name in names)
 
 
 WRONG = (  # question, the answer's object, output

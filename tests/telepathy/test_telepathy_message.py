@@ -8,7 +8,7 @@ import pytest
 
 from datamodules.problems import generate
 from lightning_modules.pretrained.answers import Answer
-from lightning_modules.telepathy.figures import cosine_map, principal_components, soft_token_map
+from lightning_modules.telepathy.figures import cosine_map, loss_by_position, principal_components, soft_token_map
 from lightning_modules.telepathy.layout import Row
 from lightning_modules.telepathy.measures import measure
 from lightning_modules.telepathy.message import add_message_sizes, deflated_bits
@@ -74,3 +74,29 @@ def test_inputs_that_are_not_finite_are_left_out_of_the_map(lost):
     assert ("not finite" in axes.get_title()) == (lost > 0)
     cosines = cosine_map(soft, list("aabbc")).axes[0].images[0].get_array()
     assert cosines.count() == (5 - lost) ** 2  # of numbers that are not masked
+
+
+def test_soft_tokens_and_cosines_are_drawn_by_template():
+    soft, templates = np.random.default_rng(0).normal(size=(5, 6)), list("cabca")
+    (axes,) = (figure := soft_token_map(soft, templates)).axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+    points, _ = principal_components(soft)
+    drawn = {one.get_label(): np.asarray(one.get_offsets()).tolist() for one in axes.collections}
+    assert drawn == {"a": points[[1, 4]].tolist(), "b": points[[2]].tolist(), "c": points[[0, 3]].tolist()}
+    unit = soft / np.linalg.norm(soft, axis=1, keepdims=True)
+    order = [1, 4, 2, 0, 3]
+    np.testing.assert_allclose(
+        cosine_map(soft, templates).axes[0].images[0].get_array(), (unit @ unit.T)[order][:, order]
+    )
+
+
+def test_the_loss_by_position_is_the_mean_over_the_answers_that_have_it():
+    rows = [[1.0, 2.0], [3.0]] + [[2.0, 5.0, 8.0]] * 17 + [[9.0] * 40]
+    losses = [{"text": np.array(row) + 1, "bridge": np.array(row)} for row in rows]
+    losses[0]["text"][1] = np.nan  # of a model that diverged: no mean over the others
+    lines = loss_by_position(losses).axes[0].lines
+    assert [line.get_label() for line in lines] == ["bridge", "text"]
+    # One answer in twenty is longer, and is not drawn to its end
+    wanted = [(1 + 3 + 17 * 2 + 9) / 20, (2 + 17 * 5 + 9) / 19, (17 * 8 + 9) / 18]
+    np.testing.assert_allclose(lines[0].get_ydata(), wanted)
+    np.testing.assert_allclose(lines[1].get_ydata(), [wanted[0] + 1, np.nan, wanted[2] + 1])

@@ -86,6 +86,11 @@ def test_what_cannot_be_recorded_is_told(telepathy, module, options, reason):
     assert reason in other.why_not_recorded(module.trainer)
 
 
+def test_a_source_that_reads_padding_cannot_be_recorded(module, monkeypatch):
+    monkeypatch.setattr(module.source.model, "reads_padding", True)
+    assert module.why_not_recorded(module.trainer) == "the source reads padding"
+
+
 def test_batches_of_many_sizes_cannot_be_recorded(module):
     module.trainer.datamodule = type("D", (), {"max_tokens": 2048})
     assert "data.max_tokens" in module.why_not_recorded(module.trainer)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import SMALL
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 
 from datamodules import WordProblems
 from datamodules.errors import UserError
 from datamodules.problems import generate
 from lightning_modules.pretrained.loading import Pretrained
-from lightning_modules.telepathy import PerceiverBridge
+from lightning_modules.telepathy import PerceiverBridge, source_cache
 from lightning_modules.telepathy.source_cache import FOLDER, SourceCache
 
 SIZES = {name: size for name, size in SMALL.items() if name != "epoch_size"}
@@ -233,15 +234,35 @@ def test_ranks_share_the_work(tmp_path, monkeypatch):
         read.extend(questions)
         return states_of(questions)
 
-    with pytest.raises(ValueError, match=r"a file system that all machines share: this one lacks .*states-"):
-        caches[0].fill(states, rank=0, world=2)  # alone: nobody has written the other half
+    # Alone: nobody has written the other half
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}.+ must lie on a file system .*: one of them lacks {tmp_path}.*-"
+    ):
+        caches[0].fill(states, rank=0, world=2)
     assert caches[1].fill(states, rank=1, world=2) > 0
     assert sorted(read) == sorted(f"question {number}" for number in range(20))
+
+
+def test_a_file_that_another_machine_does_not_see_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_cache, "gather_objects", lambda item: [item, ["there/states-3"] if item == [] else item])
+    with pytest.raises(UserError, match=rf"{tmp_path}.+ must lie on .*: one of them lacks there/states-3$"):
+        made_cache(tmp_path).fill(states_of)
+
+
+def test_every_rank_tells_of_its_damaged_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_cache, "FILE_BYTES", 60)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    made_cache(tmp_path).fill(states_of)
+    damaged = sorted(tmp_path.rglob("*.safetensors"))[1]
+    damage_bit(damaged)
+    with pytest.warns(UserWarning, match=f"{damaged} is damaged, .*; it is written again"):
+        assert made_cache(tmp_path).fill(states_of, rank=1, world=2) == 1
 
 
 def test_a_question_that_the_source_has_not_read(place, telepathy, fit, problems):
     module = telepathy(cache_source=True)
     fit(module, 1, data())
+    fit(module, 1, data())  # the source is not needed again
     other = replace(problems[0], question="Who is there?")
     with pytest.raises(ValueError, match=r"model.cache_source: the source has not read 'Who is there\?'"):
         module.collate([other], False)
@@ -254,6 +275,16 @@ def test_a_question_that_the_source_has_not_read(place, telepathy, fit, problems
 def test_problems_without_an_end_are_refused(telepathy, fit, place, is_dry):
     with pytest.raises(ValueError, match=r"model.cache_source needs problems that are read more than once"):
         fit(telepathy(cache_source=True), 1, fast_dev_run=is_dry)
+    assert not Path("runs").exists()
+
+
+def test_data_without_questions_is_refused():
+    with pytest.raises(UserError, match=r"model.cache_source: dict has no questions"):
+        source_cache.fixed_questions({})
+
+
+def test_a_dry_run_writes_no_states(telepathy, fit, place):
+    fit(telepathy(cache_source=True), 1, data(), fast_dev_run=True)
     assert not Path("runs").exists()
 
 
