@@ -90,9 +90,7 @@ def compute_gradients(
         left = None if EVEN else length - tile * C
         at = (slot + tile) * (P + 1)
         phase = load_channels(states, at + P, column, D, G, BD).to(tl.int32, bitcast=True)
-        x_RGD, omega_RGD, mass_RGD, log_RGD, read_RGD, write_RGD = load_inputs(
-            inputs, start, tile * C, length, column, D, R, G, BD, EVEN
-        )
+        x_RGD, omega_RGD, mass_RGD, log_RGD, read_RGD, write_RGD = load_inputs(inputs, row, left, column, D, R, G, BD)
         _, last_phase, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
             omega_RGD, read_RGD, write_RGD, phase, read_offset is not None, write_offset is not None, R, G, BD, COMPILED
         )

@@ -78,12 +78,13 @@ def compute_outputs(
             store_channels(states, s_mass, slot * (P + 1) + 2, column, D, G, BD)
     inputs = x, omega, mass, None if PER_CHANNEL else log_decay, read_offset, write_offset
     tiles = tl.cdiv(length, C)
-    ahead = load_inputs(inputs, start, 0, length, column, D, R, G, BD, EVEN)
+    ahead = load_inputs(inputs, start, None if EVEN else length, column, D, R, G, BD)
     for tile in range(0, tiles):
         row = start + tile * C
         left = None if EVEN else length - tile * C
         x_RGD, omega_RGD, mass_RGD, log_RGD, read_RGD, write_RGD = ahead
-        ahead = load_inputs(inputs, start, tl.minimum(tile + 1, tiles - 1) * C, length, column, D, R, G, BD, EVEN)
+        later = tl.minimum(tile + 1, tiles - 1) * C
+        ahead = load_inputs(inputs, start + later, None if EVEN else length - later, column, D, R, G, BD)
         phase_RGD, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
             omega_RGD, read_RGD, write_RGD, phase, read_offset is not None, write_offset is not None, R, G, BD, COMPILED
         )

@@ -28,21 +28,8 @@ def load_tile(
 
 
 @triton.jit
-def load_inputs(
-    inputs,
-    start,
-    first,
-    length,
-    column,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """Load a tile of each of six inputs, from row `first` of a sequence of this length on."""
-    row = start + first
-    left = None if EVEN else length - first
+def load_inputs(inputs, row, left, column, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BD: tl.constexpr):
+    """Load a tile of each of six inputs, as `load_tile`."""
     # fmt: off
     return (
         load_tile(inputs[0], row, left, column, D, D, R, G, BD),

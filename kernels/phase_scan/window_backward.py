@@ -71,7 +71,7 @@ def _store_gradients(
     at = (slot + tile) * 4
     phase = load_channels(states, at + 2, column, D, G, BD).to(tl.int32, bitcast=True)
     x_RGD, omega_RGD, mass_RGD, _, read_RGD, write_RGD = load_inputs(
-        (x, omega, mass, None, read_offset, write_offset), row, 0, left, column, D, R, G, BD, False
+        (x, omega, mass, None, read_offset, write_offset), row, left, column, D, R, G, BD
     )
     phase_RGD, _, _, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
         omega_RGD, read_RGD, write_RGD, phase, read_offset is not None, write_offset is not None, R, G, BD, COMPILED

@@ -56,7 +56,7 @@ def _store_outputs(
     at = (slot + tile) * 4
     store_channels(states, phase.to(tl.float32, bitcast=True), at + 2, column, D, G, BD)
     x_RGD, omega_RGD, mass_RGD, _, read_RGD, write_RGD = load_inputs(
-        (x, omega, mass, None, read_offset, write_offset), row, 0, left, column, D, R, G, BD, False
+        (x, omega, mass, None, read_offset, write_offset), row, left, column, D, R, G, BD
     )
     _, phase, lost_RGD, write_re_RGD, write_im_RGD, read_re_RGD, read_im_RGD = directions(
         omega_RGD, read_RGD, write_RGD, phase, read_offset is not None, write_offset is not None, R, G, BD, COMPILED

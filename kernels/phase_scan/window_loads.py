@@ -31,7 +31,7 @@ def load_writes(
 ):
     """Return what a tile of rows writes, real and imaginary part, and the phase after it."""
     x_RGD, omega_RGD, mass_RGD, _, _, write_RGD = load_inputs(
-        (x, omega, mass, None, None, write_offset), row, 0, left, column, D, R, G, BD, False
+        (x, omega, mass, None, None, write_offset), row, left, column, D, R, G, BD
     )
     _, last_phase, lost_RGD, re_RGD, im_RGD, _, _ = directions(
         omega_RGD, (), write_RGD, phase, False, write_offset is not None, R, G, BD, COMPILED
@@ -88,7 +88,7 @@ def load_reads(
 ):
     """Return b of a tile of rows."""
     _, omega_RGD, _, _, read_RGD, _ = load_inputs(
-        (None, omega, None, None, read_offset, None), row, 0, left, column, D, R, G, BD, False
+        (None, omega, None, None, read_offset, None), row, left, column, D, R, G, BD
     )
     _, _, _, _, _, cos_RGD, sin_RGD = directions(
         omega_RGD, read_RGD, (), phase, read_offset is not None, False, R, G, BD, COMPILED
