@@ -52,8 +52,8 @@ def record_calls(
     v, g = torch.empty(1, ROWS, HEADS, columns, dtype=dtype), torch.empty(1, ROWS, HEADS)
     bounds = torch.tensor([0, ROWS]) if packed else None
     with patch.object(Call, "__call__", record), patch.object(problem, "configuration", of_architecture):
-        o, _, A, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
-        launch.run_backward(o, None, q, q, v, g, None, bounds, A, c, r_q, r_k, 0.1, True, negative)
+        o, _, A, p, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
+        launch.run_backward(o, None, q, q, v, g, None, bounds, A, p, c, r_q, r_k, 0.1, True, negative)
     return calls
 
 

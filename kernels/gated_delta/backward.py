@@ -17,16 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.forward import sweep_forward
-from kernels.gated_delta.tiles import (
-    first_slot,
-    load_gate,
-    load_tile,
-    masked_exp,
-    product,
-    product_computed,
-    product_inverse,
-    store_tile,
-)
+from kernels.gated_delta.tiles import first_slot, load_gate, load_square, load_tile, product, product_inverse, store_tile
 
 
 @triton.jit
@@ -36,6 +27,7 @@ def sweep_backward(
     do,
     beta,
     A,
+    p,
     c,
     r_q,
     r_k,
@@ -70,10 +62,10 @@ def sweep_backward(
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
     i = tl.arange(0, C)
-    future = i[:, None] <= i[None, :]
-    ds = tl.zeros([BK, BV], tl.float32)
+    none_VC = tl.zeros([BV, C], tl.float32)
+    ds_VK = tl.zeros([BV, BK], tl.float32)
     if FINAL:
-        ds += load_tile(dfinal, head, K, column, V, V, BK, BV)
+        ds_VK += load_tile(dfinal, head, K, column, V, V, BK, BV, True)
     chunks = tl.cdiv(length, C)
     for back in range(chunks):
         m = chunks - 1 - back
@@ -82,31 +74,27 @@ def sweep_backward(
         at = (slot + m) * J + j
         q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
-        do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV)
+        do_VC = load_tile(do + j * V, row, left, column, J * V, V, C, BV, True).to(tl.float32)
         beta_C = load_gate(beta + j, row, left, J, C)
         c_C = tl.load(c + at * C + i)
         last = tl.load(c + at * C + C - 1)
-        p_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision="tf32x3") * masked_exp(c_C[None, :] - c_C[:, None], future)
         query_C = tl.exp(c_C) * scale
         read_C = tl.exp(c_C)
         write_C = tl.exp(last - c_C)
-        p_CC *= scale
         if NORM:
-            r_q_C = tl.load(r_q + ((slot + m) * H + h) * C + i)
             r_k_C = tl.load(r_k + ((slot + m) * H + h) * C + i)
-            p_CC *= r_k_C[:, None] * r_q_C[None, :]
-            query_C *= r_q_C
+            query_C *= tl.load(r_q + ((slot + m) * H + h) * C + i)
             read_C *= r_k_C
             write_C *= r_k_C
-        store_tile(dstates, ds, at * K, K, column, V, V, BK, BV)
-        y_CV = product(k_CK, ds, PARTS) * write_C[:, None] + product_computed(p_CC, do_CV, ONCE)
-        dv_CV = product_inverse(A + at * SQUARES * C * C, y_CV * beta_C[:, None], True, C, PARTS)
-        store_tile(dv + j * V, dv_CV, row, left, column, J * V, V, C, BV)
-        ds *= tl.exp(last)
-        ds += product(tl.trans(q_CK), do_CV * query_C[:, None], ONCE)
-        ds -= product(tl.trans(k_CK), dv_CV * read_C[:, None], ADDED)
+        store_tile(dstates, ds_VK, at * V + column, V - column, 0, K, K, BV, BK)
+        y_VC = product(do_VC, load_square(p + at * C * C, C), none_VC, ONCE)
+        y_VC += product(ds_VK, tl.trans(k_CK), none_VC, PARTS) * write_C[None, :]
+        dv_VC = product_inverse(y_VC * beta_C[None, :], A + at * SQUARES * C * C, False, C, PARTS)
+        store_tile(dv + j * V, dv_VC, row, left, column, J * V, V, C, BV, True)
+        ds_VK = product(do_VC * query_C[None, :], q_CK, ds_VK * tl.exp(last), ONCE)
+        ds_VK = product(-dv_VC * read_C[None, :], k_CK, ds_VK, ADDED)
     if INITIAL:
-        store_tile(dinitial, ds, head, K, column, V, V, BK, BV)
+        store_tile(dinitial, ds_VK, head, K, column, V, V, BK, BV, True)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -117,6 +105,7 @@ def sweep_both_ways(
     do,
     beta,
     A,
+    p,
     c,
     r_q,
     r_k,
@@ -153,12 +142,12 @@ def sweep_both_ways(
     # fmt: off
     if n < N:  # the longer job first
         sweep_backward(
-            q, k, do, beta, A, c, r_q, r_k, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
+            q, k, do, beta, A, p, c, r_q, r_k, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
             H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, FINAL,
         )
     else:
         sweep_forward(
-            q, k, v, beta, A, c, r_q, r_k, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
+            q, k, v, beta, A, p, c, r_q, r_k, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
             H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, False, True,
         )
     # fmt: on

@@ -9,7 +9,7 @@ Shapes: as in `prepare.py`.
 import triton
 import triton.language as tl
 
-from kernels.gated_delta.tiles import first_slot, load_gate, load_tile, masked_exp, product, product_inverse, store_tile
+from kernels.gated_delta.tiles import first_slot, load_gate, load_square, load_tile, product, product_inverse, store_tile
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def sweep_forward(
     v,
     beta,
     A,
+    p,
     c,
     r_q,
     r_k,
@@ -55,49 +56,42 @@ def sweep_forward(
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
     i = tl.arange(0, C)
-    past = i[:, None] >= i[None, :]
-    state = tl.zeros([BK, BV], tl.float32)
+    none_VC = tl.zeros([BV, C], tl.float32)
+    s_VK = tl.zeros([BV, BK], tl.float32)
     if INITIAL:
-        state += load_tile(initial, head, K, column, V, V, BK, BV)
+        s_VK += load_tile(initial, head, K, column, V, V, BK, BV, True)
     for m in range(tl.cdiv(length, C)):
         row = start + m * C
         left = length - m * C
         at = (slot + m) * J + j
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
-        v_CV = load_tile(v + j * V, row, left, column, J * V, V, C, BV)
+        v_VC = load_tile(v + j * V, row, left, column, J * V, V, C, BV, True)
         beta_C = load_gate(beta + j, row, left, J, C)
         c_C = tl.load(c + at * C + i)
         last = tl.load(c + at * C + C - 1)
+        query_C = tl.exp(c_C) * scale
         read_C = tl.exp(c_C)
         write_C = tl.exp(last - c_C)
         if NORM:
             r_k_C = tl.load(r_k + ((slot + m) * H + h) * C + i)
+            query_C *= tl.load(r_q + ((slot + m) * H + h) * C + i)
             read_C *= r_k_C
             write_C *= r_k_C
         if KEEP:
-            store_tile(states, state, at * K, K, column, V, V, BK, BV)
-        e_CV = v_CV - product(k_CK, state, PARTS) * read_C[:, None]
-        e_CV = product_inverse(A + at * SQUARES * C * C, e_CV, False, C, PARTS)
+            store_tile(states, s_VK, at * V + column, V - column, 0, K, K, BV, BK)
+        e_VC = v_VC - product(s_VK, tl.trans(k_CK), none_VC, PARTS) * read_C[None, :]
+        e_VC = product_inverse(e_VC, A + at * SQUARES * C * C, True, C, PARTS)
         if KEEP:
-            store_tile(errors + j * V, e_CV, row, left, column, J * V, V, C, BV)
-        e_CV *= beta_C[:, None]
+            store_tile(errors + j * V, e_VC, row, left, column, J * V, V, C, BV, True)
+        e_VC *= beta_C[None, :]
         if not KEEP:
             q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
-            p_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision="tf32x3")
-            p_CC *= masked_exp(c_C[:, None] - c_C[None, :], past)
-            o_CV = product(q_CK, state, ONCE) * tl.exp(c_C)[:, None]
-            if NORM:
-                p_CC *= r_k_C[None, :]
-            if PARTS == 0:
-                o_CV += tl.dot(p_CC, e_CV, input_precision="tf32x3")
-            else:
-                o_CV += tl.dot(p_CC.to(k_CK.dtype), e_CV.to(k_CK.dtype))
-            if NORM:
-                o_CV *= tl.load(r_q + ((slot + m) * H + h) * C + i)[:, None]
-            store_tile(o + j * V, o_CV * scale, row, left, column, J * V, V, C, BV)
-        state = state * tl.exp(last) + product(tl.trans(k_CK), e_CV * write_C[:, None], ADDED)
+            o_VC = product(s_VK, tl.trans(q_CK), none_VC, ONCE) * query_C[None, :]
+            o_VC = product(e_VC, tl.trans(load_square(p + at * C * C, C)), o_VC, ONCE)
+            store_tile(o + j * V, o_VC, row, left, column, J * V, V, C, BV, True)
+        s_VK = product(e_VC * write_C[None, :], k_CK, s_VK * tl.exp(last), ADDED)
     if FINAL:
-        store_tile(final, state, head, K, column, V, V, BK, BV)
+        store_tile(final, s_VK, head, K, column, V, V, BK, BV, True)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -107,6 +101,7 @@ def compute_outputs(
     v,
     beta,
     A,
+    p,
     c,
     r_q,
     r_k,
@@ -137,7 +132,7 @@ def compute_outputs(
     j = program // blocks % J
     # fmt: off
     sweep_forward(
-        q, k, v, beta, A, c, r_q, r_k, initial, o, final, o, o, cu_seqlens, n, j, column, T, scale,
+        q, k, v, beta, A, p, c, r_q, r_k, initial, o, final, o, o, cu_seqlens, n, j, column, T, scale,
         H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, FINAL, False,
     )
     # fmt: on

@@ -82,12 +82,12 @@ def compute_gradients(
     do_e_CC = tl.zeros([C, C], tl.float32)
     dv_e_CC = tl.zeros([C, C], tl.float32)
     for column in range(0, V, BV):
-        s_KV = load_tile(states, at * K, K, column, V, V, BK, BV)
+        s_VK = load_tile(states, at * V + column, V - column, 0, K, K, BV, BK)
         do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
         dv_CV = load_tile(dv + j * V, row, left, column, J * V, V, C, BV).to(type)
         e_CV = load_tile(errors + j * V, row, left, column, J * V, V, C, BV).to(type)
-        dq_CK += tl.dot(do_CV, tl.trans(s_KV), input_precision="tf32x3")
-        dk_CK -= tl.dot(dv_CV, tl.trans(s_KV), input_precision="tf32x3")
+        dq_CK += tl.dot(do_CV, s_VK, input_precision="tf32x3")
+        dk_CK -= tl.dot(dv_CV, s_VK, input_precision="tf32x3")
         do_e_CC += tl.dot(do_CV, tl.trans(e_CV), input_precision="tf32x3")
         dv_e_CC += tl.dot(dv_CV, tl.trans(e_CV), input_precision="tf32x3")
     diagonal_C = tl.sum(tl.where(i[:, None] == i[None, :], do_e_CC, 0.0), 1)
@@ -109,20 +109,20 @@ def compute_gradients(
     # <S, dS>; in a loop of its own, see above
     kept_K = tl.zeros([BK], tl.float32)
     for column in range(0, V, BV):
-        s_KV = load_tile(states, at * K, K, column, V, V, BK, BV)
-        ds_KV = load_tile(dstates, at * K, K, column, V, V, BK, BV)
-        kept_K += tl.sum(s_KV.to(tl.float32) * ds_KV.to(tl.float32), 1)
+        s_VK = load_tile(states, at * V + column, V - column, 0, K, K, BV, BK)
+        ds_VK = load_tile(dstates, at * V + column, V - column, 0, K, K, BV, BK)
+        kept_K += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32), 0)
 
     # What they write: W
     w_CK = tl.zeros([C, BK], tl.float32)
     e_do_CC = tl.zeros([C, C], tl.float32)
     e_dv_CC = tl.zeros([C, C], tl.float32)
     for column in range(0, V, BV):
-        ds_KV = load_tile(dstates, at * K, K, column, V, V, BK, BV)
+        ds_VK = load_tile(dstates, at * V + column, V - column, 0, K, K, BV, BK)
         do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
         dv_CV = load_tile(dv + j * V, row, left, column, J * V, V, C, BV).to(type)
         e_CV = load_tile(errors + j * V, row, left, column, J * V, V, C, BV).to(type)
-        w_CK += tl.dot(e_CV, tl.trans(ds_KV), input_precision="tf32x3")
+        w_CK += tl.dot(e_CV, ds_VK, input_precision="tf32x3")
         e_do_CC += tl.dot(e_CV, tl.trans(do_CV), input_precision="tf32x3")
         e_dv_CC += tl.dot(e_CV, tl.trans(dv_CV), input_precision="tf32x3")
     last = tl.load(c + at * C + C - 1)

@@ -22,12 +22,14 @@ def prepare_chunks(
     g,
     beta,
     A,
+    p,
     c,
     r_q,
     r_k,
     cu_seqlens,
     N,
     T,
+    scale,
     H: tl.constexpr,
     J: tl.constexpr,
     K: tl.constexpr,
@@ -51,8 +53,11 @@ def prepare_chunks(
     if left <= 0:
         return
     i = tl.arange(0, S)
+    past = i[:, None] >= i[None, :]
     strict = i[:, None] > i[None, :]
+    writer = j % (J // H) == 0  # of the factors, which the value heads of a group share
     A += (slot * J + j) * SQUARES * C * C
+    p += (slot * J + j) * C * C
     c += (slot * J + j) * C
     r_q += (slot * H + h) * C
     r_k += (slot * H + h) * C
@@ -67,9 +72,8 @@ def prepare_chunks(
     if NORM:
         r_0 = _norm_factor(k_0, EPSILON)
         m_00 *= r_0[:, None] * r_0[None, :]
-        if j % (J // H) == 0:
+        if writer:
             tl.store(r_k + i, r_0)
-            tl.store(r_q + i, _norm_factor(load_tile(q + h * K, row, left, 0, H * K, K, S, BK), EPSILON))
     a_00 = inverse(m_00 * beta_0[None, :], S, 5, PARTS)
     _store_parts(A + corner, a_00, C, PARTS)
 
@@ -85,16 +89,39 @@ def prepare_chunks(
             r_1 = _norm_factor(k_1, EPSILON)
             m_11 *= r_1[:, None] * r_1[None, :]
             m_10 *= r_1[:, None] * r_0[None, :]
-            if j % (J // H) == 0:
+            if writer:
                 tl.store(r_k + S + i, r_1)
-                q_1 = load_tile(q + h * K, row + S, left - S, 0, H * K, K, S, BK)
-                tl.store(r_q + S + i, _norm_factor(q_1, EPSILON))
         a_11 = inverse(m_11 * beta_1[None, :], S, 5, PARTS)
         a_10 = tl.dot(a_11, m_10 * beta_0[None, :], input_precision=EXACT)
         a_10 = tl.dot(a_10, a_00, input_precision=EXACT)
         _store_parts(A + corner + S, tl.zeros([S, S], tl.float32), C, PARTS)
         _store_parts(A + corner + S * C, -a_10, C, PARTS)
         _store_parts(A + corner + S * C + S, a_11, C, PARTS)
+
+    # Keys are loaded again, since registers are too few to keep them
+    q_0 = load_tile(q + h * K, row, left, 0, H * K, K, S, BK)
+    k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
+    p_00 = tl.dot(q_0, tl.trans(k_0), input_precision=PRECISION) * masked_exp(c_0[:, None] - c_0[None, :], past)
+    if NORM:
+        s_0 = _norm_factor(q_0, EPSILON)
+        p_00 *= s_0[:, None] * r_0[None, :]
+        if writer:
+            tl.store(r_q + i, s_0)
+    tl.store(p + corner, (p_00 * scale).to(p.dtype.element_ty))
+    if C == 2 * S:
+        q_1 = load_tile(q + h * K, row + S, left - S, 0, H * K, K, S, BK)
+        k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
+        p_11 = tl.dot(q_1, tl.trans(k_1), input_precision=PRECISION) * masked_exp(c_1[:, None] - c_1[None, :], past)
+        p_10 = tl.dot(q_1, tl.trans(k_0), input_precision=PRECISION) * tl.exp(c_1[:, None] - c_0[None, :])
+        if NORM:
+            s_1 = _norm_factor(q_1, EPSILON)
+            p_11 *= s_1[:, None] * r_1[None, :]
+            p_10 *= s_1[:, None] * r_0[None, :]
+            if writer:
+                tl.store(r_q + S + i, s_1)
+        tl.store(p + corner + S, tl.zeros([S, S], p.dtype.element_ty))
+        tl.store(p + corner + S * C, (p_10 * scale).to(p.dtype.element_ty))
+        tl.store(p + corner + S * C + S, (p_11 * scale).to(p.dtype.element_ty))
 
 
 @triton.jit

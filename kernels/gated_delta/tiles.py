@@ -41,26 +41,58 @@ def rows_of(slot, cu_seqlens, N, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, row, left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on; zeros elsewhere."""
+def _places(
+    row, left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr
+):
+    """Return where the numbers of a tile are, and which of them exist."""
     rows = tl.arange(0, R)
     columns = column + tl.arange(0, W)
-    inside = (rows < left)[:, None]
-    if WIDTH % W != 0:
-        inside = inside & (columns < WIDTH)[None, :]
-    return tl.load(x + row * STRIDE + rows[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
+    if TURNED:
+        at = rows[None, :] * STRIDE + columns[:, None]
+        inside = (rows < left)[None, :]
+        if WIDTH % W != 0:
+            inside = inside & (columns < WIDTH)[:, None]
+    else:
+        at = rows[:, None] * STRIDE + columns[None, :]
+        inside = (rows < left)[:, None]
+        if WIDTH % W != 0:
+            inside = inside & (columns < WIDTH)[None, :]
+    return row * STRIDE + at, inside
 
 
 @triton.jit
-def store_tile(x, tile, row, left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+def load_tile(
+    x,
+    row,
+    left,
+    column,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TURNED: tl.constexpr = False,
+):
+    """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on, transposed if TURNED; 0 elsewhere."""
+    at, inside = _places(row, left, column, STRIDE, WIDTH, R, W, TURNED)
+    return tl.load(x + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    x,
+    tile,
+    row,
+    left,
+    column,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TURNED: tl.constexpr = False,
+):
     """Store what `load_tile` loads."""
-    rows = tl.arange(0, R)
-    columns = column + tl.arange(0, W)
-    inside = (rows < left)[:, None]
-    if WIDTH % W != 0:
-        inside = inside & (columns < WIDTH)[None, :]
-    at = x + row * STRIDE + rows[:, None] * STRIDE + columns[None, :]
-    tl.store(at, tile.to(x.dtype.element_ty), mask=inside)
+    at, inside = _places(row, left, column, STRIDE, WIDTH, R, W, TURNED)
+    tl.store(x + at, tile.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -108,38 +140,34 @@ def split(x, type):
 
 
 @triton.jit
-def product(a, x, PARTS: tl.constexpr):
-    """Return a x for an `a` from memory and a computed x in fp32; `configurations.py` explains PARTS."""
+def product(x, b, sum, PARTS: tl.constexpr):
+    """Return sum + x b for a computed x in fp32 and a `b` from memory; `configurations.py` explains PARTS."""
     if PARTS == 0:
-        return tl.dot(a.to(tl.float32), x, input_precision="tf32x3")
+        return tl.dot(x, b.to(tl.float32), sum, input_precision="tf32x3")
     elif PARTS == 1:
-        return tl.dot(a, x.to(a.dtype))
+        return tl.dot(x.to(b.dtype), b, sum)
     else:
-        high, low = split(x, a.dtype)
-        return tl.dot(a, high, tl.dot(a, low))
+        high, low = split(x, b.dtype)
+        return tl.dot(high, b, tl.dot(low, b, sum))
 
 
 @triton.jit
-def product_computed(x, b, PARTS: tl.constexpr):
-    """Return x b for a computed x in fp32 and a `b` from memory, in one part."""
-    if PARTS == 0:
-        return tl.dot(x, b.to(tl.float32), input_precision="tf32x3")
-    else:
-        return tl.dot(x.to(b.dtype), b)
-
-
-@triton.jit
-def product_inverse(A, x, TRANSPOSED: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
-    """Return A x, or A^T x, for the stored A of a chunk and a computed x in fp32."""
+def load_square(x, C: tl.constexpr):
+    """Load a square of C positions."""
     i = tl.arange(0, C)
-    at = A + i[:, None] * C + i[None, :]
-    a = tl.load(at)
+    return tl.load(x + i[:, None] * C + i[None, :])
+
+
+@triton.jit
+def product_inverse(x, A, TRANSPOSED: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
+    """Return x A, or x A^T, for a computed x in fp32 and the stored A of a chunk."""
+    a = load_square(A, C)
     if TRANSPOSED:
         a = tl.trans(a)
-    y = product(a, x, PARTS)
+    y = tl.zeros(x.shape, tl.float32)
     if PARTS == 2:
-        a = tl.load(at + C * C)
+        rest = load_square(A + C * C, C)
         if TRANSPOSED:
-            a = tl.trans(a)
-        y = tl.dot(a, x.to(a.dtype), y)
-    return y
+            rest = tl.trans(rest)
+        y = tl.dot(x.to(rest.dtype), rest, y)
+    return product(x, a, y, PARTS)
