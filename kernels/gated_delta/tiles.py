@@ -42,9 +42,9 @@ def rows_of(slot, cu_seqlens, N, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _places(
-    row, left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr
+    left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr
 ):
-    """Return where the numbers of a tile are, and which of them exist."""
+    """Return where the numbers of a tile are behind its first row, in 32 bits, and which of them exist."""
     rows = tl.arange(0, R)
     columns = column + tl.arange(0, W)
     if TURNED:
@@ -57,7 +57,7 @@ def _places(
         inside = (rows < left)[:, None]
         if WIDTH % W != 0:
             inside = inside & (columns < WIDTH)[None, :]
-    return row * STRIDE + at, inside
+    return at, inside
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def load_tile(
     TURNED: tl.constexpr = False,
 ):
     """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on, transposed if TURNED; 0 elsewhere."""
-    at, inside = _places(row, left, column, STRIDE, WIDTH, R, W, TURNED)
-    return tl.load(x + at, mask=inside, other=0.0)
+    at, inside = _places(left, column, STRIDE, WIDTH, R, W, TURNED)
+    return tl.load(x + row * STRIDE + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -91,8 +91,8 @@ def store_tile(
     TURNED: tl.constexpr = False,
 ):
     """Store what `load_tile` loads."""
-    at, inside = _places(row, left, column, STRIDE, WIDTH, R, W, TURNED)
-    tl.store(x + at, tile.to(x.dtype.element_ty), mask=inside)
+    at, inside = _places(left, column, STRIDE, WIDTH, R, W, TURNED)
+    tl.store(x + row * STRIDE + at, tile.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
