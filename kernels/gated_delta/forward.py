@@ -60,12 +60,14 @@ def sweep_forward(
     s_VK = tl.zeros([BV, BK], tl.float32)
     if INITIAL:
         s_VK += load_tile(initial, head, K, column, V, V, BK, BV, True)
+    next_VC = load_tile(v + j * V, start, length, column, J * V, V, C, BV, True)
     for m in range(tl.cdiv(length, C)):
         row = start + m * C
         left = length - m * C
         at = (slot + m) * J + j
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
-        v_VC = load_tile(v + j * V, row, left, column, J * V, V, C, BV, True)
+        v_VC = next_VC  # loaded a chunk ahead, which Triton does for the operands of products alone
+        next_VC = load_tile(v + j * V, row + C, left - C, column, J * V, V, C, BV, True)
         beta_C = load_gate(beta + j, row, left, J, C)
         c_C = tl.load(c + at * C + i)
         last = tl.load(c + at * C + C - 1)
