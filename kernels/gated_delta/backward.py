@@ -78,9 +78,9 @@ def sweep_backward(
         beta_C = load_gate(beta + j, row, left, J, C)
         c_C = tl.load(c + at * C + i)
         last = tl.load(c + at * C + C - 1)
-        query_C = tl.exp(c_C) * scale
-        read_C = tl.exp(c_C)
-        write_C = tl.exp(last - c_C)
+        query_C = tl.exp2(c_C) * scale
+        read_C = tl.exp2(c_C)
+        write_C = tl.exp2(last - c_C)
         if NORM:
             r_k_C = tl.load(r_k + ((slot + m) * H + h) * C + i)
             query_C *= tl.load(r_q + ((slot + m) * H + h) * C + i)
@@ -91,7 +91,7 @@ def sweep_backward(
         y_VC += product(ds_VK, tl.trans(k_CK), none_VC, PARTS) * write_C[None, :]
         dv_VC = product_inverse(y_VC * beta_C[None, :], A + at * SQUARES * C * C, False, C, PARTS)
         store_tile(dv + j * V, dv_VC, row, left, column, J * V, V, C, BV, True)
-        ds_VK = product(do_VC * query_C[None, :], q_CK, ds_VK * tl.exp(last), ONCE)
+        ds_VK = product(do_VC * query_C[None, :], q_CK, ds_VK * tl.exp2(last), ONCE)
         ds_VK = product(-dv_VC * read_C[None, :], k_CK, ds_VK, ADDED)
     if INITIAL:
         store_tile(dinitial, ds_VK, head, K, column, V, V, BK, BV, True)

@@ -71,9 +71,9 @@ def sweep_forward(
         beta_C = load_gate(beta + j, row, left, J, C)
         c_C = tl.load(c + at * C + i)
         last = tl.load(c + at * C + C - 1)
-        query_C = tl.exp(c_C) * scale
-        read_C = tl.exp(c_C)
-        write_C = tl.exp(last - c_C)
+        query_C = tl.exp2(c_C) * scale
+        read_C = tl.exp2(c_C)
+        write_C = tl.exp2(last - c_C)
         if NORM:
             r_k_C = tl.load(r_k + ((slot + m) * H + h) * C + i)
             query_C *= tl.load(r_q + ((slot + m) * H + h) * C + i)
@@ -91,7 +91,7 @@ def sweep_forward(
             o_VC = product(s_VK, tl.trans(q_CK), none_VC, ONCE) * query_C[None, :]
             o_VC = product(e_VC, tl.trans(load_square(p + at * C * C, C)), o_VC, ONCE)
             store_tile(o + j * V, o_VC, row, left, column, J * V, V, C, BV, True)
-        s_VK = product(e_VC * write_C[None, :], k_CK, s_VK * tl.exp(last), ADDED)
+        s_VK = product(e_VC * write_C[None, :], k_CK, s_VK * tl.exp2(last), ADDED)
     if FINAL:
         store_tile(final, s_VK, head, K, column, V, V, BK, BV, True)
 

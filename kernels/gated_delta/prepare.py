@@ -12,7 +12,9 @@ slot: A [C, C], twice where PARTS is 2, c and r [C].
 import triton
 import triton.language as tl
 
-from kernels.gated_delta.tiles import inverse, load_gate, load_tile, masked_exp, rows_of, split
+from kernels.gated_delta.tiles import inverse, load_gate, load_tile, masked_exp2, rows_of, split
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -65,10 +67,10 @@ def prepare_chunks(
 
     k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
     beta_0 = load_gate(beta + j, row, left, J, S)
-    g_0 = tl.maximum(load_gate(g + j, row, left, J, S), FLOOR)
+    g_0 = tl.maximum(load_gate(g + j, row, left, J, S), FLOOR) * LOG2_E
     c_0 = tl.cumsum(g_0, 0)
     tl.store(c + i, c_0)
-    m_00 = tl.dot(k_0, tl.trans(k_0), input_precision=PRECISION) * masked_exp(c_0[:, None] - c_0[None, :], strict)
+    m_00 = tl.dot(k_0, tl.trans(k_0), input_precision=PRECISION) * masked_exp2(c_0[:, None] - c_0[None, :], strict)
     if NORM:
         r_0 = _norm_factor(k_0, EPSILON)
         m_00 *= r_0[:, None] * r_0[None, :]
@@ -80,11 +82,11 @@ def prepare_chunks(
     if C == 2 * S:
         k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
         beta_1 = load_gate(beta + j, row + S, left - S, J, S)
-        g_1 = tl.maximum(load_gate(g + j, row + S, left - S, J, S), FLOOR)
+        g_1 = tl.maximum(load_gate(g + j, row + S, left - S, J, S), FLOOR) * LOG2_E
         c_1 = tl.cumsum(g_1, 0) + tl.sum(g_0, 0)
         tl.store(c + S + i, c_1)
-        m_11 = tl.dot(k_1, tl.trans(k_1), input_precision=PRECISION) * masked_exp(c_1[:, None] - c_1[None, :], strict)
-        m_10 = tl.dot(k_1, tl.trans(k_0), input_precision=PRECISION) * tl.exp(c_1[:, None] - c_0[None, :])
+        m_11 = tl.dot(k_1, tl.trans(k_1), input_precision=PRECISION) * masked_exp2(c_1[:, None] - c_1[None, :], strict)
+        m_10 = tl.dot(k_1, tl.trans(k_0), input_precision=PRECISION) * tl.exp2(c_1[:, None] - c_0[None, :])
         if NORM:
             r_1 = _norm_factor(k_1, EPSILON)
             m_11 *= r_1[:, None] * r_1[None, :]
@@ -101,7 +103,7 @@ def prepare_chunks(
     # Keys are loaded again, since registers are too few to keep them
     q_0 = load_tile(q + h * K, row, left, 0, H * K, K, S, BK)
     k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
-    p_00 = tl.dot(q_0, tl.trans(k_0), input_precision=PRECISION) * masked_exp(c_0[:, None] - c_0[None, :], past)
+    p_00 = tl.dot(q_0, tl.trans(k_0), input_precision=PRECISION) * masked_exp2(c_0[:, None] - c_0[None, :], past)
     if NORM:
         s_0 = _norm_factor(q_0, EPSILON)
         p_00 *= s_0[:, None] * r_0[None, :]
@@ -111,8 +113,8 @@ def prepare_chunks(
     if C == 2 * S:
         q_1 = load_tile(q + h * K, row + S, left - S, 0, H * K, K, S, BK)
         k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
-        p_11 = tl.dot(q_1, tl.trans(k_1), input_precision=PRECISION) * masked_exp(c_1[:, None] - c_1[None, :], past)
-        p_10 = tl.dot(q_1, tl.trans(k_0), input_precision=PRECISION) * tl.exp(c_1[:, None] - c_0[None, :])
+        p_11 = tl.dot(q_1, tl.trans(k_1), input_precision=PRECISION) * masked_exp2(c_1[:, None] - c_1[None, :], past)
+        p_10 = tl.dot(q_1, tl.trans(k_0), input_precision=PRECISION) * tl.exp2(c_1[:, None] - c_0[None, :])
         if NORM:
             s_1 = _norm_factor(q_1, EPSILON)
             p_11 *= s_1[:, None] * r_1[None, :]

@@ -103,9 +103,9 @@ def load_gate(x, row, left, STRIDE: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def masked_exp(x, inside):
-    """Return exp(x), 0 outside the mask; masked before exp, which would overflow."""
-    return tl.exp(tl.where(inside, x, float("-inf")))
+def masked_exp2(x, inside):
+    """Return 2^x, 0 outside the mask; masked before, since 2^x would overflow."""
+    return tl.exp2(tl.where(inside, x, float("-inf")))
 
 
 @triton.jit
