@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.forward import sweep_forward
-from kernels.gated_delta.tiles import first_slot, load_gate, load_square, load_tile, product, product_inverse, store_tile
+from kernels.gated_delta.tiles import (
+    first_slot,
+    load_gate,
+    load_square,
+    load_tile,
+    product,
+    product_inverse,
+    store_tile,
+)
 
 
 @triton.jit

@@ -9,7 +9,15 @@ Shapes: as in `prepare.py`.
 import triton
 import triton.language as tl
 
-from kernels.gated_delta.tiles import first_slot, load_gate, load_square, load_tile, product, product_inverse, store_tile
+from kernels.gated_delta.tiles import (
+    first_slot,
+    load_gate,
+    load_square,
+    load_tile,
+    product,
+    product_inverse,
+    store_tile,
+)
 
 
 @triton.jit
