@@ -72,7 +72,7 @@ def load_tile(
     W: tl.constexpr,
     TURNED: tl.constexpr = False,
 ):
-    """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on; zeros elsewhere. TURNED: transposed."""
+    """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on, transposed if TURNED; else zeros."""
     at, inside = _places(left, column, STRIDE, WIDTH, R, W, TURNED)
     return tl.load(x + row * STRIDE + at, mask=inside, other=0.0)
 
