@@ -129,6 +129,7 @@ def compute_gradients(
         e_dv_CC = tl.dot(e_CV, tl.trans(dv_CV), e_dv_CC, input_precision="tf32x3")
         s_ds_VV = tl.dot(s_VK, tl.trans(ds_VK), s_ds_VV, input_precision="tf32x3")
     last = tl.load(c + at * C + C - 1)
+    q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)  # again: shared memory is too small to keep it
     future_CC = masked_exp2(c_C[None, :] - c_C[:, None], i[:, None] < i[None, :])
     w_CK *= tl.exp2(last - c_C)[:, None]
     # What the last position writes has not decayed yet: its two terms in dc cancel
