@@ -15,6 +15,7 @@ from kernels.gated_delta.configurations import Launch, configuration
 Tensors = tuple[Tensor, ...]
 Sizes = tuple[torch.Size, torch.Size, int | None, torch.dtype, torch.device, bool, bool]
 NARROWEST = 16  # columns: the least of a product
+WARPS = 7  # of the eight that run on a multiprocessor at once; 128 programs of eight are enough for 132 of them
 
 
 class Problem:
@@ -67,7 +68,7 @@ class Problem:
     def fill(self, launch: Launch, directions: int) -> tuple[int, Launch]:
         """Return the programs of a sweep, and its launch, with columns so narrow that no multiprocessor is idle."""
         sweeps = directions * self.N * self.J
-        while launch.columns > NARROWEST and sweeps * self.blocks(launch) < self.multiprocessors:
+        while launch.columns > NARROWEST and sweeps * self.blocks(launch) * launch.warps < WARPS * self.multiprocessors:
             columns = self.columns(launch) // 2
             launch = replace(launch, columns=columns, warps=min(launch.warps, max(columns // 16, 4)))
         return sweeps * self.blocks(launch), launch
