@@ -1,14 +1,15 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The first kernel of the backward: both sweeps over the chunks of a sequence in one launch.
 
-With the cotangents dO of the outputs and dS of the state after a chunk, and P the masked, decayed Q K^T:
+With A and P of `prepare.py`, and the cotangents dO of the outputs and dS of the state after a chunk:
 
-    y = scale P^T dO + (exp(c_last - c) K) dS
+    y = P^T dO + (exp(c_last - c) K) dS
     dV = A^T (beta y)
     dS <- exp(c_last) dS + scale (Q exp(c))^T dO - (K exp(c))^T dV
 
-This sweep needs neither states nor errors, so it runs beside the sweep that computes them again. No product here or in
-`gradients.py` has a transposed accumulator as its operand: Triton 3.4 to 3.7 miscompiles that on Hopper.
+This sweep needs neither states nor errors, so it runs beside the sweep that computes them again. As in `forward.py`,
+all is computed transposed. No product here or in `gradients.py` has a transposed accumulator as its operand: Triton 3.4
+to 3.7 miscompiles that on Hopper.
 
 Shapes: as in `prepare.py`.
 """

@@ -1,7 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The second kernel of the forward: the sweep over the chunks of a sequence.
 
-With the inverse A of `prepare.py`, the errors are E = A (V - exp(c) K S); `reference.py` has the other formulas.
+With A and P of `prepare.py`, where `reference.py` has the formula of the state:
+
+    E = A (V - exp(c) K S)
+    O = scale exp(c) Q S + P diag(beta) E
+
+All is computed transposed. What was computed before is then the left operand of the next product, which Hopper's tensor
+cores take from registers; from the right it would go through shared memory, with all warps waiting, at each step.
 
 Shapes: as in `prepare.py`.
 """

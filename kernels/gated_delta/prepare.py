@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The first kernel of the forward: what each chunk can compute alone.
 
-That is the inverse A = (I + strict(K K^T o G) diag(beta))^-1, the cumulative log-decays c, and the factors r of the l2
-norms. Normalised keys are never made: r scales rows and columns of the products instead, which rounds less and lets
-tiles go from memory to the tensor cores untouched.
+That is the inverse A = (I + strict(K K^T o G) diag(beta))^-1, the decayed products P = scale tril(Q K^T o G), the
+cumulative log-decays c, to the base 2, and the factors r of the l2 norms. Normalised keys are never made: r scales rows
+and columns of the products instead, which rounds less and lets tiles go from memory to the tensor cores untouched.
 
 Shapes: as in `reference.py`; C positions of a chunk, BK and BV columns of a tile, S half a chunk or a whole one. Per
-slot: A [C, C], twice where PARTS is 2, c and r [C].
+slot: A [C, C], twice where PARTS is 2, P [C, C], c and r [C].
 """
 
 import triton
@@ -43,7 +43,7 @@ def prepare_chunks(
     FLOOR: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Compute c, A and the factors of the l2 norm; one program per slot and value head."""
+    """Compute A, P, c and the factors of the l2 norm; one program per slot and value head."""
     PRECISION: tl.constexpr = "tf32x3" if PARTS == 0 else "tf32"
     EXACT: tl.constexpr = "tf32" if PARTS == 1 else "tf32x3"
     SQUARES: tl.constexpr = 2 if PARTS == 2 else 1
@@ -55,9 +55,7 @@ def prepare_chunks(
     if left <= 0:
         return
     i = tl.arange(0, S)
-    past = i[:, None] >= i[None, :]
-    strict = i[:, None] > i[None, :]
-    writer = j % (J // H) == 0  # of the factors, which the value heads of a group share
+    writer = NORM and j % (J // H) == 0  # of the factors, which the value heads of a group share
     A += (slot * J + j) * SQUARES * C * C
     p += (slot * J + j) * C * C
     c += (slot * J + j) * C
@@ -66,34 +64,27 @@ def prepare_chunks(
     corner = i[:, None] * C + i[None, :]
 
     k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
+    r_0 = _norm_factor(k_0, NORM, EPSILON)
+    if writer:
+        tl.store(r_k + i, r_0)
     beta_0 = load_gate(beta + j, row, left, J, S)
     g_0 = tl.maximum(load_gate(g + j, row, left, J, S), FLOOR) * LOG2_E
     c_0 = tl.cumsum(g_0, 0)
     tl.store(c + i, c_0)
-    m_00 = tl.dot(k_0, tl.trans(k_0), input_precision=PRECISION) * masked_exp2(c_0[:, None] - c_0[None, :], strict)
-    if NORM:
-        r_0 = _norm_factor(k_0, EPSILON)
-        m_00 *= r_0[:, None] * r_0[None, :]
-        if writer:
-            tl.store(r_k + i, r_0)
-    a_00 = inverse(m_00 * beta_0[None, :], S, 5, PARTS)
+    a_00 = inverse(_decayed(k_0, k_0, c_0, c_0, r_0, r_0, 1, PRECISION) * beta_0[None, :], S, 5, PARTS)
     _store_parts(A + corner, a_00, C, PARTS)
 
     if C == 2 * S:
         k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
+        r_1 = _norm_factor(k_1, NORM, EPSILON)
+        if writer:
+            tl.store(r_k + S + i, r_1)
         beta_1 = load_gate(beta + j, row + S, left - S, J, S)
         g_1 = tl.maximum(load_gate(g + j, row + S, left - S, J, S), FLOOR) * LOG2_E
         c_1 = tl.cumsum(g_1, 0) + tl.sum(g_0, 0)
         tl.store(c + S + i, c_1)
-        m_11 = tl.dot(k_1, tl.trans(k_1), input_precision=PRECISION) * masked_exp2(c_1[:, None] - c_1[None, :], strict)
-        m_10 = tl.dot(k_1, tl.trans(k_0), input_precision=PRECISION) * tl.exp2(c_1[:, None] - c_0[None, :])
-        if NORM:
-            r_1 = _norm_factor(k_1, EPSILON)
-            m_11 *= r_1[:, None] * r_1[None, :]
-            m_10 *= r_1[:, None] * r_0[None, :]
-            if writer:
-                tl.store(r_k + S + i, r_1)
-        a_11 = inverse(m_11 * beta_1[None, :], S, 5, PARTS)
+        m_10 = _decayed(k_1, k_0, c_1, c_0, r_1, r_0, None, PRECISION)
+        a_11 = inverse(_decayed(k_1, k_1, c_1, c_1, r_1, r_1, 1, PRECISION) * beta_1[None, :], S, 5, PARTS)
         a_10 = tl.dot(a_11, m_10 * beta_0[None, :], input_precision=EXACT)
         a_10 = tl.dot(a_10, a_00, input_precision=EXACT)
         _store_parts(A + corner + S, tl.zeros([S, S], tl.float32), C, PARTS)
@@ -101,29 +92,36 @@ def prepare_chunks(
         _store_parts(A + corner + S * C + S, a_11, C, PARTS)
 
     # Keys are loaded again, since registers are too few to keep them
+    type = p.dtype.element_ty
     q_0 = load_tile(q + h * K, row, left, 0, H * K, K, S, BK)
     k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
-    p_00 = tl.dot(q_0, tl.trans(k_0), input_precision=PRECISION) * masked_exp2(c_0[:, None] - c_0[None, :], past)
-    if NORM:
-        s_0 = _norm_factor(q_0, EPSILON)
-        p_00 *= s_0[:, None] * r_0[None, :]
-        if writer:
-            tl.store(r_q + i, s_0)
-    tl.store(p + corner, (p_00 * scale).to(p.dtype.element_ty))
+    s_0 = _norm_factor(q_0, NORM, EPSILON)
+    if writer:
+        tl.store(r_q + i, s_0)
+    tl.store(p + corner, (_decayed(q_0, k_0, c_0, c_0, s_0, r_0, 0, PRECISION) * scale).to(type))
     if C == 2 * S:
         q_1 = load_tile(q + h * K, row + S, left - S, 0, H * K, K, S, BK)
         k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
-        p_11 = tl.dot(q_1, tl.trans(k_1), input_precision=PRECISION) * masked_exp2(c_1[:, None] - c_1[None, :], past)
-        p_10 = tl.dot(q_1, tl.trans(k_0), input_precision=PRECISION) * tl.exp2(c_1[:, None] - c_0[None, :])
-        if NORM:
-            s_1 = _norm_factor(q_1, EPSILON)
-            p_11 *= s_1[:, None] * r_1[None, :]
-            p_10 *= s_1[:, None] * r_0[None, :]
-            if writer:
-                tl.store(r_q + S + i, s_1)
-        tl.store(p + corner + S, tl.zeros([S, S], p.dtype.element_ty))
-        tl.store(p + corner + S * C, (p_10 * scale).to(p.dtype.element_ty))
-        tl.store(p + corner + S * C + S, (p_11 * scale).to(p.dtype.element_ty))
+        s_1 = _norm_factor(q_1, NORM, EPSILON)
+        if writer:
+            tl.store(r_q + S + i, s_1)
+        p_10 = _decayed(q_1, k_0, c_1, c_0, s_1, r_0, None, PRECISION)
+        p_11 = _decayed(q_1, k_1, c_1, c_1, s_1, r_1, 0, PRECISION)
+        tl.store(p + corner + S, tl.zeros([S, S], type))
+        tl.store(p + corner + S * C, (p_10 * scale).to(type))
+        tl.store(p + corner + S * C + S, (p_11 * scale).to(type))
+
+
+@triton.jit
+def _decayed(x, y, c_x, c_y, r_x, r_y, LEAST: tl.constexpr, PRECISION: tl.constexpr):
+    """Return x y^T of normalised rows, decayed from y's positions to those of x; 0 less than LEAST positions later."""
+    between = c_x[:, None] - c_y[None, :]
+    if LEAST is None:  # all are later
+        decay = tl.exp2(between)
+    else:
+        i = tl.arange(0, x.shape[0])
+        decay = masked_exp2(between, i[:, None] >= i[None, :] + LEAST)
+    return tl.dot(x, tl.trans(y), input_precision=PRECISION) * decay * (r_x[:, None] * r_y[None, :])
 
 
 @triton.jit
@@ -137,6 +135,9 @@ def _store_parts(at, a, C: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _norm_factor(x, EPSILON: tl.constexpr):
-    x = x.to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x, 1) + EPSILON)
+def _norm_factor(x, NORM: tl.constexpr, EPSILON: tl.constexpr):
+    if NORM:
+        x = x.to(tl.float32)
+        return tl.rsqrt(tl.sum(x * x, 1) + EPSILON)
+    else:
+        return tl.full([x.shape[0]], 1.0, tl.float32)
