@@ -54,8 +54,8 @@ def record_calls(
     v, g = torch.empty(1, ROWS, HEADS, columns, dtype=dtype), torch.empty(1, ROWS, HEADS)
     bounds = torch.tensor([0, ROWS]) if packed else None
     with patch.object(Call, "__call__", record), patch.object(problem, "configuration", of_architecture):
-        o, _, A, p, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
-        launch.run_backward(o, None, q, q, v, g, None, bounds, A, p, c, r_q, r_k, 0.1, True, negative)
+        o, _, A, P, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
+        launch.run_backward(o, None, q, q, v, g, None, bounds, A, P, c, r_q, r_k, 0.1, True, negative)
     return calls
 
 
@@ -112,7 +112,7 @@ def compile_call(call: Call, arguments: Arguments, architecture: int) -> tuple[s
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     registers, spilled = found.groups() if found else ("?", "?")
     counts = [compiled.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync")]
-    shared, raced = compiled.metadata.shared // 1024, races(compiled.asm["ttgir"])
+    shared, raced = -(-compiled.metadata.shared // 1024), races(compiled.asm["ttgir"])
     cells = call.how["num_warps"], arguments.get("BV", 0), registers, spilled, shared, *counts, raced
     row = f"{kernel.fn.__name__:<18}" + "".join(f"{cell!s:>11}" for cell in cells) + f"{seconds:>9.1f}"
     return row, raced == 0 and shared <= SHARED

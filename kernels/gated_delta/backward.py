@@ -8,7 +8,7 @@ With A and P of `prepare.py`, and the cotangents dO of the outputs and dS of the
     dS <- exp(c_last) dS + scale (Q exp(c))^T dO - (K exp(c))^T dV
 
 This sweep needs neither states nor errors, so it runs beside the sweep that computes them again. As in `forward.py`,
-all is computed transposed. No product here or in `gradients.py` has a transposed accumulator as its operand: Triton 3.4
+tiles are transposed. No product here or in `gradients.py` has a transposed accumulator as its operand: Triton 3.4
 to 3.7 miscompiles that on Hopper.
 
 Shapes: as in `prepare.py`.
@@ -36,7 +36,7 @@ def sweep_backward(
     do,
     beta,
     A,
-    p,
+    P,
     c,
     r_q,
     r_k,
@@ -71,7 +71,7 @@ def sweep_backward(
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
     i = tl.arange(0, C)
-    none_VC = tl.zeros([BV, C], tl.float32)
+    zeros_VC = tl.zeros([BV, C], tl.float32)
     ds_VK = tl.zeros([BV, BK], tl.float32)
     if FINAL:
         ds_VK += load_tile(dfinal, head, K, column, V, V, BK, BV, True)
@@ -96,8 +96,8 @@ def sweep_backward(
             read_C *= r_k_C
             write_C *= r_k_C
         store_tile(dstates, ds_VK, at * V + column, V - column, 0, K, K, BV, BK)
-        y_VC = product(do_VC, load_square(p + at * C * C, C), none_VC, ONCE)
-        y_VC += product(ds_VK, tl.trans(k_CK), none_VC, PARTS) * write_C[None, :]
+        y_VC = product(do_VC, load_square(P + at * C * C, C), zeros_VC, ONCE)
+        y_VC += product(ds_VK, tl.trans(k_CK), zeros_VC, PARTS) * write_C[None, :]
         dv_VC = product_inverse(y_VC * beta_C[None, :], A + at * SQUARES * C * C, False, C, PARTS)
         store_tile(dv + j * V, dv_VC, row, left, column, J * V, V, C, BV, True)
         ds_VK = product(do_VC * query_C[None, :], q_CK, ds_VK * tl.exp2(last), ONCE)
@@ -114,7 +114,7 @@ def sweep_both_ways(
     do,
     beta,
     A,
-    p,
+    P,
     c,
     r_q,
     r_k,
@@ -151,12 +151,12 @@ def sweep_both_ways(
     # fmt: off
     if n < N:  # the longer job first
         sweep_backward(
-            q, k, do, beta, A, p, c, r_q, r_k, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
+            q, k, do, beta, A, P, c, r_q, r_k, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
             H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, FINAL,
         )
     else:
         sweep_forward(
-            q, k, v, beta, A, p, c, r_q, r_k, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
+            q, k, v, beta, A, P, c, r_q, r_k, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
             H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, False, True,
         )
     # fmt: on

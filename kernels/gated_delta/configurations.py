@@ -8,7 +8,7 @@ from functools import cache
 class Launch:
     """How a kernel runs: its columns of V, its warps, its pipeline stages.
 
-    A sweep has the transposed state, whose rows are the columns of V; a group of four warps takes 64 of them.
+    The sweeps carry the transposed state, whose rows are columns of V; four warps take 64 rows.
     """
 
     columns: int
@@ -45,8 +45,9 @@ class Configuration:
 
 # Keys: the major number of the architecture, whether the inputs are bf16, the widest K. 9 is Hopper; 0 is every other
 # one, which may have only 100 KB of shared memory. Errors are largest where K is small: few keys write over each other.
-# fp16 counts as fp32: it has no numbers as small as a state under strong decay. On Hopper and for bf16 the launches are
-# the fastest of benchmarks/gated_delta_configurations.py, where a GPU has enough to do; `Problem.fill` narrows them.
+# fp16 counts as fp32: it has no numbers as small as a state under strong decay. On Hopper and for bf16 the launches at
+# widths of 64 and 128 are the fastest of benchmarks/gated_delta_configurations.py, where a GPU has enough to do;
+# `Problem.fill` narrows them.
 TABLE = {
     (9, True, 48): Configuration(32, 0, Launch(0, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2)),
     (9, True, 64): Configuration(64, 2, Launch(0, 2, 2), Launch(64, 4, 2), Launch(128, 8, 3), Launch(64, 8, 3)),

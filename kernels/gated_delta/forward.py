@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The second kernel of the forward: the sweep over the chunks of a sequence.
 
-With A and P of `prepare.py`, where `reference.py` has the formula of the state:
+With A and P of `prepare.py`; `reference.py` has the formula of the state:
 
     E = A (V - exp(c) K S)
     O = scale exp(c) Q S + P diag(beta) E
 
-All is computed transposed. What was computed before is then the left operand of the next product, which Hopper's tensor
-cores take from registers; from the right it would go through shared memory, with all warps waiting, at each step.
+The kernel computes transposed tiles. A computed tile is then the left operand of the next product, which Hopper's
+tensor cores read from registers. A right operand would go through shared memory, and all warps would wait for it.
 
 Shapes: as in `prepare.py`.
 """
@@ -33,7 +33,7 @@ def sweep_forward(
     v,
     beta,
     A,
-    p,
+    P,
     c,
     r_q,
     r_k,
@@ -70,7 +70,7 @@ def sweep_forward(
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
     i = tl.arange(0, C)
-    none_VC = tl.zeros([BV, C], tl.float32)
+    zeros_VC = tl.zeros([BV, C], tl.float32)
     s_VK = tl.zeros([BV, BK], tl.float32)
     if INITIAL:
         s_VK += load_tile(initial, head, K, column, V, V, BK, BV, True)
@@ -80,7 +80,7 @@ def sweep_forward(
         left = length - m * C
         at = (slot + m) * J + j
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
-        v_VC = next_VC  # loaded a chunk ahead, which Triton does for the operands of products alone
+        v_VC = next_VC  # loaded a chunk ahead here, since Triton does so only for operands of products
         next_VC = load_tile(v + j * V, row + C, left - C, column, J * V, V, C, BV, True)
         beta_C = load_gate(beta + j, row, left, J, C)
         c_C = tl.load(c + at * C + i)
@@ -95,15 +95,15 @@ def sweep_forward(
             write_C *= r_k_C
         if KEEP:
             store_tile(states, s_VK, at * V + column, V - column, 0, K, K, BV, BK)
-        e_VC = v_VC - product(s_VK, tl.trans(k_CK), none_VC, PARTS) * read_C[None, :]
+        e_VC = v_VC - product(s_VK, tl.trans(k_CK), zeros_VC, PARTS) * read_C[None, :]
         e_VC = product_inverse(e_VC, A + at * SQUARES * C * C, True, C, PARTS)
         if KEEP:
             store_tile(errors + j * V, e_VC, row, left, column, J * V, V, C, BV, True)
         e_VC *= beta_C[None, :]
         if not KEEP:
             q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
-            o_VC = product(s_VK, tl.trans(q_CK), none_VC, ONCE) * query_C[None, :]
-            o_VC = product(e_VC, tl.trans(load_square(p + at * C * C, C)), o_VC, ONCE)
+            o_VC = product(s_VK, tl.trans(q_CK), zeros_VC, ONCE) * query_C[None, :]
+            o_VC = product(e_VC, tl.trans(load_square(P + at * C * C, C)), o_VC, ONCE)
             store_tile(o + j * V, o_VC, row, left, column, J * V, V, C, BV, True)
         s_VK = product(e_VC * write_C[None, :], k_CK, s_VK * tl.exp2(last), ADDED)
     if FINAL:
@@ -117,7 +117,7 @@ def compute_outputs(
     v,
     beta,
     A,
-    p,
+    P,
     c,
     r_q,
     r_k,
@@ -148,7 +148,7 @@ def compute_outputs(
     j = program // blocks % J
     # fmt: off
     sweep_forward(
-        q, k, v, beta, A, p, c, r_q, r_k, initial, o, final, o, o, cu_seqlens, n, j, column, T, scale,
+        q, k, v, beta, A, P, c, r_q, r_k, initial, o, final, o, o, cu_seqlens, n, j, column, T, scale,
         H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, FINAL, False,
     )
     # fmt: on

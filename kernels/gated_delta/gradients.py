@@ -15,12 +15,13 @@ dg is the sum of dc from its position on. In dc, the diagonal terms of dQ and W 
 position in W and in the sum. They are left out of dc, because under strong decay their rounding errors are larger
 than dc.
 
-What Triton 3.6 asks for:
-- A tile in a loop goes either to products or to arithmetic of its elements, never to both: it would keep one buffer too
-  few, and load the next tile while a product of Hopper's tensor cores may still read the last one. So <S, dS> is the
-  trace of a product.
-- The diagonal terms are products with a diagonal, which cost less than a tile in another layout.
-- They are subtracted: products that add to the sum of another one outside of loops would be laid out for 128 rows, of
+Constraints of Triton 3.6:
+- A tile in a loop goes either to products or to arithmetic of its elements, never to both. Otherwise Triton keeps one
+  buffer too few, and loads the next tile while a product of Hopper's tensor cores may still read the last one. So
+  <S, dS> is the trace of a product.
+- The diagonal terms are products with a diagonal matrix. To extract the diagonal would change a tile's layout, which
+  costs more.
+- They are subtracted. A product that adds to the sum of another one, outside of loops, gets a layout of 128 rows, of
   which a chunk has 64.
 
 Shapes: as in `prepare.py`.
@@ -80,7 +81,7 @@ def compute_gradients(
     if NORM:
         r_q_C = tl.load(r_q + (slot * H + h) * C + i)
         r_k_C = tl.load(r_k + (slot * H + h) * C + i)
-    itself = i[:, None] == i[None, :]
+    diagonal_CC = i[:, None] == i[None, :]
     q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
     k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
 
@@ -108,7 +109,7 @@ def compute_gradients(
     queries_CK = q_CK.to(tl.float32) * r_q_C[:, None]
     keys_CK = k_CK.to(tl.float32) * r_k_C[:, None]
     dc_C = tl.sum(queries_CK * dq_CK - keys_CK * dk_CK, 1)
-    dq_CK -= tl.dot(tl.where(itself, -do_e_CC, 0.0).to(type), k_CK.to(type), input_precision="tf32x3")
+    dq_CK -= tl.dot(tl.where(diagonal_CC, -do_e_CC, 0.0).to(type), k_CK.to(type), input_precision="tf32x3")
     if NORM:
         dq_CK = (dq_CK - queries_CK * tl.sum(queries_CK * dq_CK, 1)[:, None]) * r_q_C[:, None]
     store_tile(dq + j * K, dq_CK, row, left, 0, J * K, K, C, BK)
@@ -143,7 +144,7 @@ def compute_gradients(
     w_CK -= tl.dot(e_dv_CC.to(type), k_CK.to(type), input_precision="tf32x3")
     dc_C += tl.where(i == C - 1, kept, 0.0) - decaying_C * tl.sum(keys_CK * w_CK, 1)
     tl.store(dg + j + row * J + i * J, tl.cumsum(dc_C, 0, reverse=True), mask=i < left)
-    w_CK -= tl.dot(tl.where(itself, -e_do_CC, 0.0).to(type), q_CK.to(type), input_precision="tf32x3")
+    w_CK -= tl.dot(tl.where(diagonal_CC, -e_do_CC, 0.0).to(type), q_CK.to(type), input_precision="tf32x3")
     tl.store(dbeta + j + row * J + i * J, tl.sum(keys_CK * w_CK, 1), mask=i < left)
 
     dk_CK = w_CK * beta_C[:, None] - dk_CK

@@ -1,6 +1,6 @@
 """Launches of the kernels, registered with PyTorch as two operators, so that a compiled model contains them.
 
-Shapes: as in `reference.py`; those of A, c, r_q and r_k are in `prepare.py`.
+Shapes: as in `reference.py`; those of A, P, c, r_q and r_k are in `prepare.py`.
 """
 
 from functools import lru_cache
@@ -62,10 +62,10 @@ def run_forward(
     sizes = sizes_of(k, v, cu_seqlens, normalise, negative)
     kinds = _kinds(q, k, v, g, beta, initial, cu_seqlens)
     problem, prepare, outputs = plan_forward(sizes, kinds, scale, initial is not None, output_final_state)
-    buffers = o, final, A, p, c, r_q, r_k = problem.forward_buffers(v, output_final_state)
+    buffers = o, final, A, P, c, r_q, r_k = problem.forward_buffers(v, output_final_state)
     with on_device(problem.device):
-        prepare(q, k, g, beta, A, p, c, r_q, r_k, cu_seqlens)
-        outputs(q, k, v, beta, A, p, c, r_q, r_k, initial, o, final, cu_seqlens)
+        prepare(q, k, g, beta, A, P, c, r_q, r_k, cu_seqlens)
+        outputs(q, k, v, beta, A, P, c, r_q, r_k, initial, o, final, cu_seqlens)
     return buffers
 
 
@@ -95,7 +95,7 @@ def run_backward(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     A: Tensor,
-    p: Tensor,
+    P: Tensor,
     c: Tensor,
     r_q: Tensor,
     r_k: Tensor,
@@ -110,9 +110,9 @@ def run_backward(
     dq, dk, dv, dg, dbeta, dinitial = problem.backward_buffers(k, v, beta, initial)
     kept = v.dtype if problem.how.parts else torch.float32
     errors = torch.empty_like(v, dtype=kept)
-    states, dstates = (v.new_empty((problem.slots, problem.J, problem.K, problem.V), dtype=kept) for _ in range(2))
+    states, dstates = (v.new_empty((problem.slots, problem.J, problem.V, problem.K), dtype=kept) for _ in range(2))
     with on_device(problem.device):
-        inputs = q, k, v, do, beta, A, p, c, r_q, r_k, initial, dfinal
+        inputs = q, k, v, do, beta, A, P, c, r_q, r_k, initial, dfinal
         sweeps(*inputs, dv, states, errors, dstates, dinitial, cu_seqlens)
         gradients(q, k, beta, c, r_q, r_k, do, dv, states, errors, dstates, dq, dk, dg, dbeta, cu_seqlens)
     if problem.J > problem.H:
@@ -135,7 +135,7 @@ def _backward_shapes(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     A: Tensor,
-    p: Tensor,
+    P: Tensor,
     c: Tensor,
     r_q: Tensor,
     r_k: Tensor,
@@ -157,7 +157,7 @@ for _schema, _outputs, _run, _shapes in (
     ),
     (
         "gated_delta_backward(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? initial, "
-        "Tensor? cu_seqlens, Tensor A, Tensor p, Tensor c, Tensor r_q, Tensor r_k, float scale, bool normalise, "
+        "Tensor? cu_seqlens, Tensor A, Tensor P, Tensor c, Tensor r_q, Tensor r_k, float scale, bool normalise, "
         "bool negative)",
         6,
         run_backward,

@@ -2,8 +2,9 @@
 """The first kernel of the forward: what each chunk can compute alone.
 
 That is the inverse A = (I + strict(K K^T o G) diag(beta))^-1, the decayed products P = scale tril(Q K^T o G), the
-cumulative log-decays c, to the base 2, and the factors r of the l2 norms. Normalised keys are never made: r scales rows
-and columns of the products instead, which rounds less and lets tiles go from memory to the tensor cores untouched.
+cumulative log-decays c (stored to the base 2, so that the kernels compute exp(c) as 2^c), and the factors r of the l2
+norms. Normalised queries and keys are never stored: r scales rows and columns of the products instead, which rounds
+less and lets tiles go from memory to the tensor cores untouched.
 
 Shapes: as in `reference.py`; C positions of a chunk, BK and BV columns of a tile, S half a chunk or a whole one. Per
 slot: A [C, C], twice where PARTS is 2, P [C, C], c and r [C].
@@ -24,7 +25,7 @@ def prepare_chunks(
     g,
     beta,
     A,
-    p,
+    P,
     c,
     r_q,
     r_k,
@@ -57,7 +58,7 @@ def prepare_chunks(
     i = tl.arange(0, S)
     writer = NORM and j % (J // H) == 0  # of the factors, which the value heads of a group share
     A += (slot * J + j) * SQUARES * C * C
-    p += (slot * J + j) * C * C
+    P += (slot * J + j) * C * C
     c += (slot * J + j) * C
     r_q += (slot * H + h) * C
     r_k += (slot * H + h) * C
@@ -92,13 +93,13 @@ def prepare_chunks(
         _store_parts(A + corner + S * C + S, a_11, C, PARTS)
 
     # Keys are loaded again, since registers are too few to keep them
-    type = p.dtype.element_ty
+    type = P.dtype.element_ty
     q_0 = load_tile(q + h * K, row, left, 0, H * K, K, S, BK)
     k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
     s_0 = _norm_factor(q_0, NORM, EPSILON)
     if writer:
         tl.store(r_q + i, s_0)
-    tl.store(p + corner, (_decayed(q_0, k_0, c_0, c_0, s_0, r_0, 0, PRECISION) * scale).to(type))
+    tl.store(P + corner, (_decayed(q_0, k_0, c_0, c_0, s_0, r_0, 0, PRECISION) * scale).to(type))
     if C == 2 * S:
         q_1 = load_tile(q + h * K, row + S, left - S, 0, H * K, K, S, BK)
         k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
@@ -107,16 +108,19 @@ def prepare_chunks(
             tl.store(r_q + S + i, s_1)
         p_10 = _decayed(q_1, k_0, c_1, c_0, s_1, r_0, None, PRECISION)
         p_11 = _decayed(q_1, k_1, c_1, c_1, s_1, r_1, 0, PRECISION)
-        tl.store(p + corner + S, tl.zeros([S, S], type))
-        tl.store(p + corner + S * C, (p_10 * scale).to(type))
-        tl.store(p + corner + S * C + S, (p_11 * scale).to(type))
+        tl.store(P + corner + S, tl.zeros([S, S], type))
+        tl.store(P + corner + S * C, (p_10 * scale).to(type))
+        tl.store(P + corner + S * C + S, (p_11 * scale).to(type))
 
 
 @triton.jit
 def _decayed(x, y, c_x, c_y, r_x, r_y, LEAST: tl.constexpr, PRECISION: tl.constexpr):
-    """Return x y^T of normalised rows, decayed from y's positions to those of x; 0 less than LEAST positions later."""
+    """Return x y^T of normalised rows, times the decay from each position of y to each of x.
+
+    It is 0 where x is fewer than LEAST positions after y. LEAST None: all of x come after y.
+    """
     between = c_x[:, None] - c_y[None, :]
-    if LEAST is None:  # all are later
+    if LEAST is None:
         decay = tl.exp2(between)
     else:
         i = tl.arange(0, x.shape[0])

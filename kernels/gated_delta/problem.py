@@ -15,7 +15,7 @@ from kernels.gated_delta.configurations import Launch, configuration
 Tensors = tuple[Tensor, ...]
 Sizes = tuple[torch.Size, torch.Size, int | None, torch.dtype, torch.device, bool, bool]
 NARROWEST = 16  # columns: the least of a product
-WARPS = 7  # of the eight that run on a multiprocessor at once; 128 programs of eight are enough for 132 of them
+WARPS = 7  # per multiprocessor, which runs eight; seven are enough, so that 128 programs of eight fill 132 of them
 
 
 class Problem:
@@ -66,10 +66,10 @@ class Problem:
         return -(-self.V // self.columns(launch))
 
     def fill(self, launch: Launch, directions: int) -> tuple[int, Launch]:
-        """Return the programs of a sweep, and its launch, with columns so narrow that no multiprocessor is idle."""
+        """Return the programs of a sweep, and its launch, with fewer columns where a GPU would have too few warps."""
         sweeps = directions * self.N * self.J
         while launch.columns > NARROWEST and sweeps * self.blocks(launch) * launch.warps < WARPS * self.multiprocessors:
-            columns = self.columns(launch) // 2
+            columns = max(self.columns(launch) // 2, NARROWEST)
             launch = replace(launch, columns=columns, warps=min(launch.warps, max(columns // 16, 4)))
         return sweeps * self.blocks(launch), launch
 

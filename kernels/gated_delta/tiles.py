@@ -42,12 +42,12 @@ def rows_of(slot, cu_seqlens, N, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _places(
-    left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr
+    left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
-    """Return where the numbers of a tile are behind its first row, in 32 bits, and which of them exist."""
+    """Return the offsets of a tile's elements from its first row, in 32 bits, and a mask of those that exist."""
     rows = tl.arange(0, R)
     columns = column + tl.arange(0, W)
-    if TURNED:
+    if TRANSPOSED:
         at = rows[None, :] * STRIDE + columns[:, None]
         inside = (rows < left)[None, :]
         if WIDTH % W != 0:
@@ -70,10 +70,13 @@ def load_tile(
     WIDTH: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
-    TURNED: tl.constexpr = False,
+    TRANSPOSED: tl.constexpr = False,
 ):
-    """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on, transposed if TURNED; else zeros."""
-    at, inside = _places(left, column, STRIDE, WIDTH, R, W, TURNED)
+    """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on; missing elements are 0.
+
+    TRANSPOSED: as [W, R].
+    """
+    at, inside = _places(left, column, STRIDE, WIDTH, R, W, TRANSPOSED)
     return tl.load(x + row * STRIDE + at, mask=inside, other=0.0)
 
 
@@ -88,10 +91,10 @@ def store_tile(
     WIDTH: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
-    TURNED: tl.constexpr = False,
+    TRANSPOSED: tl.constexpr = False,
 ):
     """Store what `load_tile` loads."""
-    at, inside = _places(left, column, STRIDE, WIDTH, R, W, TURNED)
+    at, inside = _places(left, column, STRIDE, WIDTH, R, W, TRANSPOSED)
     tl.store(x + row * STRIDE + at, tile.to(x.dtype.element_ty), mask=inside)
 
 
@@ -140,15 +143,15 @@ def split(x, type):
 
 
 @triton.jit
-def product(x, b, sum, PARTS: tl.constexpr):
-    """Return sum + x b for a computed x in fp32 and a `b` from memory; `configurations.py` explains PARTS."""
+def product(x, b, start, PARTS: tl.constexpr):
+    """Return start + x b for a computed x in fp32 and a `b` from memory; `configurations.py` explains PARTS."""
     if PARTS == 0:
-        return tl.dot(x, b.to(tl.float32), sum, input_precision="tf32x3")
+        return tl.dot(x, b.to(tl.float32), start, input_precision="tf32x3")
     elif PARTS == 1:
-        return tl.dot(x.to(b.dtype), b, sum)
+        return tl.dot(x.to(b.dtype), b, start)
     else:
         high, low = split(x, b.dtype)
-        return tl.dot(high, b, tl.dot(low, b, sum))
+        return tl.dot(high, b, tl.dot(low, b, start))
 
 
 @triton.jit
