@@ -10,8 +10,8 @@ have few heads, for which `Problem.fill` narrows the sweeps; in bf16 each one al
 as large batches do. Each case runs twice, which must give the same bits. Compilation takes most of the time: `--share
 1/4` is the first of four parts of the sizes, for processes side by side. The script ends with exit code 1 and the cases
 where an error is above its limit or a number is not finite. The fp64 values are those of the chunk form of
-`reference.py`, which the tests compare with the definition. Without a GPU, TRITON_INTERPRET=1 runs the float types other
-than bfloat16 slowly in Triton's interpreter.
+`reference.py`, which the tests compare with the definition. Without a GPU, TRITON_INTERPRET=1 runs the types other than
+bfloat16 slowly in Triton's interpreter.
 """
 
 import argparse
