@@ -68,7 +68,7 @@ class Problem:
         """Return the programs of a sweep, and its launch, with columns so narrow that no multiprocessor is idle."""
         sweeps = directions * self.N * self.J
         while launch.columns > NARROWEST and sweeps * self.blocks(launch) < self.multiprocessors:
-            launch = replace(launch, columns=self.columns(launch) // 2)
+            launch = replace(launch, columns=max(self.columns(launch) // 2, NARROWEST))
         return sweeps * self.blocks(launch), launch
 
     def call(self, kernel: Any, programs: int, launch: Launch, options: dict[str, Any]) -> Call:

@@ -63,12 +63,12 @@ def kernel_errors(toy: Toy, hopper: bool) -> list[float]:
     ("toy", "hopper", "most"),
     [
         (Toy(T=37, J=1, K=20, V=36, unit=False, dtype=F32), False, 2e-6),
-        (Toy(B=1, T=70, K=16, V=16, bounds=(0, 0, 5, 40, 65, 65), unit=False, dtype=F32), False, 2e-6),
+        (Toy(B=1, T=70, H=2, J=4, K=16, V=16, bounds=(0, 0, 5, 40, 65, 65), unit=False, dtype=F32), False, 2e-6),
         (Toy(B=1, T=66, J=1, K=36, V=20, decay=50.0, beta=2.0, unit=False, dtype=F16), False, 1e-2),
         (Toy(B=1, T=70, K=36, V=16, decay=1e4, beta=0.0, dtype=F16, bounds=(0, 66, 70)), False, 3e-3),
         (Toy(B=1, T=70, J=1, K=64, V=16, decay=0.01, dtype=F16), True, 3e-3),
         (Toy(B=1, T=140, K=60, V=20, bounds=(0, 0, 9, 138), unit=False, dtype=F16), True, 3e-3),
-        (Toy(B=1, T=140, J=1, K=64, V=16, beta=1.0, decay=0.01, dtype=F16), True, 3e-3),
+        (Toy(B=1, T=140, J=1, K=64, V=16, beta=1.0, decay=0.01, unit=False, dtype=F16), True, 3e-3),
     ],
 )
 def test_values_and_gradients(interpreter, toy: Toy, hopper: bool, most: float):
@@ -115,7 +115,7 @@ def test_what_the_gradient_needs_again_gets_no_gradient(interpreter, states: boo
 
 @pytest.mark.parametrize(
     ("V", "directions", "programs", "columns"),
-    [(128, 1, 256, 16), (128, 2, 256, 32), (36, 1, 96, 16), (128, 40, 2560, 64)],
+    [(128, 1, 256, 16), (128, 2, 256, 32), (36, 1, 96, 16), (8, 1, 32, 16), (128, 40, 2560, 64)],
 )
 def test_sweeps_are_narrow_where_a_gpu_would_be_idle(V: int, directions: int, programs: int, columns: int):
     k, v = torch.empty(4, 1, 8, 64), torch.empty(4, 1, 8, V)
