@@ -104,9 +104,8 @@ class Curriculum(Callback):
         """Tell if a phase never began."""
         last, end = len(self._state["steps"]) - 1, len(self.phases) - 1
         if last < end:
-            rank_zero_warn(
-                f"Curriculum: the training ended in phase {last} of 0 to {end}; see `threshold` and validations"
-            )
+            why = f"no validation in it reached an accuracy of {self.threshold}"
+            rank_zero_warn(f"Curriculum: the training ended in phase {last} of 0 to {end}: {why}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the phases, and the first batches and steps of those that began."""
