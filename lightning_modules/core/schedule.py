@@ -24,7 +24,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # of an optimizer's arguments; other
     "weight_decay": NOT_NEGATIVE,
     "eps": NOT_NEGATIVE,
 }
-MIXING = torch.optim.Adafactor, torch.optim.LBFGS  # compute over whole tensors, which hold all members of an ensemble
+MIXING = "Adafactor", "LBFGS"  # of any package: compute over whole tensors, which hold all members of an ensemble
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -63,8 +63,7 @@ def with_schedule(
             members of an ensemble, or a schedule that falls to zero has no `trainer.max_steps`.
     """
     made = _made(optimizer, [parameter for parameter in module.parameters() if parameter.requires_grad])
-    if getattr(module, "ensemble", 1) > 1 and isinstance(made, MIXING):
-        name = type(made).__name__
+    if getattr(module, "ensemble", 1) > 1 and (name := type(made).__name__) in MIXING:
         raise UserError(f"model.optimizer: {name} mixes the members of an ensemble: use AdamW, or set model.ensemble 1")
     factor: Callable[[int], float]
     if schedule == "constant":
