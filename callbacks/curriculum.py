@@ -5,6 +5,7 @@ from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.base import refuse_second
 from datamodules.errors import UserError, check_numbers
@@ -98,6 +99,13 @@ class Curriculum(Callback):
         measures["curriculum/phase"] = float(len(steps) - 1)
         log_scalars(trainer, measures)
         keep_scalars(trainer, measures)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell if a phase never began."""
+        last, end = len(self._state["steps"]) - 1, len(self.phases) - 1
+        if last < end:
+            why = f"no validation in it reached an accuracy of {self.threshold}"
+            rank_zero_warn(f"Curriculum: the training ended in phase {last} of 0 to {end}: {why}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the phases, and the first batches and steps of those that began."""

@@ -112,6 +112,8 @@ class RecallGrid(Probe):
         for name, values in {"needles": needles, "lengths": lengths, "tasks": tasks}.items():
             if values is not None and not values:
                 raise UserError(f"RecallGrid.{name} is empty: give at least one, or leave the key out")
+        for name, numbers in {"needles": needles or [], "lengths": lengths or []}.items():
+            check_positive(self, **{f"{name}[{place}]": number for place, number in enumerate(numbers)})
         self.needles, self.lengths, self.tasks = needles, lengths, tasks
         self.depths, self.ruler = depths, ruler
         self._points: list[_Point] = []

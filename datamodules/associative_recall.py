@@ -141,8 +141,9 @@ class AssociativeRecall(SequenceTask):
         key_BP = distinct(rng, count, len(self.keys), pairs) + self.keys.start
         value_BP = distinct(rng, count, len(self.values), pairs) + self.values.start
         gap_G = np.arange(1, (length - 2 * pairs) // 2 + 1)
-        # The order of exponential waiting times is that of draws without replacement, with probabilities as the rates
-        waiting_BG = rng.standard_exponential((count, len(gap_G))) / gap_G ** (self.power_a - 1)
+        # The order of exponential waiting times is that of draws without replacement, with probabilities as the rates.
+        # Their logarithms have that order too, and no power overflows
+        waiting_BG = np.log(rng.standard_exponential((count, len(gap_G)))) - (self.power_a - 1) * np.log(gap_G)
         gap_BP = waiting_BG.argsort(axis=1)[:, :pairs] + 1
         return *(array.astype(np.int32) for array in (key_BP, value_BP, gap_BP)), np.full((count, 1), length)
 

@@ -1,6 +1,7 @@
 """What is wrong with the arguments of an operator, in one sentence."""
 
 import os
+from collections.abc import Mapping
 from typing import get_args
 
 import torch
@@ -21,6 +22,7 @@ def check_inputs(
     Raises:
         ValueError: One of them is wrong.
     """
+    check_tensors({"q": q, "k": k, "v": v, "g": g, "beta": beta}, {"initial_state": initial_state})
     if q.dim() != 4 or q.shape != k.shape:
         raise ValueError(f"q and k must have the same shape [B, T, H, K], not {_shape(q)} and {_shape(k)}")
     B, T, H, K = k.shape
@@ -47,6 +49,7 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
     Raises:
         ValueError: One of them is wrong.
     """
+    check_tensors({"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}, {})
     if k.dim() != 3 or q.shape != k.shape:
         raise ValueError(f"q and k must have the same shape [B, H, K], not {_shape(q)} and {_shape(k)}")
     B, H, K = k.shape
@@ -60,6 +63,21 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
         raise ValueError(f"state must be [{B}, {J}, {K}, {V}], not {_shape(state)}")
     _check_types(q, k, v, g, beta)
     _check_state_type("state", state, v)
+
+
+def check_tensors(needed: Mapping[str, Tensor], others: Mapping[str, Tensor | None]) -> None:
+    """Check that the inputs are tensors on one device; `others` may be None.
+
+    Raises:
+        ValueError: One of them is not.
+    """
+    given = {**needed, **{name: x for name, x in others.items() if x is not None}}
+    first = next(iter(given))
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, not {x}")
+        if x.device != given[first].device:
+            raise ValueError(f"{name} must be on {given[first].device}, as {first}, not on {x.device}")
 
 
 def check_bounds(cu_seqlens: Tensor, B: int, T: int) -> int:

@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from kernels.gated_delta.checks import check_bounds
+from kernels.gated_delta.checks import check_bounds, check_tensors
 from kernels.phase_scan.options import Backend
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,6 +29,8 @@ def check_inputs(
     Raises:
         ValueError: One of them is wrong.
     """
+    others = {"mass": mass, "log_decay": log_decay, "read_offset": read_offset, "write_offset": write_offset}
+    check_tensors({"x": x, "omega": omega}, others | {"initial_state": initial_state})
     if x.dim() != 3 or x.shape[2] == 0:
         raise ValueError(f"x must be [B, T, D] with at least one channel, not {_shape(x)}")
     check_window(window)
@@ -54,6 +56,8 @@ def check_step(
     Raises:
         ValueError: One of them is wrong.
     """
+    others = {"mass": mass, "log_decay": log_decay, "read_offset": read_offset, "write_offset": write_offset}
+    check_tensors({"x": x, "omega": omega, "state": state}, others)
     if x.dim() != 2:
         raise ValueError(f"x must be [B, D], one position, not {_shape(x)}")
     _check_rows(x, omega, mass, log_decay, read_offset, write_offset)
@@ -67,6 +71,7 @@ def check_phases(omega: Tensor, initial_phase: Tensor | None, cu_seqlens: Tensor
     Raises:
         ValueError: One of them is wrong.
     """
+    check_tensors({"omega": omega}, {"initial_phase": initial_phase})
     if omega.dim() != 3 or omega.dtype not in TYPES:
         raise ValueError(f"omega must be floats [B, T, D], not {omega.dtype} {_shape(omega)}")
     N = omega.shape[0] if cu_seqlens is None else check_bounds(cu_seqlens, *omega.shape[:2])

@@ -24,6 +24,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # of an optimizer's arguments; other
     "weight_decay": NOT_NEGATIVE,
     "eps": NOT_NEGATIVE,
 }
+MIXING = "Adafactor", "LBFGS"  # of any package: compute over whole tensors, which hold all members of an ensemble
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -58,10 +59,12 @@ def with_schedule(
     schedule.
 
     Raises:
-        UserError: The optimizer refuses its arguments, a number among them is out of range, or a schedule that falls to
-            zero has no `trainer.max_steps`.
+        UserError: The optimizer refuses its arguments, a number among them is out of range, the optimizer would mix the
+            members of an ensemble, or a schedule that falls to zero has no `trainer.max_steps`.
     """
     made = _made(optimizer, [parameter for parameter in module.parameters() if parameter.requires_grad])
+    if getattr(module, "ensemble", 1) > 1 and (name := type(made).__name__) in MIXING:
+        raise UserError(f"model.optimizer: {name} mixes the members of an ensemble: use AdamW, or set model.ensemble 1")
     factor: Callable[[int], float]
     if schedule == "constant":
         factor = partial(warmup, warmup_steps=warmup_steps)

@@ -4,6 +4,7 @@ Shapes: S ensemble members, B batch, T positions, V vocabulary, D width, H heads
 """
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lightning_modules.mixers.window_attention import WindowAttention
 from lightning_modules.phase.angles import Kind
 from lightning_modules.phase.lstm import LSTM
 from lightning_modules.phase.mixer import Normalise, PhaseMixer
-from lightning_modules.phase.pattern import check_pattern
+from lightning_modules.phase.pattern import check_pattern, warn_of_unused
 from lightning_modules.phase.sampling import mixed_tokens
 from lightning_modules.phase.weights import DecayKind
 
@@ -99,6 +100,8 @@ class Phase(SequenceModel):
         self.scheduled_sampling, self.residual_dropout = scheduled_sampling, residual_dropout
         self.options: dict[str, Any] = {"frequencies": frequencies, "angles": angles, "decay": decay, "window": window}
         self.options |= {"mass": mass, "normalise": normalise, "expansion": expansion, "dropout": dropout}
+        defaults = {name: argument.default for name, argument in signature(Phase).parameters.items()}
+        warn_of_unused(pattern, defaults, self.options, {"attention_window": attention_window})
         super().__init__(vocab_size, seq_len, **common)
 
     def make_network(self) -> Decoder:

@@ -17,6 +17,7 @@ from datamodules.problems import Problem
 from lightning_modules.pretrained.causal_lm import reads_ahead
 from lightning_modules.pretrained.generation import generate
 from lightning_modules.pretrained.loading import Pretrained
+from lightning_modules.pretrained.positions import positions
 from lightning_modules.pretrained.prompts import Prompt, added_tokens, encode, with_added
 from lightning_modules.telepathy.results import Indices, Measures, bootstrap
 from lightning_modules.telepathy.target import Target
@@ -56,13 +57,24 @@ class Writer:
         self.model = pretrained.load_causal_lm().to(device).eval()
         if reads_ahead(self.model):
             raise UserError(f"AgentChain.writer: '{pretrained.path}' reads the tokens that it predicts: choose another")
+        self.path, self.positions = pretrained.path, positions(self.model)
         self.tokenizer = pretrained.load_tokenizer()
         self.prompt, self.added = Prompt(prompt, "AgentChain.prompt"), added_tokens(self.tokenizer)[0]
 
     def write(self, question: str, limit: int | None = None) -> str:
-        """Return the message, of at most `limit` tokens, or of twice as many as the question has."""
+        """Return the message, of at most `limit` tokens, or of twice as many as the question has.
+
+        Raises:
+            UserError: The model has too few positions for the question and the message.
+        """
         tokens = with_added(encode(self.tokenizer, [self.prompt.fill(question)])[0], self.added)
         limit = limit or LONGEST_MESSAGE * len(encode(self.tokenizer, [question])[0])
+        length = len(tokens) + limit
+        if self.positions is not None and length > self.positions:
+            raise UserError(
+                f"AgentChain.writer: the question {question[:40]!r}... takes {length} positions, {limit} of them for "
+                f"the message, and '{self.path}' has {self.positions}"
+            )
         return generate(self.model, self.tokenizer, [tokens], limit, self.prompt.stop)[0].text
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.errors import OpError
 
-from studies.engine.statistics import Series, Values, mean, t_interval
+from studies.engine.statistics import Estimate, Series, Values, mean, t_interval
 from studies.engine.study import Run, Study
 
 Logged = Callable[[str], dict[int, list[float]]]  # scalar -> step -> values, one per ensemble member
@@ -66,7 +66,8 @@ def draw(study: Study, values: Values) -> dict[str, Figure]:
             word = re.sub(r"\W+", "_", measure)
             by_arm = {arm: values[arm][measure] for arm in study.arms if values[arm][measure]}
             if by_arm:
-                figures[f"strip_{word}"] = strip(measure, by_arm)
+                means = {arm: mean(series) for arm, series in by_arm.items()}
+                figures[f"strip_{word}"] = strip(measure, by_arm, means)
             for sweep, grid in _grids(study, by_arm).items():
                 figures[f"map_{sweep}_{word}"] = heat_map(measure, grid)
         logged = [(run.arm, _logged(run)) for run in study.runs if study.curves and run.result]
@@ -79,16 +80,16 @@ def draw(study: Study, values: Values) -> dict[str, Figure]:
     return figures
 
 
-def strip(measure: str, by_arm: Mapping[str, Series]) -> Figure:
+def strip(measure: str, by_arm: Mapping[str, Series], means: Mapping[str, Estimate]) -> Figure:
     """Draw a dot for each seed, and each arm's mean with its 95 % interval."""
     figure = Figure(figsize=(WIDTH, 1.7 + 0.4 * len(by_arm)))
     axes = figure.subplots()
-    for place, series in enumerate(by_arm.values()):
+    for place, (arm, series) in enumerate(by_arm.items()):
         values = [measured.value for measured in series.values()]
         shift = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)
         seeds = "seed" if place == 0 else None
         axes.plot(values, place - 0.1 + shift, "o", color="tab:blue", alpha=0.5, markersize=7, label=seeds)
-        estimate = mean(series)
+        estimate = means[arm]
         known = np.isfinite([estimate.low, estimate.high]).all()
         ends = [[estimate.value - estimate.low], [estimate.high - estimate.value]] if known else None
         label = "mean, 95 % interval" if place == 0 else None

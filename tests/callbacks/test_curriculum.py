@@ -1,5 +1,7 @@
 """Curriculum: phases advance on held-out accuracy alone, and a resumed run has the batches of the whole one."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import QUIET
@@ -134,6 +136,15 @@ def test_an_accuracy_at_the_threshold_counts_in_training_alone(tmp_path):
     trainer.fit(module := Perfect(), data := make_data())
     trainer.validate(module, data, verbose=False)
     assert curriculum.state_dict()["steps"] == [0, 4]
+
+
+def test_a_phase_that_never_began_is_told(tmp_path):
+    with pytest.warns(UserWarning, match="Curriculum: the training ended in phase 0 of 0 to 2"):
+        fit(tmp_path, steps=8, val_check_interval=12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path / "whole")
+    assert not any("the training ended" in str(warning.message) for warning in caught)
 
 
 def test_a_second_fit_begins_with_the_first_phase(tmp_path):

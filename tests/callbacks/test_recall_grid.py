@@ -248,6 +248,8 @@ def test_a_needle_gym_in_a_mixture_of_mixtures(tmp_path):
         ({"depths": 0}, "`depths` must be at least 1"),
         ({"every_n_steps": -1}, "RecallGrid.every_n_steps must be at least 0"),
         ({"lengths": []}, "RecallGrid.lengths is empty"),
+        ({"lengths": [64, 0]}, r"RecallGrid: `lengths\[1\]` must be at least 1, got 0"),
+        ({"needles": [-3]}, r"RecallGrid: `needles\[0\]` must be at least 1, got -3"),
         (
             {"needles": [30]},
             "RecallGrid: no point of the grid fits the data, for instance data.vocab_size 40 has 19 keys",

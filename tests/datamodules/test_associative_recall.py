@@ -78,6 +78,12 @@ def test_gaps_follow_the_power_law_without_replacement():
     assert second == pytest.approx(np.r_[0, weight[1:] / weight[1:].sum()], abs=0.015)
 
 
+def test_a_steep_power_law_does_not_overflow():
+    data = make(test_sets=[[1024, 4]], power_a=300)
+    gap_BP = data.randomness(stream(0), 50)[2]
+    assert gap_BP.min() > 480  # of 508 gaps, of which the last ones have nearly all the weight
+
+
 def test_a_set_smaller_than_a_batch_is_one_batch_unless_a_device_gets_no_row():
     data = make(train_sets=[[16, 2, 3]])
     assert [len(batch["tokens"]) for batch in data.train_dataloader()] == [3]

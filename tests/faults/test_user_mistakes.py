@@ -229,6 +229,9 @@ add(
     "model.optimizer: there is no Optimizer 'AdmW'; did you mean 'AdamW'",
 )
 add("sparse optimizer", "mod", "--model.optimizer=SparseAdam", "SparseAdam takes sparse gradients only")
+for kind in ("torch.optim.Adafactor", "torch.optim.LBFGS"):
+    said = " mixes the members of an ensemble: use AdamW, or set model.ensemble 1"
+    add(f"{kind} of an ensemble", "mod", [f"--model.optimizer={kind}", "--model.ensemble=2"], said)
 add("optimizer of matrices", "mod", "--model.optimizer=Muon", "model.optimizer: ")
 add("logger misspelt", "mod", "--trainer.logger=CSVLoger", "there is no Logger 'CSVLoger'")
 add("logger without its package", "mod", "--trainer.logger=CometLogger", "CometLogger: ")

@@ -221,6 +221,7 @@ def test_a_test_measures_the_memory(workplace):
         (["--model.strength", "0.1"], "model.strength is for the keys alike and sinusoidal, not for 'token'"),
         (["--model.beta", "2.5"], "model.beta must be at most 2, not 2.5"),
         (["--model.decay", "0"], "model.decay must be positive, not 0"),
+        (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true rounds"),
         (["--data.key_width", "10"], "data.key_width must be a multiple of 4, such as 8, not 10"),
         (["--model.read_after", "[17]"], "model.read_after has 17, and data.items is 16"),
         (["--model.read_after", "[0]"], "model.read_after[0] must be at least 1, not 0"),
@@ -238,9 +239,10 @@ def test_mistakes_are_sentences(workplace, capsys, options, sentence):
     assert sentence in capsys.readouterr().err
 
 
-def test_there_is_nothing_to_train(workplace, capsys):
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_there_is_nothing_to_train(workplace, capsys, command):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["fit", *RUN[1:]])
+        cli.main([command, *RUN[1:]])
     assert ended.value.code == 2
     assert "run `python main.py test`" in capsys.readouterr().err
     with pytest.raises(UserError, match="only a test set"):

@@ -53,6 +53,8 @@ def test_types():
         ({"initial_state": torch.zeros(2, 3, 3)}, "initial_state must be torch.float64 beside torch.float64 values"),
         ({"cu_seqlens": torch.tensor([0, 40])}, "cu_seqlens needs a batch of one"),
         ({"cu_seqlens": torch.tensor([0, 9, 8, 40]), "B": 1}, "cu_seqlens must rise from 0 to at most 40"),
+        ({"omega": None}, "omega must be a tensor, not None"),
+        ({"mass": torch.zeros(2, 40, 3, device="meta")}, "mass must be on cpu, as x, not on meta"),
         ({"backend": "cuda"}, "backend must be one of reference, triton, not cuda"),
         ({"backend": "triton"}, "computes in fp32"),
         ({"backend": "triton", "window": 5, "initial_state": None}, "no window with decays or normalise"),

@@ -1,5 +1,6 @@
 """The phase line: exactly causal with every option, the same step by step, and a memory that is its formula's sum."""
 
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -243,3 +244,22 @@ def tensors(tree: object) -> list[Tensor]:
 def test_a_mistake_is_told_in_a_sentence(options, message):
     with pytest.raises(UserError, match=message):
         Phase(**SIZES | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (
+            {"pattern": "AA", "window": 8, "mass": True},
+            ["AA has no P, so these change nothing: model.window, model.mass"],
+        ),
+        ({"pattern": "PG", "attention_window": 8}, ["PG has no A, so these change nothing: model.attention_window"]),
+        ({"pattern": "PA", "window": 8, "attention_window": 8}, []),
+        ({"pattern": "GL"}, []),
+    ],
+)
+def test_options_of_a_mixer_that_the_pattern_lacks_are_told(options, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(**options)
+    assert [str(warning.message).removeprefix("model.pattern ") for warning in caught] == warned

@@ -107,6 +107,17 @@ def test_a_writer_reads_the_bos_and_ends_where_the_next_question_begins(writer, 
     assert calls == [([[writer.tokenizer.bos_token_id, *tokens]], 5, "Question:")]
 
 
+def test_a_writer_has_positions_for_the_question_and_the_message(writer, monkeypatch):
+    tokens = 1 + len(writer.tokenizer("Question: x\nRepeat:", add_special_tokens=False)["input_ids"])
+    monkeypatch.setattr(writer, "positions", tokens + 5)
+    writer.write("x", 5)
+    expected = (
+        rf"^AgentChain\.writer: the question 'x'\.\.\. takes {tokens + 6} positions, 6 of them for the message, and"
+    )
+    with pytest.raises(UserError, match=expected):
+        writer.write("x", 6)
+
+
 def test_an_encoder_is_no_writer(tmp_path):
     config = AutoConfig.for_model("bert", hidden_size=24, intermediate_size=48, num_hidden_layers=1, vocab_size=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

@@ -17,6 +17,7 @@ from datamodules.memory_items import MemoryBatch, MemoryItems
 from kernels.gated_delta import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from kernels.gated_delta.options import Rule
 from lightning_modules.core.contracts import connected
+from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import record_proportion, report_members
 from lightning_modules.groundthink.mechanism.item_keys import OF_CONTEXT, WITH_STRENGTH, ItemKeys, make_keys
 from lightning_modules.groundthink.mechanism.memory_measures import GradientError, MemoryMeasures, gradients
@@ -118,6 +119,7 @@ class DeltaMemory(LightningModule):
         """Check that there are enough items, and make the measures."""
         if stage != "test":
             self.training_step()
+        check_precision(self.trainer)
         data = connected(self.trainer).datamodule
         if not isinstance(data, MemoryItems):
             raise UserError(f"data: DeltaMemory reads MemoryItems, not {type(data).__name__}")
@@ -131,7 +133,8 @@ class DeltaMemory(LightningModule):
         """Raise UserError."""
         raise UserError("model: DeltaMemory has nothing to train: run `python main.py test`")
 
-    configure_optimizers = training_step  # Lightning asks for both before it calls `setup`
+    # Lightning asks for all of these before it calls `setup`
+    configure_optimizers = validation_step = forward = training_step
 
     def test_step(self, batch: MemoryBatch, batch_idx: int) -> None:
         """Write and read some rows."""
