@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.gated_delta import chunk_gated_delta_rule
+from kernels.gated_delta import chunk_gated_delta_rule, launch
 from kernels.gated_delta.configurations import Launch
-from kernels.gated_delta.launch import plan_backward, plan_forward
 from kernels.gated_delta.problem import Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,15 +123,15 @@ class Case:
 def launches_of_the_table() -> Iterator[None]:
     """Run the sweeps as if there were many heads."""
 
-    def fill(problem: Problem, launch: Launch, directions: int) -> tuple[int, Launch]:
-        return directions * problem.N * problem.J * problem.blocks(launch), launch
+    def fill(problem: Problem, how: Launch, directions: int) -> tuple[int, Launch]:
+        return directions * problem.N * problem.J * problem.blocks(how), how
 
-    with patch.object(Problem, "fill", fill):
-        for plan in (plan_forward, plan_backward):
-            plan.cache_clear()
+    with (
+        patch.object(Problem, "fill", fill),
+        patch.object(launch, "plan_forward", launch.plan_forward.__wrapped__),
+        patch.object(launch, "plan_backward", launch.plan_backward.__wrapped__),
+    ):
         yield
-    for plan in (plan_forward, plan_backward):
-        plan.cache_clear()
 
 
 def nan_to_inf(error: float) -> float:

@@ -1,6 +1,7 @@
 """What is wrong with the arguments of the phase scan, in one sentence."""
 
 import os
+from collections.abc import Mapping
 from typing import get_args
 
 import torch
@@ -34,7 +35,7 @@ def check_inputs(
     if x.dim() != 3 or x.shape[2] == 0:
         raise ValueError(f"x must be [B, T, D] with at least one channel, not {_shape(x)}")
     check_window(window)
-    _check_rows(x, omega, mass, log_decay, read_offset, write_offset)
+    _check_rows(x, {"omega": omega, **others})
     N = x.shape[0] if cu_seqlens is None else check_bounds(cu_seqlens, *x.shape[:2])
     if initial_state is not None:
         terms = () if window is None else (window - 1,)
@@ -60,7 +61,7 @@ def check_step(
     check_tensors({"x": x, "omega": omega, "state": state}, others)
     if x.dim() != 2:
         raise ValueError(f"x must be [B, D], one position, not {_shape(x)}")
-    _check_rows(x, omega, mass, log_decay, read_offset, write_offset)
+    _check_rows(x, {"omega": omega, **others})
     terms = state.shape[1:2] if state.dim() == 4 else ()
     _check_state("state", state, [x.shape[0], *terms, 2 + normalise, x.shape[1]], x)
 
@@ -89,18 +90,9 @@ def check_window(window: int | None) -> None:
         raise ValueError(f"window must be a whole number from 1 on, the position itself, not {window}")
 
 
-def _check_rows(
-    x: Tensor,
-    omega: Tensor,
-    mass: Tensor | None,
-    log_decay: Tensor | None,
-    read_offset: Tensor | None,
-    write_offset: Tensor | None,
-) -> None:
-    """Check the inputs that have one number per value, and the types of all."""
-    named = {"omega": omega, "mass": mass, "log_decay": log_decay}
-    named |= {"read_offset": read_offset, "write_offset": write_offset}
-    for name, v in named.items():
+def _check_rows(x: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Check the inputs that have one number per value of x, and the types of all."""
+    for name, v in others.items():
         if v is None:
             continue
         if v.shape != x.shape and not (name == "log_decay" and v.shape == x.shape[-1:]):
