@@ -54,8 +54,8 @@ def record_calls(
     v, g = torch.empty(1, ROWS, HEADS, columns, dtype=dtype), torch.empty(1, ROWS, HEADS)
     bounds = torch.tensor([0, ROWS]) if packed else None
     with patch.object(Call, "__call__", record), patch.object(problem, "configuration", of_architecture):
-        o, _, A, P, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
-        launch.run_backward(o, None, q, q, v, g, None, bounds, A, P, c, r_q, r_k, 0.1, True, negative)
+        o, _, A, P, factors = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
+        launch.run_backward(o, None, q, q, v, g, None, bounds, A, P, factors, 0.1, True, negative)
     return calls
 
 

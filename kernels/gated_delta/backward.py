@@ -3,8 +3,7 @@
 
 With A and P of `prepare.py`, and the cotangents dO of the outputs and dS of the state after a chunk:
 
-    y = P^T dO + (exp(c_last - c) K) dS
-    dV = A^T (beta y)
+    dV = A^T (P^T dO + (beta exp(c_last - c) K) dS)
     dS <- exp(c_last) dS + scale (Q exp(c))^T dO - (K exp(c))^T dV
 
 This sweep needs neither states nor errors, so it runs beside the sweep that computes them again. As in `forward.py`,
@@ -19,8 +18,12 @@ import triton.language as tl
 
 from kernels.gated_delta.forward import sweep_forward
 from kernels.gated_delta.tiles import (
+    FACTORS,
+    QUERY,
+    READ,
+    WRITE,
     first_slot,
-    load_gate,
+    load_factor,
     load_square,
     load_tile,
     product,
@@ -34,12 +37,9 @@ def sweep_backward(
     q,
     k,
     do,
-    beta,
     A,
     P,
-    c,
-    r_q,
-    r_k,
+    factors,
     dfinal,
     dv,
     dstates,
@@ -57,7 +57,6 @@ def sweep_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    NORM: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -70,7 +69,6 @@ def sweep_backward(
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
-    i = tl.arange(0, C)
     zeros_VC = tl.zeros([BV, C], tl.float32)
     ds_VK = tl.zeros([BV, BK], tl.float32)
     if FINAL:
@@ -84,21 +82,14 @@ def sweep_backward(
         q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
         do_VC = load_tile(do + j * V, row, left, column, J * V, V, C, BV, True).to(tl.float32)
-        beta_C = load_gate(beta + j, row, left, J, C)
-        c_C = tl.load(c + at * C + i)
-        last = tl.load(c + at * C + C - 1)
-        query_C = tl.exp2(c_C) * scale
-        read_C = tl.exp2(c_C)
-        write_C = tl.exp2(last - c_C)
-        if NORM:
-            r_k_C = tl.load(r_k + ((slot + m) * H + h) * C + i)
-            query_C *= tl.load(r_q + ((slot + m) * H + h) * C + i)
-            read_C *= r_k_C
-            write_C *= r_k_C
+        query_C = load_factor(factors, at, QUERY, C)
+        read_C = load_factor(factors, at, READ, C)
+        write_C = load_factor(factors, at, WRITE, C)
+        last = tl.load(factors + at * FACTORS * C + C - 1)
         store_tile(dstates, ds_VK, at * V + column, V - column, 0, K, K, BV, BK)
         y_VC = product(do_VC, load_square(P + at * C * C, C), zeros_VC, ONCE)
         y_VC += product(ds_VK, tl.trans(k_CK), zeros_VC, PARTS) * write_C[None, :]
-        dv_VC = product_inverse(y_VC * beta_C[None, :], A + at * SQUARES * C * C, False, C, PARTS)
+        dv_VC = product_inverse(y_VC, A + at * SQUARES * C * C, False, C, PARTS)
         store_tile(dv + j * V, dv_VC, row, left, column, J * V, V, C, BV, True)
         ds_VK = product(do_VC * query_C[None, :], q_CK, ds_VK * tl.exp2(last), ONCE)
         ds_VK = product(-dv_VC * read_C[None, :], k_CK, ds_VK, ADDED)
@@ -112,12 +103,9 @@ def sweep_both_ways(
     k,
     v,
     do,
-    beta,
     A,
     P,
-    c,
-    r_q,
-    r_k,
+    factors,
     initial,
     dfinal,
     dv,
@@ -136,7 +124,6 @@ def sweep_both_ways(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    NORM: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -151,12 +138,12 @@ def sweep_both_ways(
     # fmt: off
     if n < N:  # the longer job first
         sweep_backward(
-            q, k, do, beta, A, P, c, r_q, r_k, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
-            H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, FINAL,
+            q, k, do, A, P, factors, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
+            H, J, K, V, BK, BV, C, PARTS, PACKED, INITIAL, FINAL,
         )
     else:
         sweep_forward(
-            q, k, v, beta, A, P, c, r_q, r_k, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
-            H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, False, True,
+            q, k, v, A, P, factors, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
+            H, J, K, V, BK, BV, C, PARTS, PACKED, INITIAL, False, True,
         )
     # fmt: on

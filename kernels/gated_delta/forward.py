@@ -16,8 +16,12 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import (
+    FACTORS,
+    READ,
+    WRITE,
+    QUERY,
     first_slot,
-    load_gate,
+    load_factor,
     load_square,
     load_tile,
     product,
@@ -31,12 +35,9 @@ def sweep_forward(
     q,
     k,
     v,
-    beta,
     A,
     P,
-    c,
-    r_q,
-    r_k,
+    factors,
     initial,
     o,
     final,
@@ -55,7 +56,6 @@ def sweep_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    NORM: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -69,7 +69,6 @@ def sweep_forward(
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
-    i = tl.arange(0, C)
     zeros_VC = tl.zeros([BV, C], tl.float32)
     s_VK = tl.zeros([BV, BK], tl.float32)
     if INITIAL:
@@ -82,27 +81,18 @@ def sweep_forward(
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
         v_VC = next_VC  # loaded a chunk ahead here, since Triton does so only for operands of products
         next_VC = load_tile(v + j * V, row + C, left - C, column, J * V, V, C, BV, True)
-        beta_C = load_gate(beta + j, row, left, J, C)
-        c_C = tl.load(c + at * C + i)
-        last = tl.load(c + at * C + C - 1)
-        query_C = tl.exp2(c_C) * scale
-        read_C = tl.exp2(c_C)
-        write_C = tl.exp2(last - c_C)
-        if NORM:
-            r_k_C = tl.load(r_k + ((slot + m) * H + h) * C + i)
-            query_C *= tl.load(r_q + ((slot + m) * H + h) * C + i)
-            read_C *= r_k_C
-            write_C *= r_k_C
+        read_C = load_factor(factors, at, READ, C)
+        write_C = load_factor(factors, at, WRITE, C)
+        last = tl.load(factors + at * FACTORS * C + C - 1)  # c of the last position
         if KEEP:
             store_tile(states, s_VK, at * V + column, V - column, 0, K, K, BV, BK)
         e_VC = v_VC - product(s_VK, tl.trans(k_CK), zeros_VC, PARTS) * read_C[None, :]
         e_VC = product_inverse(e_VC, A + at * SQUARES * C * C, True, C, PARTS)
         if KEEP:
             store_tile(errors + j * V, e_VC, row, left, column, J * V, V, C, BV, True)
-        e_VC *= beta_C[None, :]
         if not KEEP:
             q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
-            o_VC = product(s_VK, tl.trans(q_CK), zeros_VC, ONCE) * query_C[None, :]
+            o_VC = product(s_VK, tl.trans(q_CK), zeros_VC, ONCE) * load_factor(factors, at, QUERY, C)[None, :]
             o_VC = product(e_VC, tl.trans(load_square(P + at * C * C, C)), o_VC, ONCE)
             store_tile(o + j * V, o_VC, row, left, column, J * V, V, C, BV, True)
         s_VK = product(e_VC * write_C[None, :], k_CK, s_VK * tl.exp2(last), ADDED)
@@ -115,12 +105,9 @@ def compute_outputs(
     q,
     k,
     v,
-    beta,
     A,
     P,
-    c,
-    r_q,
-    r_k,
+    factors,
     initial,
     o,
     final,
@@ -134,7 +121,6 @@ def compute_outputs(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    NORM: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -148,7 +134,7 @@ def compute_outputs(
     j = program // blocks % J
     # fmt: off
     sweep_forward(
-        q, k, v, beta, A, P, c, r_q, r_k, initial, o, final, o, o, cu_seqlens, n, j, column, T, scale,
-        H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, FINAL, False,
+        q, k, v, A, P, factors, initial, o, final, o, o, cu_seqlens, n, j, column, T, scale,
+        H, J, K, V, BK, BV, C, PARTS, PACKED, INITIAL, FINAL, False,
     )
     # fmt: on

@@ -30,7 +30,18 @@ Shapes: as in `prepare.py`.
 import triton
 import triton.language as tl
 
-from kernels.gated_delta.tiles import load_gate, load_tile, masked_exp2, rows_of, store_tile
+from kernels.gated_delta.tiles import (
+    FACTORS,
+    LOG_DECAY,
+    NORM_K,
+    NORM_Q,
+    load_factor,
+    load_gate,
+    load_tile,
+    masked_exp2,
+    rows_of,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -38,9 +49,7 @@ def compute_gradients(
     q,
     k,
     beta,
-    c,
-    r_q,
-    r_k,
+    factors,
     do,
     dv,
     states,
@@ -74,13 +83,10 @@ def compute_gradients(
     at = slot * J + j
     i = tl.arange(0, C)
     type = states.dtype.element_ty
-    c_C = tl.load(c + at * C + i)
+    c_C = load_factor(factors, at, LOG_DECAY, C)
     beta_C = load_gate(beta + j, row, left, J, C)
-    r_q_C = tl.full([C], 1.0, tl.float32)
-    r_k_C = tl.full([C], 1.0, tl.float32)
-    if NORM:
-        r_q_C = tl.load(r_q + (slot * H + h) * C + i)
-        r_k_C = tl.load(r_k + (slot * H + h) * C + i)
+    r_q_C = load_factor(factors, at, NORM_Q, C)
+    r_k_C = load_factor(factors, at, NORM_K, C)
     diagonal_CC = i[:, None] == i[None, :]
     q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
     k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
@@ -129,7 +135,7 @@ def compute_gradients(
         e_do_CC = tl.dot(e_CV, tl.trans(do_CV), e_do_CC, input_precision="tf32x3")
         e_dv_CC = tl.dot(e_CV, tl.trans(dv_CV), e_dv_CC, input_precision="tf32x3")
         s_ds_VV = tl.dot(s_VK, tl.trans(ds_VK), s_ds_VV, input_precision="tf32x3")
-    last = tl.load(c + at * C + C - 1)
+    last = tl.load(factors + at * FACTORS * C + C - 1)
     q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)  # again: shared memory is too small to keep it
     future_CC = masked_exp2(c_C[None, :] - c_C[:, None], i[:, None] < i[None, :])
     w_CK *= tl.exp2(last - c_C)[:, None]

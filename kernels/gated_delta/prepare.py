@@ -1,19 +1,19 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The first kernel of the forward: what each chunk can compute alone.
 
-That is the inverse A = (I + strict(K K^T o G) diag(beta))^-1, the decayed products P = scale tril(Q K^T o G), the
-cumulative log-decays c (stored to the base 2, so that the kernels compute exp(c) as 2^c), and the factors r of the l2
-norms. Normalised queries and keys are never stored: r scales rows and columns of the products instead, which rounds
-less and lets tiles go from memory to the tensor cores untouched.
+That is the inverse A = (I + strict(K K^T o G) diag(beta))^-1, the decayed products P = scale tril(Q K^T o G) diag(beta)
+of queries and keys, and a row of each factor of `tiles.py`. Normalised queries and keys are never stored: the factors
+scale rows and columns of the products instead, which rounds less and lets tiles go from memory to the tensor cores
+untouched.
 
 Shapes: as in `reference.py`; C positions of a chunk, BK and BV columns of a tile, S half a chunk or a whole one. Per
-slot: A [C, C], twice where PARTS is 2, P [C, C], c and r [C].
+slot: A [C, C], twice where PARTS is 2, P [C, C], factors [6, C].
 """
 
 import triton
 import triton.language as tl
 
-from kernels.gated_delta.tiles import inverse, load_gate, load_tile, masked_exp2, rows_of, split
+from kernels.gated_delta.tiles import inverse, load_gate, load_tile, masked_exp2, rows_of, split, store_factors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -26,9 +26,7 @@ def prepare_chunks(
     beta,
     A,
     P,
-    c,
-    r_q,
-    r_k,
+    factors,
     cu_seqlens,
     N,
     T,
@@ -44,7 +42,7 @@ def prepare_chunks(
     FLOOR: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Compute A, P, c and the factors of the l2 norm; one program per slot and value head."""
+    """Compute A, P and the factors; one program per slot and value head."""
     PRECISION: tl.constexpr = "tf32x3" if PARTS == 0 else "tf32"
     EXACT: tl.constexpr = "tf32" if PARTS == 1 else "tf32x3"
     SQUARES: tl.constexpr = 2 if PARTS == 2 else 1
@@ -56,76 +54,88 @@ def prepare_chunks(
     if left <= 0:
         return
     i = tl.arange(0, S)
-    writer = NORM and j % (J // H) == 0  # of the factors, which the value heads of a group share
-    A += (slot * J + j) * SQUARES * C * C
-    P += (slot * J + j) * C * C
-    c += (slot * J + j) * C
-    r_q += (slot * H + h) * C
-    r_k += (slot * H + h) * C
+    at = slot * J + j
     corner = i[:, None] * C + i[None, :]
+    A += at * SQUARES * C * C + corner
+    P += at * C * C + corner
+    q += (row * H + h) * K
+    k += (row * H + h) * K
+    g += j
+    beta += j
 
-    k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
-    r_0 = _norm_factor(k_0, NORM, EPSILON)
-    if writer:
-        tl.store(r_k + i, r_0)
-    beta_0 = load_gate(beta + j, row, left, J, S)
-    g_0 = tl.maximum(load_gate(g + j, row, left, J, S), FLOOR) * LOG2_E
+    g_0 = tl.maximum(load_gate(g, row, left, J, S), FLOOR) * LOG2_E
+    beta_0 = load_gate(beta, row, left, J, S)
     c_0 = tl.cumsum(g_0, 0)
-    tl.store(c + i, c_0)
-    a_00 = inverse(_decayed(k_0, k_0, c_0, c_0, r_0, r_0, 1, PRECISION) * beta_0[None, :], S, 5, PARTS)
-    _store_parts(A + corner, a_00, C, PARTS)
-
+    last = tl.sum(g_0, 0)
     if C == 2 * S:
-        k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
-        r_1 = _norm_factor(k_1, NORM, EPSILON)
-        if writer:
-            tl.store(r_k + S + i, r_1)
-        beta_1 = load_gate(beta + j, row + S, left - S, J, S)
-        g_1 = tl.maximum(load_gate(g + j, row + S, left - S, J, S), FLOOR) * LOG2_E
-        c_1 = tl.cumsum(g_1, 0) + tl.sum(g_0, 0)
-        tl.store(c + S + i, c_1)
-        m_10 = _decayed(k_1, k_0, c_1, c_0, r_1, r_0, None, PRECISION)
-        a_11 = inverse(_decayed(k_1, k_1, c_1, c_1, r_1, r_1, 1, PRECISION) * beta_1[None, :], S, 5, PARTS)
-        a_10 = tl.dot(a_11, m_10 * beta_0[None, :], input_precision=EXACT)
-        a_10 = tl.dot(a_10, a_00, input_precision=EXACT)
-        _store_parts(A + corner + S, tl.zeros([S, S], tl.float32), C, PARTS)
-        _store_parts(A + corner + S * C, -a_10, C, PARTS)
-        _store_parts(A + corner + S * C + S, a_11, C, PARTS)
+        q_1 = q + S * H * K
+        k_1 = k + S * H * K
+        g_1 = tl.maximum(load_gate(g, row + S, left - S, J, S), FLOOR) * LOG2_E
+        beta_1 = load_gate(beta, row + S, left - S, J, S)
+        c_1 = last + tl.cumsum(g_1, 0)
+        last += tl.sum(g_1, 0)
 
-    # Keys are loaded again, since registers are too few to keep them
+    kk_00 = _products(k, k, left, left, H * K, K, BK, S, PRECISION)
+    r_0 = _norm_factor(kk_00, NORM, EPSILON)
+    write_0 = r_0 * beta_0
+    a_00 = inverse(kk_00 * _decay(c_0, 1) * (r_0[:, None] * write_0[None, :]), S, 5, PARTS)
+    _store_parts(A, a_00, C, PARTS)
+    if C == 2 * S:
+        kk_11 = _products(k_1, k_1, left - S, left - S, H * K, K, BK, S, PRECISION)
+        r_1 = _norm_factor(kk_11, NORM, EPSILON)
+        write_1 = r_1 * beta_1
+        a_11 = inverse(kk_11 * _decay(c_1, 1) * (r_1[:, None] * write_1[None, :]), S, 5, PARTS)
+        _store_parts(A + S * C + S, a_11, C, PARTS)
+        kk_10 = _products(k_1, k, left - S, left, H * K, K, BK, S, PRECISION)
+        kk_10 *= tl.exp2(c_1[:, None] - c_0[None, :]) * (r_1[:, None] * write_0[None, :])
+        kk_10 = tl.dot(a_11, kk_10, input_precision=EXACT)
+        _store_parts(A + S * C, -tl.dot(kk_10, a_00, input_precision=EXACT), C, PARTS)
+        _store_parts(A + S, tl.zeros([S, S], tl.float32), C, PARTS)
+
     type = P.dtype.element_ty
-    q_0 = load_tile(q + h * K, row, left, 0, H * K, K, S, BK)
-    k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
-    s_0 = _norm_factor(q_0, NORM, EPSILON)
-    if writer:
-        tl.store(r_q + i, s_0)
-    tl.store(P + corner, (_decayed(q_0, k_0, c_0, c_0, s_0, r_0, 0, PRECISION) * scale).to(type))
+    s_0 = _norm_factor(_products(q, q, left, left, H * K, K, BK, S, PRECISION), NORM, EPSILON)
+    store_factors(factors, at, i, c_0, s_0, r_0, write_0, last, scale, C)
+    qk_00 = _products(q, k, left, left, H * K, K, BK, S, PRECISION)
+    tl.store(P, (qk_00 * _decay(c_0, 0) * (s_0[:, None] * (write_0 * scale)[None, :])).to(type))
     if C == 2 * S:
-        q_1 = load_tile(q + h * K, row + S, left - S, 0, H * K, K, S, BK)
-        k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
-        s_1 = _norm_factor(q_1, NORM, EPSILON)
-        if writer:
-            tl.store(r_q + S + i, s_1)
-        p_10 = _decayed(q_1, k_0, c_1, c_0, s_1, r_0, None, PRECISION)
-        p_11 = _decayed(q_1, k_1, c_1, c_1, s_1, r_1, 0, PRECISION)
-        tl.store(P + corner + S, tl.zeros([S, S], type))
-        tl.store(P + corner + S * C, (p_10 * scale).to(type))
-        tl.store(P + corner + S * C + S, (p_11 * scale).to(type))
+        s_1 = _norm_factor(_products(q_1, q_1, left - S, left - S, H * K, K, BK, S, PRECISION), NORM, EPSILON)
+        store_factors(factors, at, S + i, c_1, s_1, r_1, write_1, last, scale, C)
+        qk_11 = _products(q_1, k_1, left - S, left - S, H * K, K, BK, S, PRECISION)
+        qk_11 *= _decay(c_1, 0) * (s_1[:, None] * (write_1 * scale)[None, :])
+        tl.store(P + S * C + S, qk_11.to(type))
+        qk_10 = _products(q_1, k, left - S, left, H * K, K, BK, S, PRECISION)
+        qk_10 *= tl.exp2(c_1[:, None] - c_0[None, :]) * (s_1[:, None] * (write_0 * scale)[None, :])
+        tl.store(P + S * C, qk_10.to(type))
+        tl.store(P + S, tl.zeros([S, S], type))
 
 
 @triton.jit
-def _decayed(x, y, c_x, c_y, r_x, r_y, LEAST: tl.constexpr, PRECISION: tl.constexpr):
-    """Return x y^T of normalised rows, times the decay from each position of y to each of x.
+def _products(
+    x,
+    y,
+    left_x,
+    left_y,
+    STRIDE: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return x y^T for S rows of each; a loop over columns, since whole rows need too many registers."""
+    W: tl.constexpr = min(BK, 64)
+    products = tl.zeros([S, S], tl.float32)
+    for column in range(0, K, W):
+        x_SW = load_tile(x, 0, left_x, column, STRIDE, K, S, W)
+        y_SW = load_tile(y, 0, left_y, column, STRIDE, K, S, W)
+        products = tl.dot(x_SW, tl.trans(y_SW), products, input_precision=PRECISION)
+    return products
 
-    It is 0 where x is fewer than LEAST positions after y. LEAST None: all of x come after y.
-    """
-    between = c_x[:, None] - c_y[None, :]
-    if LEAST is None:
-        decay = tl.exp2(between)
-    else:
-        i = tl.arange(0, x.shape[0])
-        decay = masked_exp2(between, i[:, None] >= i[None, :] + LEAST)
-    return tl.dot(x, tl.trans(y), input_precision=PRECISION) * decay * (r_x[:, None] * r_y[None, :])
+
+@triton.jit
+def _decay(c, LEAST: tl.constexpr):
+    """Return the decay from each position of a block to each of the same block, 0 to one less than LEAST later."""
+    i = tl.arange(0, c.shape[0])
+    return masked_exp2(c[:, None] - c[None, :], i[:, None] >= i[None, :] + LEAST)
 
 
 @triton.jit
@@ -139,9 +149,10 @@ def _store_parts(at, a, C: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _norm_factor(x, NORM: tl.constexpr, EPSILON: tl.constexpr):
+def _norm_factor(squares, NORM: tl.constexpr, EPSILON: tl.constexpr):
+    """Return 1 / |x| of the rows of x, from x x^T."""
+    i = tl.arange(0, squares.shape[0])
     if NORM:
-        x = x.to(tl.float32)
-        return tl.rsqrt(tl.sum(x * x, 1) + EPSILON)
+        return tl.rsqrt(tl.sum(tl.where(i[:, None] == i[None, :], squares, 0.0), 1) + EPSILON)
     else:
-        return tl.full([x.shape[0]], 1.0, tl.float32)
+        return tl.full([squares.shape[0]], 1.0, tl.float32)

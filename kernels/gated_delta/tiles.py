@@ -9,6 +9,15 @@ lengths, which only the GPU knows, and some stay empty.
 import triton
 import triton.language as tl
 
+# The rows of a chunk's factors, by which the kernels scale rows and columns of products; `reference.py` has the symbols
+LOG_DECAY = tl.constexpr(0)  # c, to the base 2
+NORM_Q = tl.constexpr(1)  # 1 / |q|, or 1 without a norm
+NORM_K = tl.constexpr(2)
+QUERY = tl.constexpr(3)  # scale exp(c) / |q|: a query reads the state
+READ = tl.constexpr(4)  # exp(c) / |k|: a key reads the state
+WRITE = tl.constexpr(5)  # beta exp(c_last - c) / |k|: a key writes to the state
+FACTORS = tl.constexpr(6)
+
 
 @triton.jit
 def first_slot(n, cu_seqlens, T, C: tl.constexpr, PACKED: tl.constexpr):
@@ -103,6 +112,25 @@ def load_gate(x, row, left, STRIDE: tl.constexpr, R: tl.constexpr):
     """Load one number per row, in fp32; zeros where there is no row."""
     rows = tl.arange(0, R)
     return tl.load(x + row * STRIDE + rows * STRIDE, mask=rows < left, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_factor(factors, at, FACTOR: tl.constexpr, C: tl.constexpr):
+    """Load one factor of a chunk's positions."""
+    return tl.load(factors + (at * FACTORS + FACTOR) * C + tl.arange(0, C))
+
+
+@triton.jit
+def store_factors(factors, at, i, c, r_q, r_k, write, last, scale, C: tl.constexpr):
+    """Store the factors of positions i; `write` is beta / |k|, and `last` is c of the chunk's last position."""
+    factors += at * FACTORS * C + i
+    decay = tl.exp2(c)
+    tl.store(factors + LOG_DECAY * C, c)
+    tl.store(factors + NORM_Q * C, r_q)
+    tl.store(factors + NORM_K * C, r_k)
+    tl.store(factors + QUERY * C, decay * r_q * scale)
+    tl.store(factors + READ * C, decay * r_k)
+    tl.store(factors + WRITE * C, tl.exp2(last - c) * write)
 
 
 @triton.jit
