@@ -83,13 +83,9 @@ def compute_gradients(
     at = slot * J + j
     i = tl.arange(0, C)
     type = states.dtype.element_ty
-    c_C = load_factor(factors, at, LOG_DECAY, C)
-    beta_C = load_gate(beta + j, row, left, J, C)
-    r_q_C = load_factor(factors, at, NORM_Q, C)
-    r_k_C = load_factor(factors, at, NORM_K, C)
     diagonal_CC = i[:, None] == i[None, :]
-    q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
-    k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
+    if BK > 64:
+        c_C, beta_C, r_q_C, r_k_C, q_CK, k_CK = _load_rows(q, k, beta, factors, at, row, left, h, j, H, J, K, BK, C)
 
     # What the positions read: dQ and dK_read
     dq_CK = tl.zeros([C, BK], tl.float32)
@@ -105,6 +101,8 @@ def compute_gradients(
         dk_CK = tl.dot(dv_CV, s_VK, dk_CK, input_precision="tf32x3")
         do_e_CC = tl.dot(do_CV, tl.trans(e_CV), do_e_CC, input_precision="tf32x3")
         dv_e_CC = tl.dot(dv_CV, tl.trans(e_CV), dv_e_CC, input_precision="tf32x3")
+    if BK <= 64:  # four warps have too few registers to keep them during the loop
+        c_C, beta_C, r_q_C, r_k_C, q_CK, k_CK = _load_rows(q, k, beta, factors, at, row, left, h, j, H, J, K, BK, C)
     past_CC = masked_exp2(c_C[:, None] - c_C[None, :], i[:, None] > i[None, :])
     do_e_CC *= (beta_C * r_k_C * scale)[None, :]
     dv_e_CC *= (beta_C * r_k_C)[None, :]
@@ -135,8 +133,13 @@ def compute_gradients(
         e_do_CC = tl.dot(e_CV, tl.trans(do_CV), e_do_CC, input_precision="tf32x3")
         e_dv_CC = tl.dot(e_CV, tl.trans(dv_CV), e_dv_CC, input_precision="tf32x3")
         s_ds_VV = tl.dot(s_VK, tl.trans(ds_VK), s_ds_VV, input_precision="tf32x3")
+    # Loaded again, since registers and shared memory are too small to keep them
+    c_C = load_factor(factors, at, LOG_DECAY, C)
+    beta_C = load_gate(beta + j, row, left, J, C)
+    r_q_C = load_factor(factors, at, NORM_Q, C)
+    r_k_C = load_factor(factors, at, NORM_K, C)
     last = tl.load(factors + at * FACTORS * C + C - 1)
-    q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)  # again: shared memory is too small to keep it
+    q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
     future_CC = masked_exp2(c_C[None, :] - c_C[:, None], i[:, None] < i[None, :])
     w_CK *= tl.exp2(last - c_C)[:, None]
     # What the last position writes has not decayed yet: its two terms in dc cancel
@@ -157,3 +160,31 @@ def compute_gradients(
     if NORM:
         dk_CK = (dk_CK - keys_CK * tl.sum(keys_CK * dk_CK, 1)[:, None]) * r_k_C[:, None]
     store_tile(dk + j * K, dk_CK, row, left, 0, J * K, K, C, BK)
+
+
+@triton.jit
+def _load_rows(
+    q,
+    k,
+    beta,
+    factors,
+    at,
+    row,
+    left,
+    h,
+    j,
+    H: tl.constexpr,
+    J: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Load c, beta, the factors of the norms, queries and keys of a chunk."""
+    return (
+        load_factor(factors, at, LOG_DECAY, C),
+        load_gate(beta + j, row, left, J, C),
+        load_factor(factors, at, NORM_Q, C),
+        load_factor(factors, at, NORM_K, C),
+        load_tile(q + h * K, row, left, 0, H * K, K, C, BK),
+        load_tile(k + h * K, row, left, 0, H * K, K, C, BK),
+    )

@@ -56,6 +56,7 @@ def prepare_chunks(
     i = tl.arange(0, S)
     at = slot * J + j
     corner = i[:, None] * C + i[None, :]
+    earlier = i[:, None] > i[None, :]
     A += at * SQUARES * C * C + corner
     P += at * C * C + corner
     q += (row * H + h) * K
@@ -68,74 +69,66 @@ def prepare_chunks(
     c_0 = tl.cumsum(g_0, 0)
     last = tl.sum(g_0, 0)
     if C == 2 * S:
-        q_1 = q + S * H * K
-        k_1 = k + S * H * K
         g_1 = tl.maximum(load_gate(g, row + S, left - S, J, S), FLOOR) * LOG2_E
         beta_1 = load_gate(beta, row + S, left - S, J, S)
         c_1 = last + tl.cumsum(g_1, 0)
         last += tl.sum(g_1, 0)
-
-    kk_00 = _products(k, k, left, left, H * K, K, BK, S, PRECISION)
-    r_0 = _norm_factor(kk_00, NORM, EPSILON)
-    write_0 = r_0 * beta_0
-    a_00 = inverse(kk_00 * _decay(c_0, 1) * (r_0[:, None] * write_0[None, :]), S, 5, PARTS)
-    _store_parts(A, a_00, C, PARTS)
-    if C == 2 * S:
-        kk_11 = _products(k_1, k_1, left - S, left - S, H * K, K, BK, S, PRECISION)
-        r_1 = _norm_factor(kk_11, NORM, EPSILON)
-        write_1 = r_1 * beta_1
-        a_11 = inverse(kk_11 * _decay(c_1, 1) * (r_1[:, None] * write_1[None, :]), S, 5, PARTS)
-        _store_parts(A + S * C + S, a_11, C, PARTS)
-        kk_10 = _products(k_1, k, left - S, left, H * K, K, BK, S, PRECISION)
-        kk_10 *= tl.exp2(c_1[:, None] - c_0[None, :]) * (r_1[:, None] * write_0[None, :])
-        kk_10 = tl.dot(a_11, kk_10, input_precision=EXACT)
-        _store_parts(A + S * C, -tl.dot(kk_10, a_00, input_precision=EXACT), C, PARTS)
-        _store_parts(A + S, tl.zeros([S, S], tl.float32), C, PARTS)
+    W: tl.constexpr = min(BK, 64)
+    kk_00 = tl.zeros([S, S], tl.float32)
+    kk_10 = tl.zeros([S, S], tl.float32)
+    kk_11 = tl.zeros([S, S], tl.float32)
+    qk_00 = tl.zeros([S, S], tl.float32)
+    qk_10 = tl.zeros([S, S], tl.float32)
+    qk_11 = tl.zeros([S, S], tl.float32)
+    qq_00 = tl.zeros([S, S], tl.float32)
+    qq_11 = tl.zeros([S, S], tl.float32)
+    for column in range(0, K, W):
+        q_0 = load_tile(q, 0, left, column, H * K, K, S, W)
+        k_0 = load_tile(k, 0, left, column, H * K, K, S, W)
+        kk_00 = tl.dot(k_0, tl.trans(k_0), kk_00, input_precision=PRECISION)
+        qk_00 = tl.dot(q_0, tl.trans(k_0), qk_00, input_precision=PRECISION)
+        if NORM:
+            qq_00 = tl.dot(q_0, tl.trans(q_0), qq_00, input_precision=PRECISION)
+        if C == 2 * S:
+            q_1 = load_tile(q, S, left - S, column, H * K, K, S, W)
+            k_1 = load_tile(k, S, left - S, column, H * K, K, S, W)
+            kk_10 = tl.dot(k_1, tl.trans(k_0), kk_10, input_precision=PRECISION)
+            kk_11 = tl.dot(k_1, tl.trans(k_1), kk_11, input_precision=PRECISION)
+            qk_10 = tl.dot(q_1, tl.trans(k_0), qk_10, input_precision=PRECISION)
+            qk_11 = tl.dot(q_1, tl.trans(k_1), qk_11, input_precision=PRECISION)
+            if NORM:
+                qq_11 = tl.dot(q_1, tl.trans(q_1), qq_11, input_precision=PRECISION)
 
     type = P.dtype.element_ty
-    s_0 = _norm_factor(_products(q, q, left, left, H * K, K, BK, S, PRECISION), NORM, EPSILON)
+    r_0 = _norm_factor(kk_00, NORM, EPSILON)
+    s_0 = _norm_factor(qq_00, NORM, EPSILON)
+    write_0 = r_0 * beta_0
     store_factors(factors, at, i, c_0, s_0, r_0, write_0, last, scale, C)
-    qk_00 = _products(q, k, left, left, H * K, K, BK, S, PRECISION)
-    tl.store(P, (qk_00 * _decay(c_0, 0) * (s_0[:, None] * (write_0 * scale)[None, :])).to(type))
+    decay = masked_exp2(c_0[:, None] - c_0[None, :], i[:, None] >= i[None, :]) * write_0[None, :]
+    tl.store(P, (qk_00 * decay * (s_0 * scale)[:, None]).to(type))
+    m_00 = tl.where(earlier, kk_00 * decay * r_0[:, None], 0.0)
     if C == 2 * S:
-        s_1 = _norm_factor(_products(q_1, q_1, left - S, left - S, H * K, K, BK, S, PRECISION), NORM, EPSILON)
+        r_1 = _norm_factor(kk_11, NORM, EPSILON)
+        s_1 = _norm_factor(qq_11, NORM, EPSILON)
+        write_1 = r_1 * beta_1
         store_factors(factors, at, S + i, c_1, s_1, r_1, write_1, last, scale, C)
-        qk_11 = _products(q_1, k_1, left - S, left - S, H * K, K, BK, S, PRECISION)
-        qk_11 *= _decay(c_1, 0) * (s_1[:, None] * (write_1 * scale)[None, :])
-        tl.store(P + S * C + S, qk_11.to(type))
-        qk_10 = _products(q_1, k, left - S, left, H * K, K, BK, S, PRECISION)
-        qk_10 *= tl.exp2(c_1[:, None] - c_0[None, :]) * (s_1[:, None] * (write_0 * scale)[None, :])
-        tl.store(P + S * C, qk_10.to(type))
+        decay = masked_exp2(c_1[:, None] - c_1[None, :], i[:, None] >= i[None, :]) * write_1[None, :]
+        tl.store(P + S * C + S, (qk_11 * decay * (s_1 * scale)[:, None]).to(type))
+        m_11 = tl.where(earlier, kk_11 * decay * r_1[:, None], 0.0)
+        decay = tl.exp2(c_1[:, None] - c_0[None, :]) * write_0[None, :]
+        tl.store(P + S * C, (qk_10 * decay * (s_1 * scale)[:, None]).to(type))
         tl.store(P + S, tl.zeros([S, S], type))
+        m_10 = kk_10 * decay * r_1[:, None]
 
-
-@triton.jit
-def _products(
-    x,
-    y,
-    left_x,
-    left_y,
-    STRIDE: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    S: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return x y^T for S rows of each; a loop over columns, since whole rows need too many registers."""
-    W: tl.constexpr = min(BK, 64)
-    products = tl.zeros([S, S], tl.float32)
-    for column in range(0, K, W):
-        x_SW = load_tile(x, 0, left_x, column, STRIDE, K, S, W)
-        y_SW = load_tile(y, 0, left_y, column, STRIDE, K, S, W)
-        products = tl.dot(x_SW, tl.trans(y_SW), products, input_precision=PRECISION)
-    return products
-
-
-@triton.jit
-def _decay(c, LEAST: tl.constexpr):
-    """Return the decay from each position of a block to each of the same block, 0 to one less than LEAST later."""
-    i = tl.arange(0, c.shape[0])
-    return masked_exp2(c[:, None] - c[None, :], i[:, None] >= i[None, :] + LEAST)
+    a_00 = inverse(m_00, S, 5, PARTS)
+    _store_parts(A, a_00, C, PARTS)
+    if C == 2 * S:
+        a_11 = inverse(m_11, S, 5, PARTS)
+        a_10 = tl.dot(a_11, m_10, input_precision=EXACT)
+        a_10 = tl.dot(a_10, a_00, input_precision=EXACT)
+        _store_parts(A + S, tl.zeros([S, S], tl.float32), C, PARTS)
+        _store_parts(A + S * C, -a_10, C, PARTS)
+        _store_parts(A + S * C + S, a_11, C, PARTS)
 
 
 @triton.jit
