@@ -17,9 +17,9 @@ import triton.language as tl
 
 from kernels.gated_delta.tiles import (
     FACTORS,
+    QUERY,
     READ,
     WRITE,
-    QUERY,
     first_slot,
     load_factor,
     load_square,
