@@ -67,12 +67,12 @@ def prepare_chunks(
     g_0 = tl.maximum(load_gate(g, row, left, J, S), FLOOR) * LOG2_E
     beta_0 = load_gate(beta, row, left, J, S)
     c_0 = tl.cumsum(g_0, 0)
-    last = tl.sum(g_0, 0)
+    last = tl.sum(tl.where(i == S - 1, c_0, 0.0), 0)  # no sum of g: the last position must not decay by a rounding
     if C == 2 * S:
         g_1 = tl.maximum(load_gate(g, row + S, left - S, J, S), FLOOR) * LOG2_E
         beta_1 = load_gate(beta, row + S, left - S, J, S)
         c_1 = last + tl.cumsum(g_1, 0)
-        last += tl.sum(g_1, 0)
+        last = tl.sum(tl.where(i == S - 1, c_1, 0.0), 0)
     W: tl.constexpr = min(BK, 64)
     kk_00 = tl.zeros([S, S], tl.float32)
     kk_10 = tl.zeros([S, S], tl.float32)

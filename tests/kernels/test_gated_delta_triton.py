@@ -64,6 +64,7 @@ def kernel_errors(toy: Toy, hopper: bool) -> list[float]:
     [
         (Toy(T=37, J=1, K=20, V=36, unit=False, dtype=F32), False, 2e-6),
         (Toy(B=1, T=70, H=2, J=4, K=16, V=16, bounds=(0, 0, 5, 40, 65, 65), unit=False, dtype=F32), False, 2e-6),
+        (Toy(B=1, T=96, J=1, K=16, V=16, decay=20.0, dtype=F32), False, 4e-6),
         (Toy(B=1, T=66, J=1, K=36, V=20, decay=50.0, beta=2.0, unit=False, dtype=F16), False, 1e-2),
         (Toy(B=1, T=70, K=36, V=16, decay=1e4, beta=0.0, dtype=F16, bounds=(0, 66, 70)), False, 3e-3),
         (Toy(B=1, T=70, J=1, K=64, V=16, decay=0.01, dtype=F16), True, 3e-3),
