@@ -80,8 +80,8 @@ def record(shape: str, parts: int | None) -> list[Call]:
 
         return run
 
-    def how(*key: Any) -> object:
-        table = configuration(*key)
+    def how(major: int, half: bool, width: int, negative: bool) -> object:
+        table = configuration(major, half, width, negative and parts != 1)
         return table if parts is None else replace(table, parts=parts)
 
     values = inputs(*map(int, shape.split(",")))

@@ -6,13 +6,14 @@ python benchmarks/gated_delta_registers.py [--architecture 90] [--types bfloat16
 It needs no GPU: Triton brings the compiler. `spilled` is the bytes of registers per thread that lie in memory; a kernel
 with some is slower, not wrong. `wgmma` and `mma` count instructions for Hopper's tensor cores and for older ones.
 `races` are tiles whose next load may begin while a product on Hopper's tensor cores still reads them, as `gradients.py`
-explains; there must be none.
+explains. The script ends with exit code 1 if there is one, or if a kernel needs more shared memory than Hopper has.
 """
 
 import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from kernels.gated_delta import launch, problem
 from kernels.gated_delta.configurations import configuration
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+SHARED = 227  # KB of shared memory for a program on Hopper
 ROWS, HEADS = 256, 2  # of the inputs; the code depends on neither
 
 Arguments = dict[str, Any]
@@ -52,8 +54,8 @@ def record_calls(
     v, g = torch.empty(1, ROWS, HEADS, columns, dtype=dtype), torch.empty(1, ROWS, HEADS)
     bounds = torch.tensor([0, ROWS]) if packed else None
     with patch.object(Call, "__call__", record), patch.object(problem, "configuration", of_architecture):
-        o, _, A, c, r_q, r_k = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
-        launch.run_backward(o, None, q, q, v, g, None, bounds, A, c, r_q, r_k, 0.1, True, negative)
+        o, _, A, P, factors = launch.run_forward(q, q, v, g, g, None, bounds, 0.1, True, negative, False)
+        launch.run_backward(o, None, q, q, v, g, None, bounds, A, P, factors, 0.1, True, negative)
     return calls
 
 
@@ -83,8 +85,8 @@ def races(code: str) -> int:
     return len(found)
 
 
-def compile_call(call: Call, arguments: Arguments, architecture: int) -> str:
-    """Compile a kernel and return a row of the table."""
+def compile_call(call: Call, arguments: Arguments, architecture: int) -> tuple[str, bool]:
+    """Compile a kernel and return a row of the table, and whether the kernel can run on Hopper without races."""
     kernel = call.kernel
     signature, constants, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -110,9 +112,10 @@ def compile_call(call: Call, arguments: Arguments, architecture: int) -> str:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     registers, spilled = found.groups() if found else ("?", "?")
     counts = [compiled.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync")]
-    sizes = call.how["num_warps"], arguments.get("BV", 0), registers, spilled, compiled.metadata.shared // 1024
-    cells = *sizes, *counts, races(compiled.asm["ttgir"])
-    return f"{kernel.fn.__name__:<18}" + "".join(f"{cell!s:>11}" for cell in cells) + f"{seconds:>9.1f}"
+    shared, raced = -(-compiled.metadata.shared // 1024), races(compiled.asm["ttgir"])
+    cells = call.how["num_warps"], arguments.get("BV", 0), registers, spilled, shared, *counts, raced
+    row = f"{kernel.fn.__name__:<18}" + "".join(f"{cell!s:>11}" for cell in cells) + f"{seconds:>9.1f}"
+    return row, raced == 0 and shared <= SHARED
 
 
 def main() -> None:
@@ -127,13 +130,18 @@ def main() -> None:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the behaviour of older versions of Triton
     names = "warps", "columns", "registers", "spilled", "shared KB", "wgmma", "mma", "races", "seconds"
     print(f"Triton {triton.__version__}, architecture {options.architecture}")
+    right = True
     for dtype in options.types:
         for widths in options.widths:
             K, V = map(int, widths.split("x"))
             print(f"\n{dtype:<9}{widths:<9}" + "".join(f"{name:>11}" for name in names[:-1]) + f"{names[-1]:>9}")
             negative = not options.beta_to_one
             for call in record_calls(getattr(torch, dtype), K, V, options.packed, options.architecture, negative):
-                print(compile_call(*call, options.architecture), flush=True)
+                row, runs = compile_call(*call, options.architecture)
+                print(row, flush=True)
+                right &= runs
+    if not right:
+        sys.exit("A kernel has a race or needs too much shared memory")
 
 
 if __name__ == "__main__":

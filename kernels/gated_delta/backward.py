@@ -1,14 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The first kernel of the backward: both sweeps over the chunks of a sequence in one launch.
 
-With the cotangents dO of the outputs and dS of the state after a chunk, and P the masked, decayed Q K^T:
+With A and P of `prepare.py`, and the cotangents dO of the outputs and dS of the state after a chunk:
 
-    y = scale P^T dO + (exp(c_last - c) K) dS
-    dV = A^T (beta y)
+    dV = A^T (P^T dO + (beta exp(c_last - c) K) dS)
     dS <- exp(c_last) dS + scale (Q exp(c))^T dO - (K exp(c))^T dV
 
-This sweep needs neither states nor errors, so it runs beside the sweep that computes them again. No product here or in
-`gradients.py` has a transposed accumulator as its operand: Triton 3.4 to 3.7 miscompiles that on Hopper.
+This sweep needs neither states nor errors, so it runs beside the sweep that computes them again. As in `forward.py`,
+tiles are transposed. No product here or in `gradients.py` has a transposed accumulator as its operand: Triton 3.4
+to 3.7 miscompiles that on Hopper.
 
 Shapes: as in `prepare.py`.
 """
@@ -18,12 +18,15 @@ import triton.language as tl
 
 from kernels.gated_delta.forward import sweep_forward
 from kernels.gated_delta.tiles import (
+    FACTORS,
+    QUERY,
+    READ,
+    WRITE,
     first_slot,
-    load_gate,
+    load_factor,
+    load_square,
     load_tile,
-    masked_exp,
     product,
-    product_computed,
     product_inverse,
     store_tile,
 )
@@ -34,11 +37,9 @@ def sweep_backward(
     q,
     k,
     do,
-    beta,
     A,
-    c,
-    r_q,
-    r_k,
+    P,
+    factors,
     dfinal,
     dv,
     dstates,
@@ -56,7 +57,6 @@ def sweep_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    NORM: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -69,11 +69,10 @@ def sweep_backward(
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
-    i = tl.arange(0, C)
-    future = i[:, None] <= i[None, :]
-    ds = tl.zeros([BK, BV], tl.float32)
+    zeros_VC = tl.zeros([BV, C], tl.float32)
+    ds_VK = tl.zeros([BV, BK], tl.float32)
     if FINAL:
-        ds += load_tile(dfinal, head, K, column, V, V, BK, BV)
+        ds_VK += load_tile(dfinal, head, K, column, V, V, BK, BV, True)
     chunks = tl.cdiv(length, C)
     for back in range(chunks):
         m = chunks - 1 - back
@@ -82,31 +81,20 @@ def sweep_backward(
         at = (slot + m) * J + j
         q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
-        do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV)
-        beta_C = load_gate(beta + j, row, left, J, C)
-        c_C = tl.load(c + at * C + i)
-        last = tl.load(c + at * C + C - 1)
-        p_CC = tl.dot(k_CK, tl.trans(q_CK), input_precision="tf32x3") * masked_exp(c_C[None, :] - c_C[:, None], future)
-        query_C = tl.exp(c_C) * scale
-        read_C = tl.exp(c_C)
-        write_C = tl.exp(last - c_C)
-        p_CC *= scale
-        if NORM:
-            r_q_C = tl.load(r_q + ((slot + m) * H + h) * C + i)
-            r_k_C = tl.load(r_k + ((slot + m) * H + h) * C + i)
-            p_CC *= r_k_C[:, None] * r_q_C[None, :]
-            query_C *= r_q_C
-            read_C *= r_k_C
-            write_C *= r_k_C
-        store_tile(dstates, ds, at * K, K, column, V, V, BK, BV)
-        y_CV = product(k_CK, ds, PARTS) * write_C[:, None] + product_computed(p_CC, do_CV, ONCE)
-        dv_CV = product_inverse(A + at * SQUARES * C * C, y_CV * beta_C[:, None], True, C, PARTS)
-        store_tile(dv + j * V, dv_CV, row, left, column, J * V, V, C, BV)
-        ds *= tl.exp(last)
-        ds += product(tl.trans(q_CK), do_CV * query_C[:, None], ONCE)
-        ds -= product(tl.trans(k_CK), dv_CV * read_C[:, None], ADDED)
+        do_VC = load_tile(do + j * V, row, left, column, J * V, V, C, BV, True).to(tl.float32)
+        query_C = load_factor(factors, at, QUERY, C)
+        read_C = load_factor(factors, at, READ, C)
+        write_C = load_factor(factors, at, WRITE, C)
+        last = tl.load(factors + at * FACTORS * C + C - 1)
+        store_tile(dstates, ds_VK, at * V + column, V - column, 0, K, K, BV, BK)
+        y_VC = product(do_VC, load_square(P + at * C * C, C), zeros_VC, ONCE)
+        y_VC += product(ds_VK, tl.trans(k_CK), zeros_VC, PARTS) * write_C[None, :]
+        dv_VC = product_inverse(y_VC, A + at * SQUARES * C * C, False, C, PARTS)
+        store_tile(dv + j * V, dv_VC, row, left, column, J * V, V, C, BV, True)
+        ds_VK = product(do_VC * query_C[None, :], q_CK, ds_VK * tl.exp2(last), ONCE)
+        ds_VK = product(-dv_VC * read_C[None, :], k_CK, ds_VK, ADDED)
     if INITIAL:
-        store_tile(dinitial, ds, head, K, column, V, V, BK, BV)
+        store_tile(dinitial, ds_VK, head, K, column, V, V, BK, BV, True)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -115,11 +103,9 @@ def sweep_both_ways(
     k,
     v,
     do,
-    beta,
     A,
-    c,
-    r_q,
-    r_k,
+    P,
+    factors,
     initial,
     dfinal,
     dv,
@@ -138,7 +124,6 @@ def sweep_both_ways(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    NORM: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -153,12 +138,12 @@ def sweep_both_ways(
     # fmt: off
     if n < N:  # the longer job first
         sweep_backward(
-            q, k, do, beta, A, c, r_q, r_k, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
-            H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, FINAL,
+            q, k, do, A, P, factors, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
+            H, J, K, V, BK, BV, C, PARTS, PACKED, INITIAL, FINAL,
         )
     else:
         sweep_forward(
-            q, k, v, beta, A, c, r_q, r_k, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
-            H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, False, True,
+            q, k, v, A, P, factors, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
+            H, J, K, V, BK, BV, C, PARTS, PACKED, INITIAL, False, True,
         )
     # fmt: on

@@ -6,7 +6,10 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel runs: its columns of V, its warps, its pipeline stages."""
+    """How a kernel runs: its columns of V, its warps, its pipeline stages.
+
+    The sweeps carry the transposed state, whose rows are columns of V; four warps take 64 rows.
+    """
 
     columns: int
     warps: int
@@ -42,23 +45,31 @@ class Configuration:
 
 # Keys: the major number of the architecture, whether the inputs are bf16, the widest K. 9 is Hopper; 0 is every other
 # one, which may have only 100 KB of shared memory. Errors are largest where K is small: few keys write over each other.
-# fp16 counts as fp32: it has no numbers as small as a state under strong decay. On Hopper and for bf16 the launches are
-# the fastest of benchmarks/gated_delta_configurations.py, where a GPU has enough to do; `Problem.fill` narrows them.
+# fp16 counts as fp32: it has no numbers as small as a state under strong decay. On Hopper and for bf16 the launches at
+# widths of 64 and 128 are the fastest of benchmarks/gated_delta_configurations.py, where a GPU has enough to do;
+# `Problem.fill` narrows them.
 TABLE = {
     (9, True, 48): Configuration(32, 0, Launch(0, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2)),
-    (9, True, 64): Configuration(64, 2, Launch(0, 2, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 3)),
-    (9, True, 128): Configuration(64, 2, Launch(0, 2, 2), Launch(64, 4, 2), Launch(64, 4, 3), Launch(64, 8, 3)),
-    (9, True, 256): Configuration(64, 2, Launch(0, 8, 2), Launch(16, 8, 2), Launch(16, 8, 2), Launch(32, 16, 2)),
+    (9, True, 64): Configuration(64, 2, Launch(0, 2, 2), Launch(128, 8, 3), Launch(128, 8, 3), Launch(64, 4, 2)),
+    (9, True, 128): Configuration(64, 2, Launch(0, 2, 2), Launch(128, 8, 3), Launch(128, 8, 2), Launch(64, 8, 3)),
+    (9, True, 256): Configuration(64, 2, Launch(0, 2, 2), Launch(32, 8, 2), Launch(32, 8, 2), Launch(64, 8, 2)),
     (9, False, 256): Configuration(32, 0, Launch(0, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
     (0, True, 48): Configuration(32, 0, Launch(0, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1)),
     (0, True, 256): Configuration(32, 2, Launch(0, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
     (0, False, 256): Configuration(32, 0, Launch(0, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
+}
+# Where betas never exceed 1
+TO_ONE = {
+    (9, True, 64): Configuration(64, 1, Launch(0, 1, 2), Launch(64, 4, 3), Launch(128, 8, 3), Launch(64, 4, 2)),
+    (9, True, 128): Configuration(64, 1, Launch(0, 2, 2), Launch(128, 8, 3), Launch(128, 8, 3), Launch(64, 8, 3)),
+    (9, True, 256): replace(TABLE[9, True, 256], parts=1),
+    (0, True, 256): replace(TABLE[0, True, 256], parts=1),
 }
 
 
 @cache
 def configuration(major: int, half: bool, width: int, negative: bool) -> Configuration:
     """Return how to run for an architecture, bf16 inputs or others, a width K, and betas up to 2 or up to 1."""
-    known = [key for key in TABLE if key[0] in (major, 0) and key[1] == half and width <= key[2]]
-    how = TABLE[min(known, key=lambda key: (-key[0], key[2]))]
-    return how if negative or how.parts == 0 else replace(how, parts=1)
+    table = TABLE if negative else TABLE | TO_ONE
+    known = [key for key in table if key[0] in (major, 0) and key[1] == half and width <= key[2]]
+    return table[min(known, key=lambda key: (-key[0], key[2]))]

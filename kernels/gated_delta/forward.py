@@ -1,7 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The second kernel of the forward: the sweep over the chunks of a sequence.
 
-With the inverse A of `prepare.py`, the errors are E = A (V - exp(c) K S); `reference.py` has the other formulas.
+With A and P of `prepare.py`; `reference.py` has the formula of the state:
+
+    E = A (V - exp(c) K S)
+    O = scale exp(c) Q S + P diag(beta) E
+
+The kernel computes transposed tiles. A computed tile is then the left operand of the next product, which Hopper's
+tensor cores read from registers. A right operand would go through shared memory, and all warps would wait for it.
 
 Shapes: as in `prepare.py`.
 """
@@ -9,7 +15,19 @@ Shapes: as in `prepare.py`.
 import triton
 import triton.language as tl
 
-from kernels.gated_delta.tiles import first_slot, load_gate, load_tile, masked_exp, product, product_inverse, store_tile
+from kernels.gated_delta.tiles import (
+    FACTORS,
+    QUERY,
+    READ,
+    WRITE,
+    first_slot,
+    load_factor,
+    load_square,
+    load_tile,
+    product,
+    product_inverse,
+    store_tile,
+)
 
 
 @triton.jit
@@ -17,11 +35,9 @@ def sweep_forward(
     q,
     k,
     v,
-    beta,
     A,
-    c,
-    r_q,
-    r_k,
+    P,
+    factors,
     initial,
     o,
     final,
@@ -40,7 +56,6 @@ def sweep_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    NORM: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -54,50 +69,35 @@ def sweep_forward(
     slot, start, length = first_slot(n, cu_seqlens, T, C, PACKED)
     h = j // (J // H)
     head = (n.to(tl.int64) * J + j) * K
-    i = tl.arange(0, C)
-    past = i[:, None] >= i[None, :]
-    state = tl.zeros([BK, BV], tl.float32)
+    zeros_VC = tl.zeros([BV, C], tl.float32)
+    s_VK = tl.zeros([BV, BK], tl.float32)
     if INITIAL:
-        state += load_tile(initial, head, K, column, V, V, BK, BV)
+        s_VK += load_tile(initial, head, K, column, V, V, BK, BV, True)
+    next_VC = load_tile(v + j * V, start, length, column, J * V, V, C, BV, True)
     for m in range(tl.cdiv(length, C)):
         row = start + m * C
         left = length - m * C
         at = (slot + m) * J + j
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
-        v_CV = load_tile(v + j * V, row, left, column, J * V, V, C, BV)
-        beta_C = load_gate(beta + j, row, left, J, C)
-        c_C = tl.load(c + at * C + i)
-        last = tl.load(c + at * C + C - 1)
-        read_C = tl.exp(c_C)
-        write_C = tl.exp(last - c_C)
-        if NORM:
-            r_k_C = tl.load(r_k + ((slot + m) * H + h) * C + i)
-            read_C *= r_k_C
-            write_C *= r_k_C
+        v_VC = next_VC  # loaded a chunk ahead here, since Triton does so only for operands of products
+        next_VC = load_tile(v + j * V, row + C, left - C, column, J * V, V, C, BV, True)
+        read_C = load_factor(factors, at, READ, C)
+        write_C = load_factor(factors, at, WRITE, C)
+        last = tl.load(factors + at * FACTORS * C + C - 1)  # c of the last position
         if KEEP:
-            store_tile(states, state, at * K, K, column, V, V, BK, BV)
-        e_CV = v_CV - product(k_CK, state, PARTS) * read_C[:, None]
-        e_CV = product_inverse(A + at * SQUARES * C * C, e_CV, False, C, PARTS)
+            store_tile(states, s_VK, at * V + column, V - column, 0, K, K, BV, BK)
+        e_VC = v_VC - product(s_VK, tl.trans(k_CK), zeros_VC, PARTS) * read_C[None, :]
+        e_VC = product_inverse(e_VC, A + at * SQUARES * C * C, True, C, PARTS)
         if KEEP:
-            store_tile(errors + j * V, e_CV, row, left, column, J * V, V, C, BV)
-        e_CV *= beta_C[:, None]
+            store_tile(errors + j * V, e_VC, row, left, column, J * V, V, C, BV, True)
         if not KEEP:
             q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
-            p_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision="tf32x3")
-            p_CC *= masked_exp(c_C[:, None] - c_C[None, :], past)
-            o_CV = product(q_CK, state, ONCE) * tl.exp(c_C)[:, None]
-            if NORM:
-                p_CC *= r_k_C[None, :]
-            if PARTS == 0:
-                o_CV += tl.dot(p_CC, e_CV, input_precision="tf32x3")
-            else:
-                o_CV += tl.dot(p_CC.to(k_CK.dtype), e_CV.to(k_CK.dtype))
-            if NORM:
-                o_CV *= tl.load(r_q + ((slot + m) * H + h) * C + i)[:, None]
-            store_tile(o + j * V, o_CV * scale, row, left, column, J * V, V, C, BV)
-        state = state * tl.exp(last) + product(tl.trans(k_CK), e_CV * write_C[:, None], ADDED)
+            o_VC = product(s_VK, tl.trans(q_CK), zeros_VC, ONCE) * load_factor(factors, at, QUERY, C)[None, :]
+            o_VC = product(e_VC, tl.trans(load_square(P + at * C * C, C)), o_VC, ONCE)
+            store_tile(o + j * V, o_VC, row, left, column, J * V, V, C, BV, True)
+        s_VK = product(e_VC * write_C[None, :], k_CK, s_VK * tl.exp2(last), ADDED)
     if FINAL:
-        store_tile(final, state, head, K, column, V, V, BK, BV)
+        store_tile(final, s_VK, head, K, column, V, V, BK, BV, True)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -105,11 +105,9 @@ def compute_outputs(
     q,
     k,
     v,
-    beta,
     A,
-    c,
-    r_q,
-    r_k,
+    P,
+    factors,
     initial,
     o,
     final,
@@ -123,7 +121,6 @@ def compute_outputs(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    NORM: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -137,7 +134,7 @@ def compute_outputs(
     j = program // blocks % J
     # fmt: off
     sweep_forward(
-        q, k, v, beta, A, c, r_q, r_k, initial, o, final, o, o, cu_seqlens, n, j, column, T, scale,
-        H, J, K, V, BK, BV, C, NORM, PARTS, PACKED, INITIAL, FINAL, False,
+        q, k, v, A, P, factors, initial, o, final, o, o, cu_seqlens, n, j, column, T, scale,
+        H, J, K, V, BK, BV, C, PARTS, PACKED, INITIAL, FINAL, False,
     )
     # fmt: on

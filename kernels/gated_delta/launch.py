@@ -1,6 +1,6 @@
 """Launches of the kernels, registered with PyTorch as two operators, so that a compiled model contains them.
 
-Shapes: as in `reference.py`; those of A, c, r_q and r_k are in `prepare.py`.
+Shapes: as in `reference.py`; those of A, P and the factors are in `prepare.py`.
 """
 
 from functools import lru_cache
@@ -25,10 +25,10 @@ def plan_forward(sizes: Sizes, kinds: Kinds, scale: float, initial: bool, final:
     """Return the problem and both launches of a forward; `kinds` are those of the inputs, on which a launch relies."""
     problem = Problem(*sizes)
     states = {"scale": float(scale), "INITIAL": initial, "FINAL": final}
-    floor = {"EPSILON": EPSILON, "FLOOR": FLOORS[torch.float32]}
+    alone = {"scale": float(scale), "EPSILON": EPSILON, "FLOOR": FLOORS[torch.float32]}
     return (
         problem,
-        problem.call(prepare_chunks, problem.slots * problem.J, problem.how.prepare, floor),
+        problem.call(prepare_chunks, problem.slots * problem.J, problem.how.prepare, alone),
         problem.call(compute_outputs, *problem.fill(problem.how.outputs, directions=1), states),
     )
 
@@ -58,14 +58,14 @@ def run_forward(
     negative: bool,
     output_final_state: bool,
 ) -> Tensors:
-    """Return o, the final state, A, c and the factors of the l2 norms of queries and keys."""
+    """Return o, the final state, A, P and the factors."""
     sizes = sizes_of(k, v, cu_seqlens, normalise, negative)
     kinds = _kinds(q, k, v, g, beta, initial, cu_seqlens)
     problem, prepare, outputs = plan_forward(sizes, kinds, scale, initial is not None, output_final_state)
-    buffers = o, final, A, c, r_q, r_k = problem.forward_buffers(v, output_final_state)
+    buffers = o, final, A, P, factors = problem.forward_buffers(v, output_final_state)
     with on_device(problem.device):
-        prepare(q, k, g, beta, A, c, r_q, r_k, cu_seqlens)
-        outputs(q, k, v, beta, A, c, r_q, r_k, initial, o, final, cu_seqlens)
+        prepare(q, k, g, beta, A, P, factors, cu_seqlens)
+        outputs(q, k, v, A, P, factors, initial, o, final, cu_seqlens)
     return buffers
 
 
@@ -95,9 +95,8 @@ def run_backward(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     A: Tensor,
-    c: Tensor,
-    r_q: Tensor,
-    r_k: Tensor,
+    P: Tensor,
+    factors: Tensor,
     scale: float,
     normalise: bool,
     negative: bool,
@@ -109,11 +108,11 @@ def run_backward(
     dq, dk, dv, dg, dbeta, dinitial = problem.backward_buffers(k, v, beta, initial)
     kept = v.dtype if problem.how.parts else torch.float32
     errors = torch.empty_like(v, dtype=kept)
-    states, dstates = (v.new_empty((problem.slots, problem.J, problem.K, problem.V), dtype=kept) for _ in range(2))
+    states, dstates = (v.new_empty((problem.slots, problem.J, problem.V, problem.K), dtype=kept) for _ in range(2))
     with on_device(problem.device):
-        inputs = q, k, v, do, beta, A, c, r_q, r_k, initial, dfinal
+        inputs = q, k, v, do, A, P, factors, initial, dfinal
         sweeps(*inputs, dv, states, errors, dstates, dinitial, cu_seqlens)
-        gradients(q, k, beta, c, r_q, r_k, do, dv, states, errors, dstates, dq, dk, dg, dbeta, cu_seqlens)
+        gradients(q, k, beta, factors, do, dv, states, errors, dstates, dq, dk, dg, dbeta, cu_seqlens)
     if problem.J > problem.H:
         dq, dk = (x.view(*k.shape[:3], -1, problem.K).sum(3).to(k.dtype) for x in (dq, dk))
     return dq, dk, dv, dg, dbeta, dinitial
@@ -134,9 +133,8 @@ def _backward_shapes(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     A: Tensor,
-    c: Tensor,
-    r_q: Tensor,
-    r_k: Tensor,
+    P: Tensor,
+    factors: Tensor,
     scale: float,
     normalise: bool,
     negative: bool,
@@ -145,22 +143,24 @@ def _backward_shapes(
     return torch.empty_like(q), torch.empty_like(k), *others
 
 
-_SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-for _schema, _run, _shapes in (
+for _schema, _outputs, _run, _shapes in (
     (
         "gated_delta_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial, Tensor? cu_seqlens, "
         "float scale, bool normalise, bool negative, bool output_final_state)",
+        5,
         run_forward,
         _forward_shapes,
     ),
     (
         "gated_delta_backward(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? initial, "
-        "Tensor? cu_seqlens, Tensor A, Tensor c, Tensor r_q, Tensor r_k, float scale, bool normalise, bool negative)",
+        "Tensor? cu_seqlens, Tensor A, Tensor P, Tensor factors, float scale, bool normalise, "
+        "bool negative)",
+        6,
         run_backward,
         _backward_shapes,
     ),
 ):
     _name, _, _arguments = _schema.partition("(")
-    torch.library.define(f"crosstalk::{_name}", f"({_arguments} -> {_SIX}")
+    torch.library.define(f"crosstalk::{_name}", f"({_arguments} -> ({', '.join(['Tensor'] * _outputs)})")
     torch.library.impl(f"crosstalk::{_name}", "CompositeExplicitAutograd", _run)  # the CPU too, for the interpreter
     torch.library.register_fake(f"crosstalk::{_name}", _shapes)

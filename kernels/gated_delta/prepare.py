@@ -1,18 +1,21 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="import-untyped"
 """The first kernel of the forward: what each chunk can compute alone.
 
-That is the inverse A = (I + strict(K K^T o G) diag(beta))^-1, the cumulative log-decays c, and the factors r of the l2
-norms. Normalised keys are never made: r scales rows and columns of the products instead, which rounds less and lets
-tiles go from memory to the tensor cores untouched.
+That is the inverse A = (I + strict(K K^T o G) diag(beta))^-1, the decayed products P = scale tril(Q K^T o G) diag(beta)
+of queries and keys, and a row of each factor of `tiles.py`. Normalised queries and keys are never stored: the factors
+scale rows and columns of the products instead, which rounds less and lets tiles go from memory to the tensor cores
+untouched.
 
 Shapes: as in `reference.py`; C positions of a chunk, BK and BV columns of a tile, S half a chunk or a whole one. Per
-slot: A [C, C], twice where PARTS is 2, c and r [C].
+slot: A [C, C], twice where PARTS is 2, P [C, C], factors [6, C].
 """
 
 import triton
 import triton.language as tl
 
-from kernels.gated_delta.tiles import inverse, load_gate, load_tile, masked_exp, rows_of, split
+from kernels.gated_delta.tiles import inverse, load_gate, load_tile, masked_exp2, rows_of, split, store_factors
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -22,12 +25,12 @@ def prepare_chunks(
     g,
     beta,
     A,
-    c,
-    r_q,
-    r_k,
+    P,
+    factors,
     cu_seqlens,
     N,
     T,
+    scale,
     H: tl.constexpr,
     J: tl.constexpr,
     K: tl.constexpr,
@@ -39,7 +42,7 @@ def prepare_chunks(
     FLOOR: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Compute c, A and the factors of the l2 norm; one program per slot and value head."""
+    """Compute A, P and the factors; one program per slot and value head."""
     PRECISION: tl.constexpr = "tf32x3" if PARTS == 0 else "tf32"
     EXACT: tl.constexpr = "tf32" if PARTS == 1 else "tf32x3"
     SQUARES: tl.constexpr = 2 if PARTS == 2 else 1
@@ -51,50 +54,81 @@ def prepare_chunks(
     if left <= 0:
         return
     i = tl.arange(0, S)
-    strict = i[:, None] > i[None, :]
-    A += (slot * J + j) * SQUARES * C * C
-    c += (slot * J + j) * C
-    r_q += (slot * H + h) * C
-    r_k += (slot * H + h) * C
+    at = slot * J + j
     corner = i[:, None] * C + i[None, :]
+    earlier = i[:, None] > i[None, :]
+    A += at * SQUARES * C * C + corner
+    P += at * C * C + corner
+    q += (row * H + h) * K
+    k += (row * H + h) * K
+    g += j
+    beta += j
 
-    k_0 = load_tile(k + h * K, row, left, 0, H * K, K, S, BK)
-    beta_0 = load_gate(beta + j, row, left, J, S)
-    g_0 = tl.maximum(load_gate(g + j, row, left, J, S), FLOOR)
+    g_0 = tl.maximum(load_gate(g, row, left, J, S), FLOOR) * LOG2_E
+    beta_0 = load_gate(beta, row, left, J, S)
     c_0 = tl.cumsum(g_0, 0)
-    tl.store(c + i, c_0)
-    m_00 = tl.dot(k_0, tl.trans(k_0), input_precision=PRECISION) * masked_exp(c_0[:, None] - c_0[None, :], strict)
-    if NORM:
-        r_0 = _norm_factor(k_0, EPSILON)
-        m_00 *= r_0[:, None] * r_0[None, :]
-        if j % (J // H) == 0:
-            tl.store(r_k + i, r_0)
-            tl.store(r_q + i, _norm_factor(load_tile(q + h * K, row, left, 0, H * K, K, S, BK), EPSILON))
-    a_00 = inverse(m_00 * beta_0[None, :], S, 5, PARTS)
-    _store_parts(A + corner, a_00, C, PARTS)
-
+    last = tl.sum(tl.where(i == S - 1, c_0, 0.0), 0)  # no sum of g: the last position must not decay by a rounding
     if C == 2 * S:
-        k_1 = load_tile(k + h * K, row + S, left - S, 0, H * K, K, S, BK)
-        beta_1 = load_gate(beta + j, row + S, left - S, J, S)
-        g_1 = tl.maximum(load_gate(g + j, row + S, left - S, J, S), FLOOR)
-        c_1 = tl.cumsum(g_1, 0) + tl.sum(g_0, 0)
-        tl.store(c + S + i, c_1)
-        m_11 = tl.dot(k_1, tl.trans(k_1), input_precision=PRECISION) * masked_exp(c_1[:, None] - c_1[None, :], strict)
-        m_10 = tl.dot(k_1, tl.trans(k_0), input_precision=PRECISION) * tl.exp(c_1[:, None] - c_0[None, :])
+        g_1 = tl.maximum(load_gate(g, row + S, left - S, J, S), FLOOR) * LOG2_E
+        beta_1 = load_gate(beta, row + S, left - S, J, S)
+        c_1 = last + tl.cumsum(g_1, 0)
+        last = tl.sum(tl.where(i == S - 1, c_1, 0.0), 0)
+    W: tl.constexpr = min(BK, 64)
+    kk_00 = tl.zeros([S, S], tl.float32)
+    kk_10 = tl.zeros([S, S], tl.float32)
+    kk_11 = tl.zeros([S, S], tl.float32)
+    qk_00 = tl.zeros([S, S], tl.float32)
+    qk_10 = tl.zeros([S, S], tl.float32)
+    qk_11 = tl.zeros([S, S], tl.float32)
+    qq_00 = tl.zeros([S, S], tl.float32)
+    qq_11 = tl.zeros([S, S], tl.float32)
+    for column in range(0, K, W):
+        q_0 = load_tile(q, 0, left, column, H * K, K, S, W)
+        k_0 = load_tile(k, 0, left, column, H * K, K, S, W)
+        kk_00 = tl.dot(k_0, tl.trans(k_0), kk_00, input_precision=PRECISION)
+        qk_00 = tl.dot(q_0, tl.trans(k_0), qk_00, input_precision=PRECISION)
         if NORM:
-            r_1 = _norm_factor(k_1, EPSILON)
-            m_11 *= r_1[:, None] * r_1[None, :]
-            m_10 *= r_1[:, None] * r_0[None, :]
-            if j % (J // H) == 0:
-                tl.store(r_k + S + i, r_1)
-                q_1 = load_tile(q + h * K, row + S, left - S, 0, H * K, K, S, BK)
-                tl.store(r_q + S + i, _norm_factor(q_1, EPSILON))
-        a_11 = inverse(m_11 * beta_1[None, :], S, 5, PARTS)
-        a_10 = tl.dot(a_11, m_10 * beta_0[None, :], input_precision=EXACT)
+            qq_00 = tl.dot(q_0, tl.trans(q_0), qq_00, input_precision=PRECISION)
+        if C == 2 * S:
+            q_1 = load_tile(q, S, left - S, column, H * K, K, S, W)
+            k_1 = load_tile(k, S, left - S, column, H * K, K, S, W)
+            kk_10 = tl.dot(k_1, tl.trans(k_0), kk_10, input_precision=PRECISION)
+            kk_11 = tl.dot(k_1, tl.trans(k_1), kk_11, input_precision=PRECISION)
+            qk_10 = tl.dot(q_1, tl.trans(k_0), qk_10, input_precision=PRECISION)
+            qk_11 = tl.dot(q_1, tl.trans(k_1), qk_11, input_precision=PRECISION)
+            if NORM:
+                qq_11 = tl.dot(q_1, tl.trans(q_1), qq_11, input_precision=PRECISION)
+
+    type = P.dtype.element_ty
+    r_0 = _norm_factor(kk_00, NORM, EPSILON)
+    s_0 = _norm_factor(qq_00, NORM, EPSILON)
+    write_0 = r_0 * beta_0
+    store_factors(factors, at, i, c_0, s_0, r_0, write_0, last, scale, C)
+    decay = masked_exp2(c_0[:, None] - c_0[None, :], i[:, None] >= i[None, :]) * write_0[None, :]
+    tl.store(P, (qk_00 * decay * (s_0 * scale)[:, None]).to(type))
+    m_00 = tl.where(earlier, kk_00 * decay * r_0[:, None], 0.0)
+    if C == 2 * S:
+        r_1 = _norm_factor(kk_11, NORM, EPSILON)
+        s_1 = _norm_factor(qq_11, NORM, EPSILON)
+        write_1 = r_1 * beta_1
+        store_factors(factors, at, S + i, c_1, s_1, r_1, write_1, last, scale, C)
+        decay = masked_exp2(c_1[:, None] - c_1[None, :], i[:, None] >= i[None, :]) * write_1[None, :]
+        tl.store(P + S * C + S, (qk_11 * decay * (s_1 * scale)[:, None]).to(type))
+        m_11 = tl.where(earlier, kk_11 * decay * r_1[:, None], 0.0)
+        decay = tl.exp2(c_1[:, None] - c_0[None, :]) * write_0[None, :]
+        tl.store(P + S * C, (qk_10 * decay * (s_1 * scale)[:, None]).to(type))
+        tl.store(P + S, tl.zeros([S, S], type))
+        m_10 = kk_10 * decay * r_1[:, None]
+
+    a_00 = inverse(m_00, S, 5, PARTS)
+    _store_parts(A, a_00, C, PARTS)
+    if C == 2 * S:
+        a_11 = inverse(m_11, S, 5, PARTS)
+        a_10 = tl.dot(a_11, m_10, input_precision=EXACT)
         a_10 = tl.dot(a_10, a_00, input_precision=EXACT)
-        _store_parts(A + corner + S, tl.zeros([S, S], tl.float32), C, PARTS)
-        _store_parts(A + corner + S * C, -a_10, C, PARTS)
-        _store_parts(A + corner + S * C + S, a_11, C, PARTS)
+        _store_parts(A + S, tl.zeros([S, S], tl.float32), C, PARTS)
+        _store_parts(A + S * C, -a_10, C, PARTS)
+        _store_parts(A + S * C + S, a_11, C, PARTS)
 
 
 @triton.jit
@@ -108,6 +142,10 @@ def _store_parts(at, a, C: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _norm_factor(x, EPSILON: tl.constexpr):
-    x = x.to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x, 1) + EPSILON)
+def _norm_factor(squares, NORM: tl.constexpr, EPSILON: tl.constexpr):
+    """Return 1 / |x| of the rows of x, from x x^T."""
+    i = tl.arange(0, squares.shape[0])
+    if NORM:
+        return tl.rsqrt(tl.sum(tl.where(i[:, None] == i[None, :], squares, 0.0), 1) + EPSILON)
+    else:
+        return tl.full([squares.shape[0]], 1.0, tl.float32)

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kernels.call import Call
 from kernels.gated_delta.configurations import Launch, configuration
+from kernels.gated_delta.tiles import FACTORS
 
 Tensors = tuple[Tensor, ...]
 Sizes = tuple[torch.Size, torch.Size, int | None, torch.dtype, torch.device, bool, bool]
 NARROWEST = 16  # columns: the least of a product
+WARPS = 7  # per multiprocessor, which runs eight; seven are enough, so that 128 programs of eight fill 132 of them
 
 
 class Problem:
@@ -65,10 +67,11 @@ class Problem:
         return -(-self.V // self.columns(launch))
 
     def fill(self, launch: Launch, directions: int) -> tuple[int, Launch]:
-        """Return the programs of a sweep, and its launch, with columns so narrow that no multiprocessor is idle."""
+        """Return the programs of a sweep, and its launch, with fewer columns where a GPU would have too few warps."""
         sweeps = directions * self.N * self.J
-        while launch.columns > NARROWEST and sweeps * self.blocks(launch) < self.multiprocessors:
-            launch = replace(launch, columns=max(self.columns(launch) // 2, NARROWEST))
+        while launch.columns > NARROWEST and sweeps * self.blocks(launch) * launch.warps < WARPS * self.multiprocessors:
+            columns = max(self.columns(launch) // 2, NARROWEST)
+            launch = replace(launch, columns=columns, warps=min(launch.warps, max(columns // 16, 4)))
         return sweeps * self.blocks(launch), launch
 
     def call(self, kernel: Any, programs: int, launch: Launch, options: dict[str, Any]) -> Call:
@@ -77,16 +80,14 @@ class Problem:
         return Call(kernel, programs, how, self.common | {"BV": self.columns(launch)} | options)
 
     def forward_buffers(self, v: Tensor, output_final_state: bool) -> Tensors:
-        """Return o, the final state, A, c and the factors of the l2 norms of queries and keys, without content."""
+        """Return o, the final state, A, P and the factors, without content."""
         slots, J, C, parts = self.slots, self.J, self.C, self.how.parts
-        norms = (slots, self.H, C) if self.normalise else (0,)
         return (
             self.rows_like(v),
             v.new_empty((self.N, J, self.K, self.V) if output_final_state else (0,), dtype=torch.float32),
             v.new_empty((slots, J, 2 if parts == 2 else 1, C, C), dtype=v.dtype if parts else torch.float32),
-            v.new_empty((slots, J, C), dtype=torch.float32),
-            v.new_empty(norms, dtype=torch.float32),
-            v.new_empty(norms, dtype=torch.float32),
+            v.new_empty((slots, J, C, C), dtype=v.dtype if parts else torch.float32),
+            v.new_empty((slots, J, FACTORS.value, C), dtype=torch.float32),
         )
 
     def backward_buffers(self, k: Tensor, v: Tensor, beta: Tensor, initial: Tensor | None) -> Tensors:

@@ -9,6 +9,15 @@ lengths, which only the GPU knows, and some stay empty.
 import triton
 import triton.language as tl
 
+# The rows of a chunk's factors, by which the kernels scale rows and columns of products; `reference.py` has the symbols
+LOG_DECAY = tl.constexpr(0)  # c, to the base 2
+NORM_Q = tl.constexpr(1)  # 1 / |q|, or 1 without a norm
+NORM_K = tl.constexpr(2)
+QUERY = tl.constexpr(3)  # scale exp(c) / |q|: a query reads the state
+READ = tl.constexpr(4)  # exp(c) / |k|: a key reads the state
+WRITE = tl.constexpr(5)  # beta exp(c_last - c) / |k|: a key writes to the state
+FACTORS = tl.constexpr(6)
+
 
 @triton.jit
 def first_slot(n, cu_seqlens, T, C: tl.constexpr, PACKED: tl.constexpr):
@@ -41,26 +50,61 @@ def rows_of(slot, cu_seqlens, N, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, row, left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on; zeros elsewhere."""
+def _places(
+    left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Return the offsets of a tile's elements from its first row, in 32 bits, and a mask of those that exist."""
     rows = tl.arange(0, R)
     columns = column + tl.arange(0, W)
-    inside = (rows < left)[:, None]
-    if WIDTH % W != 0:
-        inside = inside & (columns < WIDTH)[None, :]
-    return tl.load(x + row * STRIDE + rows[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
+    if TRANSPOSED:
+        at = rows[None, :] * STRIDE + columns[:, None]
+        inside = (rows < left)[None, :]
+        if WIDTH % W != 0:
+            inside = inside & (columns < WIDTH)[:, None]
+    else:
+        at = rows[:, None] * STRIDE + columns[None, :]
+        inside = (rows < left)[:, None]
+        if WIDTH % W != 0:
+            inside = inside & (columns < WIDTH)[None, :]
+    return at, inside
 
 
 @triton.jit
-def store_tile(x, tile, row, left, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+def load_tile(
+    x,
+    row,
+    left,
+    column,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):
+    """Load R rows, of which `left` exist, and W of WIDTH columns from `column` on; missing elements are 0.
+
+    TRANSPOSED: as [W, R].
+    """
+    at, inside = _places(left, column, STRIDE, WIDTH, R, W, TRANSPOSED)
+    return tl.load(x + row * STRIDE + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    x,
+    tile,
+    row,
+    left,
+    column,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):
     """Store what `load_tile` loads."""
-    rows = tl.arange(0, R)
-    columns = column + tl.arange(0, W)
-    inside = (rows < left)[:, None]
-    if WIDTH % W != 0:
-        inside = inside & (columns < WIDTH)[None, :]
-    at = x + row * STRIDE + rows[:, None] * STRIDE + columns[None, :]
-    tl.store(at, tile.to(x.dtype.element_ty), mask=inside)
+    at, inside = _places(left, column, STRIDE, WIDTH, R, W, TRANSPOSED)
+    tl.store(x + row * STRIDE + at, tile.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -71,9 +115,28 @@ def load_gate(x, row, left, STRIDE: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def masked_exp(x, inside):
-    """Return exp(x), 0 outside the mask; masked before exp, which would overflow."""
-    return tl.exp(tl.where(inside, x, float("-inf")))
+def load_factor(factors, at, FACTOR: tl.constexpr, C: tl.constexpr):
+    """Load one factor of a chunk's positions."""
+    return tl.load(factors + (at * FACTORS + FACTOR) * C + tl.arange(0, C))
+
+
+@triton.jit
+def store_factors(factors, at, i, c, r_q, r_k, write, last, scale, C: tl.constexpr):
+    """Store the factors of positions i; `write` is beta / |k|, and `last` is c of the chunk's last position."""
+    factors += at * FACTORS * C + i
+    decay = tl.exp2(c)
+    tl.store(factors + LOG_DECAY * C, c)
+    tl.store(factors + NORM_Q * C, r_q)
+    tl.store(factors + NORM_K * C, r_k)
+    tl.store(factors + QUERY * C, decay * r_q * scale)
+    tl.store(factors + READ * C, decay * r_k)
+    tl.store(factors + WRITE * C, tl.exp2(last - c) * write)
+
+
+@triton.jit
+def masked_exp2(x, inside):
+    """Return 2^x, 0 outside the mask; masked before, since 2^x would overflow."""
+    return tl.exp2(tl.where(inside, x, float("-inf")))
 
 
 @triton.jit
@@ -108,38 +171,34 @@ def split(x, type):
 
 
 @triton.jit
-def product(a, x, PARTS: tl.constexpr):
-    """Return a x for an `a` from memory and a computed x in fp32; `configurations.py` explains PARTS."""
+def product(x, b, start, PARTS: tl.constexpr):
+    """Return start + x b for a computed x in fp32 and a `b` from memory; `configurations.py` explains PARTS."""
     if PARTS == 0:
-        return tl.dot(a.to(tl.float32), x, input_precision="tf32x3")
+        return tl.dot(x, b.to(tl.float32), start, input_precision="tf32x3")
     elif PARTS == 1:
-        return tl.dot(a, x.to(a.dtype))
+        return tl.dot(x.to(b.dtype), b, start)
     else:
-        high, low = split(x, a.dtype)
-        return tl.dot(a, high, tl.dot(a, low))
+        high, low = split(x, b.dtype)
+        return tl.dot(high, b, tl.dot(low, b, start))
 
 
 @triton.jit
-def product_computed(x, b, PARTS: tl.constexpr):
-    """Return x b for a computed x in fp32 and a `b` from memory, in one part."""
-    if PARTS == 0:
-        return tl.dot(x, b.to(tl.float32), input_precision="tf32x3")
-    else:
-        return tl.dot(x.to(b.dtype), b)
-
-
-@triton.jit
-def product_inverse(A, x, TRANSPOSED: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
-    """Return A x, or A^T x, for the stored A of a chunk and a computed x in fp32."""
+def load_square(x, C: tl.constexpr):
+    """Load a square of C positions."""
     i = tl.arange(0, C)
-    at = A + i[:, None] * C + i[None, :]
-    a = tl.load(at)
+    return tl.load(x + i[:, None] * C + i[None, :])
+
+
+@triton.jit
+def product_inverse(x, A, TRANSPOSED: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
+    """Return x A, or x A^T, for a computed x in fp32 and the stored A of a chunk."""
+    a = load_square(A, C)
     if TRANSPOSED:
         a = tl.trans(a)
-    y = product(a, x, PARTS)
+    y = tl.zeros(x.shape, tl.float32)
     if PARTS == 2:
-        a = tl.load(at + C * C)
+        rest = load_square(A + C * C, C)
         if TRANSPOSED:
-            a = tl.trans(a)
-        y = tl.dot(a, x.to(a.dtype), y)
-    return y
+            rest = tl.trans(rest)
+        y = tl.dot(x.to(rest.dtype), rest, y)
+    return product(x, a, y, PARTS)

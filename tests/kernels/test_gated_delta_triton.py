@@ -64,6 +64,7 @@ def kernel_errors(toy: Toy, hopper: bool) -> list[float]:
     [
         (Toy(T=37, J=1, K=20, V=36, unit=False, dtype=F32), False, 2e-6),
         (Toy(B=1, T=70, H=2, J=4, K=16, V=16, bounds=(0, 0, 5, 40, 65, 65), unit=False, dtype=F32), False, 2e-6),
+        (Toy(B=1, T=96, J=1, K=16, V=16, decay=20.0, dtype=F32), False, 4e-6),
         (Toy(B=1, T=66, J=1, K=36, V=20, decay=50.0, beta=2.0, unit=False, dtype=F16), False, 1e-2),
         (Toy(B=1, T=70, K=36, V=16, decay=1e4, beta=0.0, dtype=F16, bounds=(0, 66, 70)), False, 3e-3),
         (Toy(B=1, T=70, J=1, K=64, V=16, decay=0.01, dtype=F16), True, 3e-3),
@@ -114,15 +115,35 @@ def test_what_the_gradient_needs_again_gets_no_gradient(interpreter, states: boo
 
 
 @pytest.mark.parametrize(
-    ("V", "directions", "programs", "columns"),
-    [(128, 1, 256, 16), (128, 2, 256, 32), (36, 1, 96, 16), (8, 1, 32, 16), (128, 40, 2560, 64)],
+    ("V", "rows", "directions", "programs", "columns", "warps"),
+    [
+        (128, 4, 1, 256, 16, 4),
+        (128, 4, 2, 256, 32, 4),
+        (128, 8, 2, 128, 128, 8),
+        (128, 16, 1, 128, 128, 8),
+        (128, 160, 1, 1280, 128, 8),
+        (36, 4, 1, 96, 16, 4),
+        (8, 4, 1, 32, 16, 4),
+        (36, 40, 1, 320, 128, 8),
+    ],
 )
-def test_sweeps_are_narrow_where_a_gpu_would_be_idle(V: int, directions: int, programs: int, columns: int):
-    k, v = torch.empty(4, 1, 8, 64), torch.empty(4, 1, 8, V)
+def test_sweeps_are_narrow_where_a_gpu_would_be_idle(
+    V: int, rows: int, directions: int, programs: int, columns: int, warps: int
+):
+    k, v = torch.empty(rows, 1, 8, 64), torch.empty(rows, 1, 8, V)
     problem = Problem(*sizes_of(k, v, None, True, True))
     problem.multiprocessors = 132
-    found = problem.fill(Launch(64, 4, 2), directions)
-    assert found == (programs, Launch(columns, 4, 2))
+    found = problem.fill(Launch(128, 8, 2), directions)
+    assert found == (programs, Launch(columns, warps, 2))
+
+
+@pytest.mark.parametrize(
+    ("width", "parts"), [(16, (0, 0)), (64, (2, 1)), (100, (2, 1)), (256, (2, 1))], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("major", [8, 9, 10])
+def test_betas_of_at_most_one_take_products_of_one_part(major: int, width: int, parts: tuple[int, int]):
+    both, to_one = (configuration(major, True, width, negative) for negative in (True, False))
+    assert (both.parts, to_one.parts) == parts
 
 
 @pytest.mark.parametrize("change", [{"dtype": F16}, {"device": "meta"}])
