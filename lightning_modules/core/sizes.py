@@ -1,5 +1,10 @@
 """Checks of the sizes of a network, as a user sets them under `model`."""
 
+from collections.abc import Callable, Mapping
+from inspect import signature
+
+from lightning.pytorch.utilities import rank_zero_warn
+
 from datamodules.errors import SIZE, UserError, check_numbers
 
 MOST_CONVOLVED = 64  # positions of a convolution, which is meant to be short
@@ -31,3 +36,18 @@ def check_heads(width: int, heads: int) -> None:
     """
     if width % heads:
         raise UserError(f"model.heads must divide model.width: {heads} does not divide {width}")
+
+
+def warn_of_unused(pattern: str, module: Callable[..., object], **options: Mapping[str, object]) -> None:
+    """Warn of options of mixers that are not in a pattern.
+
+    Args:
+        pattern: The pattern.
+        module: The class of the module, whose signature has the defaults.
+        **options: The options by name, for the letter of each mixer.
+    """
+    arguments = signature(module).parameters
+    for letter, of_mixer in options.items():
+        unused = [f"model.{name}" for name, value in of_mixer.items() if value != arguments[name].default]
+        if unused and letter not in pattern:
+            rank_zero_warn(f"model.pattern {pattern} has no {letter}, so these change nothing: {', '.join(unused)}")

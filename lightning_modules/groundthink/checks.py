@@ -33,13 +33,14 @@ def check_head_widths(width: int, heads: int, pattern: str) -> None:
         raise UserError(f"model.width / model.heads must be even for rotary positions, not {width // heads}")
 
 
-def check_kernel(**sizes: int) -> None:
-    """Check sizes that the kernel of the gated delta rule has to take.
+def check_kernel(pattern: str, **sizes: int) -> None:
+    """Check sizes that the kernel of the gated delta rule has to take, if the pattern has a G.
 
     Raises:
         UserError: One is too small, too large or no multiple of 4; names `model.<size>`.
     """
-    check_multiples("model", ALIGNMENT, WIDEST, **sizes)
+    if "G" in pattern:
+        check_multiples("model", ALIGNMENT, WIDEST, **sizes)
 
 
 def check_delta_options(pattern: str, keys: str, of_tokens: Mapping[str, object], **options: object) -> None:

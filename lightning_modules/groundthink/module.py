@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datamodules.errors import SIZE, UserError, check_numbers
 from lightning_modules.core.decoder import DecoderState
-from lightning_modules.core.sizes import check_convolutions, check_sizes
+from lightning_modules.core.sizes import check_convolutions, check_sizes, warn_of_unused
 from lightning_modules.groundthink import checks
 from lightning_modules.groundthink.hybrid import Hybrid, make_hybrid
 from lightning_modules.groundthink.penalties import KeyPenalty, Penalty
@@ -103,8 +103,8 @@ class GroundThink(PenalisedModel):
         checks.check_delta_options(pattern, keys, of_tokens, **others, **widths)
         checks.check_final_state(bool(reproduce_flaws), window_reads_state, piece_len)
         sizes = {name: width // heads if size is None else size for name, size in widths.items()}
-        if "G" in pattern:
-            checks.check_kernel(**sizes)
+        checks.check_kernel(pattern, **sizes)
+        warn_of_unused(pattern, GroundThink, S={"window": window}, G={"conv_width": conv_width})
         if key_bank:
             key_bank.check(vocab_size)
         self.width, self.heads, self.pattern, self.window = width, heads, pattern, window

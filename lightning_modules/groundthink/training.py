@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from datamodules.batch import IGNORE, TokenBatch
@@ -41,7 +42,7 @@ class PenalisedModel(SequenceModel):
         self._most_labelled: int | None = None  # of the batch of the step
 
     def setup(self, stage: str) -> None:
-        """Check what `SequenceModel` checks, and that penalties which wait for an accuracy can begin.
+        """Check what `SequenceModel` checks, and that penalties can begin.
 
         Raises:
             UserError: A penalty waits for an accuracy, and there are no validations.
@@ -52,6 +53,12 @@ class PenalisedModel(SequenceModel):
             raise UserError(
                 f"model.{waits[0]}.from_accuracy: trainer.limit_val_batches is 0, and it waits for a validation"
             )
+        for name, penalty in self.onsets.penalties.items():
+            if stage == "fit" and 0 <= self.trainer.max_steps <= penalty.from_step:
+                rank_zero_warn(
+                    f"model.{name}.from_step is {penalty.from_step}, so the penalty never begins: "
+                    f"training ends at step {self.trainer.max_steps}"
+                )
 
     def losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the cross-entropy of each member, and the predicted tokens_SBT, with overlap_S and mean beta_S.

@@ -4,7 +4,6 @@ Shapes: S ensemble members, B batch, T positions, V vocabulary, D width, H heads
 """
 
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from lightning_modules.core.block import Factory
 from lightning_modules.core.contracts import HasVocabulary
 from lightning_modules.core.decoder import Decoder
 from lightning_modules.core.sequence_model import SequenceModel
-from lightning_modules.core.sizes import check_convolutions, check_sizes
+from lightning_modules.core.sizes import check_convolutions, check_sizes, warn_of_unused
 from lightning_modules.mixers.gated_delta import GatedDelta
 from lightning_modules.mixers.swiglu import SwiGLU
 from lightning_modules.mixers.window_attention import WindowAttention
 from lightning_modules.phase.angles import Kind
 from lightning_modules.phase.lstm import LSTM
 from lightning_modules.phase.mixer import Normalise, PhaseMixer
-from lightning_modules.phase.pattern import check_pattern, warn_of_unused
+from lightning_modules.phase.pattern import check_pattern
 from lightning_modules.phase.sampling import mixed_tokens
 from lightning_modules.phase.weights import DecayKind
 
@@ -100,8 +99,7 @@ class Phase(SequenceModel):
         self.scheduled_sampling, self.residual_dropout = scheduled_sampling, residual_dropout
         self.options: dict[str, Any] = {"frequencies": frequencies, "angles": angles, "decay": decay, "window": window}
         self.options |= {"mass": mass, "normalise": normalise, "expansion": expansion, "dropout": dropout}
-        defaults = {name: argument.default for name, argument in signature(Phase).parameters.items()}
-        warn_of_unused(pattern, defaults, self.options, {"attention_window": attention_window})
+        warn_of_unused(pattern, Phase, P=self.options, A={"attention_window": attention_window})
         super().__init__(vocab_size, seq_len, **common)
 
     def make_network(self) -> Decoder:

@@ -1,9 +1,5 @@
 """The pattern of a network: one letter for the mixer of each block."""
 
-from collections.abc import Mapping
-
-from lightning.pytorch.utilities import rank_zero_warn
-
 from datamodules.errors import SIZE, UserError
 from kernels.gated_delta.checks import ALIGNMENT, WIDEST
 from lightning_modules.core.sizes import check_heads
@@ -30,13 +26,3 @@ def check_pattern(pattern: str, width: int, heads: int) -> None:
             limit = f" up to {widest}" if widest < SIZE else ""
             wanted = f"a multiple of {multiple}{limit} for {letter} in model.pattern"
             raise UserError(f"model.width / model.heads must be {wanted}, not {head_width}")
-
-
-def warn_of_unused(
-    pattern: str, defaults: Mapping[str, object], of_memory: Mapping[str, object], of_attention: Mapping[str, object]
-) -> None:
-    """Warn of options unlike their defaults whose mixer the pattern does not have."""
-    for letter, options in (("P", of_memory), ("A", of_attention)):
-        unused = [f"model.{name}" for name, value in options.items() if value != defaults[name]]
-        if unused and letter not in pattern:
-            rank_zero_warn(f"model.pattern {pattern} has no {letter}, so these change nothing: {', '.join(unused)}")

@@ -236,5 +236,17 @@ def test_a_mistake_is_told_in_a_sentence(options, message):
         GroundThink(**SIZES | options)
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"pattern": "GG"}, "no S, so these change nothing: model.window"),
+        ({"pattern": "S", "conv_width": 2}, "no G, so"),
+    ],
+)
+def test_options_of_a_mixer_that_the_pattern_lacks_are_told(options, warned):
+    with pytest.warns(UserWarning, match=warned):
+        GroundThink(**SIZES | options)
+
+
 def test_window_attention_alone_takes_heads_that_the_delta_rule_does_not():
     assert GroundThink(**SIZES | {"width": 12}, pattern="SS")(rows()).shape == (2, LENGTH, VOCAB)

@@ -134,6 +134,12 @@ def test_a_penalty_that_waits_for_an_accuracy_needs_validations(tmp_path):
         trainer.fit(module, NeedleGym(needles=2, seq_len=16, vocab_size=16, batch_size=4))
 
 
+def test_a_penalty_that_never_begins_is_told(tmp_path):
+    module = GroundThink(**SIZES, beta_sparsity=Penalty(1.0, from_step=2))
+    with pytest.warns(UserWarning, match=r"model\.beta_sparsity\.from_step is 2, so the penalty never begins"):
+        fit(module, tmp_path, Weights(), steps=2)
+
+
 def test_validation_before_training_begins_nothing(tmp_path):
     module, notes = GroundThink(**SIZES, beta_sparsity=Penalty(1.0, from_accuracy=0.0)), Weights()
     fit(module, tmp_path, notes, steps=2)  # whose first validation is the sanity check
