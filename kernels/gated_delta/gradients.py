@@ -85,7 +85,9 @@ def compute_gradients(
     type = states.dtype.element_ty
     diagonal_CC = i[:, None] == i[None, :]
     if BK > 64:
-        c_C, beta_C, r_q_C, r_k_C, q_CK, k_CK = _load_rows(q, k, beta, factors, at, row, left, h, j, H, J, K, BK, C)
+        c_C, beta_C, r_q_C, r_k_C = _load_factors(beta, factors, at, row, left, j, J, C)
+        q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
+        k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
 
     # What the positions read: dQ and dK_read
     dq_CK = tl.zeros([C, BK], tl.float32)
@@ -102,7 +104,9 @@ def compute_gradients(
         do_e_CC = tl.dot(do_CV, tl.trans(e_CV), do_e_CC, input_precision="tf32x3")
         dv_e_CC = tl.dot(dv_CV, tl.trans(e_CV), dv_e_CC, input_precision="tf32x3")
     if BK <= 64:  # four warps have too few registers to keep them during the loop
-        c_C, beta_C, r_q_C, r_k_C, q_CK, k_CK = _load_rows(q, k, beta, factors, at, row, left, h, j, H, J, K, BK, C)
+        c_C, beta_C, r_q_C, r_k_C = _load_factors(beta, factors, at, row, left, j, J, C)
+        q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
+        k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
     past_CC = masked_exp2(c_C[:, None] - c_C[None, :], i[:, None] > i[None, :])
     do_e_CC *= (beta_C * r_k_C * scale)[None, :]
     dv_e_CC *= (beta_C * r_k_C)[None, :]
@@ -134,10 +138,7 @@ def compute_gradients(
         e_dv_CC = tl.dot(e_CV, tl.trans(dv_CV), e_dv_CC, input_precision="tf32x3")
         s_ds_VV = tl.dot(s_VK, tl.trans(ds_VK), s_ds_VV, input_precision="tf32x3")
     # Loaded again, since registers and shared memory are too small to keep them
-    c_C = load_factor(factors, at, LOG_DECAY, C)
-    beta_C = load_gate(beta + j, row, left, J, C)
-    r_q_C = load_factor(factors, at, NORM_Q, C)
-    r_k_C = load_factor(factors, at, NORM_K, C)
+    c_C, beta_C, r_q_C, r_k_C = _load_factors(beta, factors, at, row, left, j, J, C)
     last = tl.load(factors + at * FACTORS * C + C - 1)
     q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
     future_CC = masked_exp2(c_C[None, :] - c_C[:, None], i[:, None] < i[None, :])
@@ -163,28 +164,11 @@ def compute_gradients(
 
 
 @triton.jit
-def _load_rows(
-    q,
-    k,
-    beta,
-    factors,
-    at,
-    row,
-    left,
-    h,
-    j,
-    H: tl.constexpr,
-    J: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Load c, beta, the factors of the norms, queries and keys of a chunk."""
+def _load_factors(beta, factors, at, row, left, j, J: tl.constexpr, C: tl.constexpr):
+    """Load c, beta and the factors of the norms of queries and keys."""
     return (
         load_factor(factors, at, LOG_DECAY, C),
         load_gate(beta + j, row, left, J, C),
         load_factor(factors, at, NORM_Q, C),
         load_factor(factors, at, NORM_K, C),
-        load_tile(q + h * K, row, left, 0, H * K, K, C, BK),
-        load_tile(k + h * K, row, left, 0, H * K, K, C, BK),
     )
