@@ -4,14 +4,14 @@ python benchmarks/gated_delta_check.py [--types bfloat16 float16 float32] [--qui
 
 Errors are RMS(error) / RMS(expected) of outputs, final states and all gradients; numbers that are smaller than the
 smallest normal one of their type are divided by that one. The grid has every pair of widths K and V at 500 positions,
-and every length at K 64 and V 128, each with six log-decays and three betas, where betas of at most 1 run twice, also
-as betas that never exceed 1; grouped heads, normalised keys and packed sequences with empty ones alternate. The cases
-have few heads, for which `Problem.fill` narrows the sweeps; in bf16 each one also runs with the launches of the table,
-as large batches do. Each case runs twice, which must give the same bits. Compilation takes most of the time: `--share
-1/4` is the first of four parts of the sizes, for processes side by side. The script ends with exit code 1 and the cases
-where an error is above its limit or a number is not finite. The fp64 values are those of the chunk form of
-`reference.py`, which the tests compare with the definition. Without a GPU, TRITON_INTERPRET=1 runs the types other than
-bfloat16 slowly in Triton's interpreter.
+and every length at K 64 and V 128, each with six log-decays and a mixture of them, and with three betas, where betas of
+at most 1 run twice, also as betas that never exceed 1; grouped heads, normalised keys and packed sequences with empty
+ones alternate. The cases have few heads, for which `Problem.fill` narrows the sweeps; in bf16 each one also runs with
+the launches of the table, as large batches do. Each case runs twice, which must give the same bits. Compilation takes
+most of the time: `--share 1/4` is the first of four parts of the sizes, for processes side by side. The script ends
+with exit code 1 and the cases where an error is above its limit or a number is not finite. The fp64 values are those of
+the chunk form of `reference.py`, which the tests compare with the definition. Without a GPU, TRITON_INTERPRET=1 runs
+the types other than bfloat16 slowly in Triton's interpreter.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Case:
         K: Width of queries and keys.
         V: Width of values.
         T: Positions.
-        decay: The log-decay at each position.
+        decay: The log-decay at each position; None draws one of the grid's for each.
         beta: The writing strength at each position.
         groups: Value heads per head of queries and keys.
         packed: Whether the row holds sequences of several lengths, some of them empty, and a rest behind them.
@@ -62,7 +62,7 @@ class Case:
     K: int
     V: int
     T: int
-    decay: float
+    decay: float | None
     beta: float
     groups: int
     packed: bool
@@ -80,7 +80,9 @@ class Case:
         if not self.normalise:
             q, k = normalize(q, dim=-1), normalize(k, dim=-1)
         v = torch.randn(B, self.T, J, self.V, device=DEVICE)
-        g, beta = (torch.full((B, self.T, J), number, device=DEVICE) for number in (self.decay, self.beta))
+        beta = torch.full((B, self.T, J), self.beta, device=DEVICE)
+        decays = torch.tensor(DECAYS if self.decay is None else [self.decay], device=DEVICE)
+        g = decays[torch.randint(len(decays), beta.shape, device=DEVICE)]
         state = torch.randn(4 if self.packed else B, J, self.K, self.V, device=DEVICE)
         return [*(x.to(self.dtype) for x in (q, k, v)), g, beta, state], bounds
 
@@ -147,7 +149,7 @@ def cases(types: list[torch.dtype], quick: bool) -> Iterator[Case]:
         for index, (K, V, T) in enumerate(sizes):
             groups, packed, normalise = 1 + index % 2, index // 2 % 2 == 1 and T > 3, index // 4 % 2 == 0
             for narrow in (True, False) if dtype == torch.bfloat16 else (True,):
-                for decay, beta in itertools.product(DECAYS, BETAS):
+                for decay, beta in itertools.product((*DECAYS, None), BETAS):
                     for negative in (True, False) if beta <= 1 else (True,):
                         yield Case(dtype, K, V, T, decay, beta, groups, packed, normalise, negative, narrow)
 

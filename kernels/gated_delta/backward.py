@@ -18,7 +18,7 @@ import triton.language as tl
 
 from kernels.gated_delta.forward import sweep_forward
 from kernels.gated_delta.tiles import (
-    FACTORS,
+    FACTOR_COUNT,
     QUERY,
     READ,
     WRITE,
@@ -49,7 +49,6 @@ def sweep_backward(
     j,
     column,
     T,
-    scale,
     H: tl.constexpr,
     J: tl.constexpr,
     K: tl.constexpr,
@@ -85,7 +84,7 @@ def sweep_backward(
         query_C = load_factor(factors, at, QUERY, C)
         read_C = load_factor(factors, at, READ, C)
         write_C = load_factor(factors, at, WRITE, C)
-        last = tl.load(factors + at * FACTORS * C + C - 1)
+        last = tl.load(factors + at * FACTOR_COUNT * C + C - 1)
         store_tile(dstates, ds_VK, at * V + column, V - column, 0, K, K, BV, BK)
         y_VC = product(do_VC, load_square(P + at * C * C, C), zeros_VC, ONCE)
         y_VC += product(ds_VK, tl.trans(k_CK), zeros_VC, PARTS) * write_C[None, :]
@@ -116,7 +115,6 @@ def sweep_both_ways(
     cu_seqlens,
     N,
     T,
-    scale,
     H: tl.constexpr,
     J: tl.constexpr,
     K: tl.constexpr,
@@ -138,12 +136,12 @@ def sweep_both_ways(
     # fmt: off
     if n < N:  # the longer job first
         sweep_backward(
-            q, k, do, A, P, factors, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T, scale,
+            q, k, do, A, P, factors, dfinal, dv, dstates, dinitial, cu_seqlens, n, j, column, T,
             H, J, K, V, BK, BV, C, PARTS, PACKED, INITIAL, FINAL,
         )
     else:
         sweep_forward(
-            q, k, v, A, P, factors, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T, scale,
+            q, k, v, A, P, factors, initial, v, v, states, errors, cu_seqlens, n - N, j, column, T,
             H, J, K, V, BK, BV, C, PARTS, PACKED, INITIAL, False, True,
         )
     # fmt: on

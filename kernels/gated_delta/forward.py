@@ -4,7 +4,7 @@
 With A and P of `prepare.py`; `reference.py` has the formula of the state:
 
     E = A (V - exp(c) K S)
-    O = scale exp(c) Q S + P diag(beta) E
+    O = scale exp(c) Q S + P E
 
 The kernel computes transposed tiles. A computed tile is then the left operand of the next product, which Hopper's
 tensor cores read from registers. A right operand would go through shared memory, and all warps would wait for it.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import (
-    FACTORS,
+    FACTOR_COUNT,
     QUERY,
     READ,
     WRITE,
@@ -48,7 +48,6 @@ def sweep_forward(
     j,
     column,
     T,
-    scale,
     H: tl.constexpr,
     J: tl.constexpr,
     K: tl.constexpr,
@@ -83,7 +82,7 @@ def sweep_forward(
         next_VC = load_tile(v + j * V, row + C, left - C, column, J * V, V, C, BV, True)
         read_C = load_factor(factors, at, READ, C)
         write_C = load_factor(factors, at, WRITE, C)
-        last = tl.load(factors + at * FACTORS * C + C - 1)  # c of the last position
+        last = tl.load(factors + at * FACTOR_COUNT * C + C - 1)  # c of the last position
         if KEEP:
             store_tile(states, s_VK, at * V + column, V - column, 0, K, K, BV, BK)
         e_VC = v_VC - product(s_VK, tl.trans(k_CK), zeros_VC, PARTS) * read_C[None, :]
@@ -113,7 +112,6 @@ def compute_outputs(
     final,
     cu_seqlens,
     T,
-    scale,
     H: tl.constexpr,
     J: tl.constexpr,
     K: tl.constexpr,
@@ -134,7 +132,7 @@ def compute_outputs(
     j = program // blocks % J
     # fmt: off
     sweep_forward(
-        q, k, v, A, P, factors, initial, o, final, o, o, cu_seqlens, n, j, column, T, scale,
+        q, k, v, A, P, factors, initial, o, final, o, o, cu_seqlens, n, j, column, T,
         H, J, K, V, BK, BV, C, PARTS, PACKED, INITIAL, FINAL, False,
     )
     # fmt: on

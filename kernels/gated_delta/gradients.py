@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta.tiles import (
-    FACTORS,
+    FACTOR_COUNT,
     LOG_DECAY,
     NORM_K,
     NORM_Q,
@@ -103,7 +103,7 @@ def compute_gradients(
         dk_CK = tl.dot(dv_CV, s_VK, dk_CK, input_precision="tf32x3")
         do_e_CC = tl.dot(do_CV, tl.trans(e_CV), do_e_CC, input_precision="tf32x3")
         dv_e_CC = tl.dot(dv_CV, tl.trans(e_CV), dv_e_CC, input_precision="tf32x3")
-    if BK <= 64:  # four warps have too few registers to keep them during the loop
+    if BK <= 64:  # not earlier: the four warps of the table have too few registers to keep both through the loop
         c_C, beta_C, r_q_C, r_k_C = _load_factors(beta, factors, at, row, left, j, J, C)
         q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
         k_CK = load_tile(k + h * K, row, left, 0, H * K, K, C, BK)
@@ -137,9 +137,9 @@ def compute_gradients(
         e_do_CC = tl.dot(e_CV, tl.trans(do_CV), e_do_CC, input_precision="tf32x3")
         e_dv_CC = tl.dot(e_CV, tl.trans(dv_CV), e_dv_CC, input_precision="tf32x3")
         s_ds_VV = tl.dot(s_VK, tl.trans(ds_VK), s_ds_VV, input_precision="tf32x3")
-    # Loaded again, since registers and shared memory are too small to keep them
+    # c, beta, the norms and queries again: there are too few registers, and too little shared memory, to keep them
     c_C, beta_C, r_q_C, r_k_C = _load_factors(beta, factors, at, row, left, j, J, C)
-    last = tl.load(factors + at * FACTORS * C + C - 1)
+    last = tl.load(factors + at * FACTOR_COUNT * C + C - 1)
     q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
     future_CC = masked_exp2(c_C[None, :] - c_C[:, None], i[:, None] < i[None, :])
     w_CK *= tl.exp2(last - c_C)[:, None]

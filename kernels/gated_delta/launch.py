@@ -24,8 +24,8 @@ Plan = tuple[Problem, Call, Call]
 def plan_forward(sizes: Sizes, kinds: Kinds, scale: float, initial: bool, final: bool) -> Plan:
     """Return the problem and both launches of a forward; `kinds` are those of the inputs, on which a launch relies."""
     problem = Problem(*sizes)
-    states = {"scale": float(scale), "INITIAL": initial, "FINAL": final}
     alone = {"scale": float(scale), "EPSILON": EPSILON, "FLOOR": FLOORS[torch.float32]}
+    states = {"INITIAL": initial, "FINAL": final}
     return (
         problem,
         problem.call(prepare_chunks, problem.slots * problem.J, problem.how.prepare, alone),
@@ -37,11 +37,11 @@ def plan_forward(sizes: Sizes, kinds: Kinds, scale: float, initial: bool, final:
 def plan_backward(sizes: Sizes, kinds: Kinds, scale: float, initial: bool, final: bool) -> Plan:
     """Return the problem and both launches of a backward; `final`: the final state has a cotangent."""
     problem = Problem(*sizes)
-    states = {"scale": float(scale), "INITIAL": initial, "FINAL": final}
+    states = {"INITIAL": initial, "FINAL": final}
     return (
         problem,
         problem.call(sweep_both_ways, *problem.fill(problem.how.sweeps, directions=2), states),
-        problem.call(compute_gradients, problem.slots * problem.J, problem.how.gradients, states),
+        problem.call(compute_gradients, problem.slots * problem.J, problem.how.gradients, {"scale": float(scale)}),
     )
 
 
@@ -153,8 +153,7 @@ for _schema, _outputs, _run, _shapes in (
     ),
     (
         "gated_delta_backward(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? initial, "
-        "Tensor? cu_seqlens, Tensor A, Tensor P, Tensor factors, float scale, bool normalise, "
-        "bool negative)",
+        "Tensor? cu_seqlens, Tensor A, Tensor P, Tensor factors, float scale, bool normalise, bool negative)",
         6,
         run_backward,
         _backward_shapes,

@@ -6,8 +6,8 @@ of queries and keys, and a row of each factor of `tiles.py`. Normalised queries 
 scale rows and columns of the products instead, which rounds less and lets tiles go from memory to the tensor cores
 untouched.
 
-Shapes: as in `reference.py`; C positions of a chunk, BK and BV columns of a tile, S half a chunk or a whole one. Per
-slot: A [C, C], twice where PARTS is 2, P [C, C], factors [6, C].
+Shapes: as in `reference.py`; C positions of a chunk, in halves of S = 32 where C is 64; BK and BV columns of a tile.
+Per slot and value head: A [C, C], twice where PARTS is 2, P [C, C], factors [6, C].
 """
 
 import triton
@@ -66,13 +66,11 @@ def prepare_chunks(
 
     g_0 = tl.maximum(load_gate(g, row, left, J, S), FLOOR) * LOG2_E
     beta_0 = load_gate(beta, row, left, J, S)
-    c_0 = tl.cumsum(g_0, 0)
-    last = tl.sum(tl.where(i == S - 1, c_0, 0.0), 0)  # no sum of g: the last position must not decay by a rounding
+    c_0, last = _log_decays(g_0, 0.0, left)
     if C == 2 * S:
         g_1 = tl.maximum(load_gate(g, row + S, left - S, J, S), FLOOR) * LOG2_E
         beta_1 = load_gate(beta, row + S, left - S, J, S)
-        c_1 = last + tl.cumsum(g_1, 0)
-        last = tl.sum(tl.where(i == S - 1, c_1, 0.0), 0)
+        c_1, last = _log_decays(g_1, last, left - S)
     W: tl.constexpr = min(BK, 64)
     kk_00 = tl.zeros([S, S], tl.float32)
     kk_10 = tl.zeros([S, S], tl.float32)
@@ -100,25 +98,25 @@ def prepare_chunks(
                 qq_11 = tl.dot(q_1, tl.trans(q_1), qq_11, input_precision=PRECISION)
 
     type = P.dtype.element_ty
-    r_0 = _norm_factor(kk_00, NORM, EPSILON)
-    s_0 = _norm_factor(qq_00, NORM, EPSILON)
-    write_0 = r_0 * beta_0
-    store_factors(factors, at, i, c_0, s_0, r_0, write_0, last, scale, C)
-    decay = masked_exp2(c_0[:, None] - c_0[None, :], i[:, None] >= i[None, :]) * write_0[None, :]
-    tl.store(P, (qk_00 * decay * (s_0 * scale)[:, None]).to(type))
-    m_00 = tl.where(earlier, kk_00 * decay * r_0[:, None], 0.0)
+    norm_q_0 = _norm_factor(qq_00, NORM, EPSILON)
+    norm_k_0 = _norm_factor(kk_00, NORM, EPSILON)
+    beta_k_0 = beta_0 * norm_k_0
+    store_factors(factors, at, i, c_0, norm_q_0, norm_k_0, beta_k_0, last, scale, C)
+    decay = masked_exp2(c_0[:, None] - c_0[None, :], i[:, None] >= i[None, :]) * beta_k_0[None, :]
+    tl.store(P, (qk_00 * decay * (norm_q_0 * scale)[:, None]).to(type))
+    m_00 = tl.where(earlier, kk_00 * decay * norm_k_0[:, None], 0.0)
     if C == 2 * S:
-        r_1 = _norm_factor(kk_11, NORM, EPSILON)
-        s_1 = _norm_factor(qq_11, NORM, EPSILON)
-        write_1 = r_1 * beta_1
-        store_factors(factors, at, S + i, c_1, s_1, r_1, write_1, last, scale, C)
-        decay = masked_exp2(c_1[:, None] - c_1[None, :], i[:, None] >= i[None, :]) * write_1[None, :]
-        tl.store(P + S * C + S, (qk_11 * decay * (s_1 * scale)[:, None]).to(type))
-        m_11 = tl.where(earlier, kk_11 * decay * r_1[:, None], 0.0)
-        decay = tl.exp2(c_1[:, None] - c_0[None, :]) * write_0[None, :]
-        tl.store(P + S * C, (qk_10 * decay * (s_1 * scale)[:, None]).to(type))
+        norm_q_1 = _norm_factor(qq_11, NORM, EPSILON)
+        norm_k_1 = _norm_factor(kk_11, NORM, EPSILON)
+        beta_k_1 = beta_1 * norm_k_1
+        store_factors(factors, at, S + i, c_1, norm_q_1, norm_k_1, beta_k_1, last, scale, C)
+        decay = masked_exp2(c_1[:, None] - c_1[None, :], i[:, None] >= i[None, :]) * beta_k_1[None, :]
+        tl.store(P + S * C + S, (qk_11 * decay * (norm_q_1 * scale)[:, None]).to(type))
+        m_11 = tl.where(earlier, kk_11 * decay * norm_k_1[:, None], 0.0)
+        decay = tl.exp2(c_1[:, None] - c_0[None, :]) * beta_k_0[None, :]
+        tl.store(P + S * C, (qk_10 * decay * (norm_q_1 * scale)[:, None]).to(type))
         tl.store(P + S, tl.zeros([S, S], type))
-        m_10 = kk_10 * decay * r_1[:, None]
+        m_10 = kk_10 * decay * norm_k_1[:, None]
 
     a_00 = inverse(m_00, S, 5, PARTS)
     _store_parts(A, a_00, C, PARTS)
@@ -129,6 +127,20 @@ def prepare_chunks(
         _store_parts(A + S, tl.zeros([S, S], tl.float32), C, PARTS)
         _store_parts(A + S * C, -a_10, C, PARTS)
         _store_parts(A + S * C + S, a_11, C, PARTS)
+
+
+@triton.jit
+def _log_decays(g, before, left):
+    """Return c, which goes on from `before`, and c of the last of the `left` positions that exist.
+
+    Positions behind that one repeat its c bit for bit. A sum over them would not: its order of additions differs by
+    position, and what the last position writes would decay by the rounding.
+    """
+    i = tl.arange(0, g.shape[0])
+    end = tl.minimum(left, g.shape[0]) - 1
+    c = before + tl.cumsum(g, 0)
+    last = tl.where(end < 0, before, tl.sum(tl.where(i == end, c, 0.0), 0))
+    return tl.where(i < end, c, last), last
 
 
 @triton.jit

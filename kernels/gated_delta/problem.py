@@ -11,12 +11,14 @@ from torch import Tensor
 
 from kernels.call import Call
 from kernels.gated_delta.configurations import Launch, configuration
-from kernels.gated_delta.tiles import FACTORS
+from kernels.gated_delta.tiles import FACTOR_COUNT
 
 Tensors = tuple[Tensor, ...]
 Sizes = tuple[torch.Size, torch.Size, int | None, torch.dtype, torch.device, bool, bool]
 NARROWEST = 16  # columns: the least of a product
-WARPS = 7  # per multiprocessor, which runs eight; seven are enough, so that 128 programs of eight fill 132 of them
+WARPS = (
+    7  # of a multiprocessor, which has registers for eight; so that 128 programs of eight are enough for 132 of them
+)
 
 
 class Problem:
@@ -87,7 +89,7 @@ class Problem:
             v.new_empty((self.N, J, self.K, self.V) if output_final_state else (0,), dtype=torch.float32),
             v.new_empty((slots, J, 2 if parts == 2 else 1, C, C), dtype=v.dtype if parts else torch.float32),
             v.new_empty((slots, J, C, C), dtype=v.dtype if parts else torch.float32),
-            v.new_empty((slots, J, FACTORS.value, C), dtype=torch.float32),
+            v.new_empty((slots, J, FACTOR_COUNT.value, C), dtype=torch.float32),
         )
 
     def backward_buffers(self, k: Tensor, v: Tensor, beta: Tensor, initial: Tensor | None) -> Tensors:

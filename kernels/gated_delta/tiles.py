@@ -12,11 +12,11 @@ import triton.language as tl
 # The rows of a chunk's factors, by which the kernels scale rows and columns of products; `reference.py` has the symbols
 LOG_DECAY = tl.constexpr(0)  # c, to the base 2
 NORM_Q = tl.constexpr(1)  # 1 / |q|, or 1 without a norm
-NORM_K = tl.constexpr(2)
+NORM_K = tl.constexpr(2)  # 1 / |k|, or 1
 QUERY = tl.constexpr(3)  # scale exp(c) / |q|: a query reads the state
 READ = tl.constexpr(4)  # exp(c) / |k|: a key reads the state
 WRITE = tl.constexpr(5)  # beta exp(c_last - c) / |k|: a key writes to the state
-FACTORS = tl.constexpr(6)
+FACTOR_COUNT = tl.constexpr(6)
 
 
 @triton.jit
@@ -117,20 +117,20 @@ def load_gate(x, row, left, STRIDE: tl.constexpr, R: tl.constexpr):
 @triton.jit
 def load_factor(factors, at, FACTOR: tl.constexpr, C: tl.constexpr):
     """Load one factor of a chunk's positions."""
-    return tl.load(factors + (at * FACTORS + FACTOR) * C + tl.arange(0, C))
+    return tl.load(factors + (at * FACTOR_COUNT + FACTOR) * C + tl.arange(0, C))
 
 
 @triton.jit
-def store_factors(factors, at, i, c, r_q, r_k, write, last, scale, C: tl.constexpr):
-    """Store the factors of positions i; `write` is beta / |k|, and `last` is c of the chunk's last position."""
-    factors += at * FACTORS * C + i
+def store_factors(factors, at, i, c, norm_q, norm_k, beta_k, last, scale, C: tl.constexpr):
+    """Store the factors of positions i; `beta_k` is beta / |k|, and `last` is c of the chunk's last position."""
+    factors += at * FACTOR_COUNT * C + i
     decay = tl.exp2(c)
     tl.store(factors + LOG_DECAY * C, c)
-    tl.store(factors + NORM_Q * C, r_q)
-    tl.store(factors + NORM_K * C, r_k)
-    tl.store(factors + QUERY * C, decay * r_q * scale)
-    tl.store(factors + READ * C, decay * r_k)
-    tl.store(factors + WRITE * C, tl.exp2(last - c) * write)
+    tl.store(factors + NORM_Q * C, norm_q)
+    tl.store(factors + NORM_K * C, norm_k)
+    tl.store(factors + QUERY * C, decay * norm_q * scale)
+    tl.store(factors + READ * C, decay * norm_k)
+    tl.store(factors + WRITE * C, tl.exp2(last - c) * beta_k)
 
 
 @triton.jit
