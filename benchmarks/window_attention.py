@@ -1,15 +1,17 @@
-"""Compare three ways to compute attention to a window: time and memory of forward and backward.
+"""Compare four ways to compute attention to a window: time and memory of forward and backward.
 
 python benchmarks/window_attention.py [--lengths 256 1024] [--windows 16 64] [--bf16] [--json FILE]
 
 - `masked`: `scaled_dot_product_attention` over all pairs of positions, with a mask.
 - `blocks`: the same kernel over blocks of about W queries and the twice as many keys that they can see.
+- `flash`: FlashAttention, which takes bf16 on a GPU.
 - `flex`: FlexAttention, compiled, with a block mask that is made once. On a CPU it has no backward in torch 2.13, so
   that the column is the forward alone.
 
 The input has `--tokens` positions in all, `--heads` heads and a head width of `--width`. Times are medians over
 `--repeats` steps. Peak memory is what a step allocates above its input: `torch.cuda.max_memory_allocated`; there is no
-such figure on a CPU. The last column is what `WindowAttention` chooses.
+such figure on a CPU. The last column is what `WindowAttention` chooses. Before they are measured, outputs and gradients
+are compared with those of `masked`, also where half a window of keys comes before the first query.
 """
 
 import argparse
@@ -19,14 +21,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from lightning_modules.mixers.local_attention import attend_blocks, attend_masked, choose
+from lightning_modules.mixers.local_attention import attend_blocks, attend_flash, attend_masked, choose, takes_flash
 
 WARM_UP = 3  # steps before anything is measured
+NAMES = ("masked", "blocks", "flash", "flex")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -67,21 +71,34 @@ def measure(run: Attend, qkv: list[Tensor], repeats: int) -> dict[str, float]:
     return row
 
 
-def compare(length: int, window: int, options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """Return the figures of each way, and check that they compute the same."""
+def results(run: Attend, qkv: list[Tensor]) -> list[Tensor]:
+    """Return the output of a way and, where the inputs take them, the gradients."""
+    output = run(*qkv)
+    return [output, *(torch.autograd.grad(output, qkv, output.detach()) if output.requires_grad else ())]
+
+
+def compare(length: int, window: int, options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
+    """Return the figures of each way, and the name of the chosen one; check that all compute the same."""
     torch.manual_seed(0)
     shape = max(1, options.tokens // length), options.heads, length, options.width
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    qkv = [torch.randn(shape, device=device, dtype=dtype) for _ in range(3)]
-    trained = [x.clone().requires_grad_() for x in qkv]
-    ways: dict[str, Attend] = {"masked": partial(attend_masked, window=window)}
-    ways["blocks"] = partial(attend_blocks, window=window)
+    qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    fixed = [x.detach() for x in qkv]
+    functions = {"masked": attend_masked, "blocks": attend_blocks}
+    if takes_flash(qkv[0]):
+        functions["flash"] = attend_flash
+    ways: dict[str, Attend] = {name: partial(attend, window=window) for name, attend in functions.items()}
+    late = [fixed[0][:, :, window // 2 :], *fixed[1:]]
+    for x in (qkv, late):
+        expected = results(ways["masked"], x)
+        for run in ways.values():
+            torch.testing.assert_close(results(run, x), expected, rtol=2e-2, atol=2e-2 if options.bf16 else 1e-4)
     ways["flex"] = flex(length, window, device)
-    for run in ways.values():
-        expected = ways["masked"](*qkv)
-        torch.testing.assert_close(run(*qkv), expected, rtol=2e-2, atol=2e-2 if options.bf16 else 1e-4)
     forward_only = "flex" if device.type == "cpu" else None
-    return {name: measure(run, qkv if name == forward_only else trained, options.repeats) for name, run in ways.items()}
+    inputs = {name: fixed if name == forward_only else qkv for name in ways}
+    torch.testing.assert_close(ways["flex"](*fixed), ways["masked"](*fixed), rtol=2e-2, atol=2e-2)
+    chosen = next(way for way, attend in functions.items() if attend is choose(qkv[0], length, window))
+    return {name: measure(run, inputs[name], options.repeats) for name, run in ways.items()}, chosen
 
 
 def main() -> None:
@@ -96,16 +113,16 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
-    print(f"| T ({name}) | W | masked, ms | blocks, ms | flex, ms | masked, MiB | blocks, MiB | flex, MiB | chosen |")
-    print("|" + "---|" * 9)
+    columns = [f"{way}, {unit}" for unit in ("ms", "MiB") for way in NAMES]
+    print(" | ".join([f"| T ({name}) | W", *columns, "chosen |"]))
+    print("|" + "---|" * (len(columns) + 3))
     figures = []
     for length in options.lengths:
         for window in (window for window in options.windows if window <= length):
-            rows = compare(length, window, options, device)
-            chosen = "blocks" if choose(length, window) is attend_blocks else "masked"
-            times = " | ".join(f"{row['ms']:.2f}" for row in rows.values())
-            memory = " | ".join(f"{row['mib']:.0f}" if "mib" in row else "-" for row in rows.values())
-            print(f"| {length} | {window} | {times} | {memory} | {chosen} |", flush=True)
+            rows, chosen = compare(length, window, options, device)
+            cells = [(rows.get(way, {}).get(key), digits) for key, digits in (("ms", 2), ("mib", 0)) for way in NAMES]
+            text = ["-" if cell is None else f"{cell:.{digits}f}" for cell, digits in cells]
+            print(" | ".join([f"| {length} | {window}", *text, f"{chosen} |"]), flush=True)
             figures.append({"length": length, "window": window, **rows, "chosen": chosen})
     if options.json:
         options.json.write_text(json.dumps({"device": name, "options": str(options), "rows": figures}, indent=2))

@@ -1,4 +1,4 @@
-"""Causal attention to the last W positions, by a fused kernel, over all pairs of positions or over blocks.
+"""Causal attention to the last W positions: by FlashAttention, or with a mask over all pairs or over blocks.
 
 Shapes: B batch, T positions, H heads, K head width, W window, C <= W positions before the first query, S = C + T keys.
 Of blocks: M = B H, N blocks, L >= W queries of a block, J = 2 L keys that they are multiplied with.
@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from lightning_modules.core.ensemble import member_call
@@ -19,15 +20,37 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 ALIGNMENT = 8  # fused kernels on a GPU take masks whose rows are a multiple of this
 SMALLEST = 16  # queries of a block
 LONG = 8  # blocks are the faster way from rows of so many blocks on
+WIDEST = 256  # the head width that FlashAttention can take
 
 
-def choose(keys: int, window: int) -> Attend:
-    """Return the faster function for S keys and a window, by `benchmarks/window_attention.py`."""
+def choose(q_BHTK: Tensor, keys: int, window: int) -> Attend:
+    """Return the fastest function for queries, S keys and a window, by `benchmarks/window_attention.py`."""
+    if takes_flash(q_BHTK):
+        return attend_flash
     return attend_blocks if keys >= LONG * _block(window) else attend_masked
 
 
+def takes_flash(q_BHTK: Tensor) -> bool:
+    """Return whether FlashAttention runs: on a GPU from Ampere on, in 16 bits, and not for an ensemble."""
+    width, fits = q_BHTK.shape[-1], q_BHTK.dtype in (torch.bfloat16, torch.float16)
+    if not (q_BHTK.is_cuda and fits and width % ALIGNMENT == 0 and width <= WIDEST) or member_call():
+        return False
+    return torch.cuda.get_device_capability(q_BHTK.device) >= (8, 0)
+
+
+def attend_flash(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -> Tensor:
+    """Return what the queries read, [B, H, T, K], by a kernel that skips keys outside of the window."""
+    B, _, T, _ = q_BHTK.shape
+    starts_B = torch.arange(B + 1, dtype=torch.int32, device=q_BHTK.device)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTK, k_BHSK, v_BHSK))
+    keys = k_BHSK.shape[2]
+    read = varlen_attn(q, k, v, starts_B * T, starts_B * keys, T, keys, window_size=(window - 1, 0))
+    assert isinstance(read, Tensor)
+    return read.view(B, T, *read.shape[1:]).transpose(1, 2)
+
+
 def attend_masked(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -> Tensor:
-    """Return what the queries read, [B, H, T, K], from the products of all queries with all keys."""
+    """Return the same from the products of all queries with all keys."""
     mask_TS = seen(q_BHTK.shape[2], k_BHSK.shape[2], window, q_BHTK.device)
     return _attend(q_BHTK, k_BHSK, v_BHSK, mask_TS)
 

@@ -90,5 +90,5 @@ class WindowAttention(nn.Module):
             pattern_BHTS = self.pattern(score_BHTS.masked_fill(~seen_TS, -torch.inf).softmax(-1))
             read_BHTK: Tensor = pattern_BHTS.to(v_BHSK.dtype) @ v_BHSK
         else:
-            read_BHTK = choose(k_BHSK.shape[2], self.window)(q_BHTK, k_BHSK, v_BHSK, self.window)
+            read_BHTK = choose(q_BHTK, k_BHSK.shape[2], self.window)(q_BHTK, k_BHSK, v_BHSK, self.window)
         return read_BHTK.transpose(1, 2).flatten(2)

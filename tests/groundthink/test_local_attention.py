@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_modules.mixers.local_attention import attend_blocks, attend_masked, choose
+from lightning_modules.mixers.local_attention import attend_blocks, attend_flash, attend_masked, choose
 
 # Positions, positions before the first query, window: no block is full, exactly full, one more; a window over all
 SHAPES = [(70, 0, 5), (70, 5, 5), (70, 3, 5), (1, 5, 5), (1, 0, 5), (5, 2, 64), (64, 64, 64), (129, 0, 64), (40, 1, 1)]
@@ -44,7 +45,33 @@ def test_under_vmap(attend):
 
 
 def test_long_rows_are_read_in_blocks_and_short_ones_at_once():
-    assert choose(1024, 64) is attend_blocks
-    assert choose(256, 64) is attend_masked
-    assert choose(64, 4) is attend_masked  # blocks have at least 16 queries
-    assert choose(65, 64) is attend_masked  # one step of generation
+    q = torch.empty(1, 1, 1, 64)
+    assert choose(q, 1024, 64) is attend_blocks
+    assert choose(q, 256, 64) is attend_masked
+    assert choose(q, 64, 4) is attend_masked  # blocks have at least 16 queries
+    assert choose(q, 65, 64) is attend_masked  # one step of generation
+
+
+def test_flash_attention_returns_rows_like_the_queries():
+    with FakeTensorMode():
+        q, k = (torch.empty(2, 3, size, 64, device="cuda", dtype=torch.bfloat16) for size in (70, 75))
+        assert attend_flash(q, k, k, 5).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "capability", "flash"),
+    [
+        ("cuda", torch.bfloat16, 64, (9, 0), True),
+        ("cuda", torch.float16, 256, (8, 0), True),
+        ("cuda", torch.bfloat16, 64, (7, 5), False),
+        ("cuda", torch.float32, 64, (9, 0), False),
+        ("cuda", torch.bfloat16, 20, (9, 0), False),
+        ("cuda", torch.bfloat16, 264, (9, 0), False),
+        ("cpu", torch.bfloat16, 64, (9, 0), False),
+    ],
+)
+def test_flash_attention_runs_where_it_can(monkeypatch, device, dtype, width, capability, flash):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        q = torch.empty(2, 3, 70, width, device=device, dtype=dtype)
+        assert (choose(q, 75, 5) is attend_flash) == flash
