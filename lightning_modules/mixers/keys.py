@@ -42,7 +42,7 @@ class KeyPlaces(nn.Module):
         """
         positions_T = torch.arange(first, first + k_BTHK.shape[1], device=k_BTHK.device)
         if self.rotary:
-            q_BTHK, k_BTHK = (rotate(x.transpose(1, 2), positions_T).transpose(1, 2) for x in (q_BTHK, k_BTHK))
+            q_BTHK, k_BTHK = (rotate(x, positions_T) for x in (q_BTHK, k_BTHK))
         if self.keys != "token":
             hashed_THK = hashed_keys(positions_T, *k_BTHK.shape[2:]).to(k_BTHK.dtype)
             added = self.keys == "both"

@@ -19,57 +19,58 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 ALIGNMENT = 8  # fused kernels on a GPU take masks whose rows are a multiple of this
 SMALLEST = 16  # queries of a block
-LONG = 8  # blocks are the faster way from rows of so many blocks on
-WIDEST = 256  # the head width that FlashAttention can take
+LONG_FOR_BLOCKS = 8  # blocks are faster than all pairs from rows of so many blocks on
+LONG_FOR_FLASH = 512  # FlashAttention is the fastest from so many keys on
+WIDEST = 256  # the largest head width that FlashAttention takes
 
 
-def choose(q_BHTK: Tensor, keys: int, window: int) -> Attend:
+def choose(q_BTHK: Tensor, keys: int, window: int) -> Attend:
     """Return the fastest function for queries, S keys and a window, by `benchmarks/window_attention.py`."""
-    if takes_flash(q_BHTK):
+    if keys >= LONG_FOR_FLASH and takes_flash(q_BTHK):
         return attend_flash
-    return attend_blocks if keys >= LONG * _block(window) else attend_masked
+    return attend_blocks if keys >= LONG_FOR_BLOCKS * _block(window) else attend_masked
 
 
-def takes_flash(q_BHTK: Tensor) -> bool:
+def takes_flash(q_BTHK: Tensor) -> bool:
     """Return whether FlashAttention runs: on a GPU from Ampere on, in 16 bits, and not for an ensemble."""
-    width, fits = q_BHTK.shape[-1], q_BHTK.dtype in (torch.bfloat16, torch.float16)
-    if not (q_BHTK.is_cuda and fits and width % ALIGNMENT == 0 and width <= WIDEST) or member_call():
+    width, fits = q_BTHK.shape[-1], q_BTHK.dtype in (torch.bfloat16, torch.float16)
+    if not (q_BTHK.is_cuda and fits and width % ALIGNMENT == 0 and width <= WIDEST) or member_call():
         return False
-    return torch.cuda.get_device_capability(q_BHTK.device) >= (8, 0)
+    return torch.cuda.get_device_capability(q_BTHK.device) >= (8, 0)
 
 
-def attend_flash(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -> Tensor:
-    """Return what the queries read, [B, H, T, K], by a kernel that skips keys outside of the window."""
-    B, _, T, _ = q_BHTK.shape
-    starts_B = torch.arange(B + 1, dtype=torch.int32, device=q_BHTK.device)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTK, k_BHSK, v_BHSK))
-    keys = k_BHSK.shape[2]
-    read = varlen_attn(q, k, v, starts_B * T, starts_B * keys, T, keys, window_size=(window - 1, 0))
+def attend_flash(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, window: int) -> Tensor:
+    """Return what the queries read, [B, T, H, K], by a kernel that skips keys outside of the window."""
+    (B, T), S = q_BTHK.shape[:2], k_BSHK.shape[1]
+    rows_B = torch.arange(B + 1, dtype=torch.int32, device=q_BTHK.device)
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BSHK, v_BSHK))
+    read = varlen_attn(q, k, v, rows_B * T, rows_B * S, T, S, window_size=(window - 1, 0))
     assert isinstance(read, Tensor)
-    return read.view(B, T, *read.shape[1:]).transpose(1, 2)
+    return read.view_as(q_BTHK)
 
 
-def attend_masked(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -> Tensor:
+def attend_masked(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, window: int) -> Tensor:
     """Return the same from the products of all queries with all keys."""
-    mask_TS = seen(q_BHTK.shape[2], k_BHSK.shape[2], window, q_BHTK.device)
-    return _attend(q_BHTK, k_BHSK, v_BHSK, mask_TS)
+    mask_TS = seen(q_BTHK.shape[1], k_BSHK.shape[1], window, q_BTHK.device)
+    q_BHTK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
+    return _attend(q_BHTK, k_BHSK, v_BHSK, mask_TS).transpose(1, 2)
 
 
-def attend_blocks(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, window: int) -> Tensor:
+def attend_blocks(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, window: int) -> Tensor:
     """Return the same from the products of each block of queries with the keys of the block and of the block before."""
-    B, H, T, K = q_BHTK.shape
-    size, past = _block(window), k_BHSK.shape[2] - T
+    B, T, H, K = q_BTHK.shape
+    size, past = _block(window), k_BSHK.shape[1] - T
     blocks = -(-T // size)
-    q_MNLK = pad(q_BHTK, (0, 0, 0, blocks * size - T)).reshape(B * H, blocks, size, K)
+    q_MTK, k_MSK, v_MSK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BSHK, v_BSHK))
+    q_MNLK = pad(q_MTK, (0, 0, 0, blocks * size - T)).reshape(B * H, blocks, size, K)
     k_MNJK, v_MNJK = (
-        pad(x, (0, 0, size - past, blocks * size - T)).reshape(B * H, -1, K).unfold(1, 2 * size, size).mT
-        for x in (k_BHSK, v_BHSK)
+        pad(x, (0, 0, size - past, blocks * size - T)).unfold(1, 2 * size, size).mT for x in (k_MSK, v_MSK)
     )
     # Keys before the first one are zeros. Queries after the last one see themselves, so no softmax is over nothing.
-    key_NJ = torch.arange(blocks, device=q_BHTK.device)[:, None] * size + torch.arange(2 * size, device=q_BHTK.device)
-    mask_NLJ = seen(size, 2 * size, window, q_BHTK.device) & (key_NJ >= size - past)[:, None]
+    key_NJ = torch.arange(blocks, device=q_BTHK.device)[:, None] * size + torch.arange(2 * size, device=q_BTHK.device)
+    mask_NLJ = seen(size, 2 * size, window, q_BTHK.device) & (key_NJ >= size - past)[:, None]
     read_MNLK = _attend(q_MNLK, k_MNJK, v_MNJK, mask_NLJ)
-    return read_MNLK.reshape(B, H, -1, K)[:, :, :T]
+    return read_MNLK.reshape(B, H, -1, K)[:, :, :T].transpose(1, 2)
 
 
 def seen(queries: int, keys: int, window: int, device: torch.device) -> Tensor:

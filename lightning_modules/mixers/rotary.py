@@ -1,6 +1,6 @@
 """Rotary positions.
 
-Shapes: B batch, H heads, T positions, K head width.
+Shapes: B batch, T positions, H heads, K head width.
 """
 
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 BASE = 10_000.0
 
 
-def rotate(x_BHTK: Tensor, positions_T: Tensor) -> Tensor:
+def rotate(x_BTHK: Tensor, positions_T: Tensor) -> Tensor:
     """Return rotary positions (Su et al. 2021, arXiv:2104.09864): channels i, i + K/2 turn by t / 10000^(2i/K)."""
-    half = x_BHTK.shape[-1] // 2
+    half = x_BTHK.shape[-1] // 2
     # fp32, since bf16 cannot tell late positions apart
-    frequencies = BASE ** (-torch.arange(half, device=x_BHTK.device, dtype=torch.float32) / half)
-    angles_TK = positions_T[:, None] * frequencies
-    cos_TK, sin_TK = angles_TK.cos().to(x_BHTK.dtype), angles_TK.sin().to(x_BHTK.dtype)
-    a_BHTK, b_BHTK = x_BHTK.chunk(2, -1)
-    return torch.cat([a_BHTK * cos_TK - b_BHTK * sin_TK, a_BHTK * sin_TK + b_BHTK * cos_TK], -1)
+    frequencies = BASE ** (-torch.arange(half, device=x_BTHK.device, dtype=torch.float32) / half)
+    angles_T1K = positions_T[:, None, None] * frequencies
+    cos_T1K, sin_T1K = angles_T1K.cos().to(x_BTHK.dtype), angles_T1K.sin().to(x_BTHK.dtype)
+    a_BTHK, b_BTHK = x_BTHK.chunk(2, -1)
+    return torch.cat([a_BTHK * cos_T1K - b_BTHK * sin_T1K, a_BTHK * sin_T1K + b_BTHK * cos_T1K], -1)

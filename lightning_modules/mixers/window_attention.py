@@ -16,11 +16,11 @@ from lightning_modules.mixers.rotary import rotate
 
 @dataclass
 class WindowCache:
-    """Keys and values of the last C <= W positions, [B, H, C, K], and the number of positions seen."""
+    """Keys and values of the last C <= W positions, [B, C, H, K], and the number of positions seen."""
 
     position: int
-    k_BHCK: Tensor
-    v_BHCK: Tensor
+    k_BCHK: Tensor
+    v_BCHK: Tensor
 
 
 class WindowAttention(nn.Module):
@@ -54,8 +54,8 @@ class WindowAttention(nn.Module):
 
     def init_state(self, batch: int) -> WindowCache:
         """Return an empty cache."""
-        empty_BHCK = self.q_proj.weight.new_empty(batch, self.heads, 0, self.q_proj.out_features // self.heads)
-        return WindowCache(0, empty_BHCK, empty_BHCK)
+        empty_BCHK = self.q_proj.weight.new_empty(batch, 0, self.heads, self.q_proj.out_features // self.heads)
+        return WindowCache(0, empty_BCHK, empty_BCHK)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the contribution to the residual stream, [B, T, D]."""
@@ -69,26 +69,25 @@ class WindowAttention(nn.Module):
     def extend(self, x_BTD: Tensor, state: WindowCache) -> tuple[Tensor, WindowCache]:
         """Return the contribution at the next T positions, [B, T, D], and the cache with those positions."""
         projections = self.q_proj, self.k_proj, self.v_proj
-        q_BHTK, k_BHTK, v_BHTK = (y(x_BTD).unflatten(2, (self.heads, -1)).transpose(1, 2) for y in projections)
+        q_BTHK, k_BTHK, v_BTHK = (y(x_BTD).unflatten(2, (self.heads, -1)) for y in projections)
         end = state.position + x_BTD.shape[1]
         positions_T = torch.arange(state.position, end, device=x_BTD.device)
-        q_BHTK, k_BHTK = rotate(q_BHTK, positions_T), rotate(k_BHTK, positions_T)
-        k_BHSK = torch.cat([state.k_BHCK.to(k_BHTK.dtype), k_BHTK], 2)
-        v_BHSK = torch.cat([state.v_BHCK.to(v_BHTK.dtype), v_BHTK], 2)
-        output_BTD = self.o_proj(self._attend(q_BHTK, k_BHSK, v_BHSK))
+        q_BTHK, k_BSHK, v_BSHK = rotate(q_BTHK, positions_T), rotate(k_BTHK, positions_T), v_BTHK
+        if state.k_BCHK.shape[1]:  # else FlashAttention reads the values where their projection put them
+            k_BSHK = torch.cat([state.k_BCHK.to(k_BSHK.dtype), k_BSHK], 1)
+            v_BSHK = torch.cat([state.v_BCHK.to(v_BSHK.dtype), v_BSHK], 1)
+        output_BTD = self.o_proj(self._attend(q_BTHK, k_BSHK, v_BSHK).flatten(2))
         if self.recall:
             read_BTHV = self.recall(self.state_q(x_BTD).unflatten(2, (self.heads, -1)))
             output_BTD = output_BTD + self.state_o(
                 self.state_norm(read_BTHV.to(self.state_norm.weight.dtype)).flatten(2)
             )
-        return output_BTD, WindowCache(end, k_BHSK[:, :, -self.window :], v_BHSK[:, :, -self.window :])
+        return output_BTD, WindowCache(end, k_BSHK[:, -self.window :], v_BSHK[:, -self.window :])
 
-    def _attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor) -> Tensor:
-        if self.pattern._forward_hooks:
-            seen_TS = seen(q_BHTK.shape[2], k_BHSK.shape[2], self.window, q_BHTK.device)
-            score_BHTS = (q_BHTK @ k_BHSK.mT) * q_BHTK.shape[-1] ** -0.5
-            pattern_BHTS = self.pattern(score_BHTS.masked_fill(~seen_TS, -torch.inf).softmax(-1))
-            read_BHTK: Tensor = pattern_BHTS.to(v_BHSK.dtype) @ v_BHSK
-        else:
-            read_BHTK = choose(q_BHTK, k_BHSK.shape[2], self.window)(q_BHTK, k_BHSK, v_BHSK, self.window)
-        return read_BHTK.transpose(1, 2).flatten(2)
+    def _attend(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
+        if not self.pattern._forward_hooks:
+            return choose(q_BTHK, k_BSHK.shape[1], self.window)(q_BTHK, k_BSHK, v_BSHK, self.window)
+        seen_TS = seen(q_BTHK.shape[1], k_BSHK.shape[1], self.window, q_BTHK.device)
+        score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * q_BTHK.shape[-1] ** -0.5
+        pattern_BHTS = self.pattern(score_BHTS.masked_fill(~seen_TS, -torch.inf).softmax(-1))
+        return torch.einsum("bhts,bshk->bthk", pattern_BHTS.to(v_BSHK.dtype), v_BSHK)

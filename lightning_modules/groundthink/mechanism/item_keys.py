@@ -52,7 +52,7 @@ def make_keys(kind: ItemKeys, batch: MemoryBatch, context_SBNWK: Tensor, strengt
         case "sinusoidal":
             key_SBNK = marker_SB1K + strength * sinusoids(step_N, token_SBNK.shape[-1])
         case "rotary":
-            key_SBNK = rotate(marker_SB1K.expand_as(token_SBNK), step_N)
+            key_SBNK = rotate(marker_SB1K.expand_as(token_SBNK)[..., None, :], step_N)[..., 0, :]
         case "context" | "marker_context" | "short_convolution":
             key_SBNK = _convolved(kind, batch["kernel_SBWK"], context_SBNWK)
     return normalize(key_SBNK, dim=-1)
