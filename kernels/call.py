@@ -1,12 +1,14 @@
 """A kernel that is launched again and again with arguments that differ in nothing but addresses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import or_
 from typing import Any
 
 import torch
+import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 ALIGNED = 16  # bytes: Triton compiles a kernel for addresses that are multiples of it, and another one for others
@@ -50,6 +52,16 @@ class Call:
         compiled = self.kernel[(self.programs,)](*tensors, **self.constants, **self.how)
         if aligned and compiled is not None:
             self._launch = compiled[(self.programs, 1, 1)]
+
+
+def compile_together(calls: Iterable[tuple[Call, Sequence[torch.dtype | None]]]) -> None:
+    """Compile kernels side by side, for tensors of these types: given the cores, it takes as long as the slowest one.
+
+    Kernels that are compiled already cost nothing.
+    """
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        for call, types in calls:
+            call.kernel.warmup(*types, grid=(1,), **call.constants, **call.how)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

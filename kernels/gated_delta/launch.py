@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.call import KEPT, Call, on_device
+from kernels.call import KEPT, Call, compile_together, on_device
 from kernels.gated_delta.backward import sweep_both_ways
 from kernels.gated_delta.forward import compute_outputs
 from kernels.gated_delta.gradients import compute_gradients
@@ -45,6 +45,27 @@ def plan_backward(sizes: Sizes, kinds: Kinds, scale: float, initial: bool, final
     )
 
 
+@lru_cache(KEPT)
+def compile_step(sizes: Sizes, kinds: Kinds, scale: float, initial: bool, final: bool) -> None:
+    """Compile the kernels of a training step side by side; `kinds` are those of the inputs of the forward."""
+    q, k, v, g, beta, state, cu_seqlens = (kind and kind[0] for kind in kinds)
+    problem, prepare, outputs = plan_forward(sizes, kinds, scale, initial, final)
+    _, sweeps, gradients = plan_backward.__wrapped__(sizes, kinds, scale, initial, False)
+    fp32 = torch.float32
+    kept = v if problem.how.parts else fp32
+    dq = dk = k if problem.H == problem.J else fp32
+    squares = kept, kept, fp32
+    with on_device(problem.device):
+        compile_together(
+            [
+                (prepare, (q, k, g, beta, *squares, cu_seqlens)),
+                (outputs, (q, k, v, *squares, state, v, fp32, cu_seqlens)),
+                (sweeps, (q, k, v, v, *squares, state, None, v, kept, kept, kept, fp32, cu_seqlens)),
+                (gradients, (q, k, beta, fp32, v, v, kept, kept, kept, dq, dk, fp32, fp32, cu_seqlens)),
+            ]
+        )
+
+
 def run_forward(
     q: Tensor,
     k: Tensor,
@@ -61,7 +82,10 @@ def run_forward(
     """Return o, the final state, A, P and the factors."""
     sizes = sizes_of(k, v, cu_seqlens, normalise, negative)
     kinds = _kinds(q, k, v, g, beta, initial, cu_seqlens)
-    problem, prepare, outputs = plan_forward(sizes, kinds, scale, initial is not None, output_final_state)
+    options = sizes, kinds, scale, initial is not None, output_final_state
+    if k.requires_grad:
+        compile_step(*options)
+    problem, prepare, outputs = plan_forward(*options)
     buffers = o, final, A, P, factors = problem.forward_buffers(v, output_final_state)
     with on_device(problem.device):
         prepare(q, k, g, beta, A, P, factors, cu_seqlens)

@@ -1,15 +1,13 @@
-"""A repeated launch on a pretended GPU, for which Triton compiles without having one."""
+"""A repeated launch on a pretended GPU."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from pretended_gpu import pretended_gpu
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.call import Call
@@ -26,23 +24,13 @@ def launches() -> Iterator[list[list]]:
     """Return what each launch gets: programs, stream and binary, and its arguments, of a tensor only the address."""
     found: list[list] = []
 
-    def launcher(source: object, metadata: object):
-        def launch(x: int, y: int, z: int, stream: int, function: int, *others: object) -> None:
-            arguments = others[-len(scale_rows.arg_names) :]
-            addresses = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in arguments]
-            found.append([x, y, z, stream, function, *addresses])
+    def launch(x: int, y: int, z: int, stream: int, function: int, *others: object) -> None:
+        arguments = others[-len(scale_rows.arg_names) :]
+        addresses = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in arguments]
+        found.append([x, y, z, stream, function, *addresses])
 
-        return launch
-
-    utils = SimpleNamespace(
-        load_binary=lambda name, binary, shared, device: (None, hash(binary), 32, 0, 1024),
-        get_device_properties=lambda device: {"max_shared_mem": 2**17},
-    )
-    gpu = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
-    gpu.get_current_stream, gpu.launcher_cls, gpu.utils = lambda device: 7, launcher, utils
-    driver.set_active(gpu)
-    yield found
-    driver.set_active(None)  # to be found again
+    with pretended_gpu(launch):
+        yield found
 
 
 def test_later_launches_equal_the_first_and_skip_the_search(launches, monkeypatch):
