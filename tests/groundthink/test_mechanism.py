@@ -218,7 +218,8 @@ def test_a_test_measures_the_memory(workplace):
     ("options", "sentence"),
     [
         (["--model.keys", "hashed", "--model.query_noise", "0.1"], "model.query_noise is for the keys token, context"),
-        (["--model.strength", "0.1"], "model.strength is for the keys alike and sinusoidal, not for 'token'"),
+        (["--model.strength", "0.1"], "model.strength is for the keys alike, sinusoidal, not for 'token'"),
+        (["--model.spacing", "2"], "model.spacing is for the keys hashed, sinusoidal, rotary, not for 'token'"),
         (["--model.beta", "2.5"], "model.beta must be at most 2, not 2.5"),
         (["--model.decay", "0"], "model.decay must be positive, not 0"),
         (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true rounds"),

@@ -154,6 +154,8 @@ def test_types():
         ({"cu_seqlens": torch.tensor([0.0, 40.0])}, "cu_seqlens must be integers"),
         ({"cu_seqlens": torch.tensor([0, 9, 8, 40]), "B": 1}, "cu_seqlens must rise from 0 to at most 40"),
         ({"scale": math.nan}, "scale must be a finite number, not nan"),
+        ({"scale": True}, "scale must be a finite number, not True"),
+        ({"scale": "0.3"}, "scale must be a finite number, not 0.3"),
         ({"beta": 0.5}, "beta must be a tensor, not 0.5"),
         ({"g": torch.zeros(2, 40, 2, device="meta")}, "g must be on cpu, as q, not on meta"),
         ({"initial_state": torch.zeros(2, 2, 8, 4, device="meta")}, "initial_state must be on cpu, as q, not on meta"),

@@ -19,7 +19,13 @@ from kernels.gated_delta.options import Rule
 from lightning_modules.core.contracts import connected
 from lightning_modules.core.precision import check_precision
 from lightning_modules.core.reporting import record_proportion, report_members
-from lightning_modules.groundthink.mechanism.item_keys import OF_CONTEXT, WITH_STRENGTH, ItemKeys, make_keys
+from lightning_modules.groundthink.mechanism.item_keys import (
+    OF_CONTEXT,
+    OF_POSITION,
+    WITH_STRENGTH,
+    ItemKeys,
+    make_keys,
+)
 from lightning_modules.groundthink.mechanism.memory_measures import GradientError, MemoryMeasures, gradients
 
 MOST_MEMBERS = 4096
@@ -61,7 +67,7 @@ class DeltaMemory(LightningModule):
     Args:
         keys: The kind of keys.
         strength: Of the kinds `alike` and `sinusoidal`.
-        spacing: Positions from one item to the next.
+        spacing: Positions from one item to the next, of the kinds `hashed`, `sinusoidal` and `rotary`.
         beta: Writing strength, 0 to 2.
         decay: exp(g), above 0 and at most 1.
         rule: `seed` takes the notes' rule, whose error is that of the state before the decay.
@@ -99,10 +105,13 @@ class DeltaMemory(LightningModule):
         check_numbers("model", 0, query_noise=query_noise)
         check_numbers("model", 0, SIZE, corrections=corrections, spacing=spacing)
         check_numbers("model", 1, MOST_MEMBERS, ensemble=ensemble)
-        if strength and keys not in WITH_STRENGTH:
-            raise UserError(f"model.strength is for the keys {' and '.join(WITH_STRENGTH)}, not for '{keys}'")
-        if query_noise and keys not in OF_CONTEXT:
-            raise UserError(f"model.query_noise is for the keys {', '.join(OF_CONTEXT)}, not for '{keys}'")
+        for name, given, kinds in (
+            ("strength", strength != 0, WITH_STRENGTH),
+            ("query_noise", query_noise != 0, OF_CONTEXT),
+            ("spacing", spacing != 1, OF_POSITION),
+        ):
+            if given and keys not in kinds:
+                raise UserError(f"model.{name} is for the keys {', '.join(kinds)}, not for '{keys}'")
         for number, count in enumerate(read_after or []):
             check_numbers("model", 1, SIZE, **{f"read_after[{number}]": count})
         self.read_after = sorted(set(read_after or []))

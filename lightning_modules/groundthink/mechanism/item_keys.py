@@ -27,7 +27,8 @@ ItemKeys = Literal[
 ]
 OF_CONTEXT = ("token", "context", "marker_context", "short_convolution")  # a query's context may differ from the item's
 WITH_STRENGTH = ("alike", "sinusoidal")
-assert {*OF_CONTEXT, *WITH_STRENGTH} < set(get_args(ItemKeys))
+OF_POSITION = ("hashed", "sinusoidal", "rotary")
+assert {*OF_CONTEXT, *WITH_STRENGTH, *OF_POSITION} < set(get_args(ItemKeys))
 
 
 def make_keys(kind: ItemKeys, batch: MemoryBatch, context_SBNWK: Tensor, strength: float, spacing: int) -> Tensor:
