@@ -1,6 +1,6 @@
 """Compare the gated delta kernels with the definition in fp64 on a GPU, and print the largest errors.
 
-python benchmarks/gated_delta_check.py [--types bfloat16 float16 float32] [--quick] [--share 1/4]
+python benchmarks/gated_delta_check.py [--types bfloat16 float16 float32] [--widths 4 64] [--share 1/4]
 
 Errors are RMS(error) / RMS(expected) of outputs, final states and all gradients; numbers that are smaller than the
 smallest normal one of their type are divided by that one. The grid has every pair of widths K and V at 500 positions,
@@ -141,10 +141,9 @@ def nan_to_inf(error: float) -> float:
     return error if error == error else float("inf")
 
 
-def cases(types: list[torch.dtype], quick: bool) -> Iterator[Case]:
+def cases(types: list[torch.dtype], widths: list[int]) -> Iterator[Case]:
     """Return the grid; the options of the widths and lengths alternate."""
-    widths = [(64, 128), (128, 128)] if quick else list(itertools.product(WIDTHS, WIDTHS))
-    sizes = [(K, V, 500) for K, V in widths] + [(64, 128, T) for T in LENGTHS if T != 500]
+    sizes = [(K, V, 500) for K, V in itertools.product(widths, widths)] + [(64, 128, T) for T in LENGTHS if T != 500]
     for dtype in types:
         for index, (K, V, T) in enumerate(sizes):
             groups, packed, normalise = 1 + index % 2, index // 2 % 2 == 1 and T > 3, index // 4 % 2 == 0
@@ -158,13 +157,13 @@ def main() -> None:
     """Print a row per type and size: the largest error of each result over decays and betas."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["bfloat16", "float16", "float32"])
-    parser.add_argument("--quick", action="store_true", help="two pairs of widths instead of 36")
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="each K with each V")
     parser.add_argument("--share", default="1/1", help="the part of the sizes to check, such as 1/4")
     options = parser.parse_args()
     part, parts = map(int, options.share.split("/"))
     failures, count = [], 0
     print(f"{'type':<10}{'K':>4}{'V':>4}{'T':>6} " + "".join(f"{name:>9}" for name in NAMES), flush=True)
-    grid = cases([getattr(torch, name) for name in options.types], options.quick)
+    grid = cases([getattr(torch, name) for name in options.types], options.widths)
     sizes = itertools.groupby(grid, lambda case: (case.dtype, case.K, case.V, case.T))
     for index, ((dtype, K, V, T), group) in enumerate(sizes):
         if index % parts != part - 1:

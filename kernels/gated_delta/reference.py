@@ -149,7 +149,9 @@ def chunk_gated_delta_rule(
     packing, length, output_type = Packing(cu_seqlens), v.shape[1], v.dtype
     scale = default_scale(scale, k.shape[-1], rule)
     inputs = standard_inputs(q, k, v, g, beta, use_qk_l2norm_in_kernel, rule)
-    q, k, v, g, beta = (_split(packing.unpack(x).transpose(1, 2), chunk) for x in inputs)
+    unpacked = [packing.unpack(x).transpose(1, 2) for x in inputs]
+    chunk = max(1, min(chunk, unpacked[0].shape[2]))  # short rows are not filled up with zeros
+    q, k, v, g, beta = (_split(x, chunk) for x in unpacked)
     state = start_state(k, v, initial_state)
 
     g = g.clamp(min=FLOORS[g.dtype])
