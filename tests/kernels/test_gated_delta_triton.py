@@ -7,6 +7,7 @@ arithmetic is right, not what a compiler makes of it: `benchmarks/gated_delta_ch
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from unittest.mock import patch
 
@@ -215,3 +216,27 @@ def member_errors(bounds: tuple[int, ...] | None, compiled: bool) -> list[float]
 def test_members_of_an_ensemble(interpreter, bounds: tuple[int, ...] | None, compiled: bool):
     errors = interpreter(member_errors, bounds, compiled)
     assert max(errors) < 2e-6, errors
+
+
+def recorded() -> list[tuple[str, object]]:
+    """Record the launches of a small step as the benchmark of launches does; return names and the table's launches."""
+    from benchmarks import gated_delta_configurations as benchmark
+
+    inputs = [x.requires_grad_() for x in Toy(B=1, T=40, J=1, K=16, V=16, dtype=F32).inputs()[:5]]
+    rule = partial(chunk_gated_delta_rule, backend="triton")
+    given = {"inputs": lambda *sizes: inputs, "ours": lambda *values: rule(*values)[0]}
+    with patch.multiple(benchmark, **given):
+        calls = benchmark.record("1,40,1,16,16", None)
+    for call in calls:
+        call.with_launch(call.table, 0)()
+    return [(call.name, call.table) for call in calls]
+
+
+def test_the_benchmark_of_launches_records_each_kernel(interpreter: Callable) -> None:
+    how = configuration(0, False, 16, True)
+    assert interpreter(recorded) == [
+        ("prepare_chunks", how.prepare),
+        ("compute_outputs", how.outputs),
+        ("sweep_both_ways", how.sweeps),
+        ("compute_gradients", how.gradients),
+    ]
