@@ -50,7 +50,7 @@ class Configuration:
 # `Problem.fill` narrows them.
 TABLE = {
     (9, True, 48): Configuration(32, 0, Launch(0, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2), Launch(16, 4, 2)),
-    (9, True, 64): Configuration(64, 2, Launch(0, 2, 2), Launch(128, 8, 3), Launch(128, 8, 3), Launch(64, 4, 2)),
+    (9, True, 64): Configuration(64, 2, Launch(0, 1, 2), Launch(128, 8, 3), Launch(128, 8, 3), Launch(64, 4, 2)),
     (9, True, 128): Configuration(64, 2, Launch(0, 2, 2), Launch(128, 8, 3), Launch(128, 8, 2), Launch(64, 8, 3)),
     (9, True, 256): Configuration(64, 2, Launch(0, 2, 2), Launch(32, 8, 2), Launch(32, 8, 2), Launch(64, 8, 2)),
     (9, False, 256): Configuration(32, 0, Launch(0, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
@@ -61,7 +61,7 @@ TABLE = {
 # Where betas never exceed 1
 TO_ONE = {
     (9, True, 64): Configuration(64, 1, Launch(0, 1, 2), Launch(64, 4, 3), Launch(128, 8, 3), Launch(64, 4, 2)),
-    (9, True, 128): Configuration(64, 1, Launch(0, 2, 2), Launch(128, 8, 3), Launch(128, 8, 3), Launch(64, 8, 3)),
+    (9, True, 128): Configuration(64, 1, Launch(0, 1, 2), Launch(128, 8, 3), Launch(128, 8, 3), Launch(64, 8, 3)),
     (9, True, 256): replace(TABLE[9, True, 256], parts=1),
     (0, True, 256): replace(TABLE[0, True, 256], parts=1),
 }

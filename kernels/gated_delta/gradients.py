@@ -94,8 +94,10 @@ def compute_gradients(
     dk_CK = tl.zeros([C, BK], tl.float32)
     do_e_CC = tl.zeros([C, C], tl.float32)
     dv_e_CC = tl.zeros([C, C], tl.float32)
+    s_ds_VV = tl.zeros([BV, BV], tl.float32)
     for column in range(0, V, BV):
         s_VK = load_tile(states, at * V + column, V - column, 0, K, K, BV, BK)
+        ds_VK = load_tile(dstates, at * V + column, V - column, 0, K, K, BV, BK)
         do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
         dv_CV = load_tile(dv + j * V, row, left, column, J * V, V, C, BV).to(type)
         e_CV = load_tile(errors + j * V, row, left, column, J * V, V, C, BV).to(type)
@@ -103,6 +105,9 @@ def compute_gradients(
         dk_CK = tl.dot(dv_CV, s_VK, dk_CK, input_precision="tf32x3")
         do_e_CC = tl.dot(do_CV, tl.trans(e_CV), do_e_CC, input_precision="tf32x3")
         dv_e_CC = tl.dot(dv_CV, tl.trans(e_CV), dv_e_CC, input_precision="tf32x3")
+        s_ds_VV = tl.dot(s_VK, tl.trans(ds_VK), s_ds_VV, input_precision="tf32x3")
+    b = tl.arange(0, BV)
+    trace = tl.sum(tl.sum(tl.where(b[:, None] == b[None, :], s_ds_VV, 0.0), 1), 0)
     if BK <= 64:  # not earlier: the four warps of the table have too few registers to keep both through the loop
         c_C, beta_C, r_q_C, r_k_C = _load_factors(beta, factors, at, row, left, j, J, C)
         q_CK = load_tile(q + h * K, row, left, 0, H * K, K, C, BK)
@@ -126,9 +131,7 @@ def compute_gradients(
     w_CK = tl.zeros([C, BK], tl.float32)
     e_do_CC = tl.zeros([C, C], tl.float32)
     e_dv_CC = tl.zeros([C, C], tl.float32)
-    s_ds_VV = tl.zeros([BV, BV], tl.float32)
     for column in range(0, V, BV):
-        s_VK = load_tile(states, at * V + column, V - column, 0, K, K, BV, BK)
         ds_VK = load_tile(dstates, at * V + column, V - column, 0, K, K, BV, BK)
         do_CV = load_tile(do + j * V, row, left, column, J * V, V, C, BV).to(type)
         dv_CV = load_tile(dv + j * V, row, left, column, J * V, V, C, BV).to(type)
@@ -136,7 +139,6 @@ def compute_gradients(
         w_CK = tl.dot(e_CV, ds_VK, w_CK, input_precision="tf32x3")
         e_do_CC = tl.dot(e_CV, tl.trans(do_CV), e_do_CC, input_precision="tf32x3")
         e_dv_CC = tl.dot(e_CV, tl.trans(dv_CV), e_dv_CC, input_precision="tf32x3")
-        s_ds_VV = tl.dot(s_VK, tl.trans(ds_VK), s_ds_VV, input_precision="tf32x3")
     # c, beta, the norms and queries again: there are too few registers, and too little shared memory, to keep them
     c_C, beta_C, r_q_C, r_k_C = _load_factors(beta, factors, at, row, left, j, J, C)
     last = tl.load(factors + at * FACTOR_COUNT * C + C - 1)
@@ -145,8 +147,7 @@ def compute_gradients(
     w_CK *= tl.exp2(last - c_C)[:, None]
     # What the last position writes has not decayed yet: its two terms in dc cancel
     decaying_C = tl.where(i < tl.minimum(left, C) - 1, beta_C, 0.0)
-    b = tl.arange(0, BV)
-    kept = tl.sum(tl.sum(tl.where(b[:, None] == b[None, :], s_ds_VV, 0.0), 1), 0) * tl.exp2(last)
+    kept = trace * tl.exp2(last)
     kept += tl.sum(decaying_C * tl.sum(w_CK * keys_CK, 1), 0)
     e_do_CC *= (r_q_C * scale)[None, :]
     w_CK += tl.dot((e_do_CC * future_CC).to(type), q_CK.to(type), input_precision="tf32x3")

@@ -13,8 +13,10 @@ Per slot and value head: A [C, C], twice where PARTS is 2, P [C, C], factors [6,
 import triton
 import triton.language as tl
 
-from kernels.gated_delta.tiles import inverse, load_gate, load_tile, masked_exp2, rows_of, split, store_factors
+from kernels.gated_delta.blocks import above, beside, halves, inverse, load_blocks, store_blocks
+from kernels.gated_delta.tiles import load_gate, masked_exp2, rows_of, store_factors
 
+S = tl.constexpr(16)  # the smallest block of a product on tensor cores
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -44,120 +46,129 @@ def prepare_chunks(
 ):
     """Compute A, P and the factors; one program per slot and value head."""
     PRECISION: tl.constexpr = "tf32x3" if PARTS == 0 else "tf32"
-    EXACT: tl.constexpr = "tf32" if PARTS == 1 else "tf32x3"
-    SQUARES: tl.constexpr = 2 if PARTS == 2 else 1
-    S: tl.constexpr = 32  # the inverse of a chunk of 64 is made of two of 32
+    B: tl.constexpr = C // S
+    STRIDE: tl.constexpr = H * K
+    W: tl.constexpr = min(BK, 64)
     slot = (tl.program_id(0) // J).to(tl.int64)
     j = tl.program_id(0) % J
     h = j // (J // H)
     row, left = rows_of(slot, cu_seqlens, N, T, C, PACKED)
     if left <= 0:
         return
-    i = tl.arange(0, S)
     at = slot * J + j
-    corner = i[:, None] * C + i[None, :]
-    earlier = i[:, None] > i[None, :]
-    A += at * SQUARES * C * C + corner
-    P += at * C * C + corner
+    A += at * (2 if PARTS == 2 else 1) * C * C
+    P += at * C * C
     q += (row * H + h) * K
     k += (row * H + h) * K
-    g += j
-    beta += j
 
-    g_0 = tl.maximum(load_gate(g, row, left, J, S), FLOOR) * LOG2_E
-    beta_0 = load_gate(beta, row, left, J, S)
-    c_0, last = _log_decays(g_0, 0.0, left)
-    if C == 2 * S:
-        g_1 = tl.maximum(load_gate(g, row + S, left - S, J, S), FLOOR) * LOG2_E
-        beta_1 = load_gate(beta, row + S, left - S, J, S)
-        c_1, last = _log_decays(g_1, last, left - S)
-    W: tl.constexpr = min(BK, 64)
-    kk_00 = tl.zeros([S, S], tl.float32)
-    kk_10 = tl.zeros([S, S], tl.float32)
-    kk_11 = tl.zeros([S, S], tl.float32)
-    qk_00 = tl.zeros([S, S], tl.float32)
-    qk_10 = tl.zeros([S, S], tl.float32)
-    qk_11 = tl.zeros([S, S], tl.float32)
-    qq_00 = tl.zeros([S, S], tl.float32)
-    qq_11 = tl.zeros([S, S], tl.float32)
+    c_C, last = _log_decays(tl.maximum(load_gate(g + j, row, left, J, C), FLOOR) * LOG2_E, left)
+    beta_C = load_gate(beta + j, row, left, J, C)
+    kk_BSS = tl.zeros([B, S, S], tl.float32)
+    qk_BSS = tl.zeros([B, S, S], tl.float32)
+    qq_BSS = tl.zeros([B, S, S], tl.float32)
     for column in range(0, K, W):
-        q_0 = load_tile(q, 0, left, column, H * K, K, S, W)
-        k_0 = load_tile(k, 0, left, column, H * K, K, S, W)
-        kk_00 = tl.dot(k_0, tl.trans(k_0), kk_00, input_precision=PRECISION)
-        qk_00 = tl.dot(q_0, tl.trans(k_0), qk_00, input_precision=PRECISION)
+        q_BSW = load_blocks(q, 0, left, column, STRIDE, K, B, S, S, W)
+        k_BSW = load_blocks(k, 0, left, column, STRIDE, K, B, S, S, W)
+        k_BWS = tl.trans(k_BSW, 0, 2, 1)
+        kk_BSS = tl.dot(k_BSW, k_BWS, kk_BSS, input_precision=PRECISION)
+        qk_BSS = tl.dot(q_BSW, k_BWS, qk_BSS, input_precision=PRECISION)
         if NORM:
-            qq_00 = tl.dot(q_0, tl.trans(q_0), qq_00, input_precision=PRECISION)
-        if C == 2 * S:
-            q_1 = load_tile(q, S, left - S, column, H * K, K, S, W)
-            k_1 = load_tile(k, S, left - S, column, H * K, K, S, W)
-            kk_10 = tl.dot(k_1, tl.trans(k_0), kk_10, input_precision=PRECISION)
-            kk_11 = tl.dot(k_1, tl.trans(k_1), kk_11, input_precision=PRECISION)
-            qk_10 = tl.dot(q_1, tl.trans(k_0), qk_10, input_precision=PRECISION)
-            qk_11 = tl.dot(q_1, tl.trans(k_1), qk_11, input_precision=PRECISION)
-            if NORM:
-                qq_11 = tl.dot(q_1, tl.trans(q_1), qq_11, input_precision=PRECISION)
+            qq_BSS = tl.dot(q_BSW, tl.trans(q_BSW, 0, 2, 1), qq_BSS, input_precision=PRECISION)
+    c = tl.reshape(c_C, [B, S])
+    norm_q = _norm_factor(qq_BSS, NORM, EPSILON)
+    norm_k = _norm_factor(kk_BSS, NORM, EPSILON)
+    beta_k = tl.reshape(beta_C, [B, S]) * norm_k
+    position = tl.arange(0, B)[:, None] * S + tl.arange(0, S)[None, :]
+    store_factors(factors, at, position, c, norm_q, norm_k, beta_k, last, scale, C)
+    norm_q *= scale
 
-    type = P.dtype.element_ty
-    norm_q_0 = _norm_factor(qq_00, NORM, EPSILON)
-    norm_k_0 = _norm_factor(kk_00, NORM, EPSILON)
-    beta_k_0 = beta_0 * norm_k_0
-    store_factors(factors, at, i, c_0, norm_q_0, norm_k_0, beta_k_0, last, scale, C)
-    decay = masked_exp2(c_0[:, None] - c_0[None, :], i[:, None] >= i[None, :]) * beta_k_0[None, :]
-    tl.store(P, (qk_00 * decay * (norm_q_0 * scale)[:, None]).to(type))
-    m_00 = tl.where(earlier, kk_00 * decay * norm_k_0[:, None], 0.0)
-    if C == 2 * S:
-        norm_q_1 = _norm_factor(qq_11, NORM, EPSILON)
-        norm_k_1 = _norm_factor(kk_11, NORM, EPSILON)
-        beta_k_1 = beta_1 * norm_k_1
-        store_factors(factors, at, S + i, c_1, norm_q_1, norm_k_1, beta_k_1, last, scale, C)
-        decay = masked_exp2(c_1[:, None] - c_1[None, :], i[:, None] >= i[None, :]) * beta_k_1[None, :]
-        tl.store(P + S * C + S, (qk_11 * decay * (norm_q_1 * scale)[:, None]).to(type))
-        m_11 = tl.where(earlier, kk_11 * decay * norm_k_1[:, None], 0.0)
-        decay = tl.exp2(c_1[:, None] - c_0[None, :]) * beta_k_0[None, :]
-        tl.store(P + S * C, (qk_10 * decay * (norm_q_1 * scale)[:, None]).to(type))
-        tl.store(P + S, tl.zeros([S, S], type))
-        m_10 = kk_10 * decay * norm_k_1[:, None]
-
-    a_00 = inverse(m_00, S, 5, PARTS)
-    _store_parts(A, a_00, C, PARTS)
-    if C == 2 * S:
-        a_11 = inverse(m_11, S, 5, PARTS)
-        a_10 = tl.dot(a_11, m_10, input_precision=EXACT)
-        a_10 = tl.dot(a_10, a_00, input_precision=EXACT)
-        _store_parts(A + S, tl.zeros([S, S], tl.float32), C, PARTS)
-        _store_parts(A + S * C, -a_10, C, PARTS)
-        _store_parts(A + S * C + S, a_11, C, PARTS)
+    i = tl.arange(0, S)[None, :, None]
+    j = tl.arange(0, S)[None, None, :]
+    decay_BSS = masked_exp2(c[:, :, None] - c[:, None, :], i >= j) * beta_k[:, None, :]
+    store_blocks(P, qk_BSS * decay_BSS * norm_q[:, :, None], 0, 0, C, 1)
+    a_BSS = inverse(tl.where(i > j, kk_BSS * decay_BSS * norm_k[:, :, None], 0.0), S, 4, PARTS)
+    store_blocks(A, a_BSS, 0, 0, C, PARTS)
+    # fmt: off
+    first, second, corner = _join(
+        q, k, A, P, a_BSS, c, norm_q, norm_k, beta_k, left, STRIDE, K, W, C, S, PRECISION, PARTS
+    )
+    if C == 4 * S:
+        zeros = tl.zeros(corner.shape, tl.float32)
+        a = above(beside(first, zeros), beside(corner, second))
+        c, norm_q, norm_k, beta_k = (
+            tl.reshape(c, [2, 2 * S]), tl.reshape(norm_q, [2, 2 * S]), tl.reshape(norm_k, [2, 2 * S]),
+            tl.reshape(beta_k, [2, 2 * S]),
+        )
+        _join(q, k, A, P, a, c, norm_q, norm_k, beta_k, left, STRIDE, K, W, C, 2 * S, PRECISION, PARTS)
+    # fmt: on
 
 
 @triton.jit
-def _log_decays(g, before, left):
-    """Return c, which goes on from `before`, and c of the last of the `left` positions that exist.
+def _join(
+    q,
+    k,
+    A,
+    P,
+    a,
+    c,
+    norm_q,
+    norm_k,
+    beta_k,
+    left,
+    STRIDE: tl.constexpr,
+    K: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Store what A and P have between neighbouring blocks of R positions, whose own inverses are `a`.
+
+    Return the inverses of each pair's first and second block, and what A has between them.
+    """
+    EXACT: tl.constexpr = "tf32" if PARTS == 1 else "tf32x3"
+    B: tl.constexpr = C // (2 * R)
+    kk = tl.zeros([B, R, R], tl.float32)
+    qk = tl.zeros([B, R, R], tl.float32)
+    for column in range(0, K, W):
+        q_BRW = load_blocks(q, R, left, column, STRIDE, K, B, 2 * R, R, W)
+        k_BRW = load_blocks(k, R, left, column, STRIDE, K, B, 2 * R, R, W)
+        k_BWR = tl.trans(load_blocks(k, 0, left, column, STRIDE, K, B, 2 * R, R, W), 0, 2, 1)
+        kk = tl.dot(k_BRW, k_BWR, kk, input_precision=PRECISION)
+        qk = tl.dot(q_BRW, k_BWR, qk, input_precision=PRECISION)
+    c_first, c_second = halves(c)
+    decay = tl.exp2(c_second[:, :, None] - c_first[:, None, :]) * halves(beta_k)[0][:, None, :]
+    store_blocks(P, qk * decay * halves(norm_q)[1][:, :, None], R, 0, C, 1)
+    store_blocks(P, tl.zeros(qk.shape, tl.float32), 0, R, C, 1)
+    m = kk * decay * halves(norm_k)[1][:, :, None]
+    a_first, a_second = halves(a)
+    corner = -tl.dot(tl.dot(a_second, m, input_precision=EXACT), a_first, input_precision=EXACT)
+    store_blocks(A, corner, R, 0, C, PARTS)
+    store_blocks(A, tl.zeros(corner.shape, tl.float32), 0, R, C, PARTS)
+    return a_first, a_second, corner
+
+
+@triton.jit
+def _log_decays(g, left):
+    """Return c, and c of the last of the `left` positions that exist.
 
     Positions behind that one repeat its c bit for bit. A sum over them would not: its order of additions differs by
     position, and what the last position writes would decay by the rounding.
     """
     i = tl.arange(0, g.shape[0])
     end = tl.minimum(left, g.shape[0]) - 1
-    c = before + tl.cumsum(g, 0)
-    last = tl.where(end < 0, before, tl.sum(tl.where(i == end, c, 0.0), 0))
+    c = tl.cumsum(g, 0)
+    last = tl.sum(tl.where(i == end, c, 0.0), 0)
     return tl.where(i < end, c, last), last
 
 
 @triton.jit
-def _store_parts(at, a, C: tl.constexpr, PARTS: tl.constexpr):
-    if PARTS == 2:
-        high, low = split(a, at.dtype.element_ty)
-        tl.store(at, high)
-        tl.store(at + C * C, low)
-    else:
-        tl.store(at, a.to(at.dtype.element_ty))
-
-
-@triton.jit
 def _norm_factor(squares, NORM: tl.constexpr, EPSILON: tl.constexpr):
-    """Return 1 / |x| of the rows of x, from x x^T."""
-    i = tl.arange(0, squares.shape[0])
+    """Return 1 / |x| of the rows of each block x, from its x x^T."""
+    i = tl.arange(0, squares.shape[1])
     if NORM:
-        return tl.rsqrt(tl.sum(tl.where(i[:, None] == i[None, :], squares, 0.0), 1) + EPSILON)
+        own = (i[:, None] == i[None, :])[None, :, :]
+        return tl.rsqrt(tl.sum(tl.where(own, squares, 0.0), 2) + EPSILON)
     else:
-        return tl.full([squares.shape[0]], 1.0, tl.float32)
+        return tl.full([squares.shape[0], squares.shape[1]], 1.0, tl.float32)

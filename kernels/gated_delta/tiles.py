@@ -140,30 +140,6 @@ def masked_exp2(x, inside):
 
 
 @triton.jit
-def inverse(m, S: tl.constexpr, LEVELS: tl.constexpr, PARTS: tl.constexpr):
-    """Return (I + m)^-1 for a strictly lower m [S, S], with S = 2^LEVELS, from blocks of 2 to one block of S.
-
-    Two neighbouring blocks with inverses A (block-diagonal) and a lower corner L join to A - A L A. That is block
-    substitution: unlike powers of m it loses no digits where the entries of m are large. Products of tf32 have eleven
-    bits. Where the inverse is kept in two parts, a step of Newton's method follows, a - a ((I + m) a - I), whose inner
-    product is exact to fp32. Without it the state is wrong by 1 % after a thousand positions where beta is 2 and
-    nothing decays.
-    """
-    PRECISION: tl.constexpr = "tf32x3" if PARTS == 0 else "tf32"
-    i = tl.arange(0, S)[:, None]
-    j = tl.arange(0, S)[None, :]
-    a = tl.where(i == j, 1.0, 0.0) - tl.where((i >> 1) == (j >> 1), m, 0.0)
-    for level in tl.static_range(1, LEVELS):
-        corner = ((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) != (j >> level))
-        half = tl.dot(a, tl.where(corner, m, 0.0), input_precision=PRECISION)
-        a -= tl.dot(half, a, input_precision=PRECISION)
-    if PARTS == 2:
-        rest = a - tl.where(i == j, 1.0, 0.0) + tl.dot(m, a, input_precision="tf32x3")
-        a -= tl.dot(a, rest, input_precision=PRECISION)
-    return a
-
-
-@triton.jit
 def split(x, type):
     """Return x as a sum of two numbers of 16 bits."""
     high = x.to(type)
