@@ -1,14 +1,15 @@
-"""Draw and print recall against the size of the state, beside the curves of Zoology, from the reports of two studies.
+"""Draw and print recall against the size of the state, beside the curves of Zoology, from the reports of studies.
 
-python benchmarks/recall_pictures.py assets/recall_mqar.svg studies/results/recall_mqar.json \
-    studies/results/recall_rates.json
+python benchmarks/recall_pictures.py assets/recall_mqar.svg studies/results/recall_{mqar,rates,moments,warmup}.json
 
-Of arms that differ in the learning rate alone, the best counts, as in the published curves.
+Of runs that differ in the learning rate, the warm-up and AdamW's second beta alone, the best counts. In the published
+curves it is the best of four learning rates.
 """
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ LABELS = {
     "window": f"attention to {WINDOW} positions",
     "attention": "attention to all positions",
 }
-RATES = {"rate_1": "gated_delta"}  # arms of recall_rates.yaml -> the series to which they belong
+RATES = {"rate_1": "gated_delta", "rate_3": "gated_delta"}  # arms of the other studies -> their series
 # Read off the figure of the repository that accompanies "Zoology" (Arora et al. 2024, arXiv:2312.04927), which counts
 # bytes. Its models of widths 64, 128 and 256 have one block of the mixer behind a block of a convolution, and the gated
 # delta rule has values twice as wide as keys, so that its states are as large as those of the study at the same width.
@@ -43,10 +44,10 @@ PUBLISHED = {
 Point = tuple[int, int, Mapping[str, Any]]  # width, size and estimate
 
 
-def points(arms: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """Return the best arm of each series and width that has been tested, by width."""
+def points(reports: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
+    """Return the best arm of each series and width that has been tested, by width, from the arms of each report."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {series: {} for series in SIZES}
-    for arm, data in arms.items():
+    for arm, data in itertools.chain.from_iterable(arms.items() for arms in reports):
         name, _, width = arm.rpartition("_")
         own, estimate = found.get(RATES.get(name, name)), data["estimates"].get(MEASURE)
         if own is not None and estimate and estimate["value"] is not None:
@@ -96,11 +97,10 @@ def main() -> None:
     """Read the reports, write the picture and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path, help="the SVG file to write")
-    parser.add_argument("reports", type=Path, nargs="+", help="report.json of the studies recall_mqar and recall_rates")
+    parser.add_argument("reports", type=Path, nargs="+", help="report.json of each study")
     options = parser.parse_args()
     rcParams["svg.hashsalt"] = "crosstalk"  # the same report gives the same file
-    reports = [json.loads(path.read_text())["arms"] for path in options.reports]
-    series = points({arm: data for arms in reports for arm, data in arms.items()})
+    series = points(json.loads(path.read_text())["arms"] for path in options.reports)
     picture(series).savefig(options.picture, metadata={"Date": None})
     print(table(series))
 

@@ -49,12 +49,15 @@ def store_blocks(matrix, x, row, column, C: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def halves(x):
-    """Return the even and the odd blocks of a batch of matrices or vectors."""
-    if len(x.shape) == 2:
-        return tl.split(tl.trans(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1]]), 0, 2, 1))
+def halves(x, R: tl.constexpr):
+    """Return the first and the second of each pair of blocks of R, of matrices [2 B, R, R] or of a vector of any shape.
+
+    They have the shapes [B, R, R] and [B, R].
+    """
+    if len(x.shape) == 3:
+        return tl.split(tl.trans(tl.reshape(x, [x.shape[0] // 2, 2, R, R]), 0, 2, 3, 1))
     else:
-        return tl.split(tl.trans(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1], x.shape[2]]), 0, 2, 3, 1))
+        return tl.split(tl.trans(tl.reshape(x, [x.numel // (2 * R), 2, R]), 0, 2, 1))
 
 
 @triton.jit

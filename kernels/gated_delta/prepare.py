@@ -6,8 +6,11 @@ of queries and keys, and a row of each factor of `tiles.py`. Normalised queries 
 scale rows and columns of the products instead, which rounds less and lets tiles go from memory to the tensor cores
 untouched.
 
-Shapes: as in `reference.py`; C positions of a chunk, in halves of S = 32 where C is 64; BK and BV columns of a tile.
-Per slot and value head: A [C, C], twice where PARTS is 2, P [C, C], factors [6, C].
+A chunk is cut into blocks of S = 16 positions. A and P are made of the blocks on the diagonal, then of what stands
+between two neighbours, then, where C is 64, of what stands between two pairs. So no product has a zero block.
+
+Shapes: as in `reference.py`; C positions of a chunk; B blocks of S or R positions; BK and BV columns of a tile, W of
+them at once. Per slot and value head: A [C, C], twice where PARTS is 2, P [C, C], factors [6, C].
 """
 
 import triton
@@ -74,32 +77,28 @@ def prepare_chunks(
         qk_BSS = tl.dot(q_BSW, k_BWS, qk_BSS, input_precision=PRECISION)
         if NORM:
             qq_BSS = tl.dot(q_BSW, tl.trans(q_BSW, 0, 2, 1), qq_BSS, input_precision=PRECISION)
-    c = tl.reshape(c_C, [B, S])
-    norm_q = _norm_factor(qq_BSS, NORM, EPSILON)
-    norm_k = _norm_factor(kk_BSS, NORM, EPSILON)
-    beta_k = tl.reshape(beta_C, [B, S]) * norm_k
-    position = tl.arange(0, B)[:, None] * S + tl.arange(0, S)[None, :]
-    store_factors(factors, at, position, c, norm_q, norm_k, beta_k, last, scale, C)
-    norm_q *= scale
+    c_BS = tl.reshape(c_C, [B, S])
+    norm_q_BS = _norm_factor(qq_BSS, NORM, EPSILON)
+    norm_k_BS = _norm_factor(kk_BSS, NORM, EPSILON)
+    beta_k_BS = tl.reshape(beta_C, [B, S]) * norm_k_BS
+    position_BS = tl.arange(0, B)[:, None] * S + tl.arange(0, S)[None, :]
+    store_factors(factors, at, position_BS, c_BS, norm_q_BS, norm_k_BS, beta_k_BS, last, scale, C)
+    norm_q_BS *= scale
 
     i = tl.arange(0, S)[None, :, None]
     j = tl.arange(0, S)[None, None, :]
-    decay_BSS = masked_exp2(c[:, :, None] - c[:, None, :], i >= j) * beta_k[:, None, :]
-    store_blocks(P, qk_BSS * decay_BSS * norm_q[:, :, None], 0, 0, C, 1)
-    a_BSS = inverse(tl.where(i > j, kk_BSS * decay_BSS * norm_k[:, :, None], 0.0), S, 4, PARTS)
+    decay_BSS = masked_exp2(c_BS[:, :, None] - c_BS[:, None, :], i >= j) * beta_k_BS[:, None, :]
+    store_blocks(P, qk_BSS * decay_BSS * norm_q_BS[:, :, None], 0, 0, C, 1)
+    a_BSS = inverse(tl.where(i > j, kk_BSS * decay_BSS * norm_k_BS[:, :, None], 0.0), S, 4, PARTS)
     store_blocks(A, a_BSS, 0, 0, C, PARTS)
     # fmt: off
-    first, second, corner = _join(
-        q, k, A, P, a_BSS, c, norm_q, norm_k, beta_k, left, STRIDE, K, W, C, S, PRECISION, PARTS
+    a = _join(
+        q, k, A, P, a_BSS, c_BS, norm_q_BS, norm_k_BS, beta_k_BS, left, STRIDE, K, W, C, S, PRECISION, PARTS
     )
     if C == 4 * S:
-        zeros = tl.zeros(corner.shape, tl.float32)
-        a = above(beside(first, zeros), beside(corner, second))
-        c, norm_q, norm_k, beta_k = (
-            tl.reshape(c, [2, 2 * S]), tl.reshape(norm_q, [2, 2 * S]), tl.reshape(norm_k, [2, 2 * S]),
-            tl.reshape(beta_k, [2, 2 * S]),
+        _join(
+            q, k, A, P, a, c_BS, norm_q_BS, norm_k_BS, beta_k_BS, left, STRIDE, K, W, C, 2 * S, PRECISION, PARTS
         )
-        _join(q, k, A, P, a, c, norm_q, norm_k, beta_k, left, STRIDE, K, W, C, 2 * S, PRECISION, PARTS)
     # fmt: on
 
 
@@ -123,30 +122,34 @@ def _join(
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Store what A and P have between neighbouring blocks of R positions, whose own inverses are `a`.
+    """Store what A and P have between neighbouring blocks of R positions, and return the inverses of such pairs.
 
-    Return the inverses of each pair's first and second block, and what A has between them.
+    a: The inverses of the blocks. The other vectors have a number per position, in any shape; norm_q is times scale.
     """
     EXACT: tl.constexpr = "tf32" if PARTS == 1 else "tf32x3"
     B: tl.constexpr = C // (2 * R)
-    kk = tl.zeros([B, R, R], tl.float32)
-    qk = tl.zeros([B, R, R], tl.float32)
+    kk_BRR = tl.zeros([B, R, R], tl.float32)
+    qk_BRR = tl.zeros([B, R, R], tl.float32)
     for column in range(0, K, W):
         q_BRW = load_blocks(q, R, left, column, STRIDE, K, B, 2 * R, R, W)
         k_BRW = load_blocks(k, R, left, column, STRIDE, K, B, 2 * R, R, W)
-        k_BWR = tl.trans(load_blocks(k, 0, left, column, STRIDE, K, B, 2 * R, R, W), 0, 2, 1)
-        kk = tl.dot(k_BRW, k_BWR, kk, input_precision=PRECISION)
-        qk = tl.dot(q_BRW, k_BWR, qk, input_precision=PRECISION)
-    c_first, c_second = halves(c)
-    decay = tl.exp2(c_second[:, :, None] - c_first[:, None, :]) * halves(beta_k)[0][:, None, :]
-    store_blocks(P, qk * decay * halves(norm_q)[1][:, :, None], R, 0, C, 1)
-    store_blocks(P, tl.zeros(qk.shape, tl.float32), 0, R, C, 1)
-    m = kk * decay * halves(norm_k)[1][:, :, None]
-    a_first, a_second = halves(a)
-    corner = -tl.dot(tl.dot(a_second, m, input_precision=EXACT), a_first, input_precision=EXACT)
-    store_blocks(A, corner, R, 0, C, PARTS)
-    store_blocks(A, tl.zeros(corner.shape, tl.float32), 0, R, C, PARTS)
-    return a_first, a_second, corner
+        earlier_BWR = tl.trans(load_blocks(k, 0, left, column, STRIDE, K, B, 2 * R, R, W), 0, 2, 1)
+        kk_BRR = tl.dot(k_BRW, earlier_BWR, kk_BRR, input_precision=PRECISION)
+        qk_BRR = tl.dot(q_BRW, earlier_BWR, qk_BRR, input_precision=PRECISION)
+    c_first, c_second = halves(c, R)
+    beta_k_first, _ = halves(beta_k, R)
+    _, norm_q_second = halves(norm_q, R)
+    _, norm_k_second = halves(norm_k, R)
+    decay_BRR = tl.exp2(c_second[:, :, None] - c_first[:, None, :]) * beta_k_first[:, None, :]
+    zeros_BRR = tl.zeros([B, R, R], tl.float32)
+    store_blocks(P, qk_BRR * decay_BRR * norm_q_second[:, :, None], R, 0, C, 1)
+    store_blocks(P, zeros_BRR, 0, R, C, 1)
+    m_BRR = kk_BRR * decay_BRR * norm_k_second[:, :, None]
+    a_first, a_second = halves(a, R)
+    a_between = -tl.dot(tl.dot(a_second, m_BRR, input_precision=EXACT), a_first, input_precision=EXACT)
+    store_blocks(A, a_between, R, 0, C, PARTS)
+    store_blocks(A, zeros_BRR, 0, R, C, PARTS)
+    return above(beside(a_first, zeros_BRR), beside(a_between, a_second))
 
 
 @triton.jit
