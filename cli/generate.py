@@ -133,6 +133,7 @@ def _lines(path: str) -> list[str]:
 def _prompt(options: Namespace, model: "LightningModule", data: Any) -> tuple[Any, Any]:
     """Return the network that generates, and the tokens of the prompt, [1, T]."""
     import torch
+    from lightning.pytorch.utilities import rank_zero_warn
 
     from datamodules.errors import UserError, check_numbers
     from datamodules.mixture import main_task
@@ -162,4 +163,7 @@ def _prompt(options: Namespace, model: "LightningModule", data: Any) -> tuple[An
         raise UserError(f"--prompt: {error}") from error
     if not tokens:
         raise UserError("--prompt is empty: give at least one character to continue")
+    if not task.predicts_next and options.max_new_tokens > 1:
+        learned = f"{type(task).__name__} has labels that are answers, so {kind} has learned to continue by one token"
+        rank_zero_warn(f"--max_new_tokens: {learned}; the others mean nothing")
     return Vocabulary(network, task.vocab_size), torch.tensor([tokens])

@@ -159,7 +159,9 @@ def test_the_text_of_a_mixture(generate, refused):
     assert generate("--prompt", "the ", run="mixed").startswith("the ")
     assert "the vocabulary of the model lacks 'z'" in refused("--prompt", "z", run="mixed")
     fit(MODEL | {"vocab_size": 40}, {"tasks": [needles]}, "needles", "Mixture")
-    assert re.fullmatch(r"1 2( \d+){3}\n", generate("--prompt", "1 2", "--max_new_tokens", "3", run="needles"))
+    with pytest.warns(UserWarning, match="NeedleGym has labels that are answers, so Phase has"):
+        text = generate("--prompt", "1 2", "--max_new_tokens", "3", run="needles")
+    assert re.fullmatch(r"1 2( \d+){3}\n", text)
     assert "--prompt: 'a' is not a row of numbers from 0 to 39" in refused("--prompt", "a", run="needles")
 
 
