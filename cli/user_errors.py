@@ -16,7 +16,7 @@ NO_METRIC = "conditioned on metric"  # EarlyStopping finds only at a validation 
 TOO_LARGE = re.compile(r"Storage size calculation overflowed|numel: integer multiplication overflow|[Ii]nvalid size")
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 ABSTRACT = re.compile(r"Can't instantiate abstract class (\w+)")
-SIZE = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ [KMGT]iB)", re.IGNORECASE)
+SIZE = re.compile(r"allocate (\d+ bytes|[\d.]+ [KMGT]iB)", re.IGNORECASE)
 
 
 def user_message(error: BaseException) -> str | None:
@@ -35,12 +35,7 @@ def host_message(error: BaseException) -> str | None:
             place = f"cannot write {cause.filename}: " if cause.filename else ""
             return f"{place}{cause.strerror}; the checkpoints and results that were written before are whole"
         if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and NO_MEMORY.search(str(cause))):
-            size = SIZE.search(str(cause))
-            amount = f" (the last allocation was of {_readable(size[1])})" if size else ""
-            return (
-                f"out of memory{amount}: lower data.batch_size, or data.eval_batch_size if it happened in evaluation,"
-                " or set trainer.precision to bf16-mixed"
-            )
+            return _memory_message(cause)
     return None
 
 
@@ -52,7 +47,7 @@ def library_message(error: BaseException) -> str | None:
     """
     if not isinstance(error, AttributeError | ImportError | OSError | ValueError):
         return None
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    modules = _modules(error)
     last_own = max((i for i, name in enumerate(modules) if name.startswith(OWN)), default=-1)
     configured = [name for name in modules[last_own + 1 :] if name.startswith(CONFIGURED)]
     full = isinstance(error, OSError) and error.errno in DISK_ERRORS
@@ -87,6 +82,28 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _memory_message(error: BaseException) -> str:
+    size = SIZE.search(str(error))
+    amount = f" (the last allocation was of {_readable(size[1])})" if size else ""
+    own = next((name for name in reversed(_modules(error)) if name.startswith(OWN)), "")
+    place = f" in {own}" if own else ""
+    if own.startswith("callbacks."):
+        advice = "lower the sizes of the callback, or data.eval_batch_size"
+    elif own.startswith("datamodules."):
+        advice = "lower data.batch_size or the other sizes of the data"
+    else:
+        advice = (
+            "lower data.batch_size, or data.eval_batch_size if it happened in evaluation, or the sizes of the model,"
+            " or set trainer.precision to bf16-mixed"
+        )
+    return f"out of memory{place}{amount}: {advice}"
+
+
+def _modules(error: BaseException) -> list[str]:
+    """Return the modules of the frames through which an error went, the one that raised it last."""
+    return [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
 
 
 def _joined(text: str) -> str:

@@ -53,6 +53,7 @@ MEMORY = {
         "4.00 GiB",
     ),
     "Python": (MemoryError(), "out of memory:"),
+    "numpy": (MemoryError("Unable to allocate 2.00 TiB for an array with shape (1,)"), "was of 2.00 TiB)"),
     "wrapped": (caused(ValueError("x"), torch.OutOfMemoryError("CUDA out of memory.")), "out of memory:"),
 }
 
@@ -65,3 +66,25 @@ def test_exhausted_memory_says_what_to_lower(case):
     assert "data.batch_size" in sentence
     assert "bf16-mixed" in sentence
     assert user_message(error) is None
+
+
+def raised_in(module: str) -> MemoryError:
+    """Return an error that code of a module of that name has raised."""
+    try:
+        exec("raise MemoryError", {"__name__": module})
+    except MemoryError as error:
+        return error
+    raise AssertionError
+
+
+def test_exhausted_memory_names_the_place_and_what_to_lower_there():
+    assert host_message(raised_in("callbacks.recall_grid")) == (
+        "out of memory in callbacks.recall_grid: lower the sizes of the callback, or data.eval_batch_size"
+    )
+    assert host_message(raised_in("datamodules.text_source")) == (
+        "out of memory in datamodules.text_source: lower data.batch_size or the other sizes of the data"
+    )
+    assert "in lightning_modules.core.block: lower data.batch_size" in host_message(
+        raised_in("lightning_modules.core.block")
+    )
+    assert host_message(raised_in("numpy")).startswith("out of memory: lower data.batch_size")
