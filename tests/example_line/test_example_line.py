@@ -13,6 +13,7 @@ from callbacks import ActivationClamp
 from datamodules import InterleavedStreams
 from tests.example_line.module import Recurrence
 from tests.example_line.network import GRU
+from tests.studies.tiny_study import in_this_interpreter
 
 HERE = Path(__file__).parent
 SIZES = {"vocab_size": 32, "seq_len": 16, "width": 16, "warmup_steps": 2}
@@ -114,7 +115,8 @@ def test_it_learns_and_predicts_from_the_command_line(workplace):
 
 
 def test_it_runs_in_a_study(workplace):
-    main.main(["study", "tests/example_line/study.yaml"])
+    with in_this_interpreter():
+        main.main(["study", "tests/example_line/study.yaml"])
     report = json.loads(Path("runs/studies/study/report.json").read_text())
     assert report["finished"] == report["runs"] == 2
     assert len(report["arms"]["wide"]["values"]["test/accuracy"]) == 4

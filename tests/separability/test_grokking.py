@@ -8,10 +8,11 @@ import main as cli
 
 
 def test_the_small_reference_memorises_first_and_generalises_later(workplace):
-    """The config as it is, a minute and a half on one core: the early checks and the late ones are of one run."""
+    """The config with two thirds of its steps, a minute on one core: early checks and late ones are of one run."""
     folder = workplace / "run"
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
     options = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder), *quiet]
+    options += ["--trainer.max_steps", "2000"]
     cli.main(["fit", "--config", "configs/separability_grokking_small.yaml", *options])
     events = EventAccumulator(str(folder)).Reload()
     train, held_out = (
@@ -26,5 +27,5 @@ def test_the_small_reference_memorises_first_and_generalises_later(workplace):
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
     assert metrics["train/accuracy"] == 1
     assert metrics["test/accuracy"] >= 0.99
-    assert generalised <= metrics["stability/reached_step"] <= 2500
+    assert generalised <= metrics["stability/reached_step"] <= 1900
     assert metrics["stability/stable"] == 1

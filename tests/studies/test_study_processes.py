@@ -68,7 +68,7 @@ def interrupt(process, signal_, everything):
 @pytest.mark.parametrize(
     ("signal_", "everything"),
     [
-        pytest.param(signal.SIGKILL, False, id="the study killed"),
+        pytest.param(signal.SIGKILL, False, id="the study killed", marks=pytest.mark.faults),
         pytest.param(signal.SIGKILL, True, id="killed with its runs", marks=pytest.mark.faults),
         pytest.param(signal.SIGINT, False, id="Ctrl-C"),
         pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.faults),
